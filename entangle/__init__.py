@@ -1,0 +1,48 @@
+"""Find the entangled neurons of a language model, show them, and prove that they matter."""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from entangle.model.loading import load_model, load_tokenizer
+    from entangle.model.text import token_windows
+    from entangle.show import plots
+    from entangle.study.ranking import top_neurons
+    from entangle.study.recording import measure, record
+    from entangle.study.runs import open_run
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "load_model",
+    "load_tokenizer",
+    "measure",
+    "open_run",
+    "plots",
+    "record",
+    "token_windows",
+    "top_neurons",
+]
+
+# Looked up when first asked for, so that `import entangle` and `--help` do not import torch.
+_HOMES = {
+    "load_model": "entangle.model.loading",
+    "load_tokenizer": "entangle.model.loading",
+    "measure": "entangle.study.recording",
+    "open_run": "entangle.study.runs",
+    "record": "entangle.study.recording",
+    "token_windows": "entangle.model.text",
+    "top_neurons": "entangle.study.ranking",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "plots":
+        return importlib.import_module("entangle.show.plots")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'entangle' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -1,0 +1,278 @@
+"""The command line: each command a short list of calls to public names, the package's map."""
+
+import argparse
+import json
+import os
+import shlex
+import signal
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import entangle
+
+PLOTS = ("heatmap", "layers", "ranks", "neuron")
+
+
+def run_measure(args: argparse.Namespace) -> None:
+    """Measure the distribution of every neuron over a text."""
+    from entangle.model import folders
+    from entangle.study import dataset
+
+    folders.check_target(args.out, args.overwrite)  # before minutes are spent
+    tokenizer = entangle.load_tokenizer(
+        args.model, revision=args.revision, trust_remote_code=args.trust_remote_code
+    )
+    windows = entangle.token_windows(
+        args.text,
+        tokenizer,
+        windows=args.windows,
+        length=args.length,
+        seed=args.seed,
+        bos=args.bos,
+    )
+    model = entangle.load_model(
+        args.model,
+        revision=args.revision,
+        dtype=args.dtype,
+        device=args.device,
+        trust_remote_code=args.trust_remote_code,
+    )
+    run = entangle.measure(
+        model,
+        windows,
+        layers=args.layers,
+        bins=args.bins,
+        batch_size=args.batch_size,
+        skip_first=args.skip_first,
+        out=args.out,
+        overwrite=args.overwrite,
+        progress=sys.stderr.isatty(),
+        command=args.command_line,
+    )
+    log = json.loads((args.out / "log.json").read_text())
+    _print(args, dataset.summary(run) | {"run": str(args.out), "log": log}, _describe)
+
+
+def run_rank(args: argparse.Namespace) -> None:
+    """Print the neurons with the largest distance, or of another variable."""
+    from entangle.study import dataset, runs
+
+    run = entangle.open_run(args.run)
+    table = entangle.top_neurons(run, args.top, by=args.by, layers=args.layers)
+    if args.csv:
+        runs.save_table(table, args.csv)
+    rows = table.to_dict(orient="records")
+    _print(args, dataset.summary(run) | {"neurons": rows}, _table)
+
+
+def run_plot(args: argparse.Namespace) -> None:
+    """Draw a run: heatmap, layers, ranks, or one neuron."""
+    from entangle.study import runs
+
+    if (args.kind == "neuron") != (args.neuron is not None):
+        raise ValueError(
+            "plot neuron needs a neuron, written LAYER:INDEX as in the output of rank"
+            if args.kind == "neuron"
+            else f"plot {args.kind} takes no neuron, got {args.neuron!r}"
+        )
+    run = entangle.open_run(args.run)
+    arguments = [run] if args.neuron is None else [run, args.neuron]
+    figure = getattr(entangle.plots, args.kind)(*arguments)
+    name = args.kind if args.neuron is None else f"neuron-{args.neuron.replace(':', '-')}"
+    file = runs.save_figure(figure, args.out or args.run / "figures" / f"{name}.png")
+    _print(args, {"figure": str(file)}, lambda result: str(result["figure"]))
+
+
+def _print(args: argparse.Namespace, result: dict[str, Any], words: Any) -> None:
+    if args.json:
+        print(json.dumps(_without_nan(result), indent=2, ensure_ascii=False))
+    else:
+        print(words(result))
+    sys.stdout.flush()
+
+
+def _without_nan(value: Any) -> Any:
+    """Return the value with null for NaN, which JSON does not have."""
+    if isinstance(value, dict):
+        return {name: _without_nan(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and value != value else value
+
+
+def _measured_on(summary: dict[str, Any]) -> str:
+    return (
+        f"{summary['model']}: {summary['neurons_measured']:,} neurons in {summary['layers']} layers, "
+        f"{summary['tokens']:,} tokens of {summary['text']} "
+        f"({summary['windows']} windows of {summary['length']})\n"
+        f"noise floor {summary['noise_floor']:.4f}: what a Gaussian neuron would show on as many "
+        "independent tokens"
+    )
+
+
+def _describe(summary: dict[str, Any]) -> str:
+    log = summary["log"]
+    lines = [
+        _measured_on(summary),
+        f"wasserstein: median {summary['median']:.4f}, 95% below {summary['quantile_95']:.4f}, "
+        f"largest {summary['largest']:.4f} ± {summary['largest_error']:.4f} "
+        f"({summary['largest_neuron']})",
+        *summary["warnings"],
+        f"written to {summary['run']} in {log['seconds']:.0f} s, "
+        f"peak memory {log['peak_memory_bytes'] / 1e9:.2f} GB",
+    ]
+    return "\n".join(lines)
+
+
+def _table(summary: dict[str, Any]) -> str:
+    rows = [
+        {name: value if isinstance(value, str) else f"{value:.4g}" for name, value in row.items()}
+        for row in summary["neurons"]
+    ]
+    lines = [_measured_on(summary), *summary["warnings"], ""]
+    if not rows:
+        return "\n".join([*lines, "no neuron to rank"])
+    rows = [{"rank": str(place)} | row for place, row in enumerate(rows, start=1)]
+    header = {name: name for name in rows[0]}
+    widths = {name: max(len(row[name]) for row in [header, *rows]) for name in header}
+    for row in [header, *rows]:
+        cells = [
+            row[name].ljust(width) if name == "neuron" else row[name].rjust(width)
+            for name, width in widths.items()
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the command line's grammar."""
+    top = argparse.ArgumentParser(prog="entangle", description=entangle.__doc__)
+    top.add_argument("--version", action="version", version=entangle.__version__)
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    always = argparse.ArgumentParser(add_help=False)
+    always.add_argument("--json", action="store_true", help="print the result as JSON")
+    always.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+    layers = argparse.ArgumentParser(add_help=False)
+    layers.add_argument(
+        "--layers", nargs="+", default=["*"], metavar="PATTERN", help="of their names [*]"
+    )
+
+    model = argparse.ArgumentParser(add_help=False)
+    model.add_argument("model", metavar="MODEL", help="a hub id, a folder or a .gguf file")
+    model.add_argument("--revision", help="of a model of the hub")
+    model.add_argument(
+        "--dtype",
+        default="auto",
+        choices=["auto", "float32", "bfloat16", "float16"],
+        help="of the weights [auto: as stored]",
+    )
+    model.add_argument("--device", default="auto", help="[auto: cuda if there is one, else cpu]")
+    model.add_argument(
+        "--trust-remote-code", action="store_true", help="run code that comes with the model"
+    )
+
+    text = argparse.ArgumentParser(add_help=False)
+    text.add_argument(
+        "--text",
+        required=True,
+        help="a file, a folder of *.txt, or hub:NAME[/CONFIG][:SPLIT][#COLUMN]",
+    )
+    text.add_argument("--windows", type=int, default=128, help="of the text, drawn by seed [128]")
+    text.add_argument("--length", type=int, default=512, help="tokens in a window [512]")
+    text.add_argument("--batch-size", type=int, default=4, help="windows at a time [4]")
+    text.add_argument("--seed", type=int, default=0, help="of the draw [0]")
+    text.add_argument(
+        "--bos",
+        default="auto",
+        choices=["auto", "always", "never"],
+        help="the token that begins a sequence before each window [auto: as the tokenizer does]",
+    )
+    text.add_argument(
+        "--skip-first", type=int, default=0, help="tokens of each window not counted [0]"
+    )
+
+    measure = commands.add_parser(
+        "measure", parents=[model, text, layers, always], help=run_measure.__doc__
+    )
+    measure.add_argument("--out", type=Path, required=True, metavar="RUN", help="a new folder")
+    measure.add_argument("--overwrite", action="store_true", help="replace RUN if it exists")
+    measure.add_argument("--bins", type=int, default=1024, help="of a histogram [1024]")
+    measure.set_defaults(run_command=run_measure)
+
+    rank = commands.add_parser("rank", parents=[layers, always], help=run_rank.__doc__)
+    rank.add_argument("run", type=Path, metavar="RUN")
+    rank.add_argument("--top", type=int, default=30, help="how many neurons [30]")
+    rank.add_argument("--by", default="wasserstein", help="which variable [wasserstein]")
+    rank.add_argument("--csv", type=Path, metavar="FILE", help="write the table, numbers in full")
+    rank.set_defaults(run_command=run_rank)
+
+    plot = commands.add_parser("plot", parents=[always], help=run_plot.__doc__)
+    plot.add_argument("run", type=Path, metavar="RUN")
+    plot.add_argument("kind", choices=PLOTS)
+    plot.add_argument("neuron", nargs="?", metavar="LAYER:INDEX", help="for plot neuron")
+    plot.add_argument(
+        "--out", type=Path, metavar="FILE", help="[a PNG in RUN/figures]; its ending is the format"
+    )
+    plot.set_defaults(run_command=run_plot)
+    return top
+
+
+def command_line(args: argparse.Namespace) -> str:
+    """Return the command with all that determines its result, and no more."""
+    ignored = {"command", "model", "run_command", "out", "overwrite", "json", "debug"}
+    words = ["entangle", args.command, args.model]
+    for name, value in sorted(vars(args).items()):
+        if name in ignored or value is None or value is False:
+            continue
+        words.append("--" + name.replace("_", "-"))
+        if value is not True:
+            words += map(str, value) if isinstance(value, list) else [str(value)]
+    return shlex.join(words)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; return 0, 2 for bad input, 1 for another error, 130 or 143 if stopped."""
+    args = parser().parse_args(argv)
+    if args.command == "measure":
+        args.command_line = command_line(args)
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        if not sys.stderr.isatty():
+            os.environ.setdefault("TQDM_DISABLE", "1")
+            os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        args.run_command(args)
+    except BrokenPipeError:  # the reader, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except KeyboardInterrupt:
+        return _fail(args, "interrupted: nothing is written", 130)
+    except (ValueError, LookupError, OSError) as error:
+        message = error.args[0] if isinstance(error, KeyError) else error
+        return _fail(args, str(message), 2)
+    except (RuntimeError, ImportError, MemoryError, OverflowError) as error:
+        return _fail(args, f"{error or type(error).__name__}", 1)
+    except Exception as error:  # noqa: BLE001  # a bug of ours, told without a traceback
+        problem = f"{type(error).__name__}: {error}"
+        return _fail(args, f"a bug, {problem}; please report what --debug prints", 1)
+    return 0
+
+
+def _terminate(signum: int, frame: FrameType | None) -> None:
+    sys.stderr.write("entangle: terminated: nothing is written\n")
+    raise SystemExit(143)
+
+
+def _fail(args: argparse.Namespace, message: str, code: int) -> int:
+    if args.debug:
+        traceback.print_exc()
+    sys.stderr.write(f"entangle: {message}\n")
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

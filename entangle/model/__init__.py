@@ -1,0 +1,1 @@
+"""One Hugging Face model, its text and its files."""

@@ -1,0 +1,98 @@
+"""Write a folder or a file whole or not at all."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+
+@contextmanager
+def new_folder(target: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """Give an empty folder to fill, ``TARGET.partial``, which becomes ``target`` at the end.
+
+    After an error nothing of it is left, and what was at ``target`` is as before. While it is
+    being filled no other process gets it.
+
+    Raises:
+        FileExistsError: ``target`` exists and ``overwrite`` is false, or it is no run or model
+            that could be replaced.
+        BlockingIOError: another process is writing to ``target``.
+        OSError: the target cannot be written; the message names it.
+    """
+    target = Path(target)
+    check_target(target, overwrite)
+    partial = target.with_name(target.name + ".partial")
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(partial / ".lock", timeout=0)
+        lock.acquire()
+    except Timeout as error:
+        raise BlockingIOError(f"another process is writing to {target}") from error
+    except OSError as error:
+        raise OSError(f"cannot write to {partial}: {error.strerror}") from error
+    try:
+        _empty(partial)
+        yield partial
+        check_target(target, overwrite)
+        _replace(partial, target)
+        (target / ".lock").unlink(missing_ok=True)
+    finally:
+        lock.release()
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_target(target: Path, overwrite: bool) -> None:
+    """See that a folder may be written at ``target``.
+
+    Raises:
+        FileExistsError: it exists and ``overwrite`` is false, or entangle did not write it.
+    """
+    if not target.exists():
+        return
+    if not overwrite:
+        raise FileExistsError(f"{target} exists already: choose another name or say --overwrite")
+    if not target.is_dir() or not (os.listdir(target) == [] or _is_ours(target)):
+        raise FileExistsError(f"{target} is not a folder that entangle wrote: it is left alone")
+
+
+def _is_ours(folder: Path) -> bool:
+    return (folder / "run.json").is_file()
+
+
+def _empty(folder: Path) -> None:
+    """Remove what a killed process left, but not the lock that we hold."""
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != ".lock":
+            path.unlink()
+
+
+def _replace(partial: Path, target: Path) -> None:
+    old = target.with_name(target.name + ".old")
+    if target.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        target.rename(old)
+    partial.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def new_file(target: str | Path) -> Iterator[Path]:
+    """Give a file to write beside ``target``, which becomes it at the end, or vanishes.
+
+    Raises:
+        OSError: the target cannot be written; the message names it.
+    """
+    target = Path(target)
+    # The ending stays, since savefig and others choose the format by it.
+    partial = target.with_name(f"{target.stem}.partial{target.suffix}")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        yield partial
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -1,0 +1,161 @@
+"""Run a model while listening to its linear layers."""
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from entangle.model.layers import LinearLayer
+
+OnRows = Callable[[LinearLayer, torch.Tensor], None]
+
+
+class Listener:
+    """What has been heard so far: batches, and tokens counted and left out."""
+
+    def __init__(self, layers: Sequence[LinearLayer], skip_first: int) -> None:
+        self.layers = list(layers)
+        self.skip_first = skip_first
+        self.batches = 0
+        self.tokens = 0
+        self.padding = 0
+        self.skipped = 0
+        self.fired = dict.fromkeys((layer.name for layer in layers), 0)
+        self.inside = False  # of a forward pass
+        self._keep: torch.Tensor | None = None  # (tokens,) bool; None keeps all
+        self._size = 0
+
+    def check(self) -> None:
+        """See that every layer fired once a batch, and that the last one came to its end.
+
+        Raises:
+            RuntimeError: if not.
+        """
+        if self.inside:
+            raise RuntimeError(
+                "a forward pass did not come to its end, so its layers have counted different "
+                "tokens: leave this recorder and record again"
+            )
+        wrong = [name for name, count in self.fired.items() if count != self.batches]
+        if wrong:
+            raise RuntimeError(
+                f"{len(wrong)} of {len(self.fired)} selected layers did not run once in each of "
+                f"{self.batches} batches, first {wrong[0]} ({self.fired[wrong[0]]} times): leave "
+                "them out with a narrower pattern"
+            )
+
+    def begin(self, signature: inspect.Signature, args: Any, kwargs: dict[str, Any]) -> None:
+        """Take up a batch: read from the model's arguments which of its tokens count."""
+        if self.inside:
+            self.check()
+        arguments = signature.bind_partial(*args, **kwargs).arguments
+        arguments |= arguments.pop("kwargs", {})
+        inputs = arguments.get("input_ids")
+        inputs = arguments.get("inputs_embeds") if inputs is None else inputs
+        if inputs is None:
+            raise ValueError("the model was called without input_ids and without inputs_embeds")
+        windows, length = inputs.shape[:2]
+        real, position = _real_tokens(arguments.get("attention_mask"), windows, length, inputs)
+        keep = real & (position >= self.skip_first)
+        self._size = windows * length
+        counted, tokens = int(keep.sum()), int(real.sum())
+        self._keep = None if counted == self._size else keep.flatten()
+        self.batches += 1
+        self.tokens += counted
+        self.skipped += tokens - counted
+        self.padding += self._size - tokens
+        self.inside = True
+
+    def rows(self, layer: LinearLayer, values: torch.Tensor) -> torch.Tensor:
+        """Return the counted rows (tokens, neurons) of a layer's values for this batch.
+
+        Raises:
+            RuntimeError: the layer has not one row for each token of the batch.
+        """
+        if not self.inside:
+            raise RuntimeError(f"{layer.name} ran outside a forward pass of its model")
+        rows = values.detach().reshape(-1, values.shape[-1])
+        if len(rows) != self._size:
+            raise RuntimeError(
+                f"{layer.name} has {len(rows)} rows for a batch of {self._size} tokens: its rows "
+                "are no tokens, leave it out with a narrower pattern"
+            )
+        self.fired[layer.name] += 1
+        return rows if self._keep is None else rows[self._keep.to(rows.device)]
+
+
+def _real_tokens(
+    mask: Any, windows: int, length: int, inputs: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return which tokens are no padding, and their positions among those of their window."""
+    if mask is None:
+        real = torch.ones(windows, length, dtype=torch.bool, device=inputs.device)
+        return real, torch.arange(length, device=inputs.device).expand(windows, length)
+    if not isinstance(mask, torch.Tensor) or mask.ndim != 2 or mask.shape[1] < length:
+        given = tuple(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
+        raise ValueError(
+            f"expected an attention_mask of shape ({windows}, {length}), got {given}: only with "
+            "that can padding be told from tokens"
+        )
+    real = mask != 0
+    position = real.cumsum(dim=1) - 1
+    return real[:, -length:], position[:, -length:]  # before them lies what a cache holds
+
+
+@contextmanager
+def listening(
+    model: PreTrainedModel,
+    layers: Sequence[LinearLayer],
+    on_outputs: OnRows,
+    *,
+    skip_first: int = 0,
+) -> Iterator[Listener]:
+    """Call ``on_outputs`` with each layer's counted output rows while the model runs.
+
+    Rows of padding (by the model's ``attention_mask``) and of the first ``skip_first`` tokens of
+    each window are left out. The hooks are gone after every exit.
+
+    Raises:
+        RuntimeError: at the end, a layer did not run once in each batch.
+        ValueError: the model is compiled, or ``skip_first`` is negative.
+    """
+    if skip_first < 0:
+        raise ValueError(f"skip_first must not be negative, got {skip_first}")
+    if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
+        raise ValueError("a compiled model does not run hooks: pass the model as it was before")
+    listener = Listener(layers, skip_first)
+    backbone = backbone_of(model)
+    signature = inspect.signature(backbone.forward)
+
+    def begin(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        listener.begin(signature, args, kwargs)
+
+    def end(*_: Any) -> None:
+        listener.inside = False
+
+    def hook_of(layer: LinearLayer) -> Callable[..., None]:
+        def hook(_: nn.Module, __: Any, output: torch.Tensor) -> None:
+            on_outputs(layer, listener.rows(layer, output))
+
+        return hook
+
+    handles = []
+    try:
+        handles.append(backbone.register_forward_pre_hook(begin, with_kwargs=True))
+        handles.append(backbone.register_forward_hook(end))
+        handles += [layer.module.register_forward_hook(hook_of(layer)) for layer in layers]
+        yield listener
+    finally:
+        for handle in handles:
+            handle.remove()
+    listener.check()
+
+
+def backbone_of(model: PreTrainedModel) -> nn.Module:
+    """Return the model without its output embedding: all that measuring needs to run."""
+    backbone: nn.Module = model.base_model
+    return backbone

@@ -1,0 +1,115 @@
+"""Find the linear layers of any causal language model, by structure and not by name.
+
+A weight is ``(neurons, inputs)`` here, whatever the module stores; outputs are ``(tokens,
+neurons)`` rows.
+"""
+
+import dataclasses
+import difflib
+import fnmatch
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearLayer:
+    """One linear layer inside a transformer block."""
+
+    name: str  # dotted, in the model: model.layers.5.mlp.up_proj
+    block: int
+    role: str  # its name in the block: mlp.up_proj
+    module: nn.Module = dataclasses.field(repr=False, compare=False)
+
+    @property
+    def neurons(self) -> int:
+        """The number of its outputs."""
+        return weight_of(self).shape[0]
+
+    @property
+    def inputs(self) -> int:
+        """The number of its inputs."""
+        return weight_of(self).shape[1]
+
+
+def weight_of(layer: LinearLayer) -> torch.Tensor:
+    """Return the layer's weight as ``(neurons, inputs)``: a view, GPT-2's Conv1D transposed."""
+    weight = layer.module.weight
+    assert isinstance(weight, torch.Tensor)
+    return weight.detach().T if isinstance(layer.module, Conv1D) else weight.detach()
+
+
+def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    """Return the list of the model's transformer blocks, and its dotted name.
+
+    Raises:
+        ValueError: no list of modules is as long as the configuration says there are blocks.
+    """
+    config = model.config.get_text_config(decoder=True)
+    count = getattr(config, "num_hidden_layers", None)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count and _has_linears(module):
+            return name, module
+    raise ValueError(
+        f"found no list of {count} transformer blocks (num_hidden_layers) in "
+        f"{type(model).__name__}: is it a causal language model of transformers?"
+    )
+
+
+def _has_linears(blocks: nn.ModuleList) -> bool:
+    return all(any(isinstance(m, nn.Linear | Conv1D) for m in b.modules()) for b in blocks)
+
+
+def find_layers(model: PreTrainedModel, patterns: Sequence[str] = ("*",)) -> list[LinearLayer]:
+    """Return the linear layers in the model's blocks that match any pattern, in model order.
+
+    A pattern is a layer's exact name or a shell pattern of it such as ``*.mlp.up_proj``. The
+    output embedding lies outside the blocks and is no layer.
+
+    Raises:
+        LookupError: a pattern matches no layer; the message names near matches.
+    """
+    if isinstance(patterns, str):
+        patterns = [patterns]
+    layers = list(_walk(model))
+    names = [layer.name for layer in layers]
+    for pattern in patterns:
+        if not fnmatch.filter(names, pattern):
+            raise LookupError(_no_match(pattern, layers))
+    return [layer for layer in layers if any(fnmatch.fnmatchcase(layer.name, p) for p in patterns)]
+
+
+def _walk(model: PreTrainedModel) -> Iterator[LinearLayer]:
+    prefix, blocks = find_blocks(model)
+    for index, block in enumerate(blocks):
+        for role, module in block.named_modules():
+            if isinstance(module, nn.Linear | Conv1D):
+                yield LinearLayer(f"{prefix}.{index}.{role}", index, role, module)
+
+
+def _no_match(pattern: str, layers: Sequence[LinearLayer]) -> str:
+    roles = sorted({layer.role for layer in layers})
+    candidates = [layer.name for layer in layers] + [f"*.{role}" for role in roles]
+    near = difflib.get_close_matches(pattern, candidates, n=3, cutoff=0.5)
+    hint = f"near matches: {', '.join(near)}; " if near else ""
+    return (
+        f"no layer matches {pattern!r}; {hint}layers are named like {layers[0].name}, "
+        f"with the roles {', '.join(roles)}"
+    )
+
+
+def skipped_parameters(model: PreTrainedModel) -> list[str]:
+    """Return the matrices in the blocks that belong to no linear layer, such as fused experts.
+
+    A command that measures or prunes says their names: what is skipped is not silent.
+    """
+    prefix, blocks = find_blocks(model)
+    linear = {id(p) for layer in _walk(model) for p in layer.module.parameters()}
+    return [
+        f"{prefix}.{name}"
+        for name, parameter in blocks.named_parameters()
+        if parameter.ndim > 1 and id(parameter) not in linear
+    ]

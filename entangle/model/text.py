@@ -1,0 +1,175 @@
+"""Windows of tokens, cut from a text, and their fingerprint."""
+
+import dataclasses
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+Bos = Literal["auto", "always", "never"]
+Purpose = Literal["calibration", "evaluation"]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TokenWindows:
+    """Equal-length, non-overlapping sequences of one text, with what they were cut from."""
+
+    tokens: torch.Tensor  # (windows, length) int64, on the CPU
+    text: str  # where it was read
+    available: int  # how many windows the whole text has
+    seed: int
+    bos: Bos
+
+    @property
+    def fingerprint(self) -> str:
+        """The SHA-256 of the tokens and of how they are cut."""
+        array = self.tokens.numpy().astype("<i8")
+        return hashlib.sha256(repr(array.shape).encode() + array.tobytes()).hexdigest()
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def length(self) -> int:
+        """The tokens in a window."""
+        return int(self.tokens.shape[1])
+
+    def batches(self, size: int) -> Sequence[torch.Tensor]:
+        """Return the windows in batches of ``size`` (the last may have fewer).
+
+        Raises:
+            ValueError: ``size`` is not positive.
+        """
+        if size < 1:
+            raise ValueError(f"a batch needs at least one window, got batch size {size}")
+        return torch.split(self.tokens, size)
+
+
+def token_windows(
+    text: str | Path | Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    windows: int = 128,
+    length: int = 512,
+    seed: int = 0,
+    bos: Bos = "auto",
+    purpose: Purpose = "calibration",
+) -> TokenWindows:
+    """Draw ``windows`` windows of ``length`` tokens from a text by ``seed``; all if it has fewer.
+
+    ``text`` is where to read, as TEXT on the command line (see `read_documents`), or a list of
+    documents themselves. Windows keep the order of the text. ``bos`` puts the tokenizer's
+    beginning-of-sequence token before each window: ``always``, ``never``, or as the tokenizer
+    itself does (``auto``).
+
+    Raises:
+        ValueError: the text has fewer tokens than one window, a number is not positive, or
+            ``bos="always"`` with a tokenizer that has no such token.
+    """
+    if windows < 1 or length < 2:
+        raise ValueError(
+            f"expected at least 1 window of at least 2 tokens, got {windows} of {length}"
+        )
+    if isinstance(text, str | Path):
+        source, documents = read_documents(text, purpose)
+    else:
+        source, documents = "documents given in Python", list(text)
+    start = _start_tokens(tokenizer, bos)
+    # verbose=False: a text longer than the model's context is what we expect here.
+    ids = tokenizer("\n\n".join(documents), add_special_tokens=False, verbose=False)["input_ids"]
+    body = length - len(start)
+    available = len(ids) // body
+    if available == 0:
+        raise ValueError(
+            f"{source} has {len(ids):,} tokens, fewer than one window of {length}: "
+            "give a longer text or a smaller length"
+        )
+    stream = np.asarray(ids, dtype=np.int64)[: available * body].reshape(available, body)
+    if windows < available:
+        drawn = np.random.default_rng(seed).choice(available, size=windows, replace=False)
+        stream = stream[np.sort(drawn)]
+    starts = np.tile(np.asarray(start, dtype=np.int64), (len(stream), 1))
+    tokens = torch.from_numpy(np.concatenate([starts, stream], axis=1))
+    return TokenWindows(tokens, source, available, seed, bos)
+
+
+def _start_tokens(tokenizer: PreTrainedTokenizerBase, bos: Bos) -> list[int]:
+    if bos not in {"auto", "always", "never"}:
+        raise ValueError(f"bos must be 'auto', 'always' or 'never', got {bos!r}")
+    token: Any = tokenizer.bos_token_id
+    if bos == "always" and token is None:
+        raise ValueError("this tokenizer has no beginning-of-sequence token: use bos='never'")
+    adds = token is not None and token in tokenizer("a")["input_ids"][:1]
+    return [token] if bos == "always" or (bos == "auto" and adds) else []
+
+
+def read_documents(source: str | Path, purpose: Purpose = "calibration") -> tuple[str, list[str]]:
+    """Read a text: a file, a folder of ``*.txt``, or ``hub:NAME[/CONFIG][:SPLIT][#COLUMN]``.
+
+    Of a folder with ``calibration.txt`` and ``evaluation.txt``, the one that ``purpose`` names.
+    Returns where exactly it was read and its documents.
+
+    Raises:
+        FileNotFoundError: no such file or folder, or no ``*.txt`` in it.
+        ValueError: a file that is not UTF-8 text.
+    """
+    if str(source).startswith("hub:"):
+        return str(source), _read_hub(str(source).removeprefix("hub:"))
+    path = Path(source)
+    if path.is_dir():
+        files = sorted(path.glob("*.txt"))
+        names = {file.name for file in files}
+        if {"calibration.txt", "evaluation.txt"} <= names:
+            path = path / f"{purpose}.txt"
+            files = [path]
+        if not files:
+            raise FileNotFoundError(f"the folder {path} holds no *.txt file")
+    elif path.is_file():
+        files = [path]
+    else:
+        raise FileNotFoundError(
+            f"there is no text at {path}: expected a file, a folder of *.txt, "
+            "or hub:NAME[/CONFIG][:SPLIT][#COLUMN]"
+        )
+    return str(path), [_read_file(file) for file in files]
+
+
+def _read_file(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8 text: {error}") from error
+
+
+def _read_hub(name: str) -> list[str]:
+    """Read a column of a data set of the Hugging Face hub; by default `text` of `train`."""
+    try:
+        import datasets  # an extra: only texts of the hub need it
+    except ImportError as error:
+        raise ValueError(
+            "texts of the hub need the extra 'hub': pip install 'entangle[hub]'"
+        ) from error
+    name, _, column = name.partition("#")
+    name, _, split = name.partition(":")
+    parts = name.split("/")
+    # "a/b" is the data set b of owner a or the configuration b of data set a; the hub knows.
+    attempts: list[tuple[str, str | None]] = [(name, None)] if len(parts) < 3 else []
+    attempts += [("/".join(parts[:-1]), parts[-1])] if len(parts) > 1 else []
+    problems = []
+    for path, config in attempts:
+        try:
+            table = datasets.load_dataset(path, config, split=split or "train")
+        except (OSError, ValueError, LookupError, RuntimeError) as error:
+            problems.append(f"  {path}, configuration {config}: {error}".rstrip())
+            continue
+        if (column or "text") not in table.column_names:
+            raise ValueError(
+                f"hub:{name} has no column {column or 'text'!r}, "
+                f"but {', '.join(table.column_names)}: name one with #COLUMN"
+            )
+        return [str(document) for document in table[column or "text"]]
+    raise ValueError(f"could not read hub:{name}:\n" + "\n".join(problems))

@@ -1,0 +1,1 @@
+"""Measurement of distributions: tensors and arrays only; no model, no path, no label."""

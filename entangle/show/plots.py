@@ -1,0 +1,387 @@
+"""Pictures of a run: each function takes the run, draws what it holds and writes no file.
+
+They are made for a README's width: 8.5 inches, 850 pixels at 100 dpi. Neurons without a distance
+(dead or broken) or with an error bound above `TRUSTED` are left out of pictures of the distance,
+and a line under the picture says how many. `layers` are patterns of layer names. `figure` is an
+empty figure, or one of its subfigures, to draw into; the whole figure is returned.
+"""
+
+from collections.abc import Sequence
+from difflib import get_close_matches
+from fnmatch import translate
+from io import BytesIO
+from pathlib import PurePath
+from typing import Any, overload
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+import seaborn as sns
+import xarray as xr
+from matplotlib import colors, ticker
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.figure import Figure, SubFigure
+from numpy.typing import NDArray
+
+from entangle.numerics.histograms import HALF_RANGE
+from entangle.numerics.wasserstein import noise_floor
+
+Run = xr.DataTree | xr.Dataset
+Names = str | Sequence[str] | None
+Sheet = Figure | SubFigure | None
+
+TRUSTED = 0.1  # largest error bound of a distance that is drawn, std
+REFERENCES = {  # exact W1 of known distributions to their fitted Gaussians, std
+    "two equal points": [0.53538],
+    "exponential": [0.31442],
+    "uniform, Laplace": [0.15428, 0.14541],
+    "t, 5 d.o.f.": [0.102],
+    "logistic": [0.060],
+}
+_DISTANCE = "1-Wasserstein distance\nto a Gaussian (std)"
+_LABELS = {key: f"{key} of the outputs\n(output units)" for key in ("mean", "std", "min", "max")}
+_LABELS |= {"wasserstein": _DISTANCE, "wasserstein_error": "error bound of\nthe distance (std)"}
+_STYLE: dict[Any, Any] = {
+    **sns.plotting_context("paper", font_scale=0.88),
+    **dict.fromkeys(("axes.labelsize", "figure.labelsize", "figure.titlesize"), 8.5),
+    **dict.fromkeys(("axes.spines.top", "axes.spines.right", "legend.frameon"), False),
+}
+_INK, _BAND, _FIT, _QUIET, _DEAD = "#0b3c5d", "#3f8fc5", "#d55e00", "0.4", "0.75"
+_DASHES: dict[str, Any] = {"color": _FIT, "linewidth": 1.2, "linestyle": "--"}
+
+
+class _Picture(Figure):
+    """A figure that a notebook shows once, whether or not pyplot's inline mode is on."""
+
+    def _repr_png_(self) -> tuple[bytes, dict[str, float]]:
+        self.savefig(buffer := BytesIO(), format="png", dpi=200)
+        width, height = self.get_size_inches() * 100
+        return buffer.getvalue(), {"width": width, "height": height}
+
+
+@mpl.rc_context(_STYLE)
+def heatmap(
+    run: Run,
+    *,
+    variable: str = "wasserstein",
+    bins: int = 50,
+    layers: Names = None,
+    figure: Sheet = None,
+) -> Figure:
+    """Draw one panel per role: blocks down, each layer's neurons sorted and averaged into columns.
+
+    A column shows the mean of its equal share of the layer's neurons (a neuron on its edge counts
+    in part); neurons without a value come last, in grey. Colours go by the square root of a variable
+    without negative values, else by asinh around zero, up to the 99.8% quantile of the cells.
+
+    Raises:
+        ValueError: if `bins` is below one.
+    """
+    if bins < 1:
+        raise ValueError(f"a layer needs at least one column, got bins={bins}")
+    frame, blocks = _frame(run, variable, layers)
+    rows = np.append(blocks, blocks[-1] + 1) - 0.5
+    cells = {role: _columns(part, blocks, bins) for role, part in frame.groupby("role")}
+    scale, colour = _colours(np.concatenate([*cells.values()], axis=None))
+    order = "most entangled" if variable == "wasserstein" else "largest"
+    across = f"neurons, {order} first (% of layer; a column is the mean of its {100 / bins:.3g}%)"
+    height = float(np.clip(0.105 * len(blocks), 1.3, 5))
+    panels, sheet = _panels(frame, figure, most=7, height=height, labels=(across, "block"))
+    for role, ax in panels.items():
+        mesh = ax.pcolormesh(
+            np.linspace(0, 100, bins + 1), rows, cells[role], norm=scale, cmap=colour
+        )
+        ax.set_facecolor(_DEAD)
+        for block in np.setdiff1d(blocks, frame.loc[frame["role"] == role, "block"]):
+            ax.axhspan(block - 0.5, block + 0.5, color="white")
+        ax.set(xticks=[0, 50, 100], ylim=(rows[-1], rows[0]))
+        ax.yaxis.set_major_locator(ticker.MaxNLocator(7, integer=True, min_n_ticks=1))
+    label = _LABELS.get(variable, variable)
+    sheet.colorbar(mesh, ax=[*panels.values()], label=label, pad=0.015, aspect=25)
+    return sheet.get_figure(root=True)
+
+
+@mpl.rc_context(_STYLE)
+def layers(run: Run, *, layers: Names = None, figure: Sheet = None) -> Figure:
+    """Draw the distribution of the distances in each layer: one panel per role, x the block.
+
+    A box is a layer: its median, the 25% to 75% and 5% to 95% quantiles, the largest as a point;
+    the dashed line is the noise floor at the layer's count of tokens.
+    """
+    frame, blocks = _frame(run, "wasserstein", layers)
+    by_layer = frame.groupby(["role", "block"])
+    table = by_layer["value"].quantile(np.array([0.05, 0.25, 0.5, 0.75, 0.95, 1])).unstack()
+    table["floor"] = by_layer["floor"].max()
+    panels, sheet = _panels(frame, figure, most=4, height=1.7, labels=("block", _DISTANCE))
+    for role, ax in panels.items():
+        part = table.loc[role].reindex(blocks)
+        ax.plot(blocks, part[1.0], ".", color=_INK, markersize=3.5, label="largest")
+        for low, high, alpha in ((0.05, 0.95, 0.3), (0.25, 0.75, 0.8)):
+            look: dict[str, Any] = {"color": _BAND, "alpha": alpha, "linewidth": 0}
+            label = f"{low:.0%} to {high:.0%}"
+            ax.bar(blocks, part[high] - part[low], 0.86, part[low], label=label, **look)
+        ax.hlines(part[0.5], blocks - 0.43, blocks + 0.43, _INK, linewidth=1.6, label="median")
+        rims = np.append(blocks, blocks[-1] + 1) - 0.5
+        ax.stairs(part["floor"], rims, baseline=None, label="noise floor", **_DASHES)
+        ax.xaxis.set_major_locator(ticker.MaxNLocator(6, integer=True, min_n_ticks=1))
+    sheet.legend(*ax.get_legend_handles_labels(), loc="outside upper right", ncols=5)
+    return sheet.get_figure(root=True)
+
+
+@mpl.rc_context(_STYLE)
+def ranks(run: Run, *, layers: Names = None, figure: Sheet = None) -> Figure:
+    """Draw each layer's distances, largest first, against their rank: one panel per role.
+
+    Colour is the block; ticks at the right are the exact distances of known distributions, the
+    dashed line is the noise floor at the median of the layers' counts of tokens.
+    """
+    frame, blocks = _frame(run, "wasserstein", layers)
+    shades = colors.ListedColormap(mpl.colormaps["viridis"](np.linspace(0, 0.93, 256)))
+    colour = ScalarMappable(colors.Normalize(blocks[0], blocks[-1]), shades)
+    tints = dict(zip(blocks.tolist(), colour.to_rgba(blocks), strict=True))
+    across = "neurons, most entangled first (% of layer)"
+    panels, sheet = _panels(frame, figure, most=4, height=2.0, labels=(across, _DISTANCE))
+    for role, ax in panels.items():
+        part = frame[frame["role"] == role]
+        for block, layer in part.groupby("block"):
+            values = np.sort(layer["value"].dropna())[::-1]
+            share = 100 * (np.arange(len(values)) + 0.5) / len(layer)
+            ax.plot(share, values, color=tints[block], linewidth=0.8)
+        ax.axhline(part["floor"].median(), label="noise floor", **_DASHES)
+        ax.set(xlim=(-2, 101), xticks=[0, 25, 50, 75, 100])
+    _mark_references([*panels.values()])
+    sheet.legend(*ax.get_legend_handles_labels(), loc="outside upper right")
+    bar = sheet.colorbar(colour, ax=[*panels.values()], label="block", pad=0.015, aspect=40)
+    bar.locator = ticker.MaxNLocator(8, integer=True)
+    return sheet.get_figure(root=True)
+
+
+@overload
+def neuron(run: xr.DataTree, name: str, *, ax: None = None) -> Figure: ...
+@overload
+def neuron(run: xr.DataTree, name: str, *, ax: Axes) -> Axes: ...
+@mpl.rc_context(_STYLE)
+def neuron(run: xr.DataTree, name: str, *, ax: Axes | None = None) -> Figure | Axes:
+    """Draw the distribution of the neuron LAYER:INDEX over its fitted Gaussian N(mean, std²).
+
+    A bar is a whole number of fine bins, about as wide as Freedman and Diaconis say (2·IQR/∛tokens),
+    its height a density over all tokens: the bars integrate to the share of tokens shown. The range
+    holds the central 99.9% of the tokens, as far as the histogram goes, and 3.5 std either way.
+
+    Raises:
+        ValueError: if the run has no histograms, or the neuron is dead or broken.
+    """
+    if not isinstance(run, xr.DataTree) or "histogram" not in run.children:
+        raise ValueError("no histograms: pass the whole tree that measure and open_run return")
+    data = run.to_dataset()
+    at = {"neuron": _position(data, name)}
+    row = data.isel(at).load()
+    mean, std = float(row["mean"]), float(row["std"])
+    if not (np.isfinite(mean) and 0 < std < np.inf):
+        raise ValueError(f"{name} is dead or broken (mean {mean:g}, std {std:g}): nothing to draw")
+    edges, below = _histogram(run.children["histogram"].to_dataset(inherit=False).isel(at).load())
+    low, high = mean - 3.5 * std, mean + 3.5 * std
+    starts = _bars(edges, below, low, high)
+    rims, tokens, seen = edges[starts], below[-1], below[starts]
+    note = f"all {tokens:,} tokens lie within the picture"
+    if unseen := tokens - seen[-1] + seen[0]:
+        reach = f"{row['min']:.3g} to {row['max']:.3g}"
+        note = f"{unseen:,} of {tokens:,} tokens lie outside the picture (outputs reach from {reach}), "
+        note += f"{below[0] + tokens - below[-2]:,} of them beyond the histogram"
+    figure = _Picture(figsize=(8.5, 3.6), layout="constrained")
+    panel = ax or figure.add_subplot()
+    shares = np.diff(seen) / tokens
+    panel.stairs(shares / np.diff(rims), rims, fill=True, color=_BAND, alpha=0.6, label="outputs")
+    x = np.linspace(min(rims[0], low), max(rims[-1], high), 801)
+    gaussian = np.exp(-0.5 * ((x - mean) / std) ** 2) / (std * np.sqrt(2 * np.pi))
+    panel.plot(x, gaussian, color=_FIT, linewidth=1.4, label="fitted Gaussian")
+    panel.set(xlim=(x[0], x[-1]), ylabel="density (share of tokens per output unit)")
+    panel.set_xlabel(f"output of the neuron (output units)\n{note}")
+    panel.set_title(f"{name}\n{_subject(data)}".strip(), loc="left")
+
+    def standardise(output: Any) -> Any:
+        return (output - mean) / std
+
+    def restore(deviations: Any) -> Any:
+        return mean + std * deviations
+
+    top = panel.secondary_xaxis("top", (standardise, restore))
+    top.set_xlabel("standard deviations from the mean")
+    panel.legend(loc="upper left", bbox_to_anchor=(1.01, 1))
+    panel.text(1.025, 0, _facts(row), transform=panel.transAxes, family="monospace")
+    return ax or figure
+
+
+def _subject(data: xr.Dataset) -> str:
+    """Return what was measured on what: model, text and tokens, as far as they are known."""
+    known = [PurePath(str(data.attrs[key])).name for key in ("model", "text") if key in data.attrs]
+    return " · ".join(known + [f"{data.attrs[key]:,} {key}" for key in {"tokens"} & {*data.attrs}])
+
+
+def _frame(run: Run, variable: str, layers: Names) -> tuple[pd.DataFrame, NDArray[np.int64]]:
+    """Return a row per chosen neuron, `value` NaN where there is none to trust, and the blocks.
+
+    Raises:
+        LookupError: if the run has no such variable, or no layer that matches a pattern.
+        ValueError: if no value is left.
+    """
+    data = run.to_dataset() if isinstance(run, xr.DataTree) else run
+    if variable not in data.data_vars:
+        raise LookupError(f"no variable {variable!r}; the run has {', '.join(map(str, data))}")
+    frame = pd.DataFrame({key: data[key].to_numpy() for key in ("layer", "block", "role")})
+    count = data["count"].to_numpy() if "count" in data else data.attrs.get("tokens", 0)
+    floors = {number: noise_floor(number) for number in np.unique(count) if number > 0}
+    value = data[variable].to_numpy().astype(float)
+    bound = data["wasserstein_error"].to_numpy() if variable == "wasserstein" else 0.0
+    frame = frame.assign(value=value, bound=bound, floor=pd.Series(count).map(floors))
+    if layers:
+        patterns = [layers] if isinstance(layers, str) else layers
+        hits = {one: frame["layer"].str.fullmatch(translate(one)) for one in patterns}
+        for one, hit in hits.items():
+            if not hit.any():
+                names = f"whole names are like {frame['layer'][0]!r}"
+                raise LookupError(f"no layer matches {one!r}; {names}")
+        frame = frame[np.any([*hits.values()], axis=0)]
+    dead = ~np.isfinite(frame["value"])
+    doubtful = ~dead & (frame["bound"] > TRUSTED)
+    parts = {"dead or broken": dead.sum(), f"left out: error bound above {TRUSTED}": doubtful.sum()}
+    notes = ", ".join(f"{number:,} {what}" for what, number in parts.items() if number)
+    if (dead | doubtful).all():
+        raise ValueError(f"no neuron of {len(frame):,} has a {variable} to draw: {notes}")
+    frame = frame.assign(value=frame["value"].mask(dead | doubtful))
+    frame.attrs = {"notes": notes, "subject": _subject(data)}
+    return frame, np.arange(frame["block"].min(), frame["block"].max() + 1)
+
+
+def _columns(part: pd.DataFrame, blocks: NDArray[np.int64], bins: int) -> NDArray[np.float64]:
+    """Return means of shares of the ranked neurons of a role, (blocks, bins), NaN where none is."""
+    table = np.full((len(blocks), bins), np.nan)
+    for block, layer in part.groupby("block"):
+        ranked = np.sort(layer["value"].dropna())[::-1]
+        cuts = np.linspace(0, len(layer), bins + 1).clip(max=len(ranked))
+        sums = np.interp(cuts, np.arange(len(ranked) + 1), np.append(0, np.cumsum(ranked)))
+        with np.errstate(invalid="ignore"):  # 0/0: a share without a value
+            table[blocks == block] = np.diff(sums) / np.diff(cuts)
+    return table
+
+
+def _colours(cells: NDArray[np.float64]) -> tuple[colors.Normalize, colors.Colormap]:
+    """Return a scale and a map that show both the bulk and what stands apart."""
+    cells = cells[np.isfinite(cells)]
+    top = np.quantile(abs(cells), 0.998) or abs(cells).max() or 1.0
+    signed = cells.min() < 0
+    middle = np.median(abs(cells)) or top
+    scale = colors.AsinhNorm(middle, -top, top) if signed else colors.PowerNorm(0.5, 0, top)
+    colour = sns.color_palette("vlag" if signed else "viridis", as_cmap=True).copy()
+    beyond = int((cells > top).any()) + 2 * int((cells < -top).any())
+    colour.colorbar_extend = ("neither", "max", "min", "both")[beyond]
+    return scale, colour
+
+
+def _panels(
+    frame: pd.DataFrame, figure: Sheet, *, most: int, height: float, labels: tuple[str, str]
+) -> tuple[dict[str, Axes], Figure | SubFigure]:
+    """Return titled axes for each role in the model's order, and the sheet that holds them."""
+    roles = [str(role) for role in frame["role"].unique()]
+    rows = -(-len(roles) // most)
+    columns = -(-len(roles) // rows)
+    size = 8.5, 1 + max(rows * (height + 0.35), 2.1)
+    sheet = figure or _Picture(figsize=size, layout="constrained")
+    if isinstance(sheet, Figure) and sheet.get_layout_engine() is None:
+        sheet.set_layout_engine("constrained")
+    grid = sheet.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
+    panels = dict(zip(roles, grid, strict=False))
+    for spare in grid[len(roles) :]:
+        spare.remove()
+    depth = 1
+    while len({tuple(role.split(".")[-depth:]) for role in roles}) < len(roles):
+        depth += 1
+    for place, (role, ax) in enumerate(panels.items()):
+        ends = frame[frame["role"] == role].groupby("layer").size().agg(["min", "max"]).unique()
+        neurons = " to ".join(f"{end:,}" for end in ends)
+        ax.set_title(f"{'.'.join(role.split('.')[-depth:])}\n{neurons} neurons")
+        ax.tick_params(labelbottom=place + columns >= len(roles))
+        if labels[1] == _DISTANCE:
+            ax.set_yscale("log")
+            ax.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+            ax.yaxis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
+            ax.yaxis.set_minor_locator(ticker.NullLocator())
+            ax.grid(axis="y", alpha=0.25)
+    subject = frame.attrs["subject"]  # gives way to a legend where it is long
+    sheet.suptitle("\n" * (len(subject) > 50) + subject, x=0.01, ha="left")
+    sheet.supxlabel(f"{labels[0]}\n{frame.attrs['notes']}".strip())
+    sheet.supylabel(labels[1])
+    return panels, sheet
+
+
+def _mark_references(panels: Sequence[Axes]) -> None:
+    """Mark known distributions at the right of each panel, named where the first row ends."""
+    low, high = panels[0].get_ylim()
+    ends = [ax for ax in panels if (spec := ax.get_subplotspec()) and spec.is_last_col()]
+    for ax in panels:
+        place: dict[str, Any] = {"transform": ax.get_yaxis_transform(), "color": _QUIET}
+        for name, values in REFERENCES.items():
+            for value in values:
+                ax.plot([0.96, 1], [value, value], linewidth=0.8, **place)
+            if ax is (ends or panels)[0] and low < values[0] < high:
+                ax.text(1.03, float(np.mean(values)), name, fontsize=7, va="center", **place)
+        ax.set_ylim(low, high)
+
+
+def _position(data: xr.Dataset, name: str) -> int:
+    """Return the row of the neuron LAYER:INDEX.
+
+    Raises:
+        LookupError: if there is none.
+    """
+    layer, _, index = name.rpartition(":")
+    names = data["layer"].to_numpy().astype(str)
+    rows = np.flatnonzero(names == layer)
+    if not len(rows):
+        near = get_close_matches(layer or name, {*names}, 3, 0.3) or names[:1]
+        close = " or ".join(f"{one}:0" for one in near)
+        raise LookupError(f"no neuron {name!r}: expected LAYER:INDEX, such as {close}")
+    indices = data["index"].to_numpy()[rows]
+    if not (hit := rows[indices.astype(str) == index]).size:
+        has = f"{len(rows):,} neurons, {indices.min()} to {indices.max()}"
+        raise LookupError(f"no neuron {name!r}: {layer} has {has}")
+    return int(hit[0])
+
+
+def _histogram(held: xr.Dataset) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """Return the edges of a neuron's fine bins and the tokens below each; last, all tokens."""
+    counts, tails = held["counts"].to_numpy().astype(np.int64), held["tail_count"].to_numpy()
+    places = np.linspace(-HALF_RANGE, HALF_RANGE, len(counts) + 1)
+    edges = float(held["center"]) + float(held["scale"]) * places
+    return edges, np.cumsum([tails[0], *counts, tails[1]])
+
+
+def _bars(
+    edges: NDArray[np.float64], below: NDArray[np.int64], low: float, high: float
+) -> NDArray[np.int64]:
+    """Return the fine bins at which bars start and the last one stops."""
+    shares = below[-1] * np.array([0.0005, 0.25, 0.75, 0.9995])
+    ends, fine = np.interp(shares, below[:-1], edges), edges[1] - edges[0]
+    width = 2 * (ends[2] - ends[1]) / np.cbrt(below[-1])
+    filled = edges[:-1][np.diff(below[:-1]) > 0]
+    if filled.size:  # a quantile beyond the histogram is somewhere in empty space
+        low, high = min(low, max(ends[0], filled[0])), max(high, min(ends[3], filled[-1] + fine))
+    step = max(1, round(width / fine), round((high - low) / fine / 240))
+    first = np.clip(np.searchsorted(edges, low, "right") - 1, 0, len(edges) - 2)
+    last = np.clip(np.searchsorted(edges, high), first + 1, len(edges) - 1)
+    return np.append(np.arange(first, last, step), last)
+
+
+def _facts(row: xr.Dataset) -> str:
+    """Return the numbers of a neuron as an aligned text box."""
+    texts = {
+        "W1 (std)": f"{row['wasserstein']:.4f}",
+        "  error bound": f"±{np.ceil(row['wasserstein_error'] * 1e4) / 1e4:.4f}",
+        **{key: f"{row[key]:.3g}" for key in ("mean", "std", "skewness")},
+        "excess kurtosis": f"{row['kurtosis']:.3g}",
+        "modes": f"{row['modes']:d}",
+        "tokens": f"{row['count']:,}",
+        "noise floor": f"{noise_floor(int(row['count'])):.4f}",
+    }
+    return "\n".join(f"{label:<15} {value:>9}" for label, value in texts.items())

@@ -1,0 +1,175 @@
+"""Labels on numbers: a run as an xarray tree, a row per neuron."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import xarray as xr
+
+from entangle.model.layers import LinearLayer, weight_of
+from entangle.numerics import wasserstein
+from entangle.numerics.histograms import Histograms
+
+Array = npt.NDArray[np.float64]
+
+UNITS = {
+    "wasserstein": ("1-Wasserstein distance to a Gaussian", "std"),
+    "wasserstein_error": ("certified bound of the error of wasserstein", "std"),
+    "mean": ("mean output", "output"),
+    "std": ("population standard deviation of the output", "output"),
+    "skewness": ("skewness", "1"),
+    "kurtosis": ("excess kurtosis", "1"),
+    "modes": ("modes of the smoothed histogram", "1"),
+    "min": ("least output", "output"),
+    "max": ("largest output", "output"),
+    "count": ("tokens counted", "tokens"),
+    "nonfinite": ("outputs that are NaN or infinite, or too far out to be summed", "tokens"),
+    "weight_norm": ("Euclidean norm of the weights", "1"),
+}
+"""Each variable's long name and unit."""
+
+TRUSTED_ERROR = 0.1  # a distance whose bound is above is left out of rankings
+NAMED_ERROR = 0.02  # one whose bound is above is named in the summary
+
+_DIMENSIONS = {"counts": ("neuron", "bin")} | dict.fromkeys(
+    ("tail_count", "tail_excess", "tail_square"), ("neuron", "side")
+)
+
+
+def to_tree(
+    histograms: Histograms, layers: Sequence[LinearLayer], attributes: Mapping[str, Any]
+) -> xr.DataTree:
+    """Return the run: its root the dataset, its child ``histogram`` the whole mergeable state.
+
+    ``histograms`` holds the neurons of ``layers`` one after the other; the tree shares its memory.
+    """
+    moments = histograms.moments()
+    distances = wasserstein.from_histograms(histograms, moments)
+    invalid = histograms.invalid()
+    values = {
+        "wasserstein": distances.wasserstein,
+        "wasserstein_error": distances.error,
+        "mean": moments.mean,
+        "std": moments.std,
+        "skewness": moments.skewness,
+        "kurtosis": moments.kurtosis,
+        "modes": histograms.modes(moments),
+        "min": np.where(invalid, np.nan, histograms.minimum.cpu().numpy()),
+        "max": np.where(invalid, np.nan, histograms.maximum.cpu().numpy()),
+        "count": moments.count,
+        "nonfinite": (histograms.nonfinite + histograms.beyond).cpu().numpy(),
+        "weight_norm": _weight_norms(layers),
+    }
+    coordinates = _coordinates(layers)
+    dataset = xr.Dataset(
+        {
+            name: ("neuron", value, dict(zip(("long_name", "units"), UNITS[name], strict=True)))
+            for name, value in values.items()
+        },
+        coords=coordinates,
+        attrs=dict(attributes),
+    )
+    state = {
+        name: (_DIMENSIONS.get(name, ("neuron", "moment")[: tensor.ndim]), tensor.cpu().numpy())
+        for name, tensor in histograms.tensors().items()
+    }
+    histogram = xr.Dataset(state)
+    return xr.DataTree.from_dict({"/": dataset, "/histogram": histogram})
+
+
+def from_tree(tree: xr.DataTree) -> Histograms:
+    """Return the mergeable state that a run holds.
+
+    Raises:
+        ValueError: the tree has no histograms.
+    """
+    if "histogram" not in tree.children:
+        raise ValueError("this run has no histograms: it holds the dataset alone")
+    group = tree["histogram"].to_dataset()
+    names = [field.name for field in dataclasses.fields(Histograms)]
+    return Histograms(**{name: torch.from_numpy(group[name].to_numpy()) for name in names})
+
+
+def _coordinates(layers: Sequence[LinearLayer]) -> dict[str, Any]:
+    sizes = [layer.neurons for layer in layers]
+    return {
+        "layer": ("neuron", np.repeat([layer.name for layer in layers], sizes)),
+        "block": ("neuron", np.repeat([layer.block for layer in layers], sizes)),
+        "role": ("neuron", np.repeat([layer.role for layer in layers], sizes)),
+        "index": ("neuron", np.concatenate([np.arange(size) for size in sizes])),
+    }
+
+
+def _weight_norms(layers: Sequence[LinearLayer]) -> Array:
+    norms = [torch.linalg.vector_norm(weight_of(layer).double(), dim=1) for layer in layers]
+    return torch.cat([norm.cpu() for norm in norms]).numpy()
+
+
+def dataset_of(run: xr.DataTree | xr.Dataset) -> xr.Dataset:
+    """Return the root dataset of a run, or the dataset itself."""
+    return run.to_dataset() if isinstance(run, xr.DataTree) else run
+
+
+def trusted(run: xr.DataTree | xr.Dataset) -> npt.NDArray[np.bool_]:
+    """Return which neurons have a distance whose bound is at most 0.1: no others are ranked."""
+    dataset = dataset_of(run)
+    known: npt.NDArray[np.bool_] = dataset["wasserstein_error"].to_numpy() <= TRUSTED_ERROR
+    return known & np.isfinite(dataset["wasserstein"].to_numpy())
+
+
+def summary(run: xr.DataTree | xr.Dataset) -> dict[str, Any]:
+    """Return what a run was measured on, what it found, and what it could not measure."""
+    dataset = dataset_of(run)
+    distance, error = dataset["wasserstein"].to_numpy(), dataset["wasserstein_error"].to_numpy()
+    layers = dataset["layer"].to_numpy()
+    known = np.where(trusted(dataset), distance, np.nan)
+    largest = int(np.nanargmax(known)) if np.isfinite(known).any() else None
+    median, quantile = np.nanquantile(known, [0.5, 0.95]) if largest is not None else (np.nan,) * 2
+    tokens = int(dataset["count"].max())
+    names = ("model", "text", "windows", "length")
+    return {name: dataset.attrs.get(name, "?") for name in names} | {
+        "tokens": tokens,
+        "neurons_measured": dataset.sizes["neuron"],
+        "layers": len(set(layers)),
+        "noise_floor": wasserstein.noise_floor(tokens),
+        "median": float(median),
+        "quantile_95": float(quantile),
+        "largest": np.nan if largest is None else float(distance[largest]),
+        "largest_error": np.nan if largest is None else float(error[largest]),
+        "largest_neuron": "none" if largest is None else neuron_name(dataset, largest),
+        "warnings": _warnings(dataset, distance, error),
+    }
+
+
+def _warnings(dataset: xr.Dataset, distance: Array, error: Array) -> list[str]:
+    """Say which neurons have no distance, or one to be careful with, and what was not measured."""
+    broken = dataset["nonfinite"].to_numpy() > 0
+    cases = {
+        "have outputs that are NaN, infinite or beyond all bounds, and no distance": broken,
+        "are dead (constant), and have no distance": np.isnan(distance) & ~broken,
+        f"have a bound of the error above {TRUSTED_ERROR}, and are not ranked": error
+        > TRUSTED_ERROR,
+        f"have a bound of the error above {NAMED_ERROR}": (error > NAMED_ERROR)
+        & (error <= TRUSTED_ERROR),
+    }
+    warnings = []
+    for what, which in cases.items():
+        first = [neuron_name(dataset, i) for i in np.flatnonzero(which)[:3]]
+        if first:
+            more = ", ..." if which.sum() > len(first) else ""
+            warnings.append(f"{which.sum():,} neurons {what}: {', '.join(first)}{more}")
+    skipped = dataset.attrs.get("skipped_parameters", [])
+    if skipped:
+        warnings.append(
+            f"{len(skipped)} matrices in the blocks are no linear layers and were not measured: "
+            f"{', '.join(skipped[:3])}{', ...' if len(skipped) > 3 else ''}"
+        )
+    return warnings
+
+
+def neuron_name(dataset: xr.Dataset, position: int) -> str:
+    """Return ``LAYER:INDEX`` of the neuron at a position of the dataset."""
+    return f"{dataset['layer'].to_numpy()[position]}:{dataset['index'].to_numpy()[position]}"

@@ -1,0 +1,196 @@
+"""Record the distributions of a model's neurons while it runs, or measure them over a text."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import xarray as xr
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from entangle.model import folders
+from entangle.model.hooks import Listener, backbone_of, listening
+from entangle.model.layers import LinearLayer, find_layers, skipped_parameters
+from entangle.model.loading import weights_hash
+from entangle.model.text import TokenWindows
+from entangle.numerics.histograms import Histograms
+from entangle.study import dataset, runs
+
+
+class Recorder:
+    """The histograms of some layers' neurons, filled while their model runs."""
+
+    def __init__(self, layers: Sequence[LinearLayer], bins: int) -> None:
+        self.layers = list(layers)
+        self.attributes: dict[str, Any] = {}
+        self.listener: Listener | None = None
+        sizes = [layer.neurons for layer in layers]
+        ends = torch.tensor(sizes).cumsum(0).tolist()
+        # All on the host, where pages cost memory once they are written to; a layer on the
+        # host adds to its slice directly, one on a device to its own and is copied at the end.
+        self._all = Histograms.zeros(sum(sizes), bins=bins)
+        self._slices = {
+            layer.name: slice(end - size, end)
+            for layer, size, end in zip(layers, sizes, ends, strict=True)
+        }
+        self._histograms: dict[str, Histograms] = {}
+
+    def add(self, layer: LinearLayer, rows: torch.Tensor) -> None:
+        """Add a batch's counted rows (tokens, neurons) of a layer; its first is the pilot."""
+        histograms = self._histograms.get(layer.name)
+        if histograms is None:
+            if rows.device.type == "cpu":
+                histograms = self._all[self._slices[layer.name]]
+            else:
+                histograms = Histograms.zeros(
+                    layer.neurons, bins=self._all.bins, device=rows.device
+                )
+            histograms.start(rows)
+            self._histograms[layer.name] = histograms
+        histograms.add(rows)
+
+    def tree(self) -> xr.DataTree:
+        """Return what is recorded so far: the dataset, and as its child the mergeable state.
+
+        Raises:
+            RuntimeError: the model has not run, a layer did not run in each batch, or the last
+                forward pass did not come to its end.
+        """
+        if self.listener is None or self.listener.batches == 0:
+            raise RuntimeError("nothing is recorded: call the model inside the with block")
+        self.listener.check()
+        for name, histograms in self._histograms.items():
+            if histograms.count.device.type != "cpu":
+                self._all[self._slices[name]].copy_(histograms)
+        counted = {"tokens": self.listener.tokens, "bins": self._all.bins}
+        return dataset.to_tree(self._all, self.layers, counted | self.attributes)
+
+    def dataset(self) -> xr.Dataset:
+        """Return the dataset alone: one row per neuron."""
+        return self.tree().to_dataset()
+
+
+@contextmanager
+def record(
+    model: PreTrainedModel,
+    layers: str | Sequence[str] = ("*",),
+    *,
+    bins: int = 1024,
+    skip_first: int = 0,
+) -> Iterator[Recorder]:
+    """Record the layers that match any pattern or name while ``model`` runs in the with block.
+
+    The first batch is the pilot that places the histograms' bins: make it a typical one. Padding
+    is left out by the ``attention_mask`` that the model is called with, and so are the first
+    ``skip_first`` tokens of each window.
+
+    Raises:
+        LookupError: a pattern matches no layer.
+        RuntimeError: at the end, a layer did not run once in each batch.
+        ValueError: a compiled model, or ``bins`` or ``skip_first`` out of range.
+    """
+    recorder = Recorder(find_layers(model, layers), bins)
+    with listening(model, recorder.layers, recorder.add, skip_first=skip_first) as listener:
+        recorder.listener = listener
+        yield recorder
+
+
+def measure(
+    model: PreTrainedModel,
+    windows: TokenWindows,
+    *,
+    layers: str | Sequence[str] = ("*",),
+    bins: int = 1024,
+    batch_size: int = 4,
+    skip_first: int = 0,
+    out: str | Path | None = None,
+    overwrite: bool = False,
+    progress: bool = False,
+    command: str | None = None,
+) -> xr.DataTree:
+    """Measure the distribution of every neuron in the matching layers over windows of a text.
+
+    Returns the run: its root has a row per neuron, its child ``histogram`` the whole state. With
+    ``out`` it is also written to that folder, whole or not at all. ``command`` is noted in it.
+
+    Raises:
+        FileExistsError: ``out`` exists, and ``overwrite`` is false.
+        LookupError: a pattern matches no layer.
+        ValueError: windows longer than the model's context, a model in training mode or
+            compiled, or a number out of range.
+    """
+    if out is None:
+        return _measure(model, windows, layers, bins, batch_size, skip_first, progress, command)
+    stopwatch = runs.Stopwatch()
+    with folders.new_folder(out, overwrite=overwrite) as folder:  # first: it may be impossible
+        tree = _measure(model, windows, layers, bins, batch_size, skip_first, progress, command)
+        runs.write_run(folder, tree, stopwatch.log())
+    return tree
+
+
+def _measure(
+    model: PreTrainedModel,
+    windows: TokenWindows,
+    layers: str | Sequence[str],
+    bins: int,
+    batch_size: int,
+    skip_first: int,
+    progress: bool,
+    command: str | None,
+) -> xr.DataTree:
+    _check(model, windows, skip_first)
+    backbone, device = backbone_of(model), next(model.parameters()).device
+    batches = windows.batches(batch_size)
+    with (
+        record(model, layers, bins=bins, skip_first=skip_first) as recorder,
+        torch.inference_mode(),
+        tqdm(total=windows.tokens.numel(), unit="token", disable=not progress) as bar,
+    ):
+        for batch in batches:
+            backbone(input_ids=batch.to(device), use_cache=False)
+            bar.update(batch.numel())
+    recorder.attributes = {
+        "command": command,
+        "model": model.name_or_path,
+        "class": type(model).__name__,
+        "revision": getattr(model.config, "_commit_hash", None),
+        "weights": weights_hash(model),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": device.type,
+        "text": windows.text,
+        "fingerprint": windows.fingerprint,
+        "windows": len(windows),
+        "length": windows.length,
+        "available_windows": windows.available,
+        "seed": windows.seed,
+        "bos": windows.bos,
+        "skip_first": skip_first,
+        "batch_size": batch_size,
+        "layers": [layers] if isinstance(layers, str) else list(layers),
+        "skipped_parameters": skipped_parameters(model),
+        "versions": runs.versions(),
+    }
+    return recorder.tree()
+
+
+def _check(model: PreTrainedModel, windows: TokenWindows, skip_first: int) -> None:
+    if model.training:
+        raise ValueError("the model is in training mode, where dropout is on: call model.eval()")
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if context is not None and windows.length > context:
+        raise ValueError(
+            f"windows of {windows.length} tokens are longer than the model's context of {context}"
+        )
+    if skip_first >= windows.length:
+        raise ValueError(
+            f"leaving out the first {skip_first} tokens of windows of {windows.length} leaves none"
+        )
+    largest = int(windows.tokens.max())
+    vocabulary = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[arg-type]
+    if largest >= vocabulary:
+        raise ValueError(
+            f"the text has token {largest}, but the model knows {vocabulary} tokens: "
+            "use the tokenizer that belongs to the model"
+        )

@@ -1,0 +1,118 @@
+"""Run folders: written whole, opened again, with their tables and figures."""
+
+import json
+import platform
+import time
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import psutil
+import torch
+import xarray as xr
+from matplotlib.figure import Figure
+from numcodecs import Blosc
+
+from entangle.model import folders
+
+CHUNK = 4096  # neurons
+PACKAGES = ("entangle", "torch", "transformers", "numpy", "numba")
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that a run's numbers depend on."""
+    return {"python": platform.python_version()} | {p: metadata.version(p) for p in PACKAGES}
+
+
+class Stopwatch:
+    """What a run cost: time from its making, and the process's peak of memory."""
+
+    def __init__(self) -> None:
+        self.start = time.perf_counter()
+        self.clock = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+
+    def log(self) -> dict[str, Any]:
+        """Return log.json: what does not determine a run."""
+        return {
+            "started": self.clock,
+            "seconds": round(time.perf_counter() - self.start, 3),
+            "peak_memory_bytes": _peak_memory(),
+            "machine": platform.platform(),
+            "processor": platform.processor() or platform.machine(),
+            "cores": psutil.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "memory_bytes": psutil.virtual_memory().total,
+        }
+
+
+def _peak_memory() -> int:
+    """Return the largest resident size of this process so far."""
+    try:
+        import resource
+    except ImportError:  # Windows, where psutil knows it
+        return int(psutil.Process().memory_info().peak_wset)  # type: ignore[attr-defined]
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if platform.system() == "Darwin" else peak * 1024
+
+
+def write_run(folder: Path, tree: xr.DataTree, log: Mapping[str, Any]) -> None:
+    """Write a tree and its log into a run's folder (see `folders.new_folder`)."""
+    compressor = Blosc(cname="zstd", clevel=3, shuffle=Blosc.BITSHUFFLE)
+    encoding: dict[str, dict[str, dict[str, Any]]] = {}
+    for path, node in (("/", tree), ("/histogram", tree.children["histogram"])):
+        encoding[path] = {
+            str(name): {"compressors": compressor, "chunks": (CHUNK, *variable.shape[1:])}
+            for name, variable in node.to_dataset(inherit=False).variables.items()
+        }
+    tree.to_zarr(
+        folder / "neurons.zarr", mode="w", zarr_format=2, encoding=encoding, consolidated=True
+    )
+    write_json(folder / "run.json", {str(name): value for name, value in tree.attrs.items()})
+    write_json(folder / "log.json", log)
+
+
+def write_json(file: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON file for people and programs to read."""
+    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def open_run(folder: str | Path) -> xr.DataTree:
+    """Open a run: its root the dataset, its child ``histogram`` the mergeable state, read lazily.
+
+    Raises:
+        FileNotFoundError: no folder there, or none that holds a run.
+        ValueError: a run that is damaged.
+    """
+    folder = Path(folder)
+    if not (folder / "run.json").is_file():
+        there = "holds no run.json" if folder.is_dir() else "is not there"
+        raise FileNotFoundError(f"{folder} {there}: expected a folder that a command wrote (--out)")
+    try:
+        # chunks=None reads without dask; what is read at once is the coordinates.
+        tree = xr.open_datatree(folder / "neurons.zarr", engine="zarr", chunks=None)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"the run {folder} is damaged, measure again: {error}") from error
+    return tree
+
+
+def save_figure(figure: Figure, file: str | Path) -> Path:
+    """Write a figure in the format of the file's ending, or as PNG, and close nothing.
+
+    Raises:
+        ValueError: an ending that matplotlib does not know.
+    """
+    file = Path(file)
+    file = file if file.suffix else file.with_suffix(".png")
+    with folders.new_file(file) as partial:
+        figure.savefig(partial, dpi=160)
+    return file
+
+
+def save_table(table: pd.DataFrame, file: str | Path) -> Path:
+    """Write a table as CSV, numbers in full."""
+    file = Path(file)
+    with folders.new_file(file) as partial:
+        table.to_csv(partial, index=False)
+    return file
