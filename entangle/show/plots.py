@@ -1,16 +1,16 @@
 """Pictures of a run: each function takes the run, draws what it holds and writes no file.
 
 They are made for a README's width: 8.5 inches, 850 pixels at 100 dpi. Neurons without a distance
-(dead or broken) or with an error bound above `TRUSTED` are left out of pictures of the distance,
+(dead or broken) or with an error bound above 0.1 are left out of pictures of the distance,
 and a line under the picture says how many. `layers` are patterns of layer names. `figure` is an
 empty figure, or one of its subfigures, to draw into; the whole figure is returned.
 """
 
 from collections.abc import Sequence
 from difflib import get_close_matches
-from fnmatch import translate
 from io import BytesIO
 from pathlib import PurePath
+from textwrap import fill
 from typing import Any, overload
 
 import matplotlib as mpl
@@ -26,12 +26,13 @@ from numpy.typing import NDArray
 
 from entangle.numerics.histograms import HALF_RANGE
 from entangle.numerics.wasserstein import noise_floor
+from entangle.study.dataset import TRUSTED_ERROR, UNITS, dataset_of
+from entangle.study.ranking import matching
 
 Run = xr.DataTree | xr.Dataset
 Names = str | Sequence[str] | None
 Sheet = Figure | SubFigure | None
 
-TRUSTED = 0.1  # largest error bound of a distance that is drawn, std
 REFERENCES = {  # exact W1 of known distributions to their fitted Gaussians, std
     "two equal points": [0.53538],
     "exponential": [0.31442],
@@ -40,8 +41,6 @@ REFERENCES = {  # exact W1 of known distributions to their fitted Gaussians, std
     "logistic": [0.060],
 }
 _DISTANCE = "1-Wasserstein distance\nto a Gaussian (std)"
-_LABELS = {key: f"{key} of the outputs\n(output units)" for key in ("mean", "std", "min", "max")}
-_LABELS |= {"wasserstein": _DISTANCE, "wasserstein_error": "error bound of\nthe distance (std)"}
 _STYLE: dict[Any, Any] = {
     **sns.plotting_context("paper", font_scale=0.88),
     **dict.fromkeys(("axes.labelsize", "figure.labelsize", "figure.titlesize"), 8.5),
@@ -97,8 +96,8 @@ def heatmap(
             ax.axhspan(block - 0.5, block + 0.5, color="white")
         ax.set(xticks=[0, 50, 100], ylim=(rows[-1], rows[0]))
         ax.yaxis.set_major_locator(ticker.MaxNLocator(7, integer=True, min_n_ticks=1))
-    label = _LABELS.get(variable, variable)
-    sheet.colorbar(mesh, ax=[*panels.values()], label=label, pad=0.015, aspect=25)
+    bar = sheet.colorbar(mesh, ax=[*panels.values()], pad=0.015, aspect=25)
+    bar.set_label(fill("{} ({})".format(*UNITS.get(variable, (variable, "?"))), 30))
     return sheet.get_figure(root=True)
 
 
@@ -226,23 +225,11 @@ def _frame(run: Run, variable: str, layers: Names) -> tuple[pd.DataFrame, NDArra
         LookupError: if the run has no such variable, or no layer that matches a pattern.
         ValueError: if no value is left.
     """
-    data = run.to_dataset() if isinstance(run, xr.DataTree) else run
+    data = dataset_of(run)
     if variable not in data.data_vars:
         raise LookupError(f"no variable {variable!r}; the run has {', '.join(map(str, data))}")
-    frame = pd.DataFrame({key: data[key].to_numpy() for key in ("layer", "block", "role")})
-    count = data["count"].to_numpy() if "count" in data else data.attrs.get("tokens", 0)
-    floors = {number: noise_floor(number) for number in np.unique(count) if number > 0}
-    value = data[variable].to_numpy().astype(float)
-    bound = data["wasserstein_error"].to_numpy() if variable == "wasserstein" else 0.0
-    frame = frame.assign(value=value, bound=bound, floor=pd.Series(count).map(floors))
-    if layers:
-        patterns = [layers] if isinstance(layers, str) else layers
-        hits = {one: frame["layer"].str.fullmatch(translate(one)) for one in patterns}
-        for one, hit in hits.items():
-            if not hit.any():
-                names = f"whole names are like {frame['layer'][0]!r}"
-                raise LookupError(f"no layer matches {one!r}; {names}")
-        frame = frame[np.any([*hits.values()], axis=0)]
+    keys = ["block", "role", "count", variable, *["wasserstein_error"] * (variable == "wasserstein")]
+    ...
     dead = ~np.isfinite(frame["value"])
     doubtful = ~dead & (frame["bound"] > TRUSTED)
     parts = {"dead or broken": dead.sum(), f"left out: error bound above {TRUSTED}": doubtful.sum()}
