@@ -321,7 +321,8 @@ def _add_numba(  # type: ignore[no-untyped-def]
     tokens, neurons = rows.shape
     edge = np.float32(STEPS // 2 * counts.shape[1])
     shift = np.int32(edge)
-    zero, half = np.float32(0), np.float32(0.5)
+    number_of_bins = np.uint16(MAX_BINS)
+    under, zero, half = np.float32(-edge - STEPS), np.float32(0), np.float32(0.5)
     for block in numba.prange((neurons + 63) // 64):
         begin = block * 64
         end = min(begin + 64, neurons)
@@ -330,10 +331,12 @@ def _add_numba(  # type: ignore[no-untyped-def]
         low, high = minimum[begin:end].copy(), maximum[begin:end].copy()
         s1, s2, s3, s4 = np.zeros(n), np.zeros(n), np.zeros(n), np.zeros(n)
         numbers = np.empty((_CHUNK, n), np.uint16)
+        seen = np.empty(n, np.uint16)
         outside = np.zeros(n, np.int64)
         for first in range(0, tokens, _CHUNK):
             length = min(_CHUNK, tokens - first)
             numbers[length // 4 * 4 :] = _LATER
+            seen[:] = _LATER if length % 4 else 0
             for t in range(0, length - 3, 4):
                 # One row at a time: Numba knows only such a slice to be contiguous.
                 x0, x1 = rows[first + t, begin:end], rows[first + t + 1, begin:end]
@@ -342,18 +345,18 @@ def _add_numba(  # type: ignore[no-untyped-def]
                 for j in range(n):
                     y0, y1 = np.floor((x0[j] - c[j]) * v[j]), np.floor((x1[j] - c[j]) * v[j])
                     y2, y3 = np.floor((x2[j] - c[j]) * v[j]), np.floor((x3[j] - c[j]) * v[j])
-                    in0, in1 = (y0 >= -edge) & (y0 < edge), (y1 >= -edge) & (y1 < edge)
-                    in2, in3 = (y2 >= -edge) & (y2 < edge), (y3 >= -edge) & (y3 < edge)
-                    y0, y1 = y0 if in0 else zero, y1 if in1 else zero
-                    y2, y3 = y2 if in2 else zero, y3 if in3 else zero
-                    k0[j] = np.uint16((np.int32(y0) + shift) >> _SHIFT) if in0 else _LATER
-                    k1[j] = np.uint16((np.int32(y1) + shift) >> _SHIFT) if in1 else _LATER
-                    k2[j] = np.uint16((np.int32(y2) + shift) >> _SHIFT) if in2 else _LATER
-                    k3[j] = np.uint16((np.int32(y3) + shift) >> _SHIFT) if in3 else _LATER
-                    d0 = np.float64(y0 + half if in0 else zero)
-                    d1 = np.float64(y1 + half if in1 else zero)
-                    d2 = np.float64(y2 + half if in2 else zero)
-                    d3 = np.float64(y3 + half if in3 else zero)
+                    in0, in1 = abs(y0 + half) < edge, abs(y1 + half) < edge
+                    in2, in3 = abs(y2 + half) < edge, abs(y3 + half) < edge
+                    y0, y1 = y0 if in0 else -half, y1 if in1 else -half
+                    y2, y3 = y2 if in2 else -half, y3 if in3 else -half
+                    b0 = np.uint16((np.int32(y0) + shift) >> _SHIFT) if in0 else _LATER
+                    b1 = np.uint16((np.int32(y1) + shift) >> _SHIFT) if in1 else _LATER
+                    b2 = np.uint16((np.int32(y2) + shift) >> _SHIFT) if in2 else _LATER
+                    b3 = np.uint16((np.int32(y3) + shift) >> _SHIFT) if in3 else _LATER
+                    k0[j], k1[j], k2[j], k3[j] = b0, b1, b2, b3
+                    seen[j] |= b0 | b1 | b2 | b3
+                    d0, d1 = np.float64(y0 + half), np.float64(y1 + half)
+                    d2, d3 = np.float64(y2 + half), np.float64(y3 + half)
                     e0, e1, e2, e3 = d0 * d0, d1 * d1, d2 * d2, d3 * d3
                     s1[j] += (d0 + d1) + (d2 + d3)
                     s2[j] += (e0 + e1) + (e2 + e3)
@@ -363,6 +366,10 @@ def _add_numba(  # type: ignore[no-untyped-def]
                     high[j] = max(high[j], max(max(x0[j], x1[j]), max(x2[j], x3[j])))
             for j in range(n):
                 bins = counts[begin + j]
+                if seen[j] < number_of_bins:
+                    for t in range(length):
+                        bins[numbers[t, j]] += np.int32(1)
+                    continue
                 for t in range(length):
                     if numbers[t, j] != _LATER:
                         bins[numbers[t, j]] += np.int32(1)

@@ -26,11 +26,13 @@ from numpy.typing import NDArray
 
 from entangle.numerics.histograms import HALF_RANGE
 from entangle.numerics.wasserstein import noise_floor
-from entangle.study.dataset import TRUSTED_ERROR, UNITS, dataset_of
+from entangle.study.dataset import TRUSTED_ERROR, UNITS, dataset_of, trusted
 from entangle.study.ranking import matching
 
 Run = xr.DataTree | xr.Dataset
 Names = str | Sequence[str] | None
+Floats = NDArray[np.float64]
+Counts = NDArray[np.int64]
 Sheet = Figure | SubFigure | None
 
 REFERENCES = {  # exact W1 of known distributions to their fitted Gaussians, std
@@ -80,7 +82,7 @@ def heatmap(
     if bins < 1:
         raise ValueError(f"a layer needs at least one column, got bins={bins}")
     frame, blocks = _frame(run, variable, layers)
-    rows = np.append(blocks, blocks[-1] + 1) - 0.5
+    edges = np.linspace(0, 100, bins + 1), np.append(blocks, blocks[-1] + 1) - 0.5
     cells = {role: _columns(part, blocks, bins) for role, part in frame.groupby("role")}
     scale, colour = _colours(np.concatenate([*cells.values()], axis=None))
     order = "most entangled" if variable == "wasserstein" else "largest"
@@ -88,16 +90,14 @@ def heatmap(
     height = float(np.clip(0.105 * len(blocks), 1.3, 5))
     panels, sheet = _panels(frame, figure, most=7, height=height, labels=(across, "block"))
     for role, ax in panels.items():
-        mesh = ax.pcolormesh(
-            np.linspace(0, 100, bins + 1), rows, cells[role], norm=scale, cmap=colour
-        )
+        mesh = ax.pcolormesh(*edges, cells[role], norm=scale, cmap=colour)
         ax.set_facecolor(_DEAD)
         for block in np.setdiff1d(blocks, frame.loc[frame["role"] == role, "block"]):
             ax.axhspan(block - 0.5, block + 0.5, color="white")
-        ax.set(xticks=[0, 50, 100], ylim=(rows[-1], rows[0]))
+        ax.set(xticks=[0, 50, 100], ylim=edges[1][[-1, 0]])
         ax.yaxis.set_major_locator(ticker.MaxNLocator(7, integer=True, min_n_ticks=1))
     bar = sheet.colorbar(mesh, ax=[*panels.values()], pad=0.015, aspect=25)
-    bar.set_label(fill("{} ({})".format(*UNITS.get(variable, (variable, "?"))), 30))
+    bar.set_label(_label(run, variable))
     return sheet.get_figure(root=True)
 
 
@@ -137,7 +137,7 @@ def ranks(run: Run, *, layers: Names = None, figure: Sheet = None) -> Figure:
     """
     frame, blocks = _frame(run, "wasserstein", layers)
     shades = colors.ListedColormap(mpl.colormaps["viridis"](np.linspace(0, 0.93, 256)))
-    colour = ScalarMappable(colors.Normalize(blocks[0], blocks[-1]), shades)
+    colour = ScalarMappable(colors.Normalize(blocks[0] - 0.5, blocks[-1] + 0.5), shades)
     tints = dict(zip(blocks.tolist(), colour.to_rgba(blocks), strict=True))
     across = "neurons, most entangled first (% of layer)"
     panels, sheet = _panels(frame, figure, most=4, height=2.0, labels=(across, _DISTANCE))
@@ -180,45 +180,64 @@ def neuron(run: xr.DataTree, name: str, *, ax: Axes | None = None) -> Figure | A
     if not (np.isfinite(mean) and 0 < std < np.inf):
         raise ValueError(f"{name} is dead or broken (mean {mean:g}, std {std:g}): nothing to draw")
     edges, below = _histogram(run.children["histogram"].to_dataset(inherit=False).isel(at).load())
-    low, high = mean - 3.5 * std, mean + 3.5 * std
-    starts = _bars(edges, below, low, high)
-    rims, tokens, seen = edges[starts], below[-1], below[starts]
-    note = f"all {tokens:,} tokens lie within the picture"
-    if unseen := tokens - seen[-1] + seen[0]:
-        reach = f"{row['min']:.3g} to {row['max']:.3g}"
-        note = f"{unseen:,} of {tokens:,} tokens lie outside the picture (outputs reach from {reach}), "
-        note += f"{below[0] + tokens - below[-2]:,} of them beyond the histogram"
+    low, high = _quantiles(edges, below, [0.0005, 0.9995])
+    span = min(mean - 3.5 * std, low), max(mean + 3.5 * std, high)
     figure = _Picture(figsize=(8.5, 3.6), layout="constrained")
     panel = ax or figure.add_subplot()
-    shares = np.diff(seen) / tokens
-    panel.stairs(shares / np.diff(rims), rims, fill=True, color=_BAND, alpha=0.6, label="outputs")
-    x = np.linspace(min(rims[0], low), max(rims[-1], high), 801)
-    gaussian = np.exp(-0.5 * ((x - mean) / std) ** 2) / (std * np.sqrt(2 * np.pi))
-    panel.plot(x, gaussian, color=_FIT, linewidth=1.4, label="fitted Gaussian")
-    panel.set(xlim=(x[0], x[-1]), ylabel="density (share of tokens per output unit)")
-    panel.set_xlabel(f"output of the neuron (output units)\n{note}")
+    unseen = below[-1] - _draw_density(panel, edges, below, span, mean=mean, std=std)
+    note = f"all {below[-1]:,} tokens lie within the picture"
+    if unseen:
+        reach = f"outputs reach from {_number(row['min'])} to {_number(row['max'])}"
+        note = f"{unseen:,} of {below[-1]:,} tokens lie outside the picture ({reach}), "
+        note += f"{below[0] + below[-1] - below[-2]:,} of them beyond the histogram"
+    across = f"output of the neuron (output units)\n{note}"
+    panel.set(xlabel=across, ylabel="density (share of tokens per output unit)")
     panel.set_title(f"{name}\n{_subject(data)}".strip(), loc="left")
-
-    def standardise(output: Any) -> Any:
-        return (output - mean) / std
-
-    def restore(deviations: Any) -> Any:
-        return mean + std * deviations
-
-    top = panel.secondary_xaxis("top", (standardise, restore))
+    top = panel.secondary_xaxis(
+        "top", (lambda x: np.subtract(x, mean) / std, lambda z: np.multiply(z, std) + mean)
+    )
     top.set_xlabel("standard deviations from the mean")
     panel.legend(loc="upper left", bbox_to_anchor=(1.01, 1))
     panel.text(1.025, 0, _facts(row), transform=panel.transAxes, family="monospace")
     return ax or figure
 
 
+def _draw_density(
+    ax: Axes, edges: Floats, below: Counts, span: tuple[float, float], *, mean: float, std: float
+) -> int:
+    """Draw bars of whole fine bins and the Gaussian over a range; return the tokens in the bars."""
+    low, high = span
+    quarters = _quantiles(edges, below, [0.25, 0.75])
+    width = 2 * (quarters[1] - quarters[0]) / np.cbrt(below[-1])
+    fine = edges[1] - edges[0]
+    step = max(1, round(width / fine), round((high - low) / fine / 240))
+    first = np.clip(np.searchsorted(edges, low, "right") - 1, 0, len(edges) - 2)
+    last = np.clip(np.searchsorted(edges, high), first + 1, len(edges) - 1)
+    starts = np.append(np.arange(first, last, step), last)
+    rims, shares = edges[starts], np.diff(below[starts]) / below[-1]
+    ax.stairs(shares / np.diff(rims), rims, fill=True, color=_BAND, alpha=0.6, label="outputs")
+    x = np.linspace(min(low, rims[0]), max(high, rims[-1]), 801)
+    gaussian = np.exp(-0.5 * ((x - mean) / std) ** 2) / (std * np.sqrt(2 * np.pi))
+    ax.plot(x, gaussian, color=_FIT, linewidth=1.4, label="fitted Gaussian")
+    ax.set_xlim(x[0], x[-1])
+    return int(below[last] - below[first])
+
+
+def _label(run: Run, variable: str) -> str:
+    """Return what a variable is and its unit, in lines short enough for a colour bar."""
+    said = dataset_of(run)[variable].attrs
+    name, unit = UNITS.get(variable, (said.get("long_name", variable), said.get("units", "1")))
+    return fill(f"{name} ({unit})".removesuffix(" (1)"), 24)
+
+
 def _subject(data: xr.Dataset) -> str:
     """Return what was measured on what: model, text and tokens, as far as they are known."""
-    known = [PurePath(str(data.attrs[key])).name for key in ("model", "text") if key in data.attrs]
-    return " · ".join(known + [f"{data.attrs[key]:,} {key}" for key in {"tokens"} & {*data.attrs}])
+    names = [PurePath(str(data.attrs.get(key, ""))).name for key in ("model", "text")]
+    tokens = f"{data.attrs['tokens']:,} tokens" if "tokens" in data.attrs else ""
+    return " · ".join(filter(None, [*names, tokens]))
 
 
-def _frame(run: Run, variable: str, layers: Names) -> tuple[pd.DataFrame, NDArray[np.int64]]:
+def _frame(run: Run, variable: str, layers: Names) -> tuple[pd.DataFrame, Counts]:
     """Return a row per chosen neuron, `value` NaN where there is none to trust, and the blocks.
 
     Raises:
@@ -228,20 +247,23 @@ def _frame(run: Run, variable: str, layers: Names) -> tuple[pd.DataFrame, NDArra
     data = dataset_of(run)
     if variable not in data.data_vars:
         raise LookupError(f"no variable {variable!r}; the run has {', '.join(map(str, data))}")
-    keys = ["block", "role", "count", variable, *["wasserstein_error"] * (variable == "wasserstein")]
-    ...
-    dead = ~np.isfinite(frame["value"])
-    doubtful = ~dead & (frame["bound"] > TRUSTED)
-    parts = {"dead or broken": dead.sum(), f"left out: error bound above {TRUSTED}": doubtful.sum()}
-    notes = ", ".join(f"{number:,} {what}" for what, number in parts.items() if number)
-    if (dead | doubtful).all():
+    data = data.isel(neuron=matching(data["layer"].to_numpy(), layers or "*"))
+    frame = pd.DataFrame({key: data[key].to_numpy() for key in ("layer", "block", "role", "count")})
+    value = data[variable].to_numpy().astype(float)
+    dead = ~np.isfinite(value)
+    doubtful = ~dead & ~trusted(data) & (variable == "wasserstein")
+    floors = {count: noise_floor(count) for count in frame["count"].unique() if count}
+    frame["floor"] = frame["count"].map(floors)
+    frame["value"] = np.where(dead | doubtful, np.nan, value)
+    parts = {"dead or broken": dead, f"left out: error bound above {TRUSTED_ERROR}": doubtful}
+    notes = ", ".join(f"{which.sum():,} {what}" for what, which in parts.items() if which.any())
+    if frame["value"].isna().all():
         raise ValueError(f"no neuron of {len(frame):,} has a {variable} to draw: {notes}")
-    frame = frame.assign(value=frame["value"].mask(dead | doubtful))
     frame.attrs = {"notes": notes, "subject": _subject(data)}
     return frame, np.arange(frame["block"].min(), frame["block"].max() + 1)
 
 
-def _columns(part: pd.DataFrame, blocks: NDArray[np.int64], bins: int) -> NDArray[np.float64]:
+def _columns(part: pd.DataFrame, blocks: Counts, bins: int) -> Floats:
     """Return means of shares of the ranked neurons of a role, (blocks, bins), NaN where none is."""
     table = np.full((len(blocks), bins), np.nan)
     for block, layer in part.groupby("block"):
@@ -253,14 +275,13 @@ def _columns(part: pd.DataFrame, blocks: NDArray[np.int64], bins: int) -> NDArra
     return table
 
 
-def _colours(cells: NDArray[np.float64]) -> tuple[colors.Normalize, colors.Colormap]:
+def _colours(cells: Floats) -> tuple[colors.Normalize, colors.Colormap]:
     """Return a scale and a map that show both the bulk and what stands apart."""
     cells = cells[np.isfinite(cells)]
     top = np.quantile(abs(cells), 0.998) or abs(cells).max() or 1.0
     signed = cells.min() < 0
-    middle = np.median(abs(cells)) or top
-    scale = colors.AsinhNorm(middle, -top, top) if signed else colors.PowerNorm(0.5, 0, top)
-    colour = sns.color_palette("vlag" if signed else "viridis", as_cmap=True).copy()
+    scale = colors.AsinhNorm(top / 300, -top, top) if signed else colors.PowerNorm(0.5, 0, top)
+    colour = sns.color_palette("vlag" if signed else "inferno", as_cmap=True).copy()
     beyond = int((cells > top).any()) + 2 * int((cells < -top).any())
     colour.colorbar_extend = ("neither", "max", "min", "both")[beyond]
     return scale, colour
@@ -291,7 +312,7 @@ def _panels(
         ax.tick_params(labelbottom=place + columns >= len(roles))
         if labels[1] == _DISTANCE:
             ax.set_yscale("log")
-            ax.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+            ax.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5), numticks=9))
             ax.yaxis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
             ax.yaxis.set_minor_locator(ticker.NullLocator())
             ax.grid(axis="y", alpha=0.25)
@@ -336,7 +357,7 @@ def _position(data: xr.Dataset, name: str) -> int:
     return int(hit[0])
 
 
-def _histogram(held: xr.Dataset) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+def _histogram(held: xr.Dataset) -> tuple[Floats, Counts]:
     """Return the edges of a neuron's fine bins and the tokens below each; last, all tokens."""
     counts, tails = held["counts"].to_numpy().astype(np.int64), held["tail_count"].to_numpy()
     places = np.linspace(-HALF_RANGE, HALF_RANGE, len(counts) + 1)
@@ -344,31 +365,29 @@ def _histogram(held: xr.Dataset) -> tuple[NDArray[np.float64], NDArray[np.int64]
     return edges, np.cumsum([tails[0], *counts, tails[1]])
 
 
-def _bars(
-    edges: NDArray[np.float64], below: NDArray[np.int64], low: float, high: float
-) -> NDArray[np.int64]:
-    """Return the fine bins at which bars start and the last one stops."""
-    shares = below[-1] * np.array([0.0005, 0.25, 0.75, 0.9995])
-    ends, fine = np.interp(shares, below[:-1], edges), edges[1] - edges[0]
-    width = 2 * (ends[2] - ends[1]) / np.cbrt(below[-1])
-    filled = edges[:-1][np.diff(below[:-1]) > 0]
-    if filled.size:  # a quantile beyond the histogram is somewhere in empty space
-        low, high = min(low, max(ends[0], filled[0])), max(high, min(ends[3], filled[-1] + fine))
-    step = max(1, round(width / fine), round((high - low) / fine / 240))
-    first = np.clip(np.searchsorted(edges, low, "right") - 1, 0, len(edges) - 2)
-    last = np.clip(np.searchsorted(edges, high), first + 1, len(edges) - 1)
-    return np.append(np.arange(first, last, step), last)
+def _quantiles(edges: Floats, below: Counts, shares: list[float]) -> Floats:
+    """Return quantiles; those beyond the histogram are its outermost output."""
+    filled = np.diff(below[:-1]) > 0
+    rims = np.append(filled, False) | np.append(False, filled) | ~filled.any()
+    quantiles: Floats = np.interp(np.multiply(shares, below[-1]), below[:-1][rims], edges[rims])
+    return quantiles
+
+
+def _number(value: Any) -> str:
+    return f"{float(value):,.0f}" if abs(value) >= 1000 else f"{float(value):.3g}"
 
 
 def _facts(row: xr.Dataset) -> str:
     """Return the numbers of a neuron as an aligned text box."""
     texts = {
-        "W1 (std)": f"{row['wasserstein']:.4f}",
+        "W1 (std)"
+        if row["wasserstein_error"] <= TRUSTED_ERROR
+        else "W1, untrusted": f"{row['wasserstein']:.4f}",
         "  error bound": f"±{np.ceil(row['wasserstein_error'] * 1e4) / 1e4:.4f}",
-        **{key: f"{row[key]:.3g}" for key in ("mean", "std", "skewness")},
-        "excess kurtosis": f"{row['kurtosis']:.3g}",
-        "modes": f"{row['modes']:d}",
-        "tokens": f"{row['count']:,}",
-        "noise floor": f"{noise_floor(int(row['count'])):.4f}",
+        "  noise floor": f"{noise_floor(int(row['count'])):.4f}",
+        **{key: _number(row[key]) for key in ("mean", "std", "skewness")},
+        "excess kurtosis": _number(row["kurtosis"]),
+        "modes": f"{row['modes']:,.0f}",
+        "tokens": f"{row['count']:,.0f}",
     }
-    return "\n".join(f"{label:<15} {value:>9}" for label, value in texts.items())
+    return "\n".join(f"{label:<15} {text:>9}" for label, text in texts.items())
