@@ -243,7 +243,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.command_line = command_line(args)
     signal.signal(signal.SIGTERM, _terminate)
     try:
-        if not sys.stderr.isatty():
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        if not sys.stderr.isatty():  # both are read when what we import next is imported
             os.environ.setdefault("TQDM_DISABLE", "1")
             os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         args.run_command(args)

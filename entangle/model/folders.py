@@ -1,6 +1,5 @@
 """Write a folder or a file whole or not at all."""
 
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,30 +17,26 @@ def new_folder(target: str | Path, *, overwrite: bool = False) -> Iterator[Path]
 
     Raises:
         FileExistsError: ``target`` exists and ``overwrite`` is false, or it is no run or model
-            that could be replaced.
+            that could be replaced; or ``TARGET.partial`` is not ours.
         BlockingIOError: another process is writing to ``target``.
         OSError: the target cannot be written; the message names it.
     """
     target = Path(target)
     check_target(target, overwrite)
     partial = target.with_name(target.name + ".partial")
-    try:
-        partial.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(partial / ".lock", timeout=0)
-        lock.acquire()
-    except Timeout as error:
-        raise BlockingIOError(f"another process is writing to {target}") from error
-    except OSError as error:
-        raise OSError(f"cannot write to {partial}: {error.strerror}") from error
+    lock = _claim(partial, target)
     try:
         _empty(partial)
         yield partial
         check_target(target, overwrite)
         _replace(partial, target)
-        (target / ".lock").unlink(missing_ok=True)
+        (target / ".lock").unlink()
+    except BaseException:
+        # Not in `finally`: once renamed, a folder of this name is another process's.
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     finally:
         lock.release()
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def check_target(target: Path, overwrite: bool) -> None:
@@ -54,12 +49,37 @@ def check_target(target: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise FileExistsError(f"{target} exists already: choose another name or say --overwrite")
-    if not target.is_dir() or not (os.listdir(target) == [] or _is_ours(target)):
+    if not target.is_dir() or not (_is_ours(target) or not any(target.iterdir())):
         raise FileExistsError(f"{target} is not a folder that entangle wrote: it is left alone")
 
 
 def _is_ours(folder: Path) -> bool:
     return (folder / "run.json").is_file()
+
+
+def _claim(partial: Path, target: Path) -> FileLock:
+    """Make the folder to fill and lock it; what it holds stays.
+
+    Raises:
+        FileExistsError: a folder of this name is there and we did not make it.
+        BlockingIOError: another process has locked it.
+        OSError: it cannot be made.
+    """
+    lock = FileLock(partial / ".lock", timeout=0)
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+        ours = (partial / ".lock").exists() or not any(partial.iterdir())
+        if ours:
+            lock.acquire()
+    except Timeout as error:
+        raise BlockingIOError(f"another process is writing to {target}") from error
+    except OSError as error:
+        raise OSError(f"cannot write to {partial}: {error.strerror or error}") from error
+    if not ours:
+        raise FileExistsError(
+            f"{partial} is in the way and entangle did not write it: move it or choose another name"
+        )
+    return lock
 
 
 def _empty(folder: Path) -> None:
@@ -72,11 +92,16 @@ def _empty(folder: Path) -> None:
 
 
 def _replace(partial: Path, target: Path) -> None:
-    old = target.with_name(target.name + ".old")
-    if target.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        target.rename(old)
-    partial.rename(target)
+    old = target.with_name(target.name + ".partial.old")
+    try:
+        if target.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            target.rename(old)
+        partial.rename(target)
+    except BaseException:
+        if old.exists() and not target.exists():
+            old.rename(target)
+        raise
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -90,8 +115,8 @@ def new_file(target: str | Path) -> Iterator[Path]:
     target = Path(target)
     # The ending stays, since savefig and others choose the format by it.
     partial = target.with_name(f"{target.stem}.partial{target.suffix}")
+    target.parent.mkdir(parents=True, exist_ok=True)
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
         yield partial
         partial.replace(target)
     finally:

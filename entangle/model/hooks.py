@@ -49,7 +49,11 @@ class Listener:
             )
 
     def begin(self, signature: inspect.Signature, args: Any, kwargs: dict[str, Any]) -> None:
-        """Take up a batch: read from the model's arguments which of its tokens count."""
+        """Take up a batch: read from the model's arguments which of its tokens count.
+
+        Raises:
+            ValueError: the arguments do not say which tokens there are, or which are padding.
+        """
         if self.inside:
             self.check()
         arguments = signature.bind_partial(*args, **kwargs).arguments
@@ -59,7 +63,10 @@ class Listener:
         if inputs is None:
             raise ValueError("the model was called without input_ids and without inputs_embeds")
         windows, length = inputs.shape[:2]
-        real, position = _real_tokens(arguments.get("attention_mask"), windows, length, inputs)
+        cache = arguments.get("past_key_values")
+        past = 0 if cache is None else int(cache.get_seq_length())
+        mask = arguments.get("attention_mask")
+        real, position = _real_tokens(mask, windows, length, past, inputs.device)
         keep = real & (position >= self.skip_first)
         self._size = windows * length
         counted, tokens = int(keep.sum()), int(real.sum())
@@ -89,21 +96,27 @@ class Listener:
 
 
 def _real_tokens(
-    mask: Any, windows: int, length: int, inputs: torch.Tensor
+    mask: Any, windows: int, length: int, past: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return which tokens are no padding, and their positions among those of their window."""
+    """Return which tokens are no padding, and their positions among those of their window.
+
+    ``past`` is how many tokens of each window a cache holds.
+
+    Raises:
+        ValueError: a mask that is not one number a token.
+    """
     if mask is None:
-        real = torch.ones(windows, length, dtype=torch.bool, device=inputs.device)
-        return real, torch.arange(length, device=inputs.device).expand(windows, length)
-    if not isinstance(mask, torch.Tensor) or mask.ndim != 2 or mask.shape[1] < length:
-        given = tuple(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
+        real = torch.ones(windows, length, dtype=torch.bool, device=device)
+        return real, torch.arange(past, past + length, device=device).expand(windows, length)
+    shape = tuple(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
+    if shape != (windows, past + length):
         raise ValueError(
-            f"expected an attention_mask of shape ({windows}, {length}), got {given}: only with "
-            "that can padding be told from tokens"
+            f"expected an attention_mask of shape ({windows}, {past + length}), got {shape}: only "
+            "with that can padding be told from tokens"
         )
     real = mask != 0
     position = real.cumsum(dim=1) - 1
-    return real[:, -length:], position[:, -length:]  # before them lies what a cache holds
+    return real[:, past:], position[:, past:]
 
 
 @contextmanager
@@ -121,12 +134,17 @@ def listening(
 
     Raises:
         RuntimeError: at the end, a layer did not run once in each batch.
-        ValueError: the model is compiled, or ``skip_first`` is negative.
+        ValueError: the model is compiled or offloaded, or ``skip_first`` is negative.
     """
     if skip_first < 0:
         raise ValueError(f"skip_first must not be negative, got {skip_first}")
-    if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
-        raise ValueError("a compiled model does not run hooks: pass the model as it was before")
+    if any(_is_compiled(module) for module in model.modules()):
+        raise ValueError(
+            "a model that torch.compile has changed, or a part of it, does not run hooks: "
+            "pass the model as it was before"
+        )
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError("some weights are offloaded or not loaded: load the whole model first")
     listener = Listener(layers, skip_first)
     backbone = backbone_of(model)
     signature = inspect.signature(backbone.forward)
@@ -153,6 +171,15 @@ def listening(
         for handle in handles:
             handle.remove()
     listener.check()
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    """Tell the three ways: `torch.compile(module)`, `module.compile()`, a compiled `forward`."""
+    return (
+        hasattr(module, "_orig_mod")
+        or module._compiled_call_impl is not None
+        or hasattr(module.forward, "_torchdynamo_orig_callable")
+    )
 
 
 def backbone_of(model: PreTrainedModel) -> nn.Module:

@@ -46,12 +46,21 @@ def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     """Return the list of the model's transformer blocks, and its dotted name.
 
     Raises:
-        ValueError: no list of modules is as long as the configuration says there are blocks.
+        ValueError: no list of modules is as long as the configuration says there are blocks, or
+            a wrapper without a configuration, such as DataParallel.
     """
+    if not hasattr(model, "config"):
+        raise ValueError(
+            f"expected a model of transformers, got {type(model).__name__}: pass what it wraps"
+        )
     config = model.config.get_text_config(decoder=True)
     count = getattr(config, "num_hidden_layers", None)
+    # A vision encoder may have as many blocks, so only the text decoder is searched.
+    decoder: nn.Module = model.get_decoder()  # type: ignore[no-untyped-call]
+    inside = {id(module) for module in decoder.modules()}
     for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count and _has_linears(module):
+        blocks = isinstance(module, nn.ModuleList) and id(module) in inside
+        if blocks and len(module) == count and _has_linears(module):
             return name, module
     raise ValueError(
         f"found no list of {count} transformer blocks (num_hidden_layers) in "

@@ -1,12 +1,15 @@
 """A model and its tokenizer from a hub id, a folder or a GGUF file."""
 
 import hashlib
+import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from gguf import GGUFReader
+from tokenizers.pre_tokenizers import Digits, Sequence
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -38,21 +41,30 @@ def load_model(
 
     Raises:
         FileNotFoundError: a path that is not there, or a folder without a model.
-        ValueError: a model that cannot be loaded, with what transformers says of it.
+        ValueError: an unknown dtype or device, weights that are missing, or a model that cannot
+            be loaded, with what transformers says of it.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    target = torch.device(
-        ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    )
+    target = _device(device)
     source, options = _source(name, revision, trust_remote_code)
     with _explained(name):
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            source, dtype=DTYPES[dtype], **options
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source,
+            dtype=DTYPES[dtype],
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **options,
         )
-    model.to(target)  # type: ignore[arg-type]  # a device is right; the stub is not
-    model.eval()
-    return model
+    model, report = loaded
+    wrong = {*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])}
+    if wrong:  # transformers makes them up at random
+        raise ValueError(
+            f"cannot load {name}: {len(wrong)} of the weights that its configuration asks for "
+            f"are not in its files, or have another shape there, first {min(wrong)}"
+        )
+    on_device: PreTrainedModel = model.to(target).eval()
+    return on_device
 
 
 def load_tokenizer(
@@ -67,13 +79,48 @@ def load_tokenizer(
     source, options = _source(name, revision, trust_remote_code)
     with _explained(name):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, **options)
+    if "gguf_file" in options:
+        _complete(tokenizer, Path(name))
     return tokenizer
+
+
+def _complete(tokenizer: PreTrainedTokenizerBase, file: Path) -> None:
+    """Give a tokenizer what transformers does not read from a GGUF file: its length, its rule."""
+    fields = GGUFReader(file).fields
+    architecture = bytes(fields["general.architecture"].parts[-1]).decode()
+    length, rule = fields.get(f"{architecture}.context_length"), fields.get("tokenizer.ggml.pre")
+    if length is not None:
+        tokenizer.model_max_length = int(length.parts[-1][0])
+    if rule is not None and bytes(rule.parts[-1]) == b"smollm":  # every digit is a word of its own
+        backend = tokenizer.backend_tokenizer
+        backend.pre_tokenizer = Sequence([Digits(individual_digits=True), backend.pre_tokenizer])
+
+
+def _device(name: str) -> torch.device:
+    """Return a device that can be used here.
+
+    Raises:
+        ValueError: there is no such device.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        known = "auto, cpu" + "".join(f", cuda:{i}" for i in range(torch.cuda.device_count()))
+        raise ValueError(f"no device {name!r} here, expected one of {known}") from error
+    return device
 
 
 def _source(
     name: str | Path, revision: str | None, trust_remote_code: bool
 ) -> tuple[str, dict[str, Any]]:
-    """Return what to give to ``from_pretrained``: the name or folder, and options."""
+    """Return what to give to ``from_pretrained``: the name or folder, and options.
+
+    Raises:
+        FileNotFoundError: what can only be a path, and no model is there.
+    """
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     path = Path(name)
     if path.suffix == ".gguf":
@@ -85,23 +132,24 @@ def _source(
             raise FileNotFoundError(f"the folder {path} holds no model: it has no config.json")
         return str(path), options
     # A hub id is NAME or OWNER/NAME; anything else can only be meant as a path.
-    if len(path.parts) > 2 or path.is_absolute() or str(name).startswith((".", "~")):
+    if len(path.parts) > 2 or path.exists() or str(name).startswith((".", "~", "/")):
         raise FileNotFoundError(f"there is no model at {path}: expected a folder or a .gguf file")
     return str(name), options | ({"revision": revision} if revision else {})
 
 
 @contextmanager
 def _explained(name: str | Path) -> Iterator[None]:
-    """Say in one message why transformers could not load a model."""
+    """Say in one message why transformers could not load a model.
+
+    Raises:
+        ValueError: with the beginning of what it said.
+    """
     try:
         yield
-    except (OSError, ValueError, LookupError, ImportError, RuntimeError) as error:
-        reason = str(error).strip().split("\n\n")[0]
-        raise ValueError(
-            f"cannot load {name}: it is no folder here, and transformers says: {reason}"
-            if not Path(name).exists()
-            else f"cannot load {name}: transformers says: {reason}"
-        ) from error
+    except Exception as error:  # tokenizers raises no less
+        where = "" if Path(name).exists() else "it is no folder here, and "
+        reason = textwrap.shorten(str(error) or type(error).__name__, 300, placeholder=" ...")
+        raise ValueError(f"cannot load {name}: {where}transformers says: {reason}") from error
 
 
 def weights_hash(model: PreTrainedModel) -> str:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -85,7 +86,7 @@ def token_windows(
     available = len(ids) // body
     if available == 0:
         raise ValueError(
-            f"{source} has {len(ids):,} tokens, fewer than one window of {length}: "
+            f"too few tokens for one window of {length}: {len(ids):,} in {source}; "
             "give a longer text or a smaller length"
         )
     stream = np.asarray(ids, dtype=np.int64)[: available * body].reshape(available, body)
@@ -120,7 +121,8 @@ def read_documents(source: str | Path, purpose: Purpose = "calibration") -> tupl
     if str(source).startswith("hub:"):
         return str(source), _read_hub(str(source).removeprefix("hub:"))
     path = Path(source)
-    if path.is_dir():
+    named = all(len(part) < 256 for part in path.parts)  # a longer one is text, no name
+    if named and path.is_dir():
         files = sorted(path.glob("*.txt"))
         names = {file.name for file in files}
         if {"calibration.txt", "evaluation.txt"} <= names:
@@ -128,12 +130,12 @@ def read_documents(source: str | Path, purpose: Purpose = "calibration") -> tupl
             files = [path]
         if not files:
             raise FileNotFoundError(f"the folder {path} holds no *.txt file")
-    elif path.is_file():
+    elif named and path.is_file():
         files = [path]
     else:
         raise FileNotFoundError(
-            f"there is no text at {path}: expected a file, a folder of *.txt, "
-            "or hub:NAME[/CONFIG][:SPLIT][#COLUMN]"
+            f"there is no text at {textwrap.shorten(str(source), 100)}: expected a file, a folder "
+            "of *.txt, or hub:NAME[/CONFIG][:SPLIT][#COLUMN]; text itself goes in a list, [text]"
         )
     return str(path), [_read_file(file) for file in files]
 
@@ -146,7 +148,11 @@ def _read_file(file: Path) -> str:
 
 
 def _read_hub(name: str) -> list[str]:
-    """Read a column of a data set of the Hugging Face hub; by default `text` of `train`."""
+    """Read a column of a data set of the Hugging Face hub; by default `text` of `train`.
+
+    Raises:
+        ValueError: the extra is not installed, or the hub has no such data set or column.
+    """
     try:
         import datasets  # an extra: only texts of the hub need it
     except ImportError as error:

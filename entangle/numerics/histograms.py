@@ -30,7 +30,7 @@ HALF_RANGE = 8  # the bins end at this many scales on either side of the center
 MAX_BINS = 2048  # so that a step's index fits 17 bits, and its square summed over 2^31 tokens int64
 MAX_TOKENS = 2**31 - 1  # counts are int32
 MAX_EXCESS = 2**30  # in bins: what lies farther out is not summed, and its neuron is NaN
-MAX_SQUARES = 2**63 - 1
+MAX_SQUARES = 2**62  # in squared bins, of int64's 2^63: float64 sums can tell what exceeds it
 
 _SHIFT = np.int32(6)  # STEPS is 2 to this
 _LATER = np.uint16(2**16 - 1)  # in place of a bin's number: not yet added
@@ -141,14 +141,16 @@ class Histograms:
         here; a neuron that is constant in the pilot takes that median, or 1 where all are.
 
         Raises:
-            RuntimeError: rows have been added already.
+            RuntimeError: the bins have their place already.
             ValueError: the pilot has no rows or another number of neurons.
         """
         self._check(pilot)
         if len(pilot) == 0:
             raise ValueError("the pilot has no rows: its batch holds no counted token")
-        if int(self.count.sum()):
-            raise RuntimeError("the bins cannot be moved once rows have been added")
+        if torch.isfinite(self.center).any():
+            raise RuntimeError(
+                "the bins have their place already: start is called once, before add"
+            )
         mean, std = _mean_and_std(pilot)
         std = torch.where(torch.isfinite(std) & torch.isfinite(mean), std, 0.0)
         alive = std[std > 0]
@@ -173,6 +175,8 @@ class Histograms:
             raise RuntimeError("the bins have no place yet: call start with the pilot's rows first")
         if self.neurons and int(self.count[0]) + len(rows) > MAX_TOKENS:
             raise OverflowError(f"a histogram counts at most {MAX_TOKENS} tokens")
+        if len(rows) == 0:
+            return
         for part in rows.detach().float().split(_EXACT_ROWS):
             self.count.add_(len(part))
             if part.device.type == "cpu":
@@ -272,14 +276,25 @@ class Histograms:
         (Chebyshev), too few for such a peak.
         """
         grid = np.linspace(-HALF_RANGE, HALF_RANGE, 20 * 2 * HALF_RANGE + 1)
+        center, width, counts = (t.cpu().numpy() for t in (self.center, self.width, self.counts))
         modes = np.zeros(self.neurons, np.int64)
-        for i in np.flatnonzero(np.isfinite(moments.std)):
-            edges = (self.edges(int(i)) - moments.mean[i]) / moments.std[i]
-            cumulative = np.cumsum(self.counts[i].cpu().numpy())
-            density = np.diff(np.interp(grid, edges, np.append(0, cumulative)))
-            smooth = gaussian_filter1d(density, sigma=0.2 * 20, mode="constant")
-            smooth = np.pad(smooth, 1)  # so that a peak may lie at the end
-            modes[i] = len(find_peaks(smooth, prominence=0.05 * smooth.max())[0])
+        alive = np.flatnonzero(np.isfinite(moments.std))
+        for some in np.array_split(alive, len(alive) // 256 + 1):
+            mean, std = moments.mean[some, None], moments.std[some, None]
+            place = (mean + std * grid - center[some, None]) / width[some, None] + self.bins / 2
+            place = place.clip(0, self.bins)  # of the grid, in bins (some, points)
+            k = np.minimum(place.astype(np.int64), self.bins - 1)
+            inside = counts[some]
+            below = np.take_along_axis(np.cumsum(inside, axis=1) - inside, k, 1)
+            cumulative = below + (place - k) * np.take_along_axis(inside, k, 1)
+            smooth = gaussian_filter1d(np.diff(cumulative), sigma=0.2 * 20, mode="constant")
+            # All as one signal, a zero on either side of each: a peak may lie at the end, and
+            # none is measured against another neuron's, as no valley is deeper than zero.
+            smooth = np.pad(smooth, ((0, 0), (1, 1)))
+            length = smooth.shape[1]
+            least = np.repeat(0.05 * smooth.max(axis=1), length)
+            peaks, _ = find_peaks(smooth.ravel(), prominence=least, wlen=2 * length + 1)
+            modes[some] = np.bincount(peaks // length, minlength=len(some))
         return modes
 
     def edges(self, neuron: int) -> Array:
@@ -290,6 +305,7 @@ class Histograms:
 
 def _mean_and_std(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the columns' mean and population std in float64, without a float64 copy of it all."""
+    rows = rows.detach().float()  # as they will be added
     mean = torch.cat([part.double().mean(dim=0) for part in rows.split(256, dim=1)])
     parts = zip(rows.split(256, dim=1), mean.split(256), strict=True)
     variance = torch.cat([(part.double() - m).square().mean(dim=0) for part, m in parts])
@@ -435,9 +451,11 @@ def _add_torch(state: Histograms, rows: torch.Tensor) -> None:
             e = torch.where(tail, excess, 0.0)
             square = torch.where(tail, ((e + 0.5) / STEPS).square().round(), 0.0)
             total = square.sum(dim=0) + state.tail_square[:, side]
-            state.beyond.add_((on_side & finite & far).sum(dim=0) + (total >= MAX_SQUARES))
+            overflow = total > MAX_SQUARES
+            state.beyond.add_((on_side & finite & far).sum(dim=0) + overflow)
             state.tail_count[:, side] += tail.sum(dim=0)
             state.tail_excess[:, side] += e.long().sum(dim=0)
+            square = square.masked_fill(overflow, 0.0)
             state.tail_square[:, side] += square.long().sum(dim=0)
             d += torch.where(tail, (edge + e + 0.5) * (1 if side else -1), 0.0)
         state.powers.add_(torch.stack([(d**3).sum(dim=0), (d**4).sum(dim=0)], dim=1))

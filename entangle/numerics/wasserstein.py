@@ -195,6 +195,7 @@ def from_samples(
     if isinstance(samples, torch.Tensor):
         samples = samples.detach().to("cpu", torch.promote_types(samples.dtype, torch.float32))
     rows = np.asarray(samples)
+    rows = rows.astype(np.promote_types(rows.dtype, np.float32), copy=False)
     if rows.ndim != 2:
         raise ValueError(f"expected samples of shape (tokens, neurons), got {rows.shape}")
     if method not in {"exact", "pot", "scipy"}:
@@ -205,7 +206,7 @@ def from_samples(
     drawn: Array = np.random.default_rng(seed).standard_normal(columns.shape[1])
     distance = np.full(len(columns), np.nan)
     for i, column in enumerate(columns.astype(np.float64)):
-        if np.isfinite(column).all() and column[0] < column[-1]:
+        if np.isfinite(column).all() and (column[:1] < column[-1:]).any():
             standard = (column - column.mean()) / column.std()
             distance[i] = _library_distance(standard, drawn, method)
     return distance
@@ -233,7 +234,7 @@ def _exact_distance(columns, quantiles, densities):  # type: ignore[no-untyped-d
     distance = np.full(neurons, np.nan)
     for i in numba.prange(neurons):
         column = columns[i]
-        if n < 2 or not (column[0] < column[-1]) or not math.isfinite(column[-1] - column[0]):
+        if n < 2 or not column[0] < column[-1]:
             continue
         mean, variance = 0.0, 0.0
         for k in range(n):
@@ -241,6 +242,8 @@ def _exact_distance(columns, quantiles, densities):  # type: ignore[no-untyped-d
         mean /= n
         for k in range(n):
             variance += (column[k] - mean) ** 2
+        if not 0 < variance < math.inf:
+            continue
         inverse = 1 / math.sqrt(variance / n)
         total, split = 0.0, 0.0
         for k in range(n):  # as if no bin held its own x; most do not

@@ -232,8 +232,9 @@ def _label(run: Run, variable: str) -> str:
 
 def _subject(data: xr.Dataset) -> str:
     """Return what was measured on what: model, text and tokens, as far as they are known."""
-    names = [PurePath(str(data.attrs.get(key, ""))).name for key in ("model", "text")]
+    model, text = (PurePath(str(data.attrs.get(key, ""))).parts for key in ("model", "text"))
     tokens = f"{data.attrs['tokens']:,} tokens" if "tokens" in data.attrs else ""
+    names = "/".join(model[-1:]), "/".join(text[-2:]).removesuffix(".txt")
     return " · ".join(filter(None, [*names, tokens]))
 
 
@@ -282,7 +283,8 @@ def _colours(cells: Floats) -> tuple[colors.Normalize, colors.Colormap]:
     signed = cells.min() < 0
     scale = colors.AsinhNorm(top / 300, -top, top) if signed else colors.PowerNorm(0.5, 0, top)
     colour = sns.color_palette("vlag" if signed else "inferno", as_cmap=True).copy()
-    beyond = int((cells > top).any()) + 2 * int((cells < -top).any())
+    reach = top * (1 + 1e-9)
+    beyond = int((cells > reach).any()) + 2 * int((cells < -reach).any())
     colour.colorbar_extend = ("neither", "max", "min", "both")[beyond]
     return scale, colour
 
@@ -302,13 +304,14 @@ def _panels(
     panels = dict(zip(roles, grid, strict=False))
     for spare in grid[len(roles) :]:
         spare.remove()
-    depth = 1
-    while len({tuple(role.split(".")[-depth:]) for role in roles}) < len(roles):
-        depth += 1
+    for depth in range(1, 2 + max(role.count(".") for role in roles)):
+        names = [".".join(role.split(".")[-depth:]) for role in roles]
+        if len({*names}) == len(roles) and not any(name[0].isdigit() for name in names):
+            break
     for place, (role, ax) in enumerate(panels.items()):
         ends = frame[frame["role"] == role].groupby("layer").size().agg(["min", "max"]).unique()
         neurons = " to ".join(f"{end:,}" for end in ends)
-        ax.set_title(f"{'.'.join(role.split('.')[-depth:])}\n{neurons} neurons")
+        ax.set_title(f"{names[place]}\n{neurons} neurons")
         ax.tick_params(labelbottom=place + columns >= len(roles))
         if labels[1] == _DISTANCE:
             ax.set_yscale("log")
@@ -317,7 +320,7 @@ def _panels(
             ax.yaxis.set_minor_locator(ticker.NullLocator())
             ax.grid(axis="y", alpha=0.25)
     subject = frame.attrs["subject"]  # gives way to a legend where it is long
-    sheet.suptitle("\n" * (len(subject) > 50) + subject, x=0.01, ha="left")
+    sheet.suptitle("\n" * (len(subject) > 50) + subject, x=0.01, ha="left", linespacing=2)
     sheet.supxlabel(f"{labels[0]}\n{frame.attrs['notes']}".strip())
     sheet.supylabel(labels[1])
     return panels, sheet

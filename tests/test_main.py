@@ -1,0 +1,296 @@
+"""The command line as a user meets it: commands, messages, exit codes, what is left on disk."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import matplotlib.image
+import pandas as pd
+import pytest
+import torch
+import xarray as xr
+
+import entangle
+from entangle.__main__ import main
+from entangle.study import runs
+from tests.tiny_models import CONTEXT, save_tiny
+
+WORDS = "The quick brown fox jumps over the lazy dog; a wizard's job is to vex chumps quickly. "
+
+
+@pytest.fixture(autouse=True)
+def _signals() -> Iterator[None]:
+    handler = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, handler)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model, a text and a run of them."""
+    folder = tmp_path_factory.mktemp("place")
+    save_tiny(folder / "model", "llama")
+    (folder / "text.txt").write_text(WORDS * 60)
+    assert main(_measure(folder, "run")) == 0
+    return folder
+
+
+def _measure(place: Path, out: str, *options: str) -> list[str]:
+    words = ["measure", str(place / "model"), "--text", str(place / "text.txt")]
+    return [*words, "--length", "32", "--windows", "20", *options, "--out", str(place / out)]
+
+
+def _contents(folder: Path) -> dict[str, bytes]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def test_help_and_import_do_not_import_torch() -> None:
+    code = (
+        "import sys, entangle; from entangle.__main__ import main\n"
+        "try: main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "assert 'torch' not in sys.modules and 'xarray' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for command in ("measure", "rank", "plot"):
+        assert command in done.stdout
+
+
+def test_measure_says_what_it_measured_and_found_and_no_more(place: Path) -> None:
+    words = [sys.executable, "-m", "entangle", *_measure(place, "said")]
+    said = subprocess.run(words, capture_output=True, text=True, check=True)
+    run = entangle.open_run(place / "said")
+    assert "640 tokens" in said.stdout
+    assert "20 windows of 32" in said.stdout
+    assert f"{run.sizes['neuron']:,} neurons in 21 layers" in said.stdout
+    assert f"{float(run['wasserstein'].max()):.4f}" in said.stdout
+    assert "noise floor 0.0329" in said.stdout  # 0.833 / √640
+    assert said.stderr == ""
+
+
+def test_measure_again_gives_the_same_bytes(place: Path) -> None:
+    first = _contents(place / "run")
+    assert main(_measure(place, "run", "--overwrite")) == 0
+    second = _contents(place / "run")
+    assert first.pop("log.json") != second.pop("log.json")
+    assert first == second
+    assert set(first) > {"run.json", "neurons.zarr/.zmetadata", "neurons.zarr/wasserstein/.zarray"}
+
+
+def test_run_json_has_the_command_that_repeats_it(place: Path) -> None:
+    options = ["--layers", "*.mlp.*", "*.q_proj", "--skip-first", "2", "--bos", "always"]
+    assert main(_measure(place, "narrow", *options)) == 0
+    noted = json.loads((place / "narrow" / "run.json").read_text())
+    words = noted["command"].split()
+    assert words[0] == "entangle"
+    command = noted["command"].replace("'", "").split()[1:]
+    assert main([*command, "--out", str(place / "again")]) == 0
+    repeated = json.loads((place / "again" / "run.json").read_text())
+    assert repeated == noted
+    assert noted["tokens"] == 20 * 30
+    assert noted["layers"] == ["*.mlp.*", "*.q_proj"]
+    assert set(entangle.open_run(place / "narrow")["role"].values) == {
+        *("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj", "self_attn.q_proj")
+    }
+
+
+def test_rank_prints_the_order_of_the_dataset(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = place / "top.csv"
+    assert main(["rank", str(place / "run"), "--top", "7", "--csv", str(file)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    frame = xr.open_zarr(place / "run" / "neurons.zarr", chunks=None).to_dataframe()
+    frame = frame.sort_values("wasserstein", ascending=False, kind="stable").head(7)
+    expected = [f"{layer}:{index}" for layer, index in zip(frame["layer"], frame["index"])]
+    assert [line.split()[1] for line in lines[-7:]] == expected
+    table = pd.read_csv(file)
+    assert list(table["neuron"]) == expected
+    assert table["wasserstein"].tolist() == frame["wasserstein"].tolist()
+
+    assert main(["rank", str(place / "run"), "--top", "7", "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert [row["neuron"] for row in printed["neurons"]] == expected
+    assert printed["tokens"] == 640
+
+
+def test_rank_by_another_variable_and_of_some_layers(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["rank", str(place / "run"), "--by", "kurtosis", "--layers", "*.up_proj", "--top", "3"]
+    assert main([*words, "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["neurons"]
+    run = entangle.open_run(place / "run").to_dataset()
+    up = run.where(run["role"] == "mlp.up_proj", drop=True)
+    assert [row["kurtosis"] for row in rows] == sorted(up["kurtosis"].values, reverse=True)[:3]
+    assert all(".up_proj:" in row["neuron"] for row in rows)
+
+
+def test_plots_are_written_into_the_run(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = str(place / "run")
+    for kind in ("heatmap", "layers", "ranks"):
+        assert main(["plot", run, kind]) == 0
+        file = Path(capsys.readouterr().out.strip())
+        assert file == place / "run" / "figures" / f"{kind}.png"
+        picture = matplotlib.image.imread(file)
+        assert picture[..., :3].std() > 0.01  # something is on it
+    assert main(["plot", run, "neuron", "model.layers.1.mlp.up_proj:5"]) == 0
+    assert Path(capsys.readouterr().out.strip()).is_file()
+    assert main(["plot", run, "layers", "--out", str(place / "a.svg")]) == 0
+    assert (place / "a.svg").read_text().startswith("<?xml")
+
+
+@pytest.mark.parametrize(
+    ("words", "messages"),
+    [
+        (["measure", "./nowhere", "--text", "TEXT"], ["nowhere", "no model"]),
+        (["measure", "nobody/nothing", "--text", "TEXT"], ["nobody/nothing"]),
+        (["measure", "MODEL", "--text", "missing.txt"], ["no text at missing.txt", "hub:"]),
+        (["measure", "MODEL", "--text", "TEXT", "--layers", "*.mlp.up_prj"], ["*.mlp.up_proj"]),
+        (["measure", "MODEL", "--text", "SHORT"], ["fewer than one window of 32", "20 tokens"]),
+        (["measure", "MODEL", "--text", "TEXT", "--length", "999"], ["999", str(CONTEXT)]),
+        (["measure", "MODEL", "--text", "TEXT", "--skip-first", "32"], ["leaves none"]),
+        (["measure", "MODEL", "--text", "TEXT", "--skip-first", "-1"], ["negative"]),
+        (["measure", "MODEL", "--text", "TEXT", "--windows", "0"], ["at least 1 window"]),
+        (["measure", "MODEL", "--text", "TEXT", "--batch-size", "0"], ["batch size 0"]),
+        (["measure", "MODEL", "--text", "TEXT", "--bins", "4096"], ["2048", "4096"]),
+        (["measure", "MODEL", "--text", "TEXT", "--device", "cuda:7"], ["cuda:7"]),
+        (["measure", "MODEL", "--text", "TEXT", "--device", "gpu"], ["gpu"]),
+        (["rank", "MODEL"], ["run.json"]),
+        (["rank", "RUN", "--by", "beauty"], ["beauty", "wasserstein"]),
+        (["rank", "RUN", "--layers", "*.nothing"], ["*.nothing"]),
+        (["plot", "RUN", "neuron"], ["LAYER:INDEX"]),
+        (["plot", "RUN", "heatmap", "a:1"], ["a:1"]),
+        (["plot", "RUN", "neuron", "model.layers.1.mlp.up_prj:5"], ["model.layers.1.mlp.up_proj"]),
+        (["plot", "RUN", "neuron", "model.layers.1.mlp.up_proj:99"], ["99", "37"]),
+        (["plot", "RUN", "layers", "--out", "x.wrong"], ["wrong"]),
+    ],
+)
+def test_bad_input_gets_one_message(
+    place: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    words: list[str],
+    messages: list[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (place / "short.txt").write_text(WORDS[:20])
+    names = {"MODEL": "model", "RUN": "run", "TEXT": "text.txt", "SHORT": "short.txt"}
+    words = [str(place / names[word]) if word in names else word for word in words]
+    if words[0] == "measure":
+        length = [] if "--length" in words else ["--length", "32"]
+        words += [*length, "--out", str(tmp_path / "out")]
+    assert main(words) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.startswith("entangle: ")
+    assert "Traceback" not in said.err
+    for message in messages:
+        assert message in said.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_debug_shows_the_traceback(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["rank", str(place / "nowhere"), "--debug"]) == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_an_existing_run_is_left_alone(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = _contents(place / "run")
+    assert main(_measure(place, "run")) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert main(_measure(place, "model", "--overwrite")) == 2  # a folder that is no run
+    assert "left alone" in capsys.readouterr().err
+    assert main(_measure(place, "text.txt/run")) == 2  # below a file
+    assert "text.txt" in capsys.readouterr().err
+    assert _contents(place / "run") == before
+
+
+def test_a_full_disk_leaves_the_old_run(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    before = _contents(place / "run")
+    monkeypatch.setattr(runs, "write_json", full)
+    assert main(_measure(place, "run", "--overwrite")) == 2
+    assert "No space left" in capsys.readouterr().err
+    assert _contents(place / "run") == before
+    assert not list(place.glob("*.partial*"))
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_stopped_by_a_signal_it_leaves_nothing(
+    place: Path, tmp_path: Path, number: signal.Signals, code: int
+) -> None:
+    (tmp_path / "long.txt").write_text(WORDS * 20_000)
+    words = [sys.executable, "-m", "entangle", "measure", str(place / "model"), "--text"]
+    words += [str(tmp_path / "long.txt"), "--windows", "100000", "--length", "16"]
+    words += ["--batch-size", "1", "--out", str(tmp_path / "out")]
+    process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "out.partial").exists():
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    time.sleep(1)
+    process.send_signal(number)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert "nothing is written" in said
+    assert "Traceback" not in said
+    assert [path.name for path in tmp_path.iterdir()] == ["long.txt"]
+
+
+def test_broken_and_dead_neurons_are_named_and_not_ranked(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = entangle.load_model(place / "model")
+    layers = dict(model.named_modules())
+    with torch.no_grad():
+        # Of the last block's outputs nothing follows, so that only these neurons are touched.
+        layers["model.layers.2.mlp.down_proj"].weight[3] = float("nan")
+        layers["model.layers.2.mlp.down_proj"].bias[5] = float("inf")
+        layers["model.layers.0.mlp.up_proj"].weight[7] = 0.0
+    model.save_pretrained(tmp_path / "model")
+    entangle.load_tokenizer(place / "model").save_pretrained(tmp_path / "model")
+    (tmp_path / "text.txt").write_text(WORDS * 60)
+    assert main(_measure(tmp_path, "run")) == 0
+    said = capsys.readouterr().out
+    assert "2 neurons have outputs that are NaN, infinite" in said
+    assert "model.layers.2.mlp.down_proj:3, model.layers.2.mlp.down_proj:5" in said
+    assert (
+        "1 neurons are dead (constant), and have no distance: model.layers.0.mlp.up_proj:7" in said
+    )
+    run = entangle.open_run(tmp_path / "run").to_dataset()
+    assert int(run["wasserstein"].isnull().sum()) == 3
+    assert int((run["nonfinite"] > 0).sum()) == 2
+    assert set(run["nonfinite"].values) == {0, 640}
+    assert main(["rank", str(tmp_path / "run"), "--top", "9999", "--json"]) == 0
+    ranked = json.loads(capsys.readouterr().out)["neurons"]
+    assert len(ranked) == run.sizes["neuron"] - 3
+    for kind in ("heatmap", "layers", "ranks"):
+        assert main(["plot", str(tmp_path / "run"), kind]) == 0
+    assert main(["plot", str(tmp_path / "run"), "neuron", "model.layers.0.mlp.up_proj:7"]) == 2
+    assert "dead" in capsys.readouterr().err
+
+
+def test_head_may_close_the_pipe(place: Path) -> None:
+    words = [sys.executable, "-m", "entangle", "rank", str(place / "run"), "--top", "9999"]
+    reader, writer = os.pipe()
+    process = subprocess.Popen(words, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    os.close(reader)
+    _, said = process.communicate(timeout=60)
+    assert said == ""
+    assert process.returncode == 0
