@@ -70,7 +70,11 @@ def run_rank(args: argparse.Namespace) -> None:
 
 
 def run_plot(args: argparse.Namespace) -> None:
-    """Draw a run: heatmap, layers, ranks, or one neuron."""
+    """Draw a run: heatmap, layers, ranks, or one neuron.
+
+    Raises:
+        ValueError: a neuron for a plot of all, or none for that of one.
+    """
     from entangle.study import runs
 
     if (args.kind == "neuron") != (args.neuron is not None):
@@ -198,21 +202,29 @@ def parser() -> argparse.ArgumentParser:
     )
 
     measure = commands.add_parser(
-        "measure", parents=[model, text, layers, always], help=run_measure.__doc__
+        "measure",
+        parents=[model, text, layers, always],
+        help="measure the distribution of every neuron over a text",
     )
     measure.add_argument("--out", type=Path, required=True, metavar="RUN", help="a new folder")
     measure.add_argument("--overwrite", action="store_true", help="replace RUN if it exists")
     measure.add_argument("--bins", type=int, default=1024, help="of a histogram [1024]")
     measure.set_defaults(run_command=run_measure)
 
-    rank = commands.add_parser("rank", parents=[layers, always], help=run_rank.__doc__)
+    rank = commands.add_parser(
+        "rank",
+        parents=[layers, always],
+        help="print the neurons with the largest distance, or of another variable",
+    )
     rank.add_argument("run", type=Path, metavar="RUN")
     rank.add_argument("--top", type=int, default=30, help="how many neurons [30]")
     rank.add_argument("--by", default="wasserstein", help="which variable [wasserstein]")
     rank.add_argument("--csv", type=Path, metavar="FILE", help="write the table, numbers in full")
     rank.set_defaults(run_command=run_rank)
 
-    plot = commands.add_parser("plot", parents=[always], help=run_plot.__doc__)
+    plot = commands.add_parser(
+        "plot", parents=[always], help="draw a run: heatmap, layers, ranks, or one neuron"
+    )
     plot.add_argument("run", type=Path, metavar="RUN")
     plot.add_argument("kind", choices=PLOTS)
     plot.add_argument("neuron", nargs="?", metavar="LAYER:INDEX", help="for plot neuron")

@@ -30,7 +30,7 @@ def test_a_row_per_neuron_in_model_order(histograms: Histograms) -> None:
     assert frame["block"].iloc[-1] == 1
     assert frame["std"].tolist() == histograms.moments().std.tolist()
     weights = [layer.module.weight.T for layer in layers]  # Conv1D holds (inputs, neurons)
-    norms = np.concatenate([np.linalg.norm(w.detach().numpy(), axis=1) for w in weights])  # type: ignore[union-attr, operator]
+    norms = np.concatenate([np.linalg.norm(w.detach().numpy(), axis=1) for w in weights])  # type: ignore[operator]
     assert np.allclose(frame["weight_norm"], norms)
     assert tree.attrs == {"model": "tiny"}
 

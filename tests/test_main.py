@@ -97,7 +97,7 @@ def test_run_json_has_the_command_that_repeats_it(place: Path) -> None:
     assert repeated == noted
     assert noted["tokens"] == 20 * 30
     assert noted["layers"] == ["*.mlp.*", "*.q_proj"]
-    assert set(entangle.open_run(place / "narrow")["role"].values) == {
+    assert set(entangle.open_run(place / "narrow").to_dataset()["role"].to_numpy()) == {
         *("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj", "self_attn.q_proj")
     }
 
@@ -110,7 +110,9 @@ def test_rank_prints_the_order_of_the_dataset(
     lines = capsys.readouterr().out.splitlines()
     frame = xr.open_zarr(place / "run" / "neurons.zarr", chunks=None).to_dataframe()
     frame = frame.sort_values("wasserstein", ascending=False, kind="stable").head(7)
-    expected = [f"{layer}:{index}" for layer, index in zip(frame["layer"], frame["index"])]
+    expected = [
+        f"{layer}:{index}" for layer, index in zip(frame["layer"], frame["index"], strict=True)
+    ]
     assert [line.split()[1] for line in lines[-7:]] == expected
     table = pd.read_csv(file)
     assert list(table["neuron"]) == expected

@@ -12,7 +12,7 @@ def run() -> xr.Dataset:
     distance = [0.1, 0.5, np.nan, 0.5, 0.3, 0.9, 0.2, 0.4]
     error = [0.01, 0.01, np.nan, 0.01, 0.01, 0.2, 0.01, 0.01]
     values = np.arange(8.0)
-    variables = {name: values for name in ("mean", "std", "skewness", "kurtosis", "modes")}
+    variables = dict.fromkeys(("mean", "std", "skewness", "kurtosis", "modes"), values)
     variables |= {"wasserstein": np.array(distance), "wasserstein_error": np.array(error)}
     return xr.Dataset(
         {name: ("neuron", value) for name, value in variables.items()},

@@ -98,14 +98,15 @@ def tiny_model(
     ids: dict[str, Any] = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     make: Callable[..., PreTrainedConfig] = getattr(transformers, kind)
     config = make(vocab_size=VOCABULARY, **ids | options | changes)
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for _, parameter in sorted(model.named_parameters()):
             # Biases and norms too, which would start as zeros and ones and hide mistakes.
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.copy_(0.2 * noise + (parameter if parameter.ndim == 1 else 0))
-    return model.to(dtype).eval()  # type: ignore[no-any-return]
+    model.to(dtype).eval()  # type: ignore[arg-type]  # a dtype is right; the stub is not
+    return model
 
 
 def tiny_tokenizer(*, adds_bos: bool = False, has_bos: bool = True) -> PreTrainedTokenizerFast:
@@ -119,7 +120,10 @@ def tiny_tokenizer(*, adds_bos: bool = False, has_bos: bool = True) -> PreTraine
             single="<s> $A", special_tokens=[("<s>", 1)]
         )
     special = SPECIAL if has_bos else {key: SPECIAL[key] for key in ("pad_token", "eos_token")}
-    return PreTrainedTokenizerFast(tokenizer_object=backend, model_max_length=CONTEXT, **special)
+    tokenizer: PreTrainedTokenizerFast = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=backend, model_max_length=CONTEXT, **special
+    )
+    return tokenizer
 
 
 def save_tiny(

@@ -337,8 +337,7 @@ def _add_numba(  # type: ignore[no-untyped-def]
     tokens, neurons = rows.shape
     edge = np.float32(STEPS // 2 * counts.shape[1])
     shift = np.int32(edge)
-    number_of_bins = np.uint16(MAX_BINS)
-    under, zero, half = np.float32(-edge - STEPS), np.float32(0), np.float32(0.5)
+    half = np.float32(0.5)
     for block in numba.prange((neurons + 63) // 64):
         begin = block * 64
         end = min(begin + 64, neurons)
@@ -382,7 +381,7 @@ def _add_numba(  # type: ignore[no-untyped-def]
                     high[j] = max(high[j], max(max(x0[j], x1[j]), max(x2[j], x3[j])))
             for j in range(n):
                 bins = counts[begin + j]
-                if seen[j] < number_of_bins:
+                if seen[j] < MAX_BINS:
                     for t in range(length):
                         bins[numbers[t, j]] += np.int32(1)
                     continue

@@ -203,8 +203,8 @@ def from_samples(
     columns = np.sort(rows.T, axis=1)  # (neurons, tokens)
     if method == "exact":
         return np.asarray(_exact_distance(columns, *_gaussian_bins(columns.shape[1])))
-    drawn: Array = np.random.default_rng(seed).standard_normal(columns.shape[1])
-    distance = np.full(len(columns), np.nan)
+    drawn = np.asarray(np.random.default_rng(seed).standard_normal(columns.shape[1]))
+    distance: Array = np.full(len(columns), np.nan)
     for i, column in enumerate(columns.astype(np.float64)):
         if np.isfinite(column).all() and (column[:1] < column[-1:]).any():
             standard = (column - column.mean()) / column.std()

@@ -98,7 +98,7 @@ def heatmap(
         ax.yaxis.set_major_locator(ticker.MaxNLocator(7, integer=True, min_n_ticks=1))
     bar = sheet.colorbar(mesh, ax=[*panels.values()], pad=0.015, aspect=25)
     bar.set_label(_label(run, variable))
-    return sheet.get_figure(root=True)
+    return sheet.figure
 
 
 @mpl.rc_context(_STYLE)
@@ -125,7 +125,7 @@ def layers(run: Run, *, layers: Names = None, figure: Sheet = None) -> Figure:
         ax.stairs(part["floor"], rims, baseline=None, label="noise floor", **_DASHES)
         ax.xaxis.set_major_locator(ticker.MaxNLocator(6, integer=True, min_n_ticks=1))
     sheet.legend(*ax.get_legend_handles_labels(), loc="outside upper right", ncols=5)
-    return sheet.get_figure(root=True)
+    return sheet.figure
 
 
 @mpl.rc_context(_STYLE)
@@ -153,7 +153,7 @@ def ranks(run: Run, *, layers: Names = None, figure: Sheet = None) -> Figure:
     sheet.legend(*ax.get_legend_handles_labels(), loc="outside upper right")
     bar = sheet.colorbar(colour, ax=[*panels.values()], label="block", pad=0.015, aspect=40)
     bar.locator = ticker.MaxNLocator(8, integer=True)
-    return sheet.get_figure(root=True)
+    return sheet.figure
 
 
 @overload

@@ -116,8 +116,9 @@ def dataset_of(run: xr.DataTree | xr.Dataset) -> xr.Dataset:
 def trusted(run: xr.DataTree | xr.Dataset) -> npt.NDArray[np.bool_]:
     """Return which neurons have a distance whose bound is at most 0.1: no others are ranked."""
     dataset = dataset_of(run)
-    known: npt.NDArray[np.bool_] = dataset["wasserstein_error"].to_numpy() <= TRUSTED_ERROR
-    return known & np.isfinite(dataset["wasserstein"].to_numpy())
+    bound, distance = dataset["wasserstein_error"].to_numpy(), dataset["wasserstein"].to_numpy()
+    known: npt.NDArray[np.bool_] = (bound <= TRUSTED_ERROR) & np.isfinite(distance)
+    return known
 
 
 def summary(run: xr.DataTree | xr.Dataset) -> dict[str, Any]:

@@ -188,7 +188,9 @@ def _check(model: PreTrainedModel, windows: TokenWindows, skip_first: int) -> No
             f"leaving out the first {skip_first} tokens of windows of {windows.length} leaves none"
         )
     largest = int(windows.tokens.max())
-    vocabulary = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[arg-type]
+    embedding = model.get_input_embeddings().weight
+    assert isinstance(embedding, torch.Tensor)
+    vocabulary = len(embedding)
     if largest >= vocabulary:
         raise ValueError(
             f"the text has token {largest}, but the model knows {vocabulary} tokens: "

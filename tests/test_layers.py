@@ -1,0 +1,185 @@
+"""Layers are found by structure, all of them and no others, and weights are (neurons, inputs)."""
+
+import re
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import Gemma3Config, Gemma3ForConditionalGeneration, PreTrainedModel
+
+from entangle.model.layers import (
+    LinearLayer,
+    find_blocks,
+    find_layers,
+    skipped_parameters,
+    weight_of,
+)
+from tests.tiny_models import ARCHITECTURES, VOCABULARY, tiny_model
+
+LINEARS_IN_A_BLOCK = {
+    "bloom": 4,
+    "falcon": 4,
+    "falcon-alibi": 4,
+    "gpt-j": 6,
+    "gpt-neox": 4,
+    "gpt2": 4,
+    "mixtral": 4,
+    "opt": 6,
+    "phi": 6,
+}  # seven elsewhere: q, k, v, o, gate, up, down
+
+
+def matrices(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """Walk the modules in our own way: what has a matrix for a weight and embeds nothing."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(weight := getattr(module, "weight", None), nn.Parameter)
+        and weight.ndim == 2
+        and "Router" not in type(module).__name__
+        and not isinstance(module, nn.Embedding)
+    }
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_linear_of_the_blocks_is_found_and_none_outside(name: str) -> None:
+    model = tiny_model(name)
+    layers = find_layers(model)
+    found = {layer.name: layer.module for layer in layers}
+    in_blocks = {key: m for key, m in matrices(model).items() if re.search(r"\.\d+\.", key)}
+    assert found == in_blocks
+    assert list(found) == list(in_blocks)  # in the model's order
+    assert model.lm_head not in found.values()
+    depth = model.config.num_hidden_layers
+    assert len(layers) == depth * LINEARS_IN_A_BLOCK.get(name, 7)
+    for layer in layers:
+        prefix, block, role = re.fullmatch(r"(\D+)\.(\d+)\.(\D\S*)", layer.name).groups()  # type: ignore[union-attr]
+        assert (prefix, int(block), role) == (find_blocks(model)[0], layer.block, layer.role)
+
+
+def test_projections_outside_the_blocks_are_no_layers() -> None:
+    outside = set(matrices(tiny_model("opt"))) - {
+        layer.name for layer in find_layers(tiny_model("opt"))
+    }
+    assert outside == {"lm_head", "model.decoder.project_in", "model.decoder.project_out"}
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_outputs_are_inputs_times_the_transposed_weight_plus_bias(name: str) -> None:
+    model = tiny_model(name)
+    heard: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+    for layer in find_layers(model):
+
+        def hook(_: nn.Module, args: Any, output: torch.Tensor, key: str = layer.name) -> None:
+            heard[key] = (args[0].clone(), output.clone())  # some models write over theirs
+
+        layer.module.register_forward_hook(hook)
+    with torch.no_grad():
+        model(torch.arange(3, 15)[None])
+    for layer in find_layers(model):
+        inputs, outputs = heard[layer.name]
+        weight, bias = weight_of(layer), getattr(layer.module, "bias", None)
+        assert weight.shape == (layer.neurons, layer.inputs)
+        assert (inputs.shape[-1], outputs.shape[-1]) == (layer.inputs, layer.neurons)
+        expected = inputs @ weight.T + (0 if bias is None else bias)
+        torch.testing.assert_close(outputs, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_a_weight_is_a_view_so_that_writing_to_it_changes_the_model(name: str) -> None:
+    (layer,) = find_layers(
+        tiny_model(name), "*.1.mlp.c_fc" if name == "gpt2" else "*.1.mlp.up_proj"
+    )
+    weight_of(layer)[5] = 0.0
+    with torch.no_grad():
+        outputs = layer.module(torch.randn(9, layer.inputs))
+    alive = (outputs.std(dim=0) > 1e-6).tolist()
+    assert alive == [neuron != 5 for neuron in range(layer.neurons)]
+
+
+def test_fused_experts_are_listed_as_skipped_and_attention_is_found() -> None:
+    model = tiny_model("mixtral")
+    assert {layer.role for layer in find_layers(model)} == {
+        f"self_attn.{letter}_proj" for letter in "qkvo"
+    }
+    in_layers = {id(layer.module.weight) for layer in find_layers(model)}
+    left = [
+        key
+        for key, parameter in model.named_parameters()
+        if ".layers." in key and parameter.ndim > 1 and id(parameter) not in in_layers
+    ]
+    assert skipped_parameters(model) == left
+    assert {key.split(".", 3)[-1] for key in left} == {
+        "mlp.gate.weight",
+        "mlp.experts.gate_up_proj",
+        "mlp.experts.down_proj",
+    }
+
+
+@pytest.mark.parametrize("name", sorted(set(ARCHITECTURES) - {"mixtral"}))
+def test_elsewhere_nothing_is_skipped(name: str) -> None:
+    assert skipped_parameters(tiny_model(name)) == []
+
+
+@pytest.mark.parametrize(
+    ("patterns", "expected"),
+    [
+        ("model.layers.1.mlp.up_proj", ["1.mlp.up_proj"]),
+        ("*.mlp.up_proj", ["0.mlp.up_proj", "1.mlp.up_proj", "2.mlp.up_proj"]),
+        (["*.2.*.[qk]_proj", "*.0.mlp.up_proj"], ["0.mlp.up_proj", "2.self_attn.q_proj", "2.self_attn.k_proj"]),
+        (["*.1.mlp.*", "*.1.mlp.up_proj"], ["1.mlp.gate_proj", "1.mlp.up_proj", "1.mlp.down_proj"]),
+    ],
+)  # fmt: skip
+def test_patterns_choose_layers_in_the_models_order_and_once(
+    patterns: str | list[str], expected: list[str]
+) -> None:
+    layers = find_layers(tiny_model("llama"), patterns)
+    assert [layer.name.removeprefix("model.layers.") for layer in layers] == expected
+
+
+@pytest.mark.parametrize(
+    ("pattern", "hint"),
+    [
+        ("mlp.up_proj", r"near matches: \*\.mlp\.up_proj"),
+        ("model.layers.1.mlp.up_prj", r"near matches: model\.layers\.1\.mlp\.up_proj"),
+        ("*.mlp.fc1", "roles mlp.down_proj, mlp.gate_proj, mlp.up_proj, self_attn.k_proj"),
+        ("lm_head", "layers are named like model.layers.0.self_attn.q_proj"),
+        ("*.7.mlp.up_proj", "no layer matches '[*].7.mlp.up_proj'"),
+    ],
+)
+def test_a_pattern_that_matches_nothing_is_an_error_with_a_hint(pattern: str, hint: str) -> None:
+    with pytest.raises(LookupError, match=hint):
+        find_layers(tiny_model("llama"), ["*.mlp.*", pattern])
+
+
+def test_the_blocks_are_the_text_decoders_even_if_a_vision_encoder_is_as_deep() -> None:
+    text = {"hidden_size": 24, "intermediate_size": 37, "num_hidden_layers": 2, "head_dim": 10}
+    heads = {"num_attention_heads": 3, "num_key_value_heads": 1, "vocab_size": VOCABULARY}
+    vision = {"hidden_size": 16, "intermediate_size": 20, "num_hidden_layers": 2}
+    images = {"num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+    config = Gemma3Config(
+        text_config=text | heads, vision_config=vision | images, mm_tokens_per_image=4
+    )
+    model = Gemma3ForConditionalGeneration(config)
+    assert find_blocks(model)[0] == "model.language_model.layers"
+    assert {layer.inputs for layer in find_layers(model, "*.mlp.up_proj")} == {24}
+
+
+def test_a_model_without_such_blocks_is_refused() -> None:
+    model = tiny_model("gpt2")
+    model.config.n_layer = 5
+    with pytest.raises(ValueError, match=r"no list of 5 transformer blocks .* in GPT2LMHeadModel"):
+        find_blocks(model)
+    wrapped: Any = nn.DataParallel(tiny_model("gpt2"))
+    with pytest.raises(ValueError, match="expected a model of transformers, got DataParallel"):
+        find_layers(wrapped)
+
+
+def test_a_layer_prints_short_and_compares_by_name() -> None:
+    first, *_ = find_layers(tiny_model("gpt2"))
+    assert (
+        repr(first)
+        == "LinearLayer(name='transformer.h.0.attn.c_attn', block=0, role='attn.c_attn')"
+    )
+    assert first == LinearLayer(first.name, 0, "attn.c_attn", nn.Identity())
