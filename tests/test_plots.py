@@ -12,15 +12,16 @@ import numpy.typing as npt
 import pytest
 import torch
 import xarray as xr
-from entangle.numerics.histograms import Histograms
-from entangle.numerics.wasserstein import noise_floor
-from entangle.show import plots
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection, QuadMesh
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle, StepPatch
 from matplotlib.text import Text
+
+from entangle.numerics.histograms import Histograms
+from entangle.numerics.wasserstein import noise_floor
+from entangle.show import plots
 
 Array = npt.NDArray[Any]
 LAYER = "model.layers.5.mlp.up_proj"
@@ -603,7 +604,7 @@ def test_all_text_fits_and_none_overlaps_at_a_readmes_width(
     monkeypatch.setattr(Text, "draw", note_and_draw)
     figure.savefig(BytesIO(), format="png")
     assert len(drawn) > 8
-    assert all(6.5 <= text.get_fontsize() <= 9 for text in drawn)
+    assert all(6.5 <= float(text.get_fontsize()) <= 9 for text in drawn)
     boxes = [(text.get_text(), box) for text, box in drawn.items()]
     for text, box in boxes:
         assert -1 < box.x0 < box.x1 < 851, f"{text!r} leaves the picture"
