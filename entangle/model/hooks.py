@@ -165,7 +165,8 @@ def listening(
     try:
         handles.append(backbone.register_forward_pre_hook(begin, with_kwargs=True))
         handles.append(backbone.register_forward_hook(end))
-        handles += [layer.module.register_forward_hook(hook_of(layer)) for layer in layers]
+        for layer in layers:
+            handles.append(layer.module.register_forward_hook(hook_of(layer)))
         yield listener
     finally:
         for handle in handles:

@@ -193,9 +193,8 @@ def neuron(run: xr.DataTree, name: str, *, ax: Axes | None = None) -> Figure | A
     across = f"output of the neuron (output units)\n{note}"
     panel.set(xlabel=across, ylabel="density (share of tokens per output unit)")
     panel.set_title(f"{name}\n{_subject(data)}".strip(), loc="left")
-    top = panel.secondary_xaxis(
-        "top", (lambda x: np.subtract(x, mean) / std, lambda z: np.multiply(z, std) + mean)
-    )
+    both = (lambda x: np.subtract(x, mean) / std), (lambda z: np.multiply(z, std) + mean)
+    top = panel.secondary_xaxis("top", functions=both)
     top.set_xlabel("standard deviations from the mean")
     panel.legend(loc="upper left", bbox_to_anchor=(1.01, 1))
     panel.text(1.025, 0, _facts(row), transform=panel.transAxes, family="monospace")

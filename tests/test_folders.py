@@ -1,0 +1,238 @@
+"""A folder is written whole or not at all, by one process at a time, and only over our own."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from entangle.model.folders import check_target, new_file, new_folder
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """Return every file below a folder, hidden ones too."""
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path.read_text() for path in files}
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run written before."""
+    target = tmp_path / "run"
+    fill(target, "first")
+    return target
+
+
+def fill(target: Path, what: str, *, overwrite: bool = False) -> None:
+    with new_folder(target, overwrite=overwrite) as folder:
+        (folder / "run.json").write_text(what)
+        (folder / "neurons.zarr").mkdir()
+        (folder / "neurons.zarr" / "0").write_text(what)
+
+
+WHOLE = {"run/run.json": "first", "run/neurons.zarr/0": "first"}
+
+
+def test_a_folder_appears_at_the_end_and_whole(tmp_path: Path) -> None:
+    target = tmp_path / "runs" / "new"
+    with new_folder(target) as folder:
+        assert not target.exists()
+        assert folder == tmp_path / "runs" / "new.partial"
+        assert contents(folder) == {".lock": ""}
+        (folder / "a").write_text("text")
+    assert contents(tmp_path) == {"runs/new/a": "text"}
+
+
+def test_an_empty_folder_in_its_place_is_taken_with_overwrite(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    with pytest.raises(FileExistsError, match="run exists already: choose another name or say"):
+        fill(tmp_path / "run", "first")
+    fill(tmp_path / "run", "first", overwrite=True)
+    assert contents(tmp_path) == WHOLE
+
+
+@pytest.mark.parametrize("error", [ValueError("no"), KeyboardInterrupt(), OSError(28, "disk full")])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_after_an_error_all_is_as_before(
+    tmp_path: Path, error: BaseException, overwrite: bool
+) -> None:
+    if overwrite:
+        fill(tmp_path / "run", "first")
+    before = contents(tmp_path)
+
+    def fail() -> None:
+        with new_folder(tmp_path / "run", overwrite=overwrite) as folder:
+            (folder / "run.json").write_text("second")
+            raise error
+
+    with pytest.raises(type(error)) as caught:
+        fail()
+    assert caught.value is error
+    assert contents(tmp_path) == before
+    assert [path.name for path in tmp_path.iterdir()] == (["run"] if overwrite else [])
+
+
+def test_an_existing_folder_is_refused_before_anything_is_made(run: Path) -> None:
+    with pytest.raises(FileExistsError, match="exists already: choose another name or say --over"):
+        fill(run, "second")
+    assert contents(run.parent) == WHOLE
+
+
+def test_overwriting_replaces_the_whole_of_a_run(run: Path) -> None:
+    (run / "report.html").write_text("of the first")
+    fill(run, "second", overwrite=True)
+    assert contents(run.parent) == {"run/run.json": "second", "run/neurons.zarr/0": "second"}
+
+
+def test_what_entangle_did_not_write_is_never_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.tex").write_text("years of work")
+    (tmp_path / "file").write_text("text")
+    before = contents(tmp_path)
+    for name in ("thesis", "file"):
+        with pytest.raises(FileExistsError, match=f"{name} is not a folder that entangle wrote"):
+            fill(tmp_path / name, "second", overwrite=True)
+        with pytest.raises(FileExistsError, match="is left alone"):
+            check_target(tmp_path / name, True)
+    assert contents(tmp_path) == before
+
+
+def test_a_folder_of_the_users_with_a_name_like_ours_is_left_alone(run: Path) -> None:
+    for name in ("run.old", "other.partial"):
+        run.with_name(name).mkdir()
+        (run.with_name(name) / "precious").write_text("mine")
+    fill(run, "second", overwrite=True)
+    with pytest.raises(FileExistsError, match=r"other.partial is in the way and entangle did not"):
+        fill(run.with_name("other"), "first")
+    for name in ("run.old", "other.partial"):
+        assert contents(run.with_name(name)) == {"precious": "mine"}
+
+
+def test_a_target_that_appears_meanwhile_is_not_replaced(tmp_path: Path) -> None:
+    def slowly() -> None:
+        with new_folder(tmp_path / "run") as folder:
+            (folder / "run.json").write_text("late")
+            (tmp_path / "run").mkdir()
+            (tmp_path / "run" / "run.json").write_text("first")
+
+    with pytest.raises(FileExistsError, match="exists already"):
+        slowly()
+    assert contents(tmp_path) == {"run/run.json": "first"}
+
+
+def test_if_the_last_step_fails_the_old_run_is_back(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rename = Path.rename
+
+    def failing(self: Path, target: Path) -> Path:
+        if self.name == "run.partial":
+            raise OSError(5, "input/output error")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(OSError, match="input/output error"):
+        fill(run, "second", overwrite=True)
+    assert contents(run.parent) == WHOLE
+
+
+# Several processes.
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from entangle.model.folders import new_folder
+
+with new_folder(sys.argv[1]) as folder:
+    (folder / "run.json").write_text("half")
+    (folder / "tables").mkdir()
+    (folder / "tables" / "a.csv").write_text("half")
+    print("ready", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_two_processes_do_not_write_to_one_target_and_a_killed_ones_rest_is_cleaned(
+    tmp_path: Path,
+) -> None:
+    target, partial = tmp_path / "run", tmp_path / "run.partial"
+    half = {".lock": "", "run.json": "half", "tables/a.csv": "half"}
+    command = [sys.executable, "-c", HOLD, str(target)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        try:
+            assert process.stdout.readline() == "ready\n"
+            with pytest.raises(BlockingIOError, match=r"another process is writing to .*/run$"):
+                fill(target, "first")
+            assert contents(partial) == half  # and it was not disturbed
+        finally:
+            process.kill()
+    assert contents(partial) == half
+    with new_folder(target) as folder:
+        assert contents(folder) == {".lock": ""}
+        (folder / "run.json").write_text("whole")
+    assert contents(tmp_path) == {"run/run.json": "whole"}
+
+
+def test_one_that_comes_when_the_other_has_just_finished_is_not_cleaned_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rename = Path.rename
+    next_one = tmp_path / "run.partial"
+
+    def renaming(self: Path, target: Path) -> Path:
+        done = rename(self, target)
+        next_one.mkdir()  # as another process does that will overwrite the run
+        (next_one / ".lock").touch()
+        return done
+
+    monkeypatch.setattr(Path, "rename", renaming)
+    fill(tmp_path / "run", "first")
+    assert contents(tmp_path) == WHOLE | {"run.partial/.lock": ""}
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("text")
+    with pytest.raises(OSError, match=r"cannot write to .*/file/run.partial: Not a directory"):
+        fill(tmp_path / "file" / "run", "first")
+    (tmp_path / "other.partial").write_text("text")
+    with pytest.raises(OSError, match=r"cannot write to .*/other.partial: File exists"):
+        fill(tmp_path / "other", "first")
+    assert contents(tmp_path) == {"file": "text", "other.partial": "text"}
+
+
+# One file.
+
+
+def test_a_file_appears_at_the_end_and_keeps_its_ending(tmp_path: Path) -> None:
+    target = tmp_path / "figures" / "heatmap.png"
+    with new_file(target) as partial:
+        partial.write_text("half")
+        assert partial.suffix == ".png"
+        assert not target.exists()
+        partial.write_text("whole")
+    assert contents(tmp_path) == {"figures/heatmap.png": "whole"}
+
+
+def test_a_file_is_replaced_whole_or_stays(tmp_path: Path) -> None:
+    target = tmp_path / "table.csv"
+    target.write_text("first")
+
+    def fail() -> None:
+        with new_file(target) as partial:
+            partial.write_text("half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fail()
+    assert contents(tmp_path) == {"table.csv": "first"}
+    with new_file(target) as partial:
+        partial.write_text("second")
+    assert contents(tmp_path) == {"table.csv": "second"}
+
+
+def test_a_file_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("text")
+    with pytest.raises(OSError, match="file"):
+        new_file(tmp_path / "file" / "table.csv").__enter__()

@@ -1,0 +1,373 @@
+"""What is heard is what the layers put out, padding aside; and afterwards no hook is left."""
+
+import gc
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from entangle.model.hooks import Listener, listening
+from entangle.model.layers import LinearLayer, find_layers
+from tests.tiny_models import tiny_model
+
+Heard = dict[str, list[torch.Tensor]]
+IDS = torch.arange(3, 27).reshape(2, 12)
+
+
+class Listening:
+    """A model, some of its layers, and what `listening` gives of them."""
+
+    def __init__(self, name: str = "llama", pattern: str = "*.mlp.*") -> None:
+        self.model = tiny_model(name)
+        self.layers = find_layers(self.model, pattern)
+        self.heard: Heard = {layer.name: [] for layer in self.layers}
+
+    def start(self, **options: Any) -> Any:
+        return listening(self.model, self.layers, self.on_rows, **options)
+
+    def hear(self, *actions: Callable[[], Any], **options: Any) -> None:
+        """Do this while listening; by default, run the model once."""
+        with self.start(**options):
+            for action in actions or [lambda: self.model(IDS)]:
+                action()
+
+    def on_rows(self, layer: LinearLayer, rows: torch.Tensor) -> None:
+        self.heard[layer.name].append(rows.clone())
+
+    def outputs(self, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
+        """Run the model with hooks of this test's own: (windows, length, neurons) each."""
+        outputs: dict[str, torch.Tensor] = {}
+        handles = [
+            layer.module.register_forward_hook(
+                lambda _, __, output, key=layer.name: outputs.update({key: output.clone()})
+            )
+            for layer in self.layers
+        ]
+        with torch.no_grad():
+            self.model(*args, **kwargs)
+        for handle in handles:
+            handle.remove()
+        return outputs
+
+
+@pytest.fixture
+def ear() -> Listening:
+    return Listening()
+
+
+def hooks_left(model: nn.Module) -> int:
+    kinds = [kind for kind in vars(nn.Module()) if kind.endswith(("_hooks", "_hooks_with_kwargs"))]
+    assert len(kinds) >= 5
+    return sum(len(getattr(module, kind)) for module in model.modules() for kind in kinds)
+
+
+# Which rows are heard.
+
+
+def counted(mask: torch.Tensor, skip_first: int) -> torch.Tensor:
+    """Choose the tokens that count, window by window and token by token."""
+    keep = torch.zeros_like(mask, dtype=torch.bool)
+    for window, row in enumerate(mask.tolist()):
+        real = [position for position, value in enumerate(row) if value]
+        keep[window, real[skip_first:]] = True
+    return keep
+
+
+RIGHT = torch.tensor([[1] * 12, [1] * 7 + [0] * 5])
+LEFT = torch.tensor([[0] * 9 + [1] * 3, [0] * 2 + [1] * 10])
+HOLES = torch.tensor([[0, 1, 1, 0, 1, 1, 1, 1, 1, 1, 1, 0], [1] * 12])
+
+
+@pytest.mark.parametrize("skip_first", [0, 1, 4])
+@pytest.mark.parametrize("mask", [RIGHT, LEFT, HOLES, RIGHT.bool(), LEFT.float()])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_rows_are_the_outputs_of_the_tokens_that_count(
+    name: str, mask: torch.Tensor, skip_first: int
+) -> None:
+    ear = Listening(name)
+    with ear.start(skip_first=skip_first) as listener, torch.no_grad():
+        ear.model(IDS, attention_mask=mask)
+    keep = counted(mask, skip_first)
+    for key, outputs in ear.outputs(IDS, attention_mask=mask).items():
+        (rows,) = ear.heard[key]
+        assert torch.equal(rows, outputs[keep])
+    numbers = (listener.batches, listener.tokens, listener.padding, listener.skipped)
+    real = int((mask != 0).sum())
+    assert numbers == (1, int(keep.sum()), 24 - real, real - int(keep.sum()))
+
+
+def test_without_a_mask_all_rows_count_and_several_batches_add_up(ear: Listening) -> None:
+    with ear.start(skip_first=2) as listener, torch.no_grad():
+        ear.model(IDS)
+        ear.model(input_ids=IDS[:1, :5])
+        ear.model(inputs_embeds=torch.randn(3, 4, 24))
+    assert (listener.batches, listener.tokens, listener.skipped) == (3, 20 + 3 + 6, 4 + 2 + 6)
+    assert [len(rows) for rows in ear.heard["model.layers.0.mlp.up_proj"]] == [20, 3, 6]
+    for key, outputs in ear.outputs(IDS).items():
+        assert torch.equal(ear.heard[key][0], outputs[:, 2:].reshape(20, -1))
+
+
+def test_the_backbone_alone_is_heard_as_the_whole_model_is(ear: Listening) -> None:
+    with ear.start(), torch.no_grad():
+        ear.model.base_model(IDS)
+    for key, outputs in ear.outputs(IDS).items():
+        assert torch.equal(ear.heard[key][0], outputs.flatten(0, 1))
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mistral", "gemma3", "bloom", "falcon"])
+@pytest.mark.parametrize("masked", [True, False])
+def test_with_a_cache_each_token_counts_once(name: str, masked: bool) -> None:
+    ear = Listening(name, "*mlp*")
+    mask = torch.ones_like(IDS) if masked else None
+    if mask is not None:
+        mask[0, :2] = 0  # padding on the left, which the cache then holds
+    cache = None
+    with ear.start(skip_first=5) as listener, torch.no_grad():
+        for begin, end in ((0, 4), (4, 9), (9, 10), (10, 12)):
+            part = {"attention_mask": mask[:, :end]} if mask is not None else {}
+            cache = ear.model(
+                IDS[:, begin:end], past_key_values=cache, use_cache=True, **part
+            ).past_key_values
+    expected = 24 - 10 - (2 if masked else 0)
+    assert (listener.tokens, listener.batches) == (expected, 4)
+    assert {sum(map(len, heard)) for heard in ear.heard.values()} == {expected}
+
+
+def test_generating_counts_the_prompts_and_each_new_token_but_the_last_once(ear: Listening) -> None:
+    mask = torch.ones(2, 12, dtype=torch.long)
+    mask[1, :4] = 0
+    with ear.start() as listener:
+        ear.model.generate(  # type: ignore[operator]
+            IDS, attention_mask=mask, min_new_tokens=6, max_new_tokens=6, do_sample=False
+        )
+    assert (listener.batches, listener.tokens, listener.padding) == (6, 12 + 8 + 2 * 5, 4)
+
+
+@pytest.mark.parametrize(
+    ("mask", "given"),
+    [
+        (torch.ones(2, 1, 12, 12), r"\(2, 1, 12, 12\)"),
+        (torch.ones(1, 12), r"\(1, 12\)"),
+        (torch.ones(12), r"\(12,\)"),
+        (torch.ones(2, 13), r"\(2, 13\)"),
+        ({"full_attention": None}, "dict"),
+    ],
+)
+def test_a_mask_that_does_not_tell_padding_is_refused(
+    ear: Listening, mask: Any, given: str
+) -> None:
+    message = rf"expected an attention_mask of shape \(2, 12\), got {given}: only with that"
+    with pytest.raises(ValueError, match=message), ear.start():
+        ear.model(IDS, attention_mask=mask)
+    assert hooks_left(ear.model) == 0
+
+
+def test_a_batch_without_tokens_is_refused(ear: Listening) -> None:
+    with (
+        pytest.raises(ValueError, match="without input_ids and without inputs_embeds"),
+        ear.start(),
+    ):
+        ear.model.base_model()
+
+
+# What cannot be trusted is an error.
+
+
+def test_a_layer_that_did_not_run_is_an_error(ear: Listening) -> None:
+    class Lazy(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.zeros_like(x)
+
+    message = (
+        r"3 of 9 selected layers did not run once in each of 2 batches, first "
+        r"model.layers.1.mlp.gate_proj \(0 times\): leave them out with a narrower pattern"
+    )
+    ear.model.model.layers[1].mlp = Lazy()
+    with pytest.raises(RuntimeError, match=message):
+        ear.hear(lambda: ear.model(IDS), lambda: ear.model(IDS))
+    assert hooks_left(ear.model) == 0
+
+
+def test_a_layer_that_ran_twice_in_a_pass_is_an_error(ear: Listening) -> None:
+    layers: Any = ear.model.model.layers
+    layers[1].mlp = layers[0].mlp
+    with pytest.raises(RuntimeError, match=r"first model.layers.0.mlp.gate_proj \(2 times\)"):
+        ear.hear()
+
+
+def test_a_layer_that_runs_outside_a_pass_is_an_error(ear: Listening) -> None:
+    with pytest.raises(RuntimeError, match="ran outside a forward pass of its model"):
+        ear.hear(lambda: ear.model(IDS), lambda: ear.layers[0].module(torch.randn(12, 24)))
+
+
+def test_a_layer_whose_rows_are_no_tokens_is_an_error(ear: Listening) -> None:
+    up = ear.model.get_submodule("model.layers.0.mlp.up_proj")
+    up.register_forward_pre_hook(lambda _, args: (args[0][:, :7],))
+    with pytest.raises(RuntimeError, match="up_proj has 14 rows for a batch of 24 tokens"):
+        ear.hear()
+
+
+def explode(error: BaseException) -> Callable[..., None]:
+    def hook(*_: Any) -> None:
+        raise error
+
+    return hook
+
+
+def test_a_pass_that_broke_off_is_refused_even_if_its_error_was_swallowed(ear: Listening) -> None:
+    message = "a forward pass did not come to its end, so its layers have counted different tokens"
+    handle = ear.layers[4].module.register_forward_hook(explode(OSError("disk")))
+
+    def break_off_and_go_on() -> None:
+        with ear.start() as listener:
+            with pytest.raises(OSError, match="disk"):
+                ear.model(IDS)
+            handle.remove()
+            with pytest.raises(RuntimeError, match=message):
+                listener.check()
+            with pytest.raises(RuntimeError, match=message):
+                ear.model(IDS)
+
+    with pytest.raises(RuntimeError, match=message):  # and in the end, for those who never asked
+        break_off_and_go_on()
+    assert hooks_left(ear.model) == 0
+
+
+def test_leaving_out_a_negative_number_of_tokens_is_refused(ear: Listening) -> None:
+    with pytest.raises(ValueError, match="skip_first must not be negative, got -1"):
+        ear.start(skip_first=-1).__enter__()
+    assert hooks_left(ear.model) == 0
+
+
+# Hooks are gone after every exit.
+
+
+@pytest.mark.parametrize("error", [ValueError("no"), KeyboardInterrupt(), SystemExit(143)])
+@pytest.mark.parametrize("where", ["in a layer", "in what listens", "beside the model"])
+def test_hooks_are_gone_after_any_error_and_the_error_is_the_same(
+    ear: Listening, error: BaseException, where: str
+) -> None:
+    if where == "in a layer":
+        handle = ear.layers[4].module.register_forward_pre_hook(explode(error))
+    elif where == "in what listens":
+        ear.on_rows = explode(error)  # type: ignore[method-assign]
+
+    def fail() -> None:
+        assert hooks_left(ear.model) > len(ear.layers)
+        ear.model(IDS)
+        raise error
+
+    with pytest.raises(type(error)) as caught:
+        ear.hear(fail)
+    assert caught.value is error
+    if where == "in a layer":
+        handle.remove()
+    assert hooks_left(ear.model) == 0
+
+
+@pytest.mark.parametrize("how", ["close", "forget"])
+def test_hooks_are_gone_after_a_generator_left_half_way(ear: Listening, how: str) -> None:
+    def batches() -> Iterator[Listener]:
+        with ear.start() as listener:
+            for _ in range(3):
+                ear.model(IDS)
+                yield listener
+
+    walk = batches()
+    assert next(walk).batches == 1
+    if how == "close":
+        walk.close()  # type: ignore[attr-defined]
+    else:
+        del walk
+        gc.collect()
+    assert hooks_left(ear.model) == 0
+
+
+def test_hooks_are_gone_if_they_could_not_all_be_set(
+    ear: Listening, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    last = ear.layers[-1].module
+    monkeypatch.setattr(last, "register_forward_hook", explode(MemoryError()))
+    with pytest.raises(MemoryError):
+        ear.start().__enter__()
+    assert hooks_left(ear.model) == 0
+
+
+def test_the_users_own_hooks_stay(ear: Listening) -> None:
+    ear.layers[0].module.register_forward_hook(lambda *_: None)
+    with ear.start(), torch.no_grad():
+        ear.model(IDS)
+    assert hooks_left(ear.model) == 1
+
+
+def test_two_may_listen_at_once_and_leave_in_any_order(ear: Listening) -> None:
+    other = Listening()
+    other.model, other.layers = ear.model, find_layers(ear.model, "*.up_proj")
+    first, second = ear.start(), other.start(skip_first=3)
+    with torch.no_grad():
+        first.__enter__()
+        ear.model(IDS)
+        second.__enter__()
+        ear.model(IDS)
+        first.__exit__(None, None, None)
+        ear.model(IDS)
+        second.__exit__(None, None, None)
+    assert hooks_left(ear.model) == 0
+    for key, outputs in other.outputs(IDS).items():
+        assert [len(rows) for rows in ear.heard[key]] == [24, 24]
+        assert torch.equal(ear.heard[key][1], outputs.flatten(0, 1))
+        assert [len(rows) for rows in other.heard[key]] == [18, 18]
+        assert torch.equal(other.heard[key][0], outputs[:, 3:].flatten(0, 1))
+
+
+# Models that others have changed.
+
+
+def compiled_outside(model: PreTrainedModel) -> Any:
+    return torch.compile(model, backend="eager")
+
+
+def compiled_inside(model: PreTrainedModel) -> Any:
+    model.compile(backend="eager")
+    return model
+
+
+def compiled_forward(model: PreTrainedModel) -> Any:
+    model.forward = torch.compile(model.forward, backend="eager")
+    return model
+
+
+def compiled_block(model: PreTrainedModel) -> Any:
+    model.model.layers[1].compile(backend="eager")
+    return model
+
+
+@pytest.mark.parametrize(
+    "compiled", [compiled_outside, compiled_inside, compiled_forward, compiled_block]
+)
+def test_a_compiled_model_is_refused(
+    ear: Listening, compiled: Callable[[PreTrainedModel], Any]
+) -> None:
+    ear.model = compiled(ear.model)
+    with pytest.raises(ValueError, match=r"torch.compile has changed, .* pass the model as it was"):
+        ear.start().__enter__()
+    assert hooks_left(ear.model) == 0
+
+
+def test_a_model_that_accelerate_has_wrapped_is_heard_and_an_offloaded_one_is_refused() -> None:
+    accelerate = pytest.importorskip("accelerate")
+    ear = Listening()
+    plain = ear.outputs(IDS)
+    accelerate.dispatch_model(ear.model, {"": "cpu"}, main_device="cpu", force_hooks=True)
+    with ear.start(skip_first=1) as listener, torch.no_grad():
+        ear.model(IDS, attention_mask=RIGHT)
+    assert (listener.tokens, listener.padding) == (17, 5)
+    for key, rows in ear.heard.items():
+        assert torch.equal(rows[0][:11], plain[key][0, 1:])
+    accelerate.hooks.remove_hook_from_submodules(ear.model)
+    accelerate.cpu_offload(ear.model, execution_device=torch.device("cpu"))
+    with pytest.raises(ValueError, match="weights are offloaded or not loaded: load the whole"):
+        ear.start().__enter__()
