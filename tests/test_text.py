@@ -25,7 +25,7 @@ def windows_of(text: str = TEXT, **options: Any) -> TokenWindows:
 
 
 def letters(windows: TokenWindows) -> list[str]:
-    return [tiny_tokenizer().decode(row) for row in windows.tokens.tolist()]
+    return [str(tiny_tokenizer().decode(row)) for row in windows.tokens.tolist()]
 
 
 # Cutting.
@@ -140,8 +140,8 @@ def test_batches_are_the_windows_in_order_the_last_one_shorter() -> None:
 
 def test_a_file_is_one_document(tmp_path: Path) -> None:
     file = tmp_path / "story.md"
-    file.write_text("Größe – 1\r\n", encoding="utf-8", newline="")
-    assert read_documents(file) == (str(file), ["Größe – 1\n"])
+    file.write_text("Größe 1\r\n", encoding="utf-8", newline="")
+    assert read_documents(file) == (str(file), ["Größe 1\n"])
     assert token_windows(str(file), tiny_tokenizer(), length=4).text == str(file)
 
 

@@ -8,32 +8,41 @@ empty figure, or one of its subfigures, to draw into; the whole figure is return
 
 from collections.abc import Sequence
 from difflib import get_close_matches
-from io import BytesIO
-from pathlib import PurePath
-from textwrap import fill
 from typing import Any, overload
 
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
-import seaborn as sns
 import xarray as xr
 from matplotlib import colors, ticker
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
-from matplotlib.figure import Figure, SubFigure
-from numpy.typing import NDArray
+from matplotlib.figure import Figure
 
 from entangle.numerics.histograms import HALF_RANGE
 from entangle.numerics.wasserstein import noise_floor
-from entangle.study.dataset import TRUSTED_ERROR, UNITS, dataset_of, trusted
-from entangle.study.ranking import matching
-
-Run = xr.DataTree | xr.Dataset
-Names = str | Sequence[str] | None
-Floats = NDArray[np.float64]
-Counts = NDArray[np.int64]
-Sheet = Figure | SubFigure | None
+from entangle.show.panels import (
+    BAND,
+    DASHES,
+    DEAD,
+    DISTANCE,
+    FIT,
+    INK,
+    QUIET,
+    STYLE,
+    Counts,
+    Floats,
+    Names,
+    Picture,
+    Run,
+    Sheet,
+    colours_of,
+    frame_of,
+    label_of,
+    panels_of,
+    subject_of,
+)
+from entangle.study.dataset import TRUSTED_ERROR
 
 REFERENCES = {  # exact W1 of known distributions to their fitted Gaussians, std
     "two equal points": [0.53538],
@@ -42,26 +51,9 @@ REFERENCES = {  # exact W1 of known distributions to their fitted Gaussians, std
     "t, 5 d.o.f.": [0.102],
     "logistic": [0.060],
 }
-_DISTANCE = "1-Wasserstein distance\nto a Gaussian (std)"
-_STYLE: dict[Any, Any] = {
-    **sns.plotting_context("paper", font_scale=0.88),
-    **dict.fromkeys(("axes.labelsize", "figure.labelsize", "figure.titlesize"), 8.5),
-    **dict.fromkeys(("axes.spines.top", "axes.spines.right", "legend.frameon"), False),
-}
-_INK, _BAND, _FIT, _QUIET, _DEAD = "#0b3c5d", "#3f8fc5", "#d55e00", "0.4", "0.75"
-_DASHES: dict[str, Any] = {"color": _FIT, "linewidth": 1.2, "linestyle": "--"}
 
 
-class _Picture(Figure):
-    """A figure that a notebook shows once, whether or not pyplot's inline mode is on."""
-
-    def _repr_png_(self) -> tuple[bytes, dict[str, float]]:
-        self.savefig(buffer := BytesIO(), format="png", dpi=200)
-        width, height = self.get_size_inches() * 100
-        return buffer.getvalue(), {"width": width, "height": height}
-
-
-@mpl.rc_context(_STYLE)
+@mpl.rc_context(STYLE)
 def heatmap(
     run: Run,
     *,
@@ -81,73 +73,73 @@ def heatmap(
     """
     if bins < 1:
         raise ValueError(f"a layer needs at least one column, got bins={bins}")
-    frame, blocks = _frame(run, variable, layers)
+    frame, blocks = frame_of(run, variable, layers)
     edges = np.linspace(0, 100, bins + 1), np.append(blocks, blocks[-1] + 1) - 0.5
     cells = {role: _columns(part, blocks, bins) for role, part in frame.groupby("role")}
-    scale, colour = _colours(np.concatenate([*cells.values()], axis=None))
+    scale, colour = colours_of(np.concatenate([*cells.values()], axis=None))
     order = "most entangled" if variable == "wasserstein" else "largest"
     across = f"neurons, {order} first (% of layer; a column is the mean of its {100 / bins:.3g}%)"
     height = float(np.clip(0.105 * len(blocks), 1.3, 5))
-    panels, sheet = _panels(frame, figure, most=7, height=height, labels=(across, "block"))
+    panels, sheet = panels_of(frame, figure, most=7, height=height, labels=(across, "block"))
     for role, ax in panels.items():
         mesh = ax.pcolormesh(*edges, cells[role], norm=scale, cmap=colour)
-        ax.set_facecolor(_DEAD)
+        ax.set_facecolor(DEAD)
         for block in np.setdiff1d(blocks, frame.loc[frame["role"] == role, "block"]):
             ax.axhspan(block - 0.5, block + 0.5, color="white")
         ax.set(xticks=[0, 50, 100], ylim=edges[1][[-1, 0]])
         ax.yaxis.set_major_locator(ticker.MaxNLocator(7, integer=True, min_n_ticks=1))
     bar = sheet.colorbar(mesh, ax=[*panels.values()], pad=0.015, aspect=25)
-    bar.set_label(_label(run, variable))
+    bar.set_label(label_of(run, variable))
     return sheet.figure
 
 
-@mpl.rc_context(_STYLE)
+@mpl.rc_context(STYLE)
 def layers(run: Run, *, layers: Names = None, figure: Sheet = None) -> Figure:
     """Draw the distribution of the distances in each layer: one panel per role, x the block.
 
     A box is a layer: its median, the 25% to 75% and 5% to 95% quantiles, the largest as a point;
     the dashed line is the noise floor at the layer's count of tokens.
     """
-    frame, blocks = _frame(run, "wasserstein", layers)
+    frame, blocks = frame_of(run, "wasserstein", layers)
     by_layer = frame.groupby(["role", "block"])
     table = by_layer["value"].quantile(np.array([0.05, 0.25, 0.5, 0.75, 0.95, 1])).unstack()
     table["floor"] = by_layer["floor"].max()
-    panels, sheet = _panels(frame, figure, most=4, height=1.7, labels=("block", _DISTANCE))
+    panels, sheet = panels_of(frame, figure, most=4, height=1.7, labels=("block", DISTANCE))
     for role, ax in panels.items():
         part = table.loc[role].reindex(blocks)
-        ax.plot(blocks, part[1.0], ".", color=_INK, markersize=3.5, label="largest")
+        ax.plot(blocks, part[1.0], ".", color=INK, markersize=3.5, label="largest")
         for low, high, alpha in ((0.05, 0.95, 0.3), (0.25, 0.75, 0.8)):
-            look: dict[str, Any] = {"color": _BAND, "alpha": alpha, "linewidth": 0}
+            look: dict[str, Any] = {"color": BAND, "alpha": alpha, "linewidth": 0}
             label = f"{low:.0%} to {high:.0%}"
             ax.bar(blocks, part[high] - part[low], 0.86, part[low], label=label, **look)
-        ax.hlines(part[0.5], blocks - 0.43, blocks + 0.43, _INK, linewidth=1.6, label="median")
+        ax.hlines(part[0.5], blocks - 0.43, blocks + 0.43, INK, linewidth=1.6, label="median")
         rims = np.append(blocks, blocks[-1] + 1) - 0.5
-        ax.stairs(part["floor"], rims, baseline=None, label="noise floor", **_DASHES)
+        ax.stairs(part["floor"], rims, baseline=None, label="noise floor", **DASHES)
         ax.xaxis.set_major_locator(ticker.MaxNLocator(6, integer=True, min_n_ticks=1))
     sheet.legend(*ax.get_legend_handles_labels(), loc="outside upper right", ncols=5)
     return sheet.figure
 
 
-@mpl.rc_context(_STYLE)
+@mpl.rc_context(STYLE)
 def ranks(run: Run, *, layers: Names = None, figure: Sheet = None) -> Figure:
     """Draw each layer's distances, largest first, against their rank: one panel per role.
 
     Colour is the block; ticks at the right are the exact distances of known distributions, the
     dashed line is the noise floor at the median of the layers' counts of tokens.
     """
-    frame, blocks = _frame(run, "wasserstein", layers)
+    frame, blocks = frame_of(run, "wasserstein", layers)
     shades = colors.ListedColormap(mpl.colormaps["viridis"](np.linspace(0, 0.93, 256)))
     colour = ScalarMappable(colors.Normalize(blocks[0] - 0.5, blocks[-1] + 0.5), shades)
     tints = dict(zip(blocks.tolist(), colour.to_rgba(blocks), strict=True))
     across = "neurons, most entangled first (% of layer)"
-    panels, sheet = _panels(frame, figure, most=4, height=2.0, labels=(across, _DISTANCE))
+    panels, sheet = panels_of(frame, figure, most=4, height=2.0, labels=(across, DISTANCE))
     for role, ax in panels.items():
         part = frame[frame["role"] == role]
         for block, layer in part.groupby("block"):
             values = np.sort(layer["value"].dropna())[::-1]
             share = 100 * (np.arange(len(values)) + 0.5) / len(layer)
             ax.plot(share, values, color=tints[block], linewidth=0.8)
-        ax.axhline(part["floor"].median(), label="noise floor", **_DASHES)
+        ax.axhline(part["floor"].median(), label="noise floor", **DASHES)
         ax.set(xlim=(-2, 101), xticks=[0, 25, 50, 75, 100])
     _mark_references([*panels.values()])
     sheet.legend(*ax.get_legend_handles_labels(), loc="outside upper right")
@@ -160,7 +152,7 @@ def ranks(run: Run, *, layers: Names = None, figure: Sheet = None) -> Figure:
 def neuron(run: xr.DataTree, name: str, *, ax: None = None) -> Figure: ...
 @overload
 def neuron(run: xr.DataTree, name: str, *, ax: Axes) -> Axes: ...
-@mpl.rc_context(_STYLE)
+@mpl.rc_context(STYLE)
 def neuron(run: xr.DataTree, name: str, *, ax: Axes | None = None) -> Figure | Axes:
     """Draw the distribution of the neuron LAYER:INDEX over its fitted Gaussian N(mean, std²).
 
@@ -182,7 +174,7 @@ def neuron(run: xr.DataTree, name: str, *, ax: Axes | None = None) -> Figure | A
     edges, below = _histogram(run.children["histogram"].to_dataset(inherit=False).isel(at).load())
     low, high = _quantiles(edges, below, [0.0005, 0.9995])
     span = min(mean - 3.5 * std, low), max(mean + 3.5 * std, high)
-    figure = _Picture(figsize=(8.5, 3.6), layout="constrained")
+    figure = Picture(figsize=(8.5, 3.6), layout="constrained")
     panel = ax or figure.add_subplot()
     unseen = below[-1] - _draw_density(panel, edges, below, span, mean=mean, std=std)
     note = f"all {below[-1]:,} tokens lie within the picture"
@@ -192,7 +184,7 @@ def neuron(run: xr.DataTree, name: str, *, ax: Axes | None = None) -> Figure | A
         note += f"{below[0] + below[-1] - below[-2]:,} of them beyond the histogram"
     across = f"output of the neuron (output units)\n{note}"
     panel.set(xlabel=across, ylabel="density (share of tokens per output unit)")
-    panel.set_title(f"{name}\n{_subject(data)}".strip(), loc="left")
+    panel.set_title(f"{name}\n{subject_of(data)}".strip(), loc="left")
     both = (lambda x: np.subtract(x, mean) / std), (lambda z: np.multiply(z, std) + mean)
     top = panel.secondary_xaxis("top", functions=both)
     top.set_xlabel("standard deviations from the mean")
@@ -214,53 +206,12 @@ def _draw_density(
     last = np.clip(np.searchsorted(edges, high), first + 1, len(edges) - 1)
     starts = np.append(np.arange(first, last, step), last)
     rims, shares = edges[starts], np.diff(below[starts]) / below[-1]
-    ax.stairs(shares / np.diff(rims), rims, fill=True, color=_BAND, alpha=0.6, label="outputs")
+    ax.stairs(shares / np.diff(rims), rims, fill=True, color=BAND, alpha=0.6, label="outputs")
     x = np.linspace(min(low, rims[0]), max(high, rims[-1]), 801)
     gaussian = np.exp(-0.5 * ((x - mean) / std) ** 2) / (std * np.sqrt(2 * np.pi))
-    ax.plot(x, gaussian, color=_FIT, linewidth=1.4, label="fitted Gaussian")
+    ax.plot(x, gaussian, color=FIT, linewidth=1.4, label="fitted Gaussian")
     ax.set_xlim(x[0], x[-1])
     return int(below[last] - below[first])
-
-
-def _label(run: Run, variable: str) -> str:
-    """Return what a variable is and its unit, in lines short enough for a colour bar."""
-    said = dataset_of(run)[variable].attrs
-    name, unit = UNITS.get(variable, (said.get("long_name", variable), said.get("units", "1")))
-    return fill(f"{name} ({unit})".removesuffix(" (1)"), 24)
-
-
-def _subject(data: xr.Dataset) -> str:
-    """Return what was measured on what: model, text and tokens, as far as they are known."""
-    model, text = (PurePath(str(data.attrs.get(key, ""))).parts for key in ("model", "text"))
-    tokens = f"{data.attrs['tokens']:,} tokens" if "tokens" in data.attrs else ""
-    names = "/".join(model[-1:]), "/".join(text[-2:]).removesuffix(".txt")
-    return " · ".join(filter(None, [*names, tokens]))
-
-
-def _frame(run: Run, variable: str, layers: Names) -> tuple[pd.DataFrame, Counts]:
-    """Return a row per chosen neuron, `value` NaN where there is none to trust, and the blocks.
-
-    Raises:
-        LookupError: if the run has no such variable, or no layer that matches a pattern.
-        ValueError: if no value is left.
-    """
-    data = dataset_of(run)
-    if variable not in data.data_vars:
-        raise LookupError(f"no variable {variable!r}; the run has {', '.join(map(str, data))}")
-    data = data.isel(neuron=matching(data["layer"].to_numpy(), layers or "*"))
-    frame = pd.DataFrame({key: data[key].to_numpy() for key in ("layer", "block", "role", "count")})
-    value = data[variable].to_numpy().astype(float)
-    dead = ~np.isfinite(value)
-    doubtful = ~dead & ~trusted(data) & (variable == "wasserstein")
-    floors = {count: noise_floor(count) for count in frame["count"].unique() if count}
-    frame["floor"] = frame["count"].map(floors)
-    frame["value"] = np.where(dead | doubtful, np.nan, value)
-    parts = {"dead or broken": dead, f"left out: error bound above {TRUSTED_ERROR}": doubtful}
-    notes = ", ".join(f"{which.sum():,} {what}" for what, which in parts.items() if which.any())
-    if frame["value"].isna().all():
-        raise ValueError(f"no neuron of {len(frame):,} has a {variable} to draw: {notes}")
-    frame.attrs = {"notes": notes, "subject": _subject(data)}
-    return frame, np.arange(frame["block"].min(), frame["block"].max() + 1)
 
 
 def _columns(part: pd.DataFrame, blocks: Counts, bins: int) -> Floats:
@@ -275,62 +226,12 @@ def _columns(part: pd.DataFrame, blocks: Counts, bins: int) -> Floats:
     return table
 
 
-def _colours(cells: Floats) -> tuple[colors.Normalize, colors.Colormap]:
-    """Return a scale and a map that show both the bulk and what stands apart."""
-    cells = cells[np.isfinite(cells)]
-    top = np.quantile(abs(cells), 0.998) or abs(cells).max() or 1.0
-    signed = cells.min() < 0
-    scale = colors.AsinhNorm(top / 300, -top, top) if signed else colors.PowerNorm(0.5, 0, top)
-    colour = sns.color_palette("vlag" if signed else "inferno", as_cmap=True).copy()
-    reach = top * (1 + 1e-9)
-    beyond = int((cells > reach).any()) + 2 * int((cells < -reach).any())
-    colour.colorbar_extend = ("neither", "max", "min", "both")[beyond]
-    return scale, colour
-
-
-def _panels(
-    frame: pd.DataFrame, figure: Sheet, *, most: int, height: float, labels: tuple[str, str]
-) -> tuple[dict[str, Axes], Figure | SubFigure]:
-    """Return titled axes for each role in the model's order, and the sheet that holds them."""
-    roles = [str(role) for role in frame["role"].unique()]
-    rows = -(-len(roles) // most)
-    columns = -(-len(roles) // rows)
-    size = 8.5, 1 + max(rows * (height + 0.35), 2.1)
-    sheet = figure or _Picture(figsize=size, layout="constrained")
-    if isinstance(sheet, Figure) and sheet.get_layout_engine() is None:
-        sheet.set_layout_engine("constrained")
-    grid = sheet.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
-    panels = dict(zip(roles, grid, strict=False))
-    for spare in grid[len(roles) :]:
-        spare.remove()
-    for depth in range(1, 2 + max(role.count(".") for role in roles)):
-        names = [".".join(role.split(".")[-depth:]) for role in roles]
-        if len({*names}) == len(roles) and not any(name[0].isdigit() for name in names):
-            break
-    for place, (role, ax) in enumerate(panels.items()):
-        ends = frame[frame["role"] == role].groupby("layer").size().agg(["min", "max"]).unique()
-        neurons = " to ".join(f"{end:,}" for end in ends)
-        ax.set_title(f"{names[place]}\n{neurons} neurons")
-        ax.tick_params(labelbottom=place + columns >= len(roles))
-        if labels[1] == _DISTANCE:
-            ax.set_yscale("log")
-            ax.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5), numticks=9))
-            ax.yaxis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
-            ax.yaxis.set_minor_locator(ticker.NullLocator())
-            ax.grid(axis="y", alpha=0.25)
-    subject = frame.attrs["subject"]  # gives way to a legend where it is long
-    sheet.suptitle("\n" * (len(subject) > 50) + subject, x=0.01, ha="left", linespacing=2)
-    sheet.supxlabel(f"{labels[0]}\n{frame.attrs['notes']}".strip())
-    sheet.supylabel(labels[1])
-    return panels, sheet
-
-
 def _mark_references(panels: Sequence[Axes]) -> None:
     """Mark known distributions at the right of each panel, named where the first row ends."""
     low, high = panels[0].get_ylim()
     ends = [ax for ax in panels if (spec := ax.get_subplotspec()) and spec.is_last_col()]
     for ax in panels:
-        place: dict[str, Any] = {"transform": ax.get_yaxis_transform(), "color": _QUIET}
+        place: dict[str, Any] = {"transform": ax.get_yaxis_transform(), "color": QUIET}
         for name, values in REFERENCES.items():
             for value in values:
                 ax.plot([0.96, 1], [value, value], linewidth=0.8, **place)

@@ -1,0 +1,135 @@
+"""What the pictures of a run share: sheets and panels, what to draw on them, colours."""
+
+from collections.abc import Sequence
+from io import BytesIO
+from pathlib import PurePath
+from textwrap import fill
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import seaborn as sns
+import xarray as xr
+from matplotlib import colors, ticker
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure, SubFigure
+from numpy.typing import NDArray
+
+from entangle.numerics.wasserstein import noise_floor
+from entangle.study.dataset import TRUSTED_ERROR, UNITS, dataset_of, trusted
+from entangle.study.ranking import matching
+
+Run = xr.DataTree | xr.Dataset
+Names = str | Sequence[str] | None
+Floats = NDArray[np.float64]
+Counts = NDArray[np.int64]
+Sheet = Figure | SubFigure | None
+
+DISTANCE = "1-Wasserstein distance\nto a Gaussian (std)"
+STYLE: dict[Any, Any] = {
+    **sns.plotting_context("paper", font_scale=0.88),
+    **dict.fromkeys(("axes.labelsize", "figure.labelsize", "figure.titlesize"), 8.5),
+    **dict.fromkeys(("axes.spines.top", "axes.spines.right", "legend.frameon"), False),
+}
+INK, BAND, FIT, QUIET, DEAD = "#0b3c5d", "#3f8fc5", "#d55e00", "0.4", "0.75"
+DASHES: dict[str, Any] = {"color": FIT, "linewidth": 1.2, "linestyle": "--"}
+
+
+class Picture(Figure):
+    """A figure that a notebook shows once, whether or not pyplot's inline mode is on."""
+
+    def _repr_png_(self) -> tuple[bytes, dict[str, float]]:
+        self.savefig(buffer := BytesIO(), format="png", dpi=200)
+        width, height = self.get_size_inches() * 100
+        return buffer.getvalue(), {"width": width, "height": height}
+
+
+def label_of(run: Run, variable: str) -> str:
+    """Return what a variable is and its unit, in lines short enough for a colour bar."""
+    said = dataset_of(run)[variable].attrs
+    name, unit = UNITS.get(variable, (said.get("long_name", variable), said.get("units", "1")))
+    return fill(f"{name} ({unit})".removesuffix(" (1)"), 24)
+
+
+def subject_of(data: xr.Dataset) -> str:
+    """Return what was measured on what: model, text and tokens, as far as they are known."""
+    model, text = (PurePath(str(data.attrs.get(key, ""))).parts for key in ("model", "text"))
+    tokens = f"{data.attrs['tokens']:,} tokens" if "tokens" in data.attrs else ""
+    names = "/".join(model[-1:]), "/".join(text[-2:]).removesuffix(".txt")
+    return " · ".join(filter(None, [*names, tokens]))
+
+
+def frame_of(run: Run, variable: str, layers: Names) -> tuple[pd.DataFrame, Counts]:
+    """Return a row per chosen neuron, `value` NaN where there is none to trust, and the blocks.
+
+    Raises:
+        LookupError: if the run has no such variable, or no layer that matches a pattern.
+        ValueError: if no value is left.
+    """
+    data = dataset_of(run)
+    if variable not in data.data_vars:
+        raise LookupError(f"no variable {variable!r}; the run has {', '.join(map(str, data))}")
+    data = data.isel(neuron=matching(data["layer"].to_numpy(), layers or "*"))
+    frame = pd.DataFrame({key: data[key].to_numpy() for key in ("layer", "block", "role", "count")})
+    value = data[variable].to_numpy().astype(float)
+    dead = ~np.isfinite(value)
+    doubtful = ~dead & ~trusted(data) & (variable == "wasserstein")
+    floors = {count: noise_floor(count) for count in frame["count"].unique() if count}
+    frame["floor"] = frame["count"].map(floors)
+    frame["value"] = np.where(dead | doubtful, np.nan, value)
+    parts = {"dead or broken": dead, f"left out: error bound above {TRUSTED_ERROR}": doubtful}
+    notes = ", ".join(f"{which.sum():,} {what}" for what, which in parts.items() if which.any())
+    if frame["value"].isna().all():
+        raise ValueError(f"no neuron of {len(frame):,} has a {variable} to draw: {notes}")
+    frame.attrs = {"notes": notes, "subject": subject_of(data)}
+    return frame, np.arange(frame["block"].min(), frame["block"].max() + 1)
+
+
+def colours_of(cells: Floats) -> tuple[colors.Normalize, colors.Colormap]:
+    """Return a scale and a map that show both the bulk and what stands apart."""
+    cells = cells[np.isfinite(cells)]
+    top = np.quantile(abs(cells), 0.998) or abs(cells).max() or 1.0
+    signed = cells.min() < 0
+    scale = colors.AsinhNorm(top / 300, -top, top) if signed else colors.PowerNorm(0.5, 0, top)
+    colour = sns.color_palette("vlag" if signed else "inferno", as_cmap=True).copy()
+    reach = top * (1 + 1e-9)
+    beyond = int((cells > reach).any()) + 2 * int((cells < -reach).any())
+    colour.colorbar_extend = ("neither", "max", "min", "both")[beyond]
+    return scale, colour
+
+
+def panels_of(
+    frame: pd.DataFrame, figure: Sheet, *, most: int, height: float, labels: tuple[str, str]
+) -> tuple[dict[str, Axes], Figure | SubFigure]:
+    """Return titled axes for each role in the model's order, and the sheet that holds them."""
+    roles = [str(role) for role in frame["role"].unique()]
+    rows = -(-len(roles) // most)
+    columns = -(-len(roles) // rows)
+    size = 8.5, 1 + max(rows * (height + 0.35), 2.1)
+    sheet = figure or Picture(figsize=size, layout="constrained")
+    if isinstance(sheet, Figure) and sheet.get_layout_engine() is None:
+        sheet.set_layout_engine("constrained")
+    grid = sheet.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
+    panels = dict(zip(roles, grid, strict=False))
+    for spare in grid[len(roles) :]:
+        spare.remove()
+    for depth in range(1, 2 + max(role.count(".") for role in roles)):
+        names = [".".join(role.split(".")[-depth:]) for role in roles]
+        if len({*names}) == len(roles) and not any(name[0].isdigit() for name in names):
+            break
+    for place, (role, ax) in enumerate(panels.items()):
+        ends = frame[frame["role"] == role].groupby("layer").size().agg(["min", "max"]).unique()
+        neurons = " to ".join(f"{end:,}" for end in ends)
+        ax.set_title(f"{names[place]}\n{neurons} neurons")
+        ax.tick_params(labelbottom=place + columns >= len(roles))
+        if labels[1] == DISTANCE:
+            ax.set_yscale("log")
+            ax.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5), numticks=9))
+            ax.yaxis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
+            ax.yaxis.set_minor_locator(ticker.NullLocator())
+            ax.grid(axis="y", alpha=0.25)
+    subject = frame.attrs["subject"]  # gives way to a legend where it is long
+    sheet.suptitle("\n" * (len(subject) > 50) + subject, x=0.01, ha="left", linespacing=2)
+    sheet.supxlabel(f"{labels[0]}\n{frame.attrs['notes']}".strip())
+    sheet.supylabel(labels[1])
+    return panels, sheet
