@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from entangle.model.loading import load_model, load_tokenizer
     from entangle.model.text import token_windows
     from entangle.show import plots
+    from entangle.study.perplexity import score
     from entangle.study.ranking import top_neurons
     from entangle.study.recording import measure, record
     from entangle.study.runs import open_run
@@ -20,6 +21,7 @@ __all__ = [
     "open_run",
     "plots",
     "record",
+    "score",
     "token_windows",
     "top_neurons",
 ]
@@ -31,6 +33,7 @@ _HOMES = {
     "measure": "entangle.study.recording",
     "open_run": "entangle.study.runs",
     "record": "entangle.study.recording",
+    "score": "entangle.study.perplexity",
     "token_windows": "entangle.model.text",
     "top_neurons": "entangle.study.ranking",
 }

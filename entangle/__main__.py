@@ -10,9 +10,14 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import entangle
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from entangle.model.text import Purpose, TokenWindows
 
 PLOTS = ("heatmap", "layers", "ranks", "neuron")
 
@@ -23,24 +28,7 @@ def run_measure(args: argparse.Namespace) -> None:
     from entangle.study import dataset
 
     folders.check_target(args.out, args.overwrite)  # before minutes are spent
-    tokenizer = entangle.load_tokenizer(
-        args.model, revision=args.revision, trust_remote_code=args.trust_remote_code
-    )
-    windows = entangle.token_windows(
-        args.text,
-        tokenizer,
-        windows=args.windows,
-        length=args.length,
-        seed=args.seed,
-        bos=args.bos,
-    )
-    model = entangle.load_model(
-        args.model,
-        revision=args.revision,
-        dtype=args.dtype,
-        device=args.device,
-        trust_remote_code=args.trust_remote_code,
-    )
+    windows, model = _text_and_model(args, "calibration")
     run = entangle.measure(
         model,
         windows,
@@ -55,6 +43,25 @@ def run_measure(args: argparse.Namespace) -> None:
     )
     log = json.loads((args.out / "log.json").read_text())
     _print(args, dataset.summary(run) | {"run": str(args.out), "log": log}, _describe)
+
+
+def run_perplexity(args: argparse.Namespace) -> None:
+    """Score a model on a text."""
+    windows, model = _text_and_model(args, "evaluation")
+    score = entangle.score(
+        model,
+        windows,
+        batch_size=args.batch_size,
+        skip_first=args.skip_first,
+        progress=sys.stderr.isatty(),
+    )
+    numbers = {
+        name: getattr(score, name)
+        for name in ("perplexity", "perplexity_error", "nats", "nats_error", "tokens")
+    }
+    about = {"model": args.model, "text": windows.text, "fingerprint": windows.fingerprint}
+    about |= {"windows": len(windows), "length": windows.length}
+    _print(args, numbers | about, _scored)
 
 
 def run_rank(args: argparse.Namespace) -> None:
@@ -89,6 +96,23 @@ def run_plot(args: argparse.Namespace) -> None:
     name = args.kind if args.neuron is None else f"neuron-{args.neuron.replace(':', '-')}"
     file = runs.save_figure(figure, args.out or args.run / "figures" / f"{name}.png")
     _print(args, {"figure": str(file)}, lambda result: str(result["figure"]))
+
+
+def _text_and_model(
+    args: argparse.Namespace, purpose: "Purpose"
+) -> "tuple[TokenWindows, PreTrainedModel]":
+    """Read the text first: what is wrong with it is known before a large model is loaded."""
+    source = {"revision": args.revision, "trust_remote_code": args.trust_remote_code}
+    windows = entangle.token_windows(
+        args.text,
+        entangle.load_tokenizer(args.model, **source),
+        windows=args.windows,
+        length=args.length,
+        seed=args.seed,
+        bos=args.bos,
+        purpose=purpose,
+    )
+    return windows, entangle.load_model(args.model, dtype=args.dtype, device=args.device, **source)
 
 
 def _print(args: argparse.Namespace, result: dict[str, Any], words: Any) -> None:
@@ -130,6 +154,17 @@ def _describe(summary: dict[str, Any]) -> str:
         f"peak memory {log['peak_memory_bytes'] / 1e9:.2f} GB",
     ]
     return "\n".join(lines)
+
+
+def _scored(result: dict[str, Any]) -> str:
+    return (
+        f"{result['model']} on {result['tokens']:,} tokens of {result['text']} "
+        f"({result['windows']} windows of {result['length']} that do not overlap, each scored "
+        "from its own start)\n"
+        f"perplexity {result['perplexity']:.4f} ± {result['perplexity_error']:.4f}, "
+        f"{result['nats']:.5f} ± {result['nats_error']:.5f} nats a token "
+        "(± is the standard error over windows)"
+    )
 
 
 def _table(summary: dict[str, Any]) -> str:
@@ -210,6 +245,11 @@ def parser() -> argparse.ArgumentParser:
     measure.add_argument("--overwrite", action="store_true", help="replace RUN if it exists")
     measure.add_argument("--bins", type=int, default=1024, help="of a histogram [1024]")
     measure.set_defaults(run_command=run_measure)
+
+    perplexity = commands.add_parser(
+        "perplexity", parents=[model, text, always], help="score a model on a text"
+    )
+    perplexity.set_defaults(run_command=run_perplexity)
 
     rank = commands.add_parser(
         "rank",

@@ -296,3 +296,22 @@ def test_head_may_close_the_pipe(place: Path) -> None:
     _, said = process.communicate(timeout=60)
     assert said == ""
     assert process.returncode == 0
+
+
+def test_perplexity_is_that_of_the_python_function(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["perplexity", str(place / "model"), "--text", str(place / "text.txt")]
+    words += ["--length", "32", "--windows", "20"]
+    assert main([*words, "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    tokenizer = entangle.load_tokenizer(place / "model")
+    windows = entangle.token_windows(place / "text.txt", tokenizer, windows=20, length=32)
+    score = entangle.score(entangle.load_model(place / "model"), windows)
+    assert printed["perplexity"] == score.perplexity
+    assert printed["perplexity_error"] == score.perplexity_error
+    assert printed["tokens"] == 20 * 31
+    assert main(words) == 0
+    said = capsys.readouterr().out
+    assert f"perplexity {score.perplexity:.4f} ± {score.perplexity_error:.4f}" in said
+    assert "20 windows of 32 that do not overlap" in said

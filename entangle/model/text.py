@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Bos = Literal["auto", "always", "never"]
 Purpose = Literal["calibration", "evaluation"]
@@ -96,6 +96,30 @@ def token_windows(
     starts = np.tile(np.asarray(start, dtype=np.int64), (len(stream), 1))
     tokens = torch.from_numpy(np.concatenate([starts, stream], axis=1))
     return TokenWindows(tokens, source, available, seed, bos)
+
+
+def check_windows(model: PreTrainedModel, windows: TokenWindows) -> None:
+    """See that a model can run on windows, before minutes are spent.
+
+    Raises:
+        ValueError: the model is in training mode, the windows are longer than its context, or
+            they have tokens that it does not know.
+    """
+    if model.training:
+        raise ValueError("the model is in training mode, where dropout is on: call model.eval()")
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if context is not None and windows.length > context:
+        raise ValueError(
+            f"windows of {windows.length} tokens are longer than the model's context of {context}"
+        )
+    embedding = model.get_input_embeddings().weight
+    assert isinstance(embedding, torch.Tensor)
+    largest = int(windows.tokens.max())
+    if largest >= len(embedding):
+        raise ValueError(
+            f"the text has token {largest}, but the model knows {len(embedding)} tokens: "
+            "use the tokenizer that belongs to the model"
+        )
 
 
 def _start_tokens(tokenizer: PreTrainedTokenizerBase, bos: Bos) -> list[int]:

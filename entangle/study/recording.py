@@ -14,7 +14,7 @@ from entangle.model import folders
 from entangle.model.hooks import Listener, backbone_of, listening
 from entangle.model.layers import LinearLayer, find_layers, skipped_parameters
 from entangle.model.loading import weights_hash
-from entangle.model.text import TokenWindows
+from entangle.model.text import TokenWindows, check_windows
 from entangle.numerics.histograms import Histograms
 from entangle.study import dataset, runs
 
@@ -140,7 +140,11 @@ def _measure(
     progress: bool,
     command: str | None,
 ) -> xr.DataTree:
-    _check(model, windows, skip_first)
+    check_windows(model, windows)
+    if skip_first >= windows.length:
+        raise ValueError(
+            f"leaving out the first {skip_first} tokens of windows of {windows.length} leaves none"
+        )
     backbone, device = backbone_of(model), next(model.parameters()).device
     batches = windows.batches(batch_size)
     with (
@@ -173,26 +177,3 @@ def _measure(
         "versions": runs.versions(),
     }
     return recorder.tree()
-
-
-def _check(model: PreTrainedModel, windows: TokenWindows, skip_first: int) -> None:
-    if model.training:
-        raise ValueError("the model is in training mode, where dropout is on: call model.eval()")
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if context is not None and windows.length > context:
-        raise ValueError(
-            f"windows of {windows.length} tokens are longer than the model's context of {context}"
-        )
-    if skip_first >= windows.length:
-        raise ValueError(
-            f"leaving out the first {skip_first} tokens of windows of {windows.length} leaves none"
-        )
-    largest = int(windows.tokens.max())
-    embedding = model.get_input_embeddings().weight
-    assert isinstance(embedding, torch.Tensor)
-    vocabulary = len(embedding)
-    if largest >= vocabulary:
-        raise ValueError(
-            f"the text has token {largest}, but the model knows {vocabulary} tokens: "
-            "use the tokenizer that belongs to the model"
-        )

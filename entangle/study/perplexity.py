@@ -1,0 +1,95 @@
+"""Score a model on a text."""
+
+import dataclasses
+import math
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.nn.functional import cross_entropy
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from entangle.model.text import TokenWindows, check_windows
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Score:
+    """The negative log-likelihood of a text under a model, with its standard error over windows.
+
+    Each window stands alone, the convention of the pruning papers: its first token is given and
+    not scored, and what is scored has on average half a window of context.
+    """
+
+    window_nats: npt.NDArray[np.float64]  # (windows,): mean over a window's scored tokens
+    tokens: int  # scored
+
+    @property
+    def nats(self) -> float:
+        """The mean negative log-likelihood of a token."""
+        return float(self.window_nats.mean())
+
+    @property
+    def nats_error(self) -> float:
+        """The standard error of ``nats`` over windows; NaN for one window."""
+        n = len(self.window_nats)
+        return float(self.window_nats.std(ddof=1) / math.sqrt(n)) if n > 1 else math.nan
+
+    @property
+    def perplexity(self) -> float:
+        """The exponential of ``nats``."""
+        return math.exp(self.nats)
+
+    @property
+    def perplexity_error(self) -> float:
+        """The standard error of the perplexity, to first order."""
+        return self.perplexity * self.nats_error
+
+
+def score(
+    model: PreTrainedModel,
+    windows: TokenWindows,
+    *,
+    batch_size: int = 4,
+    skip_first: int = 0,
+    progress: bool = False,
+) -> Score:
+    """Score every token but the first of each window, given those before it in the window.
+
+    The first ``skip_first`` tokens of each window are given and not scored.
+
+    Raises:
+        RuntimeError: the model's outputs are not finite.
+        ValueError: windows that do not fit the model (see `check_windows`), or ``skip_first``
+            that leaves no token to score.
+    """
+    check_windows(model, windows)
+    first = max(skip_first, 1)
+    if not 0 <= skip_first < windows.length:
+        raise ValueError(
+            f"expected skip_first from 0 to {windows.length - 1} for windows of {windows.length}, "
+            f"got {skip_first}"
+        )
+    nats = []
+    with (
+        torch.inference_mode(),
+        tqdm(total=windows.tokens.numel(), unit="token", disable=not progress) as bar,
+    ):
+        for batch in windows.batches(batch_size):
+            tokens = batch.to(model.device)
+            logits = model(input_ids=tokens, use_cache=False).logits
+            # A window at a time: in float32 all of them would double the peak of memory.
+            for window, scores in zip(tokens, logits, strict=True):
+                losses = cross_entropy(
+                    scores[first - 1 : -1].float(), window[first:], reduction="none"
+                )
+                nats.append(float(losses.double().mean()))
+            bar.update(batch.numel())
+    found = np.array(nats)
+    if not np.isfinite(found).all():
+        bad = int((~np.isfinite(found)).sum())
+        raise RuntimeError(
+            f"the model's log-likelihood is not finite in {bad} of {len(found)} windows: its "
+            "weights or its dtype overflow"
+        )
+    return Score(found, len(windows) * (windows.length - first))
