@@ -73,10 +73,10 @@ def test_the_summary_counts_what_has_no_distance() -> None:
     assert error[4] > dataset.TRUSTED_ERROR
     name = layers[0].name
     assert summary["warnings"] == [
-        f"2 neurons have outputs that are NaN, infinite or beyond all bounds, and no distance: "
+        f"2 with outputs that are NaN, infinite or beyond all bounds, so without a distance: "
         f"{name}:0, {name}:2",
-        f"1 neurons are dead (constant), and have no distance: {name}:1",
-        f"1 neurons have a bound of the error above 0.1, and are not ranked: {name}:4",
+        f"1 dead (constant), so without a distance: {name}:1",
+        f"1 with an error bound above 0.1, so not ranked: {name}:4",
         "2 matrices in the blocks are no linear layers and were not measured: a.experts, b.experts",
     ]
     assert dataset.trusted(tree).tolist() == [i > 2 and i != 4 for i in range(neurons)]
@@ -93,7 +93,7 @@ def test_nothing_measurable_is_said_too() -> None:
     assert summary["largest_neuron"] == "none"
     assert np.isnan(summary["largest"])
     assert summary["warnings"] == [
-        "24 neurons are dead (constant), and have no distance: "
+        "24 dead (constant), so without a distance: "
         + ", ".join(f"{layers[0].name}:{i}" for i in range(3))
         + ", ..."
     ]

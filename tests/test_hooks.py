@@ -4,6 +4,7 @@ import gc
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import accelerate  # type: ignore[import-untyped]
 import pytest
 import torch
 from torch import nn
@@ -11,7 +12,7 @@ from transformers import PreTrainedModel
 
 from entangle.model.hooks import Listener, listening
 from entangle.model.layers import LinearLayer, find_layers
-from tests.tiny_models import tiny_model
+from tests.tiny_models import tiny_model, tiny_vision_model
 
 Heard = dict[str, list[torch.Tensor]]
 IDS = torch.arange(3, 27).reshape(2, 12)
@@ -110,11 +111,30 @@ def test_without_a_mask_all_rows_count_and_several_batches_add_up(ear: Listening
         assert torch.equal(ear.heard[key][0], outputs[:, 2:].reshape(20, -1))
 
 
-def test_the_backbone_alone_is_heard_as_the_whole_model_is(ear: Listening) -> None:
-    with ear.start(), torch.no_grad():
-        ear.model.base_model(IDS)
+@pytest.mark.parametrize(
+    ("name", "entrance"),
+    [("llama", ""), ("llama", "model"), ("opt", ""), ("opt", "model"), ("opt", "model.decoder")],
+)
+def test_a_pass_may_begin_at_the_model_or_at_its_backbone(name: str, entrance: str) -> None:
+    ear = Listening(name, "*")  # OPT calls its decoder past its backbone
+    with ear.start() as listener, torch.no_grad():
+        ear.model.get_submodule(entrance)(IDS, attention_mask=RIGHT)
+        ear.model(IDS)
+    assert (listener.batches, listener.tokens, listener.padding) == (2, 43, 5)
     for key, outputs in ear.outputs(IDS).items():
-        assert torch.equal(ear.heard[key][0], outputs.flatten(0, 1))
+        assert torch.equal(ear.heard[key][1], outputs.reshape(24, -1))
+
+
+def test_the_text_of_a_model_for_text_and_images_is_heard() -> None:
+    ear = Listening()
+    ear.model = tiny_vision_model()
+    ear.layers = find_layers(ear.model, "*.mlp.*")
+    ear.heard = {layer.name: [] for layer in ear.layers}
+    with ear.start() as listener, torch.no_grad():
+        ear.model(IDS, attention_mask=LEFT)
+    assert (listener.batches, listener.tokens, listener.padding) == (1, 13, 11)
+    for key, outputs in ear.outputs(IDS, attention_mask=LEFT).items():
+        assert torch.equal(ear.heard[key][0], outputs[LEFT == 1])
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mistral", "gemma3", "bloom", "falcon"])
@@ -234,6 +254,17 @@ def test_a_pass_that_broke_off_is_refused_even_if_its_error_was_swallowed(ear: L
     with pytest.raises(RuntimeError, match=message):  # and in the end, for those who never asked
         break_off_and_go_on()
     assert hooks_left(ear.model) == 0
+
+
+def test_a_pass_that_broke_off_at_once_does_not_lend_its_mask_to_the_next(ear: Listening) -> None:
+    def break_off_and_go_on() -> None:
+        with ear.start(), torch.no_grad():
+            with pytest.raises(IndexError):
+                ear.model(IDS + 1000, attention_mask=RIGHT)  # before any layer has run
+            ear.model.base_model(IDS)
+
+    with pytest.raises(RuntimeError, match="a forward pass did not come to its end"):
+        break_off_and_go_on()
 
 
 def test_leaving_out_a_negative_number_of_tokens_is_refused(ear: Listening) -> None:
@@ -358,7 +389,6 @@ def test_a_compiled_model_is_refused(
 
 
 def test_a_model_that_accelerate_has_wrapped_is_heard_and_an_offloaded_one_is_refused() -> None:
-    accelerate = pytest.importorskip("accelerate")
     ear = Listening()
     plain = ear.outputs(IDS)
     accelerate.dispatch_model(ear.model, {"": "cpu"}, main_device="cpu", force_hooks=True)

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import Gemma3Config, Gemma3ForConditionalGeneration, PreTrainedModel
+from transformers import PreTrainedModel
 
 from entangle.model.layers import (
     LinearLayer,
@@ -15,7 +15,7 @@ from entangle.model.layers import (
     skipped_parameters,
     weight_of,
 )
-from tests.tiny_models import ARCHITECTURES, VOCABULARY, tiny_model
+from tests.tiny_models import ARCHITECTURES, tiny_model, tiny_vision_model
 
 LINEARS_IN_A_BLOCK = {
     "bloom": 4,
@@ -154,14 +154,7 @@ def test_a_pattern_that_matches_nothing_is_an_error_with_a_hint(pattern: str, hi
 
 
 def test_the_blocks_are_the_text_decoders_even_if_a_vision_encoder_is_as_deep() -> None:
-    text = {"hidden_size": 24, "intermediate_size": 37, "num_hidden_layers": 2, "head_dim": 10}
-    heads = {"num_attention_heads": 3, "num_key_value_heads": 1, "vocab_size": VOCABULARY}
-    vision = {"hidden_size": 16, "intermediate_size": 20, "num_hidden_layers": 2}
-    images = {"num_attention_heads": 2, "image_size": 28, "patch_size": 14}
-    config = Gemma3Config(
-        text_config=text | heads, vision_config=vision | images, mm_tokens_per_image=4
-    )
-    model = Gemma3ForConditionalGeneration(config)
+    model = tiny_vision_model()
     assert find_blocks(model)[0] == "model.language_model.layers"
     assert {layer.inputs for layer in find_layers(model, "*.mlp.up_proj")} == {24}
 

@@ -269,11 +269,9 @@ def test_broken_and_dead_neurons_are_named_and_not_ranked(
     (tmp_path / "text.txt").write_text(WORDS * 60)
     assert main(_measure(tmp_path, "run")) == 0
     said = capsys.readouterr().out
-    assert "2 neurons have outputs that are NaN, infinite" in said
+    assert "2 with outputs that are NaN, infinite" in said
     assert "model.layers.2.mlp.down_proj:3, model.layers.2.mlp.down_proj:5" in said
-    assert (
-        "1 neurons are dead (constant), and have no distance: model.layers.0.mlp.up_proj:7" in said
-    )
+    assert "1 dead (constant), so without a distance: model.layers.0.mlp.up_proj:7" in said
     run = entangle.open_run(tmp_path / "run").to_dataset()
     assert int(run["wasserstein"].isnull().sum()) == 3
     assert int((run["nonfinite"] > 0).sum()) == 2

@@ -100,7 +100,7 @@ def test_documents_are_joined_by_an_empty_line() -> None:
 
 @pytest.mark.parametrize(("text", "tokens"), [("", "0"), ("a" * (LENGTH - 1), "15")])
 def test_a_text_shorter_than_a_window_is_an_error(text: str, tokens: str) -> None:
-    message = f"too few tokens for one window of 16: {tokens} in documents given in Python; give"
+    message = f"^{tokens} tokens in documents given in Python, fewer than one window of 16: give"
     with pytest.raises(ValueError, match=message):
         windows_of(text)
     assert len(windows_of("a" * LENGTH)) == 1

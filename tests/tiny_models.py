@@ -9,6 +9,8 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
     AutoModelForCausalLM,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
@@ -106,6 +108,20 @@ def tiny_model(
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.copy_(0.2 * noise + (parameter if parameter.ndim == 1 else 0))
     model.to(dtype).eval()  # type: ignore[arg-type]  # a dtype is right; the stub is not
+    return model
+
+
+def tiny_vision_model() -> PreTrainedModel:
+    """Return a random model for text and images, both with as many blocks."""
+    depth = {"num_hidden_layers": 2, "num_attention_heads": 2}
+    images = {"hidden_size": 16, "intermediate_size": 20, "image_size": 28, "patch_size": 14}
+    config = Gemma3Config(
+        text_config=_WIDE_HEADS | {"vocab_size": VOCABULARY},
+        vision_config=depth | images,
+        mm_tokens_per_image=4,
+    )
+    model: PreTrainedModel = Gemma3ForConditionalGeneration(config)
+    model.eval()  # type: ignore[no-untyped-call]
     return model
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from entangle.model.layers import LinearLayer
+from entangle.model.layers import LinearLayer, decoder_of
 
 OnRows = Callable[[LinearLayer, torch.Tensor], None]
 
@@ -25,7 +25,7 @@ class Listener:
         self.padding = 0
         self.skipped = 0
         self.fired = dict.fromkeys((layer.name for layer in layers), 0)
-        self.inside = False  # of a forward pass
+        self.running: nn.Module | None = None  # whose forward pass has begun and not ended
         self._keep: torch.Tensor | None = None  # (tokens,) bool; None keeps all
         self._size = 0
 
@@ -35,7 +35,7 @@ class Listener:
         Raises:
             RuntimeError: if not.
         """
-        if self.inside:
+        if self.running is not None:
             raise RuntimeError(
                 "a forward pass did not come to its end, so its layers have counted different "
                 "tokens: leave this recorder and record again"
@@ -48,15 +48,17 @@ class Listener:
                 "them out with a narrower pattern"
             )
 
-    def begin(self, signature: inspect.Signature, args: Any, kwargs: dict[str, Any]) -> None:
-        """Take up a batch: read from the model's arguments which of its tokens count.
+    def begin(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        """Take up a batch: read from the module's arguments which of its tokens count.
 
         Raises:
             ValueError: the arguments do not say which tokens there are, or which are padding.
         """
-        if self.inside:
+        if self.running is not None:
+            if module is not self.running:
+                return  # a part of the model within the whole: the same batch
             self.check()
-        arguments = signature.bind_partial(*args, **kwargs).arguments
+        arguments = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
         arguments |= arguments.pop("kwargs", {})
         inputs = arguments.get("input_ids")
         inputs = arguments.get("inputs_embeds") if inputs is None else inputs
@@ -75,7 +77,12 @@ class Listener:
         self.tokens += counted
         self.skipped += tokens - counted
         self.padding += self._size - tokens
-        self.inside = True
+        self.running = module
+
+    def end(self, module: nn.Module) -> None:
+        """Note that the batch has come to its end, unless ``module`` is but a part of the model."""
+        if module is self.running:
+            self.running = None
 
     def rows(self, layer: LinearLayer, values: torch.Tensor) -> torch.Tensor:
         """Return the counted rows (tokens, neurons) of a layer's values for this batch.
@@ -83,7 +90,7 @@ class Listener:
         Raises:
             RuntimeError: the layer has not one row for each token of the batch.
         """
-        if not self.inside:
+        if self.running is None:
             raise RuntimeError(f"{layer.name} ran outside a forward pass of its model")
         rows = values.detach().reshape(-1, values.shape[-1])
         if len(rows) != self._size:
@@ -146,14 +153,12 @@ def listening(
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ValueError("some weights are offloaded or not loaded: load the whole model first")
     listener = Listener(layers, skip_first)
-    backbone = backbone_of(model)
-    signature = inspect.signature(backbone.forward)
 
-    def begin(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        listener.begin(signature, args, kwargs)
+    def begin(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        listener.begin(module, args, kwargs)
 
-    def end(*_: Any) -> None:
-        listener.inside = False
+    def end(module: nn.Module, *_: Any) -> None:
+        listener.end(module)
 
     def hook_of(layer: LinearLayer) -> Callable[..., None]:
         def hook(_: nn.Module, __: Any, output: torch.Tensor) -> None:
@@ -163,8 +168,9 @@ def listening(
 
     handles = []
     try:
-        handles.append(backbone.register_forward_pre_hook(begin, with_kwargs=True))
-        handles.append(backbone.register_forward_hook(end))
+        for module in _entrances(model):
+            handles.append(module.register_forward_pre_hook(begin, with_kwargs=True))
+            handles.append(module.register_forward_hook(end))
         for layer in layers:
             handles.append(layer.module.register_forward_hook(hook_of(layer)))
         yield listener
@@ -181,6 +187,11 @@ def _is_compiled(module: nn.Module) -> bool:
         or module._compiled_call_impl is not None
         or hasattr(module.forward, "_torchdynamo_orig_callable")
     )
+
+
+def _entrances(model: PreTrainedModel) -> set[nn.Module]:
+    """Return the modules at which a forward pass may begin: OPT, for one, skips its backbone."""
+    return {model, backbone_of(model), decoder_of(model)}
 
 
 def backbone_of(model: PreTrainedModel) -> nn.Module:

@@ -56,8 +56,7 @@ def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     config = model.config.get_text_config(decoder=True)
     count = getattr(config, "num_hidden_layers", None)
     # A vision encoder may have as many blocks, so only the text decoder is searched.
-    decoder: nn.Module = model.get_decoder()  # type: ignore[no-untyped-call]
-    inside = {id(module) for module in decoder.modules()}
+    inside = {id(module) for module in decoder_of(model).modules()}
     for name, module in model.named_modules():
         blocks = isinstance(module, nn.ModuleList) and id(module) in inside
         if blocks and len(module) == count and _has_linears(module):
@@ -66,6 +65,12 @@ def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
         f"found no list of {count} transformer blocks (num_hidden_layers) in "
         f"{type(model).__name__}: is it a causal language model of transformers?"
     )
+
+
+def decoder_of(model: PreTrainedModel) -> nn.Module:
+    """Return the part of the model that reads text, which holds its blocks."""
+    decoder: nn.Module = model.get_decoder()  # type: ignore[no-untyped-call]
+    return decoder
 
 
 def _has_linears(blocks: nn.ModuleList) -> bool:

@@ -86,7 +86,7 @@ def token_windows(
     available = len(ids) // body
     if available == 0:
         raise ValueError(
-            f"too few tokens for one window of {length}: {len(ids):,} in {source}; "
+            f"{len(ids):,} tokens in {source}, fewer than one window of {length}: "
             "give a longer text or a smaller length"
         )
     stream = np.asarray(ids, dtype=np.int64)[: available * body].reshape(available, body)

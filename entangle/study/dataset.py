@@ -149,11 +149,10 @@ def _warnings(dataset: xr.Dataset, distance: Array, error: Array) -> list[str]:
     """Say which neurons have no distance, or one to be careful with, and what was not measured."""
     broken = dataset["nonfinite"].to_numpy() > 0
     cases = {
-        "have outputs that are NaN, infinite or beyond all bounds, and no distance": broken,
-        "are dead (constant), and have no distance": np.isnan(distance) & ~broken,
-        f"have a bound of the error above {TRUSTED_ERROR}, and are not ranked": error
-        > TRUSTED_ERROR,
-        f"have a bound of the error above {NAMED_ERROR}": (error > NAMED_ERROR)
+        "with outputs that are NaN, infinite or beyond all bounds, so without a distance": broken,
+        "dead (constant), so without a distance": np.isnan(distance) & ~broken,
+        f"with an error bound above {TRUSTED_ERROR}, so not ranked": error > TRUSTED_ERROR,
+        f"with an error bound above {NAMED_ERROR}": (error > NAMED_ERROR)
         & (error <= TRUSTED_ERROR),
     }
     warnings = []
@@ -161,7 +160,7 @@ def _warnings(dataset: xr.Dataset, distance: Array, error: Array) -> list[str]:
         first = [neuron_name(dataset, i) for i in np.flatnonzero(which)[:3]]
         if first:
             more = ", ..." if which.sum() > len(first) else ""
-            warnings.append(f"{which.sum():,} neurons {what}: {', '.join(first)}{more}")
+            warnings.append(f"{which.sum():,} {what}: {', '.join(first)}{more}")
     skipped = dataset.attrs.get("skipped_parameters", [])
     if skipped:
         warnings.append(

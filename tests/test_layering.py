@@ -1,0 +1,144 @@
+"""The rooms and their order: who may import whom, read from the imports themselves."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import entangle
+
+PACKAGE = Path(entangle.__file__).parent
+
+# A room imports only from rooms above it; inside a room, a module only from those before it.
+ROOMS = {
+    "numerics": ("histograms", "wasserstein", "difficulty", "pruning", "routing", "products"),
+    "model": ("folders", "text", "experts", "layers", "loading", "hooks"),
+    "study": (
+        "dataset",
+        "runs",
+        "recording",
+        "ranking",
+        "perplexity",
+        "expansion",
+        "ablation",
+        "contexts",
+        "plan",
+    ),
+    "show": ("panels", "plots", "neuron", "report"),
+}
+ORDER = [f"entangle.{room}.{module}" for room, modules in ROOMS.items() for module in modules]
+MODULES = {name.rpartition(".")[2] for name in ORDER} | set(ROOMS)
+OPTIONAL = {"datasets", "ot", "resource"}
+LAZY = {"entangle", "entangle.__main__"}
+WRITERS = {"entangle.model.folders", "entangle.model.loading", "entangle.study.runs"}
+WRITERS |= {"entangle.show.report"}
+VAGUE = {"utils", "util", "helpers", "helper", "misc", "common", "base", "manager", "core"}
+WRITING = {"write_text", "write_bytes", "mkdir", "touch", "unlink", "rename", "replace", "rmdir"}
+WRITING |= {"to_csv", "to_zarr", "to_netcdf", "save_pretrained", "save_file", "rmtree"}
+
+
+def sources() -> dict[str, str]:
+    """Return the text of each module of the package by its dotted name."""
+    texts = {}
+    for file in sorted(PACKAGE.rglob("*.py")):
+        parts = ("entangle", *file.relative_to(PACKAGE).with_suffix("").parts)
+        name = ".".join(parts).removesuffix(".__init__")
+        texts[name] = file.read_text(encoding="utf-8")
+    return texts
+
+
+def imported(tree: ast.AST) -> Iterator[tuple[str, bool]]:
+    """Give each module that is imported, and whether that is inside a function."""
+    functions = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
+    inside = {id(node) for function in functions for node in ast.walk(function)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            start = "." * node.level + (node.module or "")
+            names = [f"{start}.{alias.name}" for alias in node.names]  # a module or a name in one
+        else:
+            continue
+        yield from ((name, id(node) in inside) for name in names)
+
+
+def violations(name: str, source: str) -> list[str]:
+    """Say what in a module breaks the rules."""
+    tree = ast.parse(source)
+    wrong = []
+    room = name.split(".")[1] if "." in name else ""
+    if set(name.split(".")) & VAGUE:
+        wrong.append(f"{name} is a vague name")
+    if name not in ORDER and name not in {*LAZY, *(f"entangle.{room}" for room in ROOMS)}:
+        wrong.append(f"{name} has no place in ROOMS")
+    for target, inside in imported(tree):
+        if inside and name not in LAZY and target.split(".")[0] not in OPTIONAL:
+            wrong.append(f"{name} imports {target} inside a function")
+        if target.startswith("."):
+            wrong.append(f"{name} imports {target}: say the whole name")
+        if name in LAZY or target.split(".")[0] != "entangle":
+            continue
+        above = ORDER[: ORDER.index(name)] if name in ORDER else []
+        if not any(f"{target}.".startswith(f"{module}.") for module in above):
+            wrong.append(f"{name} imports {target}, which is not above it")
+    if name not in LAZY:
+        own = {module for module in ROOMS.get(room, ()) if f"entangle.{room}.{module}" in sources()}
+        defined = {n.name for n in tree.body if isinstance(n, ast.FunctionDef)}
+        wrong += [f"{name}.{function} is named like a module" for function in defined & own]
+    if name not in WRITERS:
+        calls = (n.func for n in ast.walk(tree) if isinstance(n, ast.Call))
+        written = {f.attr for f in calls if isinstance(f, ast.Attribute)} & WRITING
+        strings = {"replace"}  # str.replace and dataclasses.replace look the same from here
+        wrong += [f"{name} writes files: {method}" for method in written - strings]
+    return wrong
+
+
+@pytest.mark.parametrize("name", sources())
+def test_the_package_keeps_the_rules(name: str) -> None:
+    assert violations(name, sources()[name]) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "source", "expected"),
+    [
+        ("model.text", "from entangle.study.runs import open_run", "not above it"),
+        ("model.text", "from entangle.study import runs", "not above it"),
+        ("model.text", "import entangle.study.runs", "not above it"),
+        ("model.text", "from entangle import load_model", "not above it"),
+        ("model.folders", "from entangle.model.text import TokenWindows", "not above it"),
+        ("model.text", "from entangle.model import text", "not above it"),
+        ("numerics.wasserstein", "from . import histograms", "say the whole name"),
+        ("study.dataset", "def f():\n    import torch", "inside a function"),
+        (
+            "study.dataset",
+            "class A:\n    def f(self):\n        from os import path",
+            "inside a fun",
+        ),
+        ("study.ranking", "def runs(): ...", "named like a module"),
+        ("study.ranking", "def f(file):\n    file.write_text('')", "writes files: write_text"),
+        ("study.misc", "", "vague name"),
+        ("model.utils.text", "", "vague name"),
+        ("study.novelty", "", "has no place in ROOMS"),
+    ],
+)
+def test_a_broken_rule_is_found(name: str, source: str, expected: str) -> None:
+    assert any(expected in wrong for wrong in violations(f"entangle.{name}", source))
+
+
+@pytest.mark.parametrize(
+    ("name", "source"),
+    [
+        ("entangle.study.runs", "from entangle.model import folders, text"),
+        ("entangle.study.runs", "from entangle.numerics.histograms import Histograms"),
+        ("entangle.show.plots", "from entangle.study.dataset import dataset_of"),
+        ("entangle.model.text", "def f():\n    import datasets"),
+        ("entangle.__main__", "def f():\n    from entangle.study import dataset"),
+    ],
+)
+def test_what_is_allowed_is_not_found(name: str, source: str) -> None:
+    assert violations(name, source) == []
+
+
+def test_no_public_name_is_hidden_by_a_module() -> None:
+    assert set(entangle.__all__) & MODULES == {"plots"}  # which is the module itself
