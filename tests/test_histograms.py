@@ -43,7 +43,7 @@ def started(pilot: torch.Tensor, *batches: torch.Tensor, bins: int = 1024) -> Hi
 def by_torch(pilot: torch.Tensor, *batches: torch.Tensor) -> Histograms:
     """Return the same, counted by what counts on a CUDA device."""
     histograms = started(pilot)
-    for batch in filter(len, batches):
+    for batch in batches:
         histograms.count.add_(len(batch))
         _add_torch(histograms, batch.float())
     return histograms
@@ -271,11 +271,11 @@ def test_a_neuron_constant_in_the_pilot_and_alive_at_its_layers_scale() -> None:
 
 
 def test_where_the_pilot_places_the_bins() -> None:
-    pilot = torch.tensor([[0.0, 2, 0, 5, math.nan], [2, 10, 2e-9, 5, 0]])
+    pilot = torch.tensor([[0.0, 2, 0, 5, math.nan], [6, 26, 2e-9, 5, 0]])
     histograms = started(pilot)
-    np.testing.assert_allclose(histograms.center, [1, 6, 1e-9, 5, 0])
-    np.testing.assert_allclose(histograms.scale, [1, 4, 1e-3, 1, 1], rtol=1e-6)
-    np.testing.assert_allclose(histograms.edges(1)[[0, 512, 1024]], [-26, 6, 38], rtol=1e-6)
+    np.testing.assert_allclose(histograms.center, [3, 14, 1e-9, 5, 0])
+    np.testing.assert_allclose(histograms.scale, [3, 12, 3e-3, 3, 3], rtol=1e-6)
+    np.testing.assert_allclose(histograms.edges(1)[[0, 512, 1024]], [-82, 14, 110], rtol=1e-6)
     np.testing.assert_allclose(started(pilot[:, 3:]).scale, [1, 1])  # no neuron is alive
 
 
@@ -442,6 +442,13 @@ def test_a_law_has_its_modes(law: Distribution) -> None:
     assert histograms.modes(histograms.moments()).tolist() == [law.modes] == [peaks(values)]
 
 
+def test_a_peak_is_a_mode_from_a_twentieth_of_the_highest() -> None:
+    for share, modes in ((0.04, 1), (0.06, 2)):
+        few = 8 + GAUSSIAN.quantiles(round(20_000 * share))
+        histograms = Histograms.from_rows(rows_of(np.append(GAUSSIAN.quantiles(20_000), few)))
+        assert histograms.modes(histograms.moments()).tolist() == [modes]
+
+
 def test_modes_are_the_peaks_of_the_smoothed_samples() -> None:
     rng = np.random.default_rng(0)
     shape = (2000, 600)  # more neurons than are looked at together, of one to four modes
@@ -490,6 +497,8 @@ def test_states_of_another_pilot_or_shape_do_not_merge() -> None:
     other[0, 1] += 1
     with pytest.raises(ValueError, match="1 of 3 neurons have their bins elsewhere"):
         histograms.merged(started(other))
+    with pytest.raises(ValueError, match="1 of 1 neurons have their bins elsewhere"):
+        started(UNIT).merged(started(2 * UNIT))  # the center is the same
     with pytest.raises(ValueError, match="3 of 3 neurons have their bins elsewhere"):
         histograms.merged(Histograms.zeros(3))
 

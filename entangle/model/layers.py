@@ -8,11 +8,14 @@ import dataclasses
 import difflib
 import fnmatch
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+
+if TYPE_CHECKING:  # it takes seconds to import, which commands that need no model need not wait for
+    from transformers import PreTrainedModel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +45,7 @@ def weight_of(layer: LinearLayer) -> torch.Tensor:
     return weight.detach().T if isinstance(layer.module, Conv1D) else weight.detach()
 
 
-def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+def find_blocks(model: "PreTrainedModel") -> tuple[str, nn.ModuleList]:
     """Return the list of the model's transformer blocks, and its dotted name.
 
     Raises:
@@ -67,7 +70,7 @@ def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     )
 
 
-def decoder_of(model: PreTrainedModel) -> nn.Module:
+def decoder_of(model: "PreTrainedModel") -> nn.Module:
     """Return the part of the model that reads text, which holds its blocks."""
     decoder: nn.Module = model.get_decoder()  # type: ignore[no-untyped-call]
     return decoder
@@ -77,7 +80,7 @@ def _has_linears(blocks: nn.ModuleList) -> bool:
     return all(any(isinstance(m, nn.Linear | Conv1D) for m in b.modules()) for b in blocks)
 
 
-def find_layers(model: PreTrainedModel, patterns: Sequence[str] = ("*",)) -> list[LinearLayer]:
+def find_layers(model: "PreTrainedModel", patterns: Sequence[str] = ("*",)) -> list[LinearLayer]:
     """Return the linear layers in the model's blocks that match any pattern, in model order.
 
     A pattern is a layer's exact name or a shell pattern of it such as ``*.mlp.up_proj``. The
@@ -96,7 +99,7 @@ def find_layers(model: PreTrainedModel, patterns: Sequence[str] = ("*",)) -> lis
     return [layer for layer in layers if any(fnmatch.fnmatchcase(layer.name, p) for p in patterns)]
 
 
-def _walk(model: PreTrainedModel) -> Iterator[LinearLayer]:
+def _walk(model: "PreTrainedModel") -> Iterator[LinearLayer]:
     prefix, blocks = find_blocks(model)
     for index, block in enumerate(blocks):
         for role, module in block.named_modules():
@@ -115,7 +118,7 @@ def _no_match(pattern: str, layers: Sequence[LinearLayer]) -> str:
     )
 
 
-def skipped_parameters(model: PreTrainedModel) -> list[str]:
+def skipped_parameters(model: "PreTrainedModel") -> list[str]:
     """Return the matrices in the blocks that belong to no linear layer, such as fused experts.
 
     A command that measures or prunes says their names: what is skipped is not silent.

@@ -175,8 +175,6 @@ class Histograms:
             raise RuntimeError("the bins have no place yet: call start with the pilot's rows first")
         if self.neurons and int(self.count[0]) + len(rows) > MAX_TOKENS:
             raise OverflowError(f"a histogram counts at most {MAX_TOKENS} tokens")
-        if len(rows) == 0:
-            return
         for part in rows.detach().float().split(_EXACT_ROWS):
             self.count.add_(len(part))
             if part.device.type == "cpu":
@@ -428,6 +426,8 @@ def _add_numba(  # type: ignore[no-untyped-def]
 
 def _add_torch(state: Histograms, rows: torch.Tensor) -> None:
     """Do as `_add_numba` with torch, on any device and without a copy to the host."""
+    if len(rows) == 0:  # they have no minimum
+        return
     edge = STEPS // 2 * state.bins
     center, inverse = state.center.float(), (STEPS / state.width).float()
     for part in rows.split(max(1, 2**24 // max(state.neurons, 1))):  # bounds the memory of it all
