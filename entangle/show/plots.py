@@ -49,7 +49,7 @@ REFERENCES = {  # exact W1 of known distributions to their fitted Gaussians, std
     "exponential": [0.31442],
     "uniform, Laplace": [0.15428, 0.14541],
     "t, 5 d.o.f.": [0.102],
-    "logistic": [0.060],
+    "logistic": [0.0593],
 }
 
 

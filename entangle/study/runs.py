@@ -49,12 +49,15 @@ class Stopwatch:
 
 def _peak_memory() -> int:
     """Return the largest resident size of this process so far."""
+    status = Path("/proc/self/status")
+    if status.is_file():  # Linux, whose getrusage also counts the process that started this one
+        lines = dict(line.split(":", 1) for line in status.read_text().splitlines())
+        return int(lines["VmHWM"].removesuffix("kB")) * 1024
     try:
         import resource
     except ImportError:  # Windows, where psutil knows it
         return int(psutil.Process().memory_info().peak_wset)  # type: ignore[attr-defined]
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if platform.system() == "Darwin" else peak * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
 
 
 def write_run(folder: Path, tree: xr.DataTree, log: Mapping[str, Any]) -> None:
