@@ -13,7 +13,7 @@ help: ## list the targets
 install: .venv/installed ## create .venv with entangle and what it needs
 
 .venv/installed: pyproject.toml constraints.txt
-	@echo "creating .venv and installing entangle into it"
+	@echo "installing entangle and what it needs into .venv: some minutes the first time"
 	@$(PYTHON) -c 'import sys; sys.exit("entangle needs CPython 3.11 or newer, this is %d.%d: make PYTHON=python3.12 ..." % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
@@ -36,7 +36,7 @@ demo: $(DEMO)/run.json ## measure the 135M model, rank its neurons, draw the fig
 	@for kind in heatmap layers ranks; do $(BIN)/entangle plot $(DEMO) $$kind || exit; done
 
 $(DEMO)/run.json: | data
-	@echo "measuring 128 windows of 512 tokens: about five minutes on two cores"
+	@echo "measuring 128 windows of 512 tokens: two to five minutes on two cores"
 	@$(BIN)/entangle measure data/smollm2-135m --text data/python-docs --out $(DEMO)
 
 test: check data ## lint, types and the whole test suite
