@@ -30,7 +30,7 @@ HALF_RANGE = 8  # the bins end at this many scales on either side of the center
 MAX_BINS = 2048  # so that a step's index fits 17 bits, and its square summed over 2^31 tokens int64
 MAX_TOKENS = 2**31 - 1  # counts are int32
 MAX_EXCESS = 2**30  # in bins: what lies farther out is not summed, and its neuron is NaN
-MAX_SQUARES = 2**62  # in squared bins, of int64's 2^63: float64 sums can tell what exceeds it
+MAX_SQUARES = 2**62  # in squared bins: a tail's sum stops here, and its neuron is NaN
 
 _SHIFT = np.int32(6)  # STEPS is 2 to this
 _LATER = np.uint16(2**16 - 1)  # in place of a bin's number: not yet added
@@ -220,14 +220,14 @@ class Histograms:
         merged |= {"center": self.center.clone(), "scale": self.scale.clone()}
         merged["minimum"] = torch.minimum(self.minimum, other.minimum)
         merged["maximum"] = torch.maximum(self.maximum, other.maximum)
-        overflow = self.tail_square > MAX_SQUARES - other.tail_square
-        merged["beyond"] += overflow.any(dim=1)
-        merged["tail_square"] = merged["tail_square"].masked_fill(overflow, MAX_SQUARES)
+        full = self.tail_square > MAX_SQUARES - other.tail_square
+        merged["tail_square"] = merged["tail_square"].masked_fill(full, MAX_SQUARES)
         return type(self)(**merged)
 
     def invalid(self) -> npt.NDArray[np.bool_]:
         """Return which neurons have values that cannot be summed: NaN, infinite or too far out."""
-        return ((self.nonfinite > 0) | (self.beyond > 0)).cpu().numpy()
+        full = (self.tail_square >= MAX_SQUARES).any(dim=1)
+        return (full | (self.nonfinite > 0) | (self.beyond > 0)).cpu().numpy()
 
     def moments(self) -> Moments:
         """Return each neuron's moments, of the lattice's values (at most half a step off each)."""
@@ -404,14 +404,12 @@ def _add_numba(  # type: ignore[no-untyped-def]
                     side = 0 if y < 0 else 1
                     excess = max(np.floor(abs(y)) - edge, 0.0)
                     square = np.rint(((excess + 0.5) / STEPS) ** 2)
-                    if excess > MAX_EXCESS * STEPS or tail_square[i, side] > MAX_SQUARES - int(
-                        square
-                    ):
+                    if excess > MAX_EXCESS * STEPS:
                         beyond[i] += 1
                         continue
                     tail_count[i, side] += 1
                     tail_excess[i, side] += int(excess)
-                    tail_square[i, side] += int(square)
+                    tail_square[i, side] = min(tail_square[i, side] + int(square), MAX_SQUARES)
                     d = edge + excess + 0.5
                     powers[i, 0] += d**3 if side else -(d**3)
                     powers[i, 1] += d**4
@@ -449,13 +447,12 @@ def _add_torch(state: Histograms, rows: torch.Tensor) -> None:
             tail = on_side & finite & ~inside & ~far
             e = torch.where(tail, excess, 0.0)
             square = torch.where(tail, ((e + 0.5) / STEPS).square().round(), 0.0)
-            total = square.sum(dim=0) + state.tail_square[:, side]
-            overflow = total > MAX_SQUARES
-            state.beyond.add_((on_side & finite & far).sum(dim=0) + overflow)
+            state.beyond.add_((on_side & finite & far).sum(dim=0))
             state.tail_count[:, side] += tail.sum(dim=0)
             state.tail_excess[:, side] += e.long().sum(dim=0)
-            square = square.masked_fill(overflow, 0.0)
-            state.tail_square[:, side] += square.long().sum(dim=0)
+            full = square.sum(dim=0) + state.tail_square[:, side] >= MAX_SQUARES  # in float64
+            total = square.long().sum(dim=0) + state.tail_square[:, side]
+            state.tail_square[:, side] = total.masked_fill(full, MAX_SQUARES)
             d += torch.where(tail, (edge + e + 0.5) * (1 if side else -1), 0.0)
         state.powers.add_(torch.stack([(d**3).sum(dim=0), (d**4).sum(dim=0)], dim=1))
         state.minimum.copy_(torch.minimum(state.minimum, part.amin(dim=0)))

@@ -60,7 +60,7 @@ def to_tree(
         "min": np.where(invalid, np.nan, histograms.minimum.cpu().numpy()),
         "max": np.where(invalid, np.nan, histograms.maximum.cpu().numpy()),
         "count": moments.count,
-        "nonfinite": (histograms.nonfinite + histograms.beyond).cpu().numpy(),
+        "nonfinite": np.maximum(invalid, (histograms.nonfinite + histograms.beyond).cpu().numpy()),
         "weight_norm": _weight_norms(layers),
     }
     coordinates = _coordinates(layers)
