@@ -19,7 +19,7 @@ import xarray as xr
 import entangle
 from entangle.__main__ import main
 from entangle.study import runs
-from tests.tiny_models import CONTEXT, save_tiny
+from tests.tiny_models import ARCHITECTURES, CONTEXT, save_tiny
 
 WORDS = "The quick brown fox jumps over the lazy dog; a wizard's job is to vex chumps quickly. "
 
@@ -313,3 +313,22 @@ def test_perplexity_is_that_of_the_python_function(
     said = capsys.readouterr().out
     assert f"perplexity {score.perplexity:.4f} ± {score.perplexity_error:.4f}" in said
     assert "20 windows of 32 that do not overlap" in said
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_architecture_is_measured_ranked_and_drawn(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_tiny(tmp_path / "model", name)
+    (tmp_path / "text.txt").write_text(WORDS * 20)
+    assert main(_measure(tmp_path, "run")) == 0
+    fused = "matrices in the blocks are no linear layers and were not measured"
+    assert (fused in capsys.readouterr().out) == (name == "mixtral")
+    run = str(tmp_path / "run")
+    assert main(["rank", run, "--top", "1", "--json"]) == 0
+    top = json.loads(capsys.readouterr().out)["neurons"][0]
+    largest = float(entangle.open_run(run)["wasserstein"].max())
+    assert top["wasserstein"] == largest
+    for words in (["heatmap"], ["layers"], ["ranks"], ["neuron", top["neuron"]]):
+        assert main(["plot", run, *words]) == 0
+        assert Path(capsys.readouterr().out.strip()).stat().st_size > 10_000
