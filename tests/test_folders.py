@@ -236,3 +236,14 @@ def test_a_file_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("text")
     with pytest.raises(OSError, match="file"):
         new_file(tmp_path / "file" / "table.csv").__enter__()
+
+
+def test_a_link_is_followed_and_stays(tmp_path: Path) -> None:
+    real, link = tmp_path / "real", tmp_path / "link"
+    link.symlink_to(real)
+    for number in ("1", "2"):
+        with new_folder(link, overwrite=True) as folder:
+            (folder / "run.json").write_text(number)
+        assert link.is_symlink()
+        assert (real / "run.json").read_text() == number
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "real"]

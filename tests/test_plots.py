@@ -359,7 +359,7 @@ def test_ranks_draws_each_layer_sorted_against_its_share() -> None:
 
 def test_ranks_marks_known_distributions_where_they_are_and_names_them_once() -> None:
     figure = plots.ranks(make_model(blocks=3))
-    marks = [0.53538, 0.31442, 0.15428, 0.14541, 0.102, 0.060]
+    marks = [0.53538, 0.31442, 0.15428, 0.14541, 0.102, 0.0593]
     for ax in panels(figure).values():
         lines: list[Any] = [x for x in ax.lines if x.get_transform() == ax.get_yaxis_transform()]
         drawn = sorted({float(height) for line in lines for height in line.get_ydata()})

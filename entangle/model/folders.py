@@ -22,6 +22,8 @@ def new_folder(target: str | Path, *, overwrite: bool = False) -> Iterator[Path]
         OSError: the target cannot be written; the message names it.
     """
     target = Path(target)
+    if target.is_symlink():  # what it points to is replaced, and not the link
+        target = target.resolve()
     check_target(target, overwrite)
     partial = target.with_name(target.name + ".partial")
     lock = _claim(partial, target)
