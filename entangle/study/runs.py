@@ -73,7 +73,12 @@ def write_run(folder: Path, tree: xr.DataTree, log: Mapping[str, Any]) -> None:
         folder / "neurons.zarr", mode="w", zarr_format=2, encoding=encoding, consolidated=True
     )
     write_json(folder / "run.json", {str(name): value for name, value in tree.attrs.items()})
-    write_json(folder / "log.json", log)
+    write_json(folder / "log.json", {**log, "files": _count_files(folder / "neurons.zarr")})
+
+
+def _count_files(folder: Path) -> int:
+    """Count a dataset's files: xarray reads a missing one as NaN or 0, and says nothing."""
+    return sum(path.is_file() for path in folder.rglob("*"))
 
 
 def write_json(file: Path, content: Mapping[str, Any]) -> None:
@@ -94,6 +99,10 @@ def open_run(folder: str | Path) -> xr.DataTree:
         raise FileNotFoundError(f"{folder} {there}: expected a folder that a command wrote (--out)")
     try:
         # chunks=None reads without dask; what is read at once is the coordinates.
+        written = json.loads((folder / "log.json").read_text(encoding="utf-8"))["files"]
+        found = _count_files(folder / "neurons.zarr")
+        if found != written:
+            raise ValueError(f"neurons.zarr has {found} files, and {written} were written")
         tree = xr.open_datatree(folder / "neurons.zarr", engine="zarr", chunks=None)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"the run {folder} is damaged, measure again: {error}") from error
