@@ -12,8 +12,16 @@ PACKAGE = Path(entangle.__file__).parent
 
 # A room imports only from rooms above it; inside a room, a module only from those before it.
 ROOMS = {
-    "numerics": ("histograms", "wasserstein", "difficulty", "pruning", "routing", "products"),
-    "model": ("folders", "text", "experts", "layers", "loading", "hooks"),
+    "numerics": (
+        "histograms",
+        "wasserstein",
+        "difficulty",
+        "moments",
+        "pruning",
+        "routing",
+        "products",
+    ),
+    "model": ("folders", "text", "experts", "layers", "loading", "hooks", "blocks"),
     "study": (
         "dataset",
         "runs",
@@ -21,11 +29,12 @@ ROOMS = {
         "ranking",
         "perplexity",
         "expansion",
+        "sweeping",
         "ablation",
         "contexts",
         "plan",
     ),
-    "show": ("panels", "plots", "neuron", "report"),
+    "show": ("panels", "arms", "plots", "neuron", "report"),
 }
 ORDER = [f"entangle.{room}.{module}" for room, modules in ROOMS.items() for module in modules]
 MODULES = {name.rpartition(".")[2] for name in ORDER} | set(ROOMS)

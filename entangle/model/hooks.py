@@ -1,7 +1,8 @@
 """Run a model while listening to its linear layers."""
 
+import dataclasses
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,6 +13,55 @@ from transformers import PreTrainedModel
 from entangle.model.layers import LinearLayer, decoder_of
 
 OnRows = Callable[[LinearLayer, torch.Tensor], None]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class CountedTokens:
+    """Which tokens of a batch count: neither padding nor the first ones that are left out."""
+
+    size: int  # tokens of the batch
+    counted: int
+    padding: int
+    keep: torch.Tensor | None  # (size,) bool; None keeps all
+
+    def rows(self, layer: LinearLayer, values: torch.Tensor) -> torch.Tensor:
+        """Return the counted rows (tokens, channels) of a layer's inputs or outputs.
+
+        Raises:
+            RuntimeError: the layer has not one row for each token of the batch.
+        """
+        rows = values.detach().reshape(-1, values.shape[-1])
+        if len(rows) != self.size:
+            raise RuntimeError(
+                f"{layer.name} has {len(rows)} rows for a batch of {self.size} tokens: its rows "
+                "are no tokens, leave it out with a narrower pattern"
+            )
+        return rows if self.keep is None else rows[self.keep.to(rows.device)]
+
+
+def counted_tokens(
+    module: nn.Module, args: Any, kwargs: Mapping[str, Any], skip_first: int
+) -> CountedTokens:
+    """Read from the arguments that a model is called with which of its tokens count.
+
+    Raises:
+        ValueError: the arguments do not say which tokens there are, or which are padding.
+    """
+    arguments = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
+    arguments |= arguments.pop("kwargs", {})
+    inputs = arguments.get("input_ids")
+    inputs = arguments.get("inputs_embeds") if inputs is None else inputs
+    if inputs is None:
+        raise ValueError("the model was called without input_ids and without inputs_embeds")
+    windows, length = inputs.shape[:2]
+    cache = arguments.get("past_key_values")
+    past = 0 if cache is None else int(cache.get_seq_length())
+    mask = arguments.get("attention_mask")
+    real, position = _real_tokens(mask, windows, length, past, inputs.device)
+    keep = real & (position >= skip_first)
+    size, counted = windows * length, int(keep.sum())
+    padding = size - int(real.sum())
+    return CountedTokens(size, counted, padding, None if counted == size else keep.flatten())
 
 
 class Listener:
@@ -26,8 +76,7 @@ class Listener:
         self.skipped = 0
         self.fired = dict.fromkeys((layer.name for layer in layers), 0)
         self.running: nn.Module | None = None  # whose forward pass has begun and not ended
-        self._keep: torch.Tensor | None = None  # (tokens,) bool; None keeps all
-        self._size = 0
+        self._batch: CountedTokens | None = None
 
     def check(self) -> None:
         """See that every layer fired once a batch, and that the last one came to its end.
@@ -40,13 +89,7 @@ class Listener:
                 "a forward pass did not come to its end, so its layers have counted different "
                 "tokens: leave this recorder and record again"
             )
-        wrong = [name for name, count in self.fired.items() if count != self.batches]
-        if wrong:
-            raise RuntimeError(
-                f"{len(wrong)} of {len(self.fired)} selected layers did not run once in each of "
-                f"{self.batches} batches, first {wrong[0]} ({self.fired[wrong[0]]} times): leave "
-                "them out with a narrower pattern"
-            )
+        check_fired(self.fired, self.batches)
 
     def begin(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         """Take up a batch: read from the module's arguments which of its tokens count.
@@ -58,25 +101,11 @@ class Listener:
             if module is not self.running:
                 return  # a part of the model within the whole: the same batch
             self.check()
-        arguments = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
-        arguments |= arguments.pop("kwargs", {})
-        inputs = arguments.get("input_ids")
-        inputs = arguments.get("inputs_embeds") if inputs is None else inputs
-        if inputs is None:
-            raise ValueError("the model was called without input_ids and without inputs_embeds")
-        windows, length = inputs.shape[:2]
-        cache = arguments.get("past_key_values")
-        past = 0 if cache is None else int(cache.get_seq_length())
-        mask = arguments.get("attention_mask")
-        real, position = _real_tokens(mask, windows, length, past, inputs.device)
-        keep = real & (position >= self.skip_first)
-        self._size = windows * length
-        counted, tokens = int(keep.sum()), int(real.sum())
-        self._keep = None if counted == self._size else keep.flatten()
+        self._batch = counted_tokens(module, args, kwargs, self.skip_first)
         self.batches += 1
-        self.tokens += counted
-        self.skipped += tokens - counted
-        self.padding += self._size - tokens
+        self.tokens += self._batch.counted
+        self.skipped += self._batch.size - self._batch.padding - self._batch.counted
+        self.padding += self._batch.padding
         self.running = module
 
     def end(self, module: nn.Module) -> None:
@@ -90,16 +119,26 @@ class Listener:
         Raises:
             RuntimeError: the layer has not one row for each token of the batch.
         """
-        if self.running is None:
+        if self.running is None or self._batch is None:
             raise RuntimeError(f"{layer.name} ran outside a forward pass of its model")
-        rows = values.detach().reshape(-1, values.shape[-1])
-        if len(rows) != self._size:
-            raise RuntimeError(
-                f"{layer.name} has {len(rows)} rows for a batch of {self._size} tokens: its rows "
-                "are no tokens, leave it out with a narrower pattern"
-            )
+        rows = self._batch.rows(layer, values)
         self.fired[layer.name] += 1
-        return rows if self._keep is None else rows[self._keep.to(rows.device)]
+        return rows
+
+
+def check_fired(fired: Mapping[str, int], batches: int) -> None:
+    """See that each layer, by its name, ran once in each batch.
+
+    Raises:
+        RuntimeError: if not.
+    """
+    wrong = [name for name, count in fired.items() if count != batches]
+    if wrong:
+        raise RuntimeError(
+            f"{len(wrong)} of {len(fired)} selected layers did not run once in each of {batches} "
+            f"batches, first {wrong[0]} ({fired[wrong[0]]} times): leave them out with a narrower "
+            "pattern"
+        )
 
 
 def _real_tokens(
@@ -143,15 +182,7 @@ def listening(
         RuntimeError: at the end, a layer did not run once in each batch.
         ValueError: the model is compiled or offloaded, or ``skip_first`` is negative.
     """
-    if skip_first < 0:
-        raise ValueError(f"skip_first must not be negative, got {skip_first}")
-    if any(_is_compiled(module) for module in model.modules()):
-        raise ValueError(
-            "a model that torch.compile has changed, or a part of it, does not run hooks: "
-            "pass the model as it was before"
-        )
-    if any(parameter.is_meta for parameter in model.parameters()):
-        raise ValueError("some weights are offloaded or not loaded: load the whole model first")
+    check_hooks(model, skip_first)
     listener = Listener(layers, skip_first)
 
     def begin(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
@@ -178,6 +209,23 @@ def listening(
         for handle in handles:
             handle.remove()
     listener.check()
+
+
+def check_hooks(model: PreTrainedModel, skip_first: int) -> None:
+    """See that hooks will run on a model.
+
+    Raises:
+        ValueError: the model is compiled or offloaded, or ``skip_first`` is negative.
+    """
+    if skip_first < 0:
+        raise ValueError(f"skip_first must not be negative, got {skip_first}")
+    if any(_is_compiled(module) for module in model.modules()):
+        raise ValueError(
+            "a model that torch.compile has changed, or a part of it, does not run hooks: "
+            "pass the model as it was before"
+        )
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError("some weights are offloaded or not loaded: load the whole model first")
 
 
 def _is_compiled(module: nn.Module) -> bool:

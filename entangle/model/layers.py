@@ -45,6 +45,35 @@ def weight_of(layer: LinearLayer) -> torch.Tensor:
     return weight.detach().T if isinstance(layer.module, Conv1D) else weight.detach()
 
 
+def write_weight(layer: LinearLayer, weight: torch.Tensor) -> None:
+    """Give the layer another weight ``(neurons, inputs)``, in place."""
+    weight_of(layer).copy_(weight)
+
+
+def check_prunable(layers: Sequence[LinearLayer]) -> None:
+    """See that the layers have plain weights of their own, which can be pruned.
+
+    Raises:
+        ValueError: a layer is quantised, or shares its weight with another.
+    """
+    owners: dict[int, str] = {}
+    for layer in layers:
+        weight = layer.module.weight
+        assert isinstance(weight, torch.Tensor)
+        plain = type(weight) in {nn.Parameter, torch.Tensor} and weight.is_floating_point()
+        if not plain or weight.element_size() < 2:
+            raise ValueError(
+                f"{layer.name} is quantised ({type(layer.module).__name__}, {weight.dtype}): load "
+                "the model without quantisation, or leave the layer out with a narrower pattern"
+            )
+        other = owners.setdefault(id(weight), layer.name)
+        if other != layer.name:
+            raise ValueError(
+                f"{layer.name} and {other} are one weight, which cannot be pruned for both: leave "
+                "one out with a narrower pattern"
+            )
+
+
 def find_blocks(model: "PreTrainedModel") -> tuple[str, nn.ModuleList]:
     """Return the list of the model's transformer blocks, and its dotted name.
 

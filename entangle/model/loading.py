@@ -1,6 +1,7 @@
-"""A model and its tokenizer from a hub id, a folder or a GGUF file."""
+"""A model and its tokenizer from a hub id, a folder or a GGUF file, and back to a folder."""
 
 import hashlib
+import shutil
 import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 from gguf import GGUFReader
+from safetensors import SafetensorError
 from tokenizers.pre_tokenizers import Digits, Sequence
 from transformers import (
     AutoModelForCausalLM,
@@ -63,8 +65,32 @@ def load_model(
             f"cannot load {name}: {len(wrong)} of the weights that its configuration asks for "
             f"are not in its files, or have another shape there, first {min(wrong)}"
         )
+    if "gguf_file" in options:  # plain floats by now; these marks would have it saved as quantised
+        vars(model).update(hf_quantizer=None, is_quantized=False)
+        del model.config.quantization_config
     on_device: PreTrainedModel = model.to(target).eval()
     return on_device
+
+
+def save_model(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path
+) -> None:
+    """Write a model, and its tokenizer, into a folder as an ordinary Hugging Face one.
+
+    Raises:
+        OSError: the folder cannot be written.
+        ValueError: transformers refuses to save the model, with what it says.
+    """
+    try:
+        model.save_pretrained(folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+    except (ValueError, RuntimeError, TypeError, SafetensorError) as error:
+        reason = textwrap.shorten(str(error), 300, placeholder=" ...")
+        kind = OSError if isinstance(error, SafetensorError) else ValueError  # a full disk is one
+        raise kind(f"cannot save the model to {folder}: {reason}") from error
+    for file in folder.glob("*.safetensors"):  # which safetensors lets only its owner read
+        shutil.copymode(folder / "config.json", file)
 
 
 def load_tokenizer(

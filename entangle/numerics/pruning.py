@@ -1,10 +1,12 @@
 """One-shot pruning of one weight matrix, from the moments of its inputs.
 
 The data come first and without weights (`InputMoments`), then the weights without data: one Gram
-serves every method, sparsity and subset of rows. Weights are ``(neurons, inputs)``.
+serves every method, sparsity and subset of rows. Weights are ``(neurons, inputs)``; moments of
+several experts give as many pruned copies ``(experts, neurons, inputs)``.
 
 Guarantees (``tests/test_pruning.py`` holds them): the pruned count is exact, on ties too; with
-``mask="row"`` a neuron's result is the same bits whatever other neurons are pruned with it.
+``mask="row"`` a neuron's result is the same bits whatever other neurons, or experts, are pruned
+with it.
 
 Sources: Wanda, arXiv 2306.11695, eq. 1; SparseGPT, arXiv 2301.00774, section 3 and algorithm 1.
 """
@@ -16,11 +18,13 @@ import numba
 import numpy as np
 import torch
 
+from entangle.numerics.moments import InputMoments, inverse_factor
+
 Mask = Literal["row", "block"]
+Method = Literal["sparsegpt", "wanda", "magnitude"]
 
 BLOCK = 128  # columns that SparseGPT solves before it updates those to their right, as published
 _TILE = 64  # rows that the column kernel takes at a time
-_LADDER = (0.01, 0.1, 1.0)  # damping, times the Gram's mean diagonal: as published, and then more
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,43 +61,47 @@ class Sparsity:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class InputMoments:
-    """The Gram of a layer's inputs, XᵀX over tokens: all that pruning wants to know of the data."""
-
-    gram: torch.Tensor  # (inputs, inputs) float32
-    count: torch.Tensor  # () int64: tokens
-
-    @classmethod
-    def zeros(cls, inputs: int, *, device: torch.device | str = "cpu") -> Self:
-        """Return the moments of no tokens."""
-        gram = torch.zeros(inputs, inputs, device=device)
-        return cls(gram, torch.zeros((), dtype=torch.int64, device=device))
-
-    def add(self, rows: torch.Tensor) -> None:
-        """Add input rows (tokens, inputs) of any floating dtype."""
-        rows = rows.detach().float()
-        self.gram.addmm_(rows.T, rows)
-        self.count.add_(len(rows))
-
-    def merged(self, other: Self) -> Self:
-        """Return the moments of both sets of rows together."""
-        return type(self)(self.gram + other.gram, self.count + other.count)
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
 class Pruned:
-    """What SparseGPT made of a weight matrix, and the damping it needed."""
+    """A pruned weight matrix, one for each expert, and the damping that SparseGPT needed for it."""
 
-    weight: torch.Tensor  # (neurons, inputs)
-    damping: float  # times the Gram's mean diagonal; 0.01 unless that Gram was singular
+    weight: torch.Tensor  # ([experts,] neurons, inputs)
+    damping: tuple[float, ...]  # of each expert; 0 for the other methods
+
+
+def prune(
+    weight: torch.Tensor,
+    moments: InputMoments,
+    sparsity: Sparsity,
+    *,
+    method: Method = "sparsegpt",
+    mask: Mask = "row",
+) -> Pruned:
+    """Prune a weight (neurons, inputs) by a method's name.
+
+    Raises:
+        ValueError: as the method's own function does, or an unknown name of method or mask.
+    """
+    if mask not in {"row", "block"}:
+        raise ValueError(f"mask must be 'row' or 'block', got {mask!r}")
+    if method == "sparsegpt":
+        return sparse_gpt(weight, moments, sparsity, mask=mask)
+    experts = moments.lower.shape[:-2]
+    if method == "wanda":
+        pruned = wanda(weight, moments, sparsity, mask=mask)
+    elif method == "magnitude":
+        pruned = magnitude(weight, sparsity, mask=mask).expand(*experts, *weight.shape)
+    else:
+        raise ValueError(f"method must be 'sparsegpt', 'wanda' or 'magnitude', got {method!r}")
+    return Pruned(pruned, (0.0,) * (experts[0] if experts else 1))
 
 
 def magnitude(weight: torch.Tensor, sparsity: Sparsity, *, mask: Mask = "row") -> torch.Tensor:
     """Return the weight (neurons, inputs) without its smallest entries.
 
     Raises:
-        ValueError: inputs that n:m does not divide.
+        ValueError: weights that are not finite, or inputs that n:m does not divide.
     """
+    _check_finite(weight, "weights")
     return _without_lowest(weight, weight.abs().float(), sparsity, mask)
 
 
@@ -106,9 +114,8 @@ def wanda(
         ValueError: moments of other inputs or not finite, or inputs that n:m does not divide.
     """
     _check(weight, moments)
-    return _without_lowest(
-        weight, weight.abs().float() * moments.gram.diag().sqrt(), sparsity, mask
-    )
+    scores = weight.abs().float() * moments.squares.sqrt().unsqueeze(-2)
+    return _without_lowest(weight, scores, sparsity, mask)
 
 
 def _without_lowest(
@@ -117,22 +124,26 @@ def _without_lowest(
     neurons, inputs = weight.shape
     _check_group(inputs, sparsity)
     if sparsity.group:
-        groups = scores.reshape(neurons, -1, sparsity.group)
-        pruned = _lowest(groups, sparsity.group - sparsity.kept).reshape(neurons, inputs)
+        groups = scores.unflatten(-1, (-1, sparsity.group))
+        pruned = _lowest(groups, sparsity.group - sparsity.kept).flatten(-2)
     elif mask == "row":
         pruned = _lowest(scores, round(sparsity.share * inputs))
     else:
         pruned = torch.zeros_like(scores, dtype=torch.bool)
         for first, end, count in _block_counts(neurons, inputs, sparsity):
-            block = scores[:, first:end].reshape(-1)
-            pruned[:, first:end] = _lowest(block, count).reshape(neurons, -1)
+            block = scores[..., first:end]
+            pruned[..., first:end] = _lowest(block.flatten(-2), count).view_as(block)
     return weight.masked_fill(pruned, 0)
 
 
 def _lowest(scores: torch.Tensor, count: int) -> torch.Tensor:
     """Return where the ``count`` lowest scores along the last axis are, of ties the first."""
-    order = scores.sort(dim=-1, stable=True).indices[..., :count]
-    return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, order, value=True)
+    if count == 0:
+        return torch.zeros_like(scores, dtype=torch.bool)
+    highest = scores.kthvalue(count, dim=-1, keepdim=True).values
+    below, ties = scores < highest, scores == highest
+    spare = count - below.sum(dim=-1, keepdim=True)
+    return below | (ties & (ties.cumsum(dim=-1, dtype=torch.int32) <= spare))
 
 
 def _block_counts(rows: int, inputs: int, sparsity: Sparsity) -> list[tuple[int, int, int]]:
@@ -147,15 +158,6 @@ def _block_counts(rows: int, inputs: int, sparsity: Sparsity) -> list[tuple[int,
         (first, end, after - before)
         for first, end, before, after in zip(edges, edges[1:], line, line[1:], strict=False)
     ]
-
-
-def reconstruction_error(
-    weight: torch.Tensor, pruned: torch.Tensor, moments: InputMoments
-) -> torch.Tensor:
-    """Return each neuron's ‖(w - ŵ)X‖² and ‖wX‖² over the tokens of the moments (neurons, 2)."""
-    gram = moments.gram.double()
-    both = torch.stack([weight.double() - pruned.double(), weight.double()], dim=1)
-    return ((both @ gram) * both).sum(dim=-1)
 
 
 def sparse_gpt(
@@ -173,44 +175,55 @@ def sparse_gpt(
     """
     _check(weight, moments)
     _check_group(weight.shape[1], sparsity)
-    factor, damping = _inverse_factor(moments.gram)
+    grams = moments.gram.reshape(-1, moments.inputs, moments.inputs)
+    factors = [inverse_factor(gram) for gram in grams]
+    upper = torch.stack([factor.upper for factor in factors])  # (experts, inputs, inputs)
     neurons, inputs = weight.shape
     padded = -(-neurons // _TILE) * _TILE
     # Columns first, so that a column's neurons lie side by side.
-    columns = factor.new_zeros(inputs, padded)
-    columns[:, :neurons] = weight.detach().float().T
+    columns = upper.new_zeros(len(upper), inputs, padded)
+    columns[:, :, :neurons] = weight.detach().float().T
     for (first, end, count), (_, _, joint) in zip(
         _block_counts(1, inputs, sparsity), _block_counts(neurons, inputs, sparsity), strict=True
     ):
-        block, square = columns[first:end], factor[first:end, first:end].contiguous()
+        block, square = columns[:, first:end], upper[:, first:end, first:end].contiguous()
         pruned = torch.zeros_like(block, dtype=torch.bool)
         if mask == "block" and not sparsity.group:
-            scores = (block[:, :neurons] / square.diag()[:, None]).square()
-            pruned[:, :neurons] = _lowest(scores.reshape(-1), joint).reshape(-1, neurons)
+            diagonal = square.diagonal(dim1=1, dim2=2).unsqueeze(-1)
+            scores = (block[:, :, :neurons] / diagonal).square()
+            pruned[:, :, :neurons] = _lowest(scores.flatten(1), joint).view_as(scores)
             count = 0  # nothing is left to choose
         errors = torch.zeros_like(block)
         if block.device.type == "cpu":
             arrays = (tensor.numpy() for tensor in (block, pruned, square, errors))
             _solve_numba(*arrays, count, sparsity.kept, sparsity.group)  # type: ignore[call-arg]
+            for later, factor, error in zip(columns[:, end:], upper, errors, strict=True):
+                later.addmm_(factor[first:end, end:].T, error, alpha=-1)
         else:
             _solve_torch(block, pruned, square, errors, count, sparsity)
-        columns[end:].addmm_(factor[first:end, end:].T, errors, alpha=-1)
-    return Pruned(columns[:, :neurons].T.to(weight.dtype).contiguous(), damping)
+            columns[:, end:].baddbmm_(upper[:, first:end, end:].mT, errors, alpha=-1)
+    solved = columns[:, :, :neurons].mT.to(weight.dtype).contiguous()
+    return Pruned(
+        solved.reshape(*moments.lower.shape[:-2], neurons, inputs),
+        tuple(factor.damping for factor in factors),
+    )
 
 
 def _check(weight: torch.Tensor, moments: InputMoments) -> None:
     inputs = weight.shape[1]
-    if moments.gram.shape != (inputs, inputs):
+    if moments.inputs != inputs:
+        raise ValueError(f"expected the moments of {inputs} inputs, got those of {moments.inputs}")
+    _check_finite(weight, "weights")
+    _check_finite(moments.lower.tril(), "moments of the inputs")
+
+
+def _check_finite(values: torch.Tensor, name: str) -> None:
+    bad = int((~torch.isfinite(values)).sum())
+    if bad:
         raise ValueError(
-            f"expected the moments of {inputs} inputs, got those of {moments.gram.shape[0]}"
+            f"{bad:,} of the {name} are NaN or infinite: the model or its inputs overflow, "
+            "try another dtype, or leave the layer out with a narrower pattern"
         )
-    for name, values in (("weights", weight), ("moments of the inputs", moments.gram)):
-        bad = int((~torch.isfinite(values)).sum())
-        if bad:
-            raise ValueError(
-                f"{bad:,} of the {name} are NaN or infinite: the model or its inputs overflow, "
-                "try another dtype, or leave the layer out with a narrower pattern"
-            )
 
 
 def _check_group(inputs: int, sparsity: Sparsity) -> None:
@@ -220,60 +233,33 @@ def _check_group(inputs: int, sparsity: Sparsity) -> None:
         )
 
 
-def _inverse_factor(gram: torch.Tensor) -> tuple[torch.Tensor, float]:
-    """Return the upper U with UᵀU = H⁻¹, H the damped Gram, and the damping that it took.
-
-    With the order of the inputs reversed, H = LLᵀ turns into H = RRᵀ with R upper, and U = R⁻¹:
-    one Cholesky and one triangular solve, and no inverse is formed.
-
-    Raises:
-        ValueError: no damping of the ladder makes the Gram regular.
-    """
-    mean = float(gram.diag().double().mean())
-    if mean > 0:
-        for dtype, damping in [(torch.float32, _LADDER[0]), *((torch.float64, d) for d in _LADDER)]:
-            damped = gram.to(dtype, copy=True)
-            damped.diagonal().add_(damping * mean)
-            lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
-            if int(failed):
-                continue
-            identity = torch.eye(len(gram), dtype=dtype, device=gram.device)
-            factor = torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True).float()
-            if bool(torch.isfinite(factor).all()):
-                factor = factor.contiguous()
-                # An input that is always zero goes first and changes no other: w / U_jj is 0.
-                factor.diagonal()[gram.diag() == 0] = torch.inf
-                return factor, damping
-    raise ValueError(
-        f"the Gram of {len(gram)} inputs is singular, damped by up to {_LADDER[-1]:g} times its mean "
-        f"diagonal ({mean:.3g}): did any token reach this layer?"
-    )
-
-
 @numba.njit(parallel=True, nogil=True, cache=True)
 def _solve_numba(block, pruned, factor, errors, count, kept, group):  # type: ignore[no-untyped-def]
-    """Solve a block (columns, rows) in place, 64 rows at a time, and return its errors.
+    """Solve a block (experts, columns, rows) in place, 64 rows at a time, and fill its errors.
 
     A row's ``count`` lowest weights are chosen first, or those of a group when it is reached.
     A row is alone with its mask and its errors: what lies beside it changes no bit.
     """
-    columns, rows = block.shape
-    for tile in numba.prange(rows // _TILE):
-        begin = tile * _TILE
+    experts, columns, rows = block.shape
+    tiles = rows // _TILE
+    for part in numba.prange(experts * tiles):
+        expert, begin = part // tiles, part % tiles * _TILE
         end = begin + _TILE
+        u = factor[expert]
         if count > 0 and group == 0:
-            _choose(block, pruned, factor, 0, columns, begin, end, count)
+            _choose(block[expert], pruned[expert], u, 0, columns, begin, end, count)
         for j in range(columns):
             if group > 0 and j % group == 0:
-                _choose(block, pruned, factor, j, j + group, begin, end, group - kept)
-            w, e, p = block[j, begin:end], errors[j, begin:end], pruned[j, begin:end]
+                _choose(block[expert], pruned[expert], u, j, j + group, begin, end, group - kept)
+            w, e = block[expert, j, begin:end], errors[expert, j, begin:end]
+            p = pruned[expert, j, begin:end]
             for r in range(_TILE):
-                e[r] = w[r] / factor[j, j] if p[r] else np.float32(0)
+                e[r] = w[r] / u[j, j] if p[r] else np.float32(0)
                 w[r] = np.float32(0) if p[r] else w[r]
             for k in range(j + 1, columns):
-                u, later = factor[j, k], block[k, begin:end]
+                later = block[expert, k, begin:end]
                 for r in range(_TILE):
-                    later[r] -= e[r] * u
+                    later[r] -= e[r] * u[j, k]
 
 
 @numba.njit(cache=True)
@@ -308,14 +294,16 @@ def _solve_torch(
     sparsity: Sparsity,
 ) -> None:
     """Do as `_solve_numba` with torch, on any device."""
-    diagonal = factor.diag()[:, None]
+    diagonal = factor.diagonal(dim1=1, dim2=2).unsqueeze(-1)  # (experts, columns, 1)
     if count and not sparsity.group:
-        pruned.copy_(_lowest((block / diagonal).square().T, count).T)
-    for j in range(len(block)):
+        pruned.copy_(_lowest((block / diagonal).square().mT, count).mT)
+    for j in range(block.shape[1]):
         if sparsity.group and j % sparsity.group == 0:
             part = slice(j, j + sparsity.group)
-            scores = (block[part] / diagonal[part]).square().T
-            pruned[part] = _lowest(scores, sparsity.group - sparsity.kept).T
-        errors[j] = torch.where(pruned[j], block[j] / diagonal[j], 0.0)
-        block[j].masked_fill_(pruned[j], 0.0)
-        block[j + 1 :].addr_(factor[j, j + 1 :], errors[j], alpha=-1)
+            scores = (block[:, part] / diagonal[:, part]).square().mT
+            pruned[:, part] = _lowest(scores, sparsity.group - sparsity.kept).mT
+        errors[:, j] = torch.where(pruned[:, j], block[:, j] / diagonal[:, j], 0.0)
+        block[:, j].masked_fill_(pruned[:, j], 0.0)
+        block[:, j + 1 :].baddbmm_(
+            factor[:, j, j + 1 :].unsqueeze(-1), errors[:, j].unsqueeze(1), alpha=-1
+        )

@@ -1,0 +1,292 @@
+"""Run a model block by block: catch what each block is called with, then call it so again.
+
+A block is never called with arguments of our choosing, which differ between architectures and
+releases. Each batch runs through the model once with the blocks left out: what they are called
+with beside the hidden states (masks, positions) does not depend on them. The first batch also runs
+whole, as the proof of that: where a model is otherwise, it is an error and not a wrong result.
+
+Memory: the hidden states of all batches, and one batch in one block.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree
+from transformers import PreTrainedModel
+
+from entangle.model.hooks import (
+    CountedTokens,
+    OnRows,
+    backbone_of,
+    check_fired,
+    check_hooks,
+    counted_tokens,
+)
+from entangle.model.layers import LinearLayer, find_blocks
+
+Forward = Callable[..., Any]
+OTHERWISE = (
+    "the blocks of this model do not simply run one after the other on hidden states ({}), so it "
+    "cannot be run block by block"
+)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Call:
+    """What a block was called with, beside the hidden states."""
+
+    leaves: list[Any]
+    form: Any  # how the leaves make up (args, kwargs)
+    named: bool  # whether the hidden states were given by name
+
+    @classmethod
+    def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple["_Call", torch.Tensor]:
+        """Return a call and the hidden states that it was made with.
+
+        Raises:
+            ValueError: there are none.
+        """
+        named = not args
+        hidden = kwargs.get("hidden_states") if named else args[0]
+        if not isinstance(hidden, torch.Tensor):
+            raise ValueError("a block of this model is called without hidden states")
+        rest = {key: value for key, value in kwargs.items() if not named or value is not hidden}
+        leaves, form = _pytree.tree_flatten((args[1:], rest))
+        return cls(leaves, form, named), hidden
+
+    def __call__(self, block: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+        """Call a block so again, with these hidden states, and return the new ones."""
+        args, kwargs = _pytree.tree_unflatten(self.leaves, self.form)
+        if self.named:
+            return _hidden_of(block(*args, hidden_states=hidden, **kwargs))
+        return _hidden_of(block(hidden, *args, **kwargs))
+
+    def sharing(self, other: "_Call | None") -> "_Call":
+        """Return the same call, with the other's tensors in place of equal ones."""
+        if other is None or self.form != other.form:
+            return self
+        pairs = zip(self.leaves, other.leaves, strict=True)
+        leaves = [old if _same(new, old) else new for new, old in pairs]
+        return dataclasses.replace(self, leaves=leaves)
+
+    def equals(self, other: "_Call") -> bool:
+        """Tell whether both say the same."""
+        if self.named != other.named or self.form != other.form:
+            return False
+        return all(map(_same, self.leaves, other.leaves))
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        return a is b or (a.dtype == b.dtype and a.device == b.device and torch.equal(a, b))
+    return type(a) is type(b) and (a is b or bool(a == b))
+
+
+def _hidden_of(output: Any) -> torch.Tensor:
+    hidden = output[0] if isinstance(output, tuple) else output
+    assert isinstance(hidden, torch.Tensor)
+    return hidden
+
+
+class BlockWalk:
+    """The hidden states of batches on their way through a model's blocks, all in step.
+
+    ``block`` is the index of the block that they stand before. `listen` hears the layers of that
+    block, `advance` goes behind it; between the two its weights may change.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        batches: Iterable[Mapping[str, torch.Tensor]],
+        *,
+        skip_first: int = 0,
+    ) -> None:
+        """Take up batches, each what the model is called with (input_ids, attention_mask).
+
+        Raises:
+            RuntimeError: the blocks do not run one after the other on hidden states alone.
+            ValueError: a compiled or offloaded model, no batches, or ``skip_first`` is negative.
+        """
+        check_hooks(model, skip_first)
+        self.model = model
+        self.blocks = list(find_blocks(model)[1])
+        self.block = 0
+        self.counted: list[CountedTokens] = []
+        self._hidden: list[torch.Tensor] = []
+        self._calls: list[list[_Call]] = []  # of each batch, for each block
+        self._extras: list[int | None] = []
+        with torch.inference_mode():
+            for batch in batches:
+                self._take_up(batch, skip_first)
+        if not self._hidden:
+            raise ValueError("no batch to run: give at least one window")
+
+    @property
+    def tokens(self) -> int:
+        """The tokens that count, in all batches."""
+        return sum(batch.counted for batch in self.counted)
+
+    @property
+    def done(self) -> bool:
+        """Whether the hidden states are behind the last block."""
+        return self.block == len(self.blocks)
+
+    def listen(
+        self, layers: Sequence[LinearLayer], on_inputs: OnRows, *, advance: bool = False
+    ) -> dict[str, str]:
+        """Run the block once, calling ``on_inputs`` with the counted input rows of its layers.
+
+        Layers that receive the same tensor are heard once: returned is, for each layer's name,
+        the name of the one with whose rows ``on_inputs`` was called. With ``advance`` the outputs
+        of this run are carried on.
+
+        Raises:
+            RuntimeError: a layer did not run once in each batch, its rows are no tokens, or it
+                shares its input in some batches only.
+        """
+        assert all(layer.block == self.block for layer in layers)
+        heard: dict[str, str] = {}
+        fired = dict.fromkeys((layer.name for layer in layers), 0)
+        seen: dict[int, tuple[torch.Tensor, str]] = {}  # held, so that no id is given anew
+        batch = self.counted[0]
+
+        def hook_of(layer: LinearLayer) -> Callable[..., None]:
+            def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                inputs = args[0] if args else next(iter(kwargs.values()))
+                first = seen.setdefault(id(inputs), (inputs, layer.name))[1]
+                if heard.setdefault(layer.name, first) != first:
+                    raise RuntimeError(
+                        f"{layer.name} shares its input with {heard[layer.name]} in some batches "
+                        "only: leave it out with a narrower pattern"
+                    )
+                fired[layer.name] += 1
+                if first == layer.name:
+                    on_inputs(layer, batch.rows(layer, inputs))
+
+            return hook
+
+        handles = []
+        try:
+            for layer in layers:
+                hook = hook_of(layer)
+                handles.append(layer.module.register_forward_pre_hook(hook, with_kwargs=True))
+            for number, batch in enumerate(self.counted):  # noqa: B007  # the hooks read it
+                hidden = self._run(number)
+                seen.clear()
+                if advance:
+                    self._hidden[number] = hidden
+        finally:
+            for handle in handles:
+                handle.remove()
+        check_fired(fired, len(self.counted))
+        self.block += advance
+        return heard
+
+    def advance(self) -> None:
+        """Carry the hidden states through the block, as its weights now are."""
+        for number in range(len(self._hidden)):
+            self._hidden[number] = self._run(number)
+        self.block += 1
+
+    def _run(self, number: int) -> torch.Tensor:
+        with torch.inference_mode():
+            call = self._calls[number][self.block]
+            return call(self.blocks[self.block], self._hidden[number])
+
+    def _take_up(self, batch: Mapping[str, torch.Tensor], skip_first: int) -> None:
+        backbone = backbone_of(self.model)
+        device = next(self.model.parameters()).device
+        arguments = {name: value.to(device) for name, value in batch.items()}
+        if self._calls:
+            before: Sequence[_Call | None] = self._calls[-1]
+            calls, hidden = _run_short(backbone, self.blocks, arguments, self._extras)
+        else:
+            before, self._extras = _run_whole(backbone, self.blocks, arguments)
+            calls, hidden = _run_short(backbone, self.blocks, arguments, self._extras)
+            if not all(map(_Call.equals, calls, before)):
+                raise RuntimeError(OTHERWISE.format("what they hand on is more than that"))
+        self._calls.append(list(map(_Call.sharing, calls, before)))
+        self._hidden.append(hidden)
+        self.counted.append(counted_tokens(backbone, (), arguments, skip_first))
+
+
+def _run_whole(
+    backbone: nn.Module, blocks: Sequence[nn.Module], arguments: Mapping[str, torch.Tensor]
+) -> tuple[list[_Call], list[int | None]]:
+    """Run all of a model; return each block's call, and how much else it returns in a tuple.
+
+    Raises:
+        RuntimeError: the blocks do not run one after the other on hidden states alone.
+    """
+    calls: list[_Call] = []
+    extras: list[int | None] = []
+    last: torch.Tensor | None = None
+
+    def make(index: int, forward: Forward) -> Forward:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            nonlocal last
+            call, hidden = _Call.of(args, kwargs)
+            if index != len(calls):
+                raise RuntimeError(OTHERWISE.format(f"block {index} runs out of turn"))
+            if last is not None and not _same(hidden, last):
+                raise RuntimeError(OTHERWISE.format(f"something lies before block {index}"))
+            output = forward(*args, **kwargs)
+            last = _hidden_of(output)
+            calls.append(call)
+            extras.append(len(output) - 1 if isinstance(output, tuple) else None)
+            return output
+
+        return run
+
+    with _replaced(blocks, make):
+        backbone(**arguments, use_cache=False)
+    if len(calls) != len(blocks):
+        raise RuntimeError(OTHERWISE.format(f"{len(calls)} of {len(blocks)} ran"))
+    return calls, extras
+
+
+def _run_short(
+    backbone: nn.Module,
+    blocks: Sequence[nn.Module],
+    arguments: Mapping[str, torch.Tensor],
+    extras: Sequence[int | None],
+) -> tuple[list[_Call], torch.Tensor]:
+    """Run a model without its blocks; return each one's call, and the first's hidden states."""
+    calls: list[_Call] = []
+    states: list[torch.Tensor] = []
+
+    def make(index: int, forward: Forward) -> Forward:
+        def skip(*args: Any, **kwargs: Any) -> Any:
+            call, hidden = _Call.of(args, kwargs)
+            calls.append(call)
+            states.append(hidden)
+            extra = extras[index]
+            return hidden if extra is None else (hidden, *(None,) * extra)
+
+        return skip
+
+    with _replaced(blocks, make):
+        backbone(**arguments, use_cache=False)
+    return calls, states[0]
+
+
+@contextmanager
+def _replaced(
+    blocks: Sequence[nn.Module], make: Callable[[int, Forward], Forward]
+) -> Iterator[None]:
+    """Give each block another forward, made from its own, and in the end its own again."""
+    own = [vars(block).get("forward") for block in blocks]  # accelerate may have set one
+    try:
+        for index, block in enumerate(blocks):
+            block.forward = make(index, block.forward)
+        yield
+    finally:
+        for block, forward in zip(blocks, own, strict=True):
+            vars(block).pop("forward", None)
+            if forward is not None:
+                block.forward = forward
