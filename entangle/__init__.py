@@ -7,10 +7,12 @@ if TYPE_CHECKING:
     from entangle.model.loading import load_model, load_tokenizer
     from entangle.model.text import token_windows
     from entangle.show import plots
+    from entangle.study.expansion import sparsify
     from entangle.study.perplexity import score
     from entangle.study.ranking import top_neurons
     from entangle.study.recording import measure, record
     from entangle.study.runs import open_run
+    from entangle.study.sweeping import sweep
 
 __version__ = "0.1.0"
 
@@ -22,6 +24,8 @@ __all__ = [
     "plots",
     "record",
     "score",
+    "sparsify",
+    "sweep",
     "token_windows",
     "top_neurons",
 ]
@@ -34,6 +38,8 @@ _HOMES = {
     "open_run": "entangle.study.runs",
     "record": "entangle.study.recording",
     "score": "entangle.study.perplexity",
+    "sparsify": "entangle.study.expansion",
+    "sweep": "entangle.study.sweeping",
     "token_windows": "entangle.model.text",
     "top_neurons": "entangle.study.ranking",
 }

@@ -8,18 +8,16 @@ import signal
 import sys
 import traceback
 from collections.abc import Sequence
-from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import entangle
+from entangle.arguments import parser
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from entangle.model.text import Purpose, TokenWindows
-
-PLOTS = ("heatmap", "layers", "ranks", "neuron")
 
 
 def run_measure(args: argparse.Namespace) -> None:
@@ -28,7 +26,7 @@ def run_measure(args: argparse.Namespace) -> None:
     from entangle.study import dataset
 
     folders.check_target(args.out, args.overwrite)  # before minutes are spent
-    windows, model = _text_and_model(args, "calibration")
+    windows, _, model = _text_and_model(args, "calibration")
     run = entangle.measure(
         model,
         windows,
@@ -47,7 +45,7 @@ def run_measure(args: argparse.Namespace) -> None:
 
 def run_perplexity(args: argparse.Namespace) -> None:
     """Score a model on a text."""
-    windows, model = _text_and_model(args, "evaluation")
+    windows, _, model = _text_and_model(args, "evaluation")
     score = entangle.score(
         model,
         windows,
@@ -64,6 +62,74 @@ def run_perplexity(args: argparse.Namespace) -> None:
     _print(args, numbers | about, _scored)
 
 
+def run_sparsify(args: argparse.Namespace) -> None:
+    """Prune a model and save it."""
+    from entangle.model import folders
+
+    folders.check_target(args.out, args.overwrite)
+    windows, tokenizer, model = _text_and_model(args, "calibration")
+    found = entangle.sparsify(
+        model,
+        windows,
+        args.sparsity,
+        method=args.method,
+        mask=args.mask,
+        propagate=args.propagate,
+        layers=args.layers,
+        batch_size=args.batch_size,
+        skip_first=args.skip_first,
+        tokenizer=tokenizer,
+        out=args.out,
+        overwrite=args.overwrite,
+        progress=sys.stderr.isatty(),
+        command=args.command_line,
+    )
+    log = json.loads((args.out / "log.json").read_text())
+    rows = found.layers.to_dict(orient="records")
+    numbers = {"realised": found.sparsity, "error": found.error, "layers": rows}
+    _print(args, found.attributes | numbers | {"folder": str(args.out), "log": log}, _sparsified)
+
+
+def run_sweep(args: argparse.Namespace) -> None:
+    """Prune a model in several ways and score each."""
+    from entangle.model import folders
+    from entangle.study import runs
+
+    folders.check_target(args.out, args.overwrite)
+    windows, tokenizer, model = _text_and_model(args, "calibration")
+    evaluation = entangle.token_windows(
+        args.evaluation,
+        tokenizer,
+        windows=args.evaluation_windows,
+        length=args.length,
+        seed=args.seed,
+        bos=args.bos,
+        purpose="evaluation",
+    )
+    entangle.sweep(
+        model,
+        windows,
+        evaluation,
+        args.sparsity,
+        methods=args.method,
+        masks=args.mask,
+        propagate=args.propagate,
+        layers=args.layers,
+        batch_size=args.batch_size,
+        skip_first=args.skip_first,
+        out=args.out,
+        overwrite=args.overwrite,
+        progress=sys.stderr.isatty(),
+        command=args.command_line,
+    )
+    table, attributes = runs.open_sweep(args.out)
+    figure = entangle.plots.sweep(table)
+    file = runs.save_figure(figure, args.out / "figures" / "sweep.png")
+    result = attributes | {"table": table.to_dict(orient="records"), "figure": str(file)}
+    text = (args.out / "tables" / "sweep.md").read_text(encoding="utf-8")
+    _print(args, result, lambda _: f"{text}\nwritten to {args.out}, with a figure: {file}")
+
+
 def run_rank(args: argparse.Namespace) -> None:
     """Print the neurons with the largest distance, or of another variable."""
     from entangle.study import dataset, runs
@@ -77,7 +143,7 @@ def run_rank(args: argparse.Namespace) -> None:
 
 
 def run_plot(args: argparse.Namespace) -> None:
-    """Draw a run: heatmap, layers, ranks, or one neuron.
+    """Draw a run: heatmap, layers, ranks, one neuron, or a sweep.
 
     Raises:
         ValueError: a neuron for a plot of all, or none for that of one.
@@ -90,7 +156,7 @@ def run_plot(args: argparse.Namespace) -> None:
             if args.kind == "neuron"
             else f"plot {args.kind} takes no neuron, got {args.neuron!r}"
         )
-    run = entangle.open_run(args.run)
+    run = runs.open_sweep(args.run)[0] if args.kind == "sweep" else entangle.open_run(args.run)
     arguments = [run] if args.neuron is None else [run, args.neuron]
     figure = getattr(entangle.plots, args.kind)(*arguments)
     name = args.kind if args.neuron is None else f"neuron-{args.neuron.replace(':', '-')}"
@@ -100,19 +166,21 @@ def run_plot(args: argparse.Namespace) -> None:
 
 def _text_and_model(
     args: argparse.Namespace, purpose: "Purpose"
-) -> "tuple[TokenWindows, PreTrainedModel]":
+) -> "tuple[TokenWindows, PreTrainedTokenizerBase, PreTrainedModel]":
     """Read the text first: what is wrong with it is known before a large model is loaded."""
     source = {"revision": args.revision, "trust_remote_code": args.trust_remote_code}
+    tokenizer = entangle.load_tokenizer(args.model, **source)
     windows = entangle.token_windows(
         args.text,
-        entangle.load_tokenizer(args.model, **source),
+        tokenizer,
         windows=args.windows,
         length=args.length,
         seed=args.seed,
         bos=args.bos,
         purpose=purpose,
     )
-    return windows, entangle.load_model(args.model, dtype=args.dtype, device=args.device, **source)
+    model = entangle.load_model(args.model, dtype=args.dtype, device=args.device, **source)
+    return windows, tokenizer, model
 
 
 def _print(args: argparse.Namespace, result: dict[str, Any], words: Any) -> None:
@@ -167,6 +235,31 @@ def _scored(result: dict[str, Any]) -> str:
     )
 
 
+def _sparsified(result: dict[str, Any]) -> str:
+    from entangle.model.layers import say_skipped
+
+    worst = max(result["layers"], key=lambda layer: layer["error"])
+    lines = [
+        f"{result['model']}: {len(result['layers'])} layers pruned to {result['sparsity']} by "
+        f"{result['method']} (mask by {result['mask']}, {result['propagate']} propagation) from "
+        f"{result['tokens']:,} tokens of {result['text']} ({result['windows']} windows of "
+        f"{result['length']})",
+        f"{result['realised']:.4%} of their weights are zero; relative squared error of a layer's "
+        f"outputs on these tokens: mean {result['error']:.4g}, "
+        f"largest {worst['error']:.4g} ({worst['layer']})",
+    ]
+    damped = [layer["layer"] for layer in result["layers"] if layer["damping"] > 0.01]
+    if damped:
+        lines.append(f"{len(damped)} layers needed damping beyond 0.01, first {damped[0]}")
+    lines += say_skipped(result["skipped_parameters"], "pruned")
+    log = result["log"]
+    lines.append(
+        f"written to {result['folder']} in {log['seconds']:.0f} s, "
+        f"peak memory {log['peak_memory_bytes'] / 1e9:.2f} GB"
+    )
+    return "\n".join(lines)
+
+
 def _table(summary: dict[str, Any]) -> str:
     rows = [
         {name: value if isinstance(value, str) else f"{value:.4g}" for name, value in row.items()}
@@ -187,111 +280,35 @@ def _table(summary: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def parser() -> argparse.ArgumentParser:
-    """Return the command line's grammar."""
-    top = argparse.ArgumentParser(prog="entangle", description=entangle.__doc__)
-    top.add_argument("--version", action="version", version=entangle.__version__)
-    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
-    always = argparse.ArgumentParser(add_help=False)
-    always.add_argument("--json", action="store_true", help="print the result as JSON")
-    always.add_argument("--debug", action="store_true", help="show the traceback of an error")
-
-    layers = argparse.ArgumentParser(add_help=False)
-    layers.add_argument(
-        "--layers", nargs="+", default=["*"], metavar="PATTERN", help="of their names [*]"
-    )
-
-    model = argparse.ArgumentParser(add_help=False)
-    model.add_argument("model", metavar="MODEL", help="a hub id, a folder or a .gguf file")
-    model.add_argument("--revision", help="of a model of the hub")
-    model.add_argument(
-        "--dtype",
-        default="auto",
-        choices=["auto", "float32", "bfloat16", "float16"],
-        help="of the weights [auto: as stored]",
-    )
-    model.add_argument("--device", default="auto", help="[auto: cuda if there is one, else cpu]")
-    model.add_argument(
-        "--trust-remote-code", action="store_true", help="run code that comes with the model"
-    )
-
-    text = argparse.ArgumentParser(add_help=False)
-    text.add_argument(
-        "--text",
-        required=True,
-        help="a file, a folder of *.txt, or hub:NAME[/CONFIG][:SPLIT][#COLUMN]",
-    )
-    text.add_argument("--windows", type=int, default=128, help="of the text, drawn by seed [128]")
-    text.add_argument("--length", type=int, default=512, help="tokens in a window [512]")
-    text.add_argument("--batch-size", type=int, default=4, help="windows at a time [4]")
-    text.add_argument("--seed", type=int, default=0, help="of the draw [0]")
-    text.add_argument(
-        "--bos",
-        default="auto",
-        choices=["auto", "always", "never"],
-        help="the token that begins a sequence before each window [auto: as the tokenizer does]",
-    )
-    text.add_argument(
-        "--skip-first", type=int, default=0, help="tokens of each window not counted [0]"
-    )
-
-    measure = commands.add_parser(
-        "measure",
-        parents=[model, text, layers, always],
-        help="measure the distribution of every neuron over a text",
-    )
-    measure.add_argument("--out", type=Path, required=True, metavar="RUN", help="a new folder")
-    measure.add_argument("--overwrite", action="store_true", help="replace RUN if it exists")
-    measure.add_argument("--bins", type=int, default=1024, help="of a histogram [1024]")
-    measure.set_defaults(run_command=run_measure)
-
-    perplexity = commands.add_parser(
-        "perplexity", parents=[model, text, always], help="score a model on a text"
-    )
-    perplexity.set_defaults(run_command=run_perplexity)
-
-    rank = commands.add_parser(
-        "rank",
-        parents=[layers, always],
-        help="print the neurons with the largest distance, or of another variable",
-    )
-    rank.add_argument("run", type=Path, metavar="RUN")
-    rank.add_argument("--top", type=int, default=30, help="how many neurons [30]")
-    rank.add_argument("--by", default="wasserstein", help="which variable [wasserstein]")
-    rank.add_argument("--csv", type=Path, metavar="FILE", help="write the table, numbers in full")
-    rank.set_defaults(run_command=run_rank)
-
-    plot = commands.add_parser(
-        "plot", parents=[always], help="draw a run: heatmap, layers, ranks, or one neuron"
-    )
-    plot.add_argument("run", type=Path, metavar="RUN")
-    plot.add_argument("kind", choices=PLOTS)
-    plot.add_argument("neuron", nargs="?", metavar="LAYER:INDEX", help="for plot neuron")
-    plot.add_argument(
-        "--out", type=Path, metavar="FILE", help="[a PNG in RUN/figures]; its ending is the format"
-    )
-    plot.set_defaults(run_command=run_plot)
-    return top
-
-
 def command_line(args: argparse.Namespace) -> str:
     """Return the command with all that determines its result, and no more."""
-    ignored = {"command", "model", "run_command", "out", "overwrite", "json", "debug"}
+    ignored = {"command", "model", "out", "overwrite", "json", "debug"}
     words = ["entangle", args.command, args.model]
     for name, value in sorted(vars(args).items()):
         if name in ignored or value is None or value is False:
             continue
         words.append("--" + name.replace("_", "-"))
-        if value is not True:
+        if isinstance(value, tuple):
+            words.append(",".join(value))
+        elif value is not True:
             words += map(str, value) if isinstance(value, list) else [str(value)]
     return shlex.join(words)
+
+
+COMMANDS = {
+    "measure": run_measure,
+    "perplexity": run_perplexity,
+    "sparsify": run_sparsify,
+    "sweep": run_sweep,
+    "rank": run_rank,
+    "plot": run_plot,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return 0, 2 for bad input, 1 for another error, 130 or 143 if stopped."""
     args = parser().parse_args(argv)
-    if args.command == "measure":
+    if args.command in {"measure", "sparsify", "sweep"}:
         args.command_line = command_line(args)
     signal.signal(signal.SIGTERM, _terminate)
     try:
@@ -299,7 +316,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not sys.stderr.isatty():  # both are read when what we import next is imported
             os.environ.setdefault("TQDM_DISABLE", "1")
             os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-        args.run_command(args)
+        COMMANDS[args.command](args)
     except BrokenPipeError:  # the reader, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:

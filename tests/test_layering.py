@@ -28,6 +28,7 @@ ROOMS = {
         "recording",
         "ranking",
         "perplexity",
+        "calibration",
         "expansion",
         "sweeping",
         "ablation",

@@ -1,7 +1,7 @@
 """Write a folder or a file whole or not at all."""
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -9,11 +9,18 @@ from filelock import FileLock, Timeout
 
 
 @contextmanager
-def new_folder(target: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
+def new_folder(
+    target: str | Path,
+    *,
+    overwrite: bool = False,
+    goes_on: Callable[[Path], bool] | None = None,
+) -> Iterator[Path]:
     """Give an empty folder to fill, ``TARGET.partial``, which becomes ``target`` at the end.
 
     After an error nothing of it is left, and what was at ``target`` is as before. While it is
-    being filled no other process gets it.
+    being filled no other process gets it. With ``goes_on``, which tells whether what a killed
+    process left in it is to be gone on with, the folder may begin with that, and stays after an
+    error.
 
     Raises:
         FileExistsError: ``target`` exists and ``overwrite`` is false, or it is no run or model
@@ -28,14 +35,16 @@ def new_folder(target: str | Path, *, overwrite: bool = False) -> Iterator[Path]
     partial = target.with_name(target.name + ".partial")
     lock = _claim(partial, target)
     try:
-        _empty(partial)
+        if goes_on is None or not goes_on(partial):
+            _empty(partial)
         yield partial
         check_target(target, overwrite)
         _replace(partial, target)
         (target / ".lock").unlink()
     except BaseException:
         # Not in `finally`: once renamed, a folder of this name is another process's.
-        shutil.rmtree(partial, ignore_errors=True)
+        if goes_on is None:
+            shutil.rmtree(partial, ignore_errors=True)
         raise
     finally:
         lock.release()

@@ -159,3 +159,13 @@ def skipped_parameters(model: "PreTrainedModel") -> list[str]:
         for name, parameter in blocks.named_parameters()
         if parameter.ndim > 1 and id(parameter) not in linear
     ]
+
+
+def say_skipped(names: Sequence[str], deed: str) -> list[str]:
+    """Return a line that says what `skipped_parameters` found was not ``deed``, or none."""
+    if not names:
+        return []
+    return [
+        f"{len(names)} matrices in the blocks are no linear layers and were not {deed}: "
+        f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
+    ]

@@ -81,13 +81,18 @@ def save_model(
         OSError: the folder cannot be written.
         ValueError: transformers refuses to save the model, with what it says.
     """
+    folder.mkdir(parents=True, exist_ok=True)  # transformers says nothing if it is a file
     try:
         model.save_pretrained(folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
-    except (ValueError, RuntimeError, TypeError, SafetensorError) as error:
+    except OSError:
+        raise
+    except Exception as error:
+        # A full disk is an error of its own kind to safetensors, and of no kind to tokenizers.
+        disk = isinstance(error, SafetensorError) or type(error) is Exception
         reason = textwrap.shorten(str(error), 300, placeholder=" ...")
-        kind = OSError if isinstance(error, SafetensorError) else ValueError  # a full disk is one
+        kind = OSError if disk else ValueError
         raise kind(f"cannot save the model to {folder}: {reason}") from error
     for file in folder.glob("*.safetensors"):  # which safetensors lets only its owner read
         shutil.copymode(folder / "config.json", file)

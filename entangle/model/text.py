@@ -54,13 +54,15 @@ def token_windows(
     text: str | Path | Sequence[str],
     tokenizer: PreTrainedTokenizerBase,
     *,
-    windows: int = 128,
+    windows: int | None = 128,
     length: int = 512,
     seed: int = 0,
     bos: Bos = "auto",
     purpose: Purpose = "calibration",
 ) -> TokenWindows:
-    """Draw ``windows`` windows of ``length`` tokens from a text by ``seed``; all if it has fewer.
+    """Draw ``windows`` windows of ``length`` tokens from a text by ``seed``.
+
+    All of them if it has fewer, or if ``windows`` is None.
 
     ``text`` is where to read, as TEXT on the command line (see `read_documents`), or a list of
     documents themselves. Windows keep the order of the text. ``bos`` puts the tokenizer's
@@ -71,7 +73,7 @@ def token_windows(
         ValueError: the text has fewer tokens than one window, a number is not positive, or
             ``bos="always"`` with a tokenizer that has no such token.
     """
-    if windows < 1 or length < 2:
+    if (windows is not None and windows < 1) or length < 2:
         raise ValueError(
             f"expected at least 1 window of at least 2 tokens, got {windows} of {length}"
         )
@@ -90,7 +92,7 @@ def token_windows(
             "give a longer text or a smaller length"
         )
     stream = np.asarray(ids, dtype=np.int64)[: available * body].reshape(available, body)
-    if windows < available:
+    if windows is not None and windows < available:
         drawn = np.random.default_rng(seed).choice(available, size=windows, replace=False)
         stream = stream[np.sort(drawn)]
     starts = np.tile(np.asarray(start, dtype=np.int64), (len(stream), 1))
@@ -98,13 +100,18 @@ def token_windows(
     return TokenWindows(tokens, source, available, seed, bos)
 
 
-def check_windows(model: PreTrainedModel, windows: TokenWindows) -> None:
+def check_windows(model: PreTrainedModel, windows: TokenWindows, skip_first: int = 0) -> None:
     """See that a model can run on windows, before minutes are spent.
 
     Raises:
-        ValueError: the model is in training mode, the windows are longer than its context, or
-            they have tokens that it does not know.
+        ValueError: the model is in training mode, the windows are longer than its context, they
+            have tokens that it does not know, or ``skip_first`` leaves none of their tokens.
     """
+    if not 0 <= skip_first < windows.length:
+        raise ValueError(
+            f"expected skip_first from 0 to {windows.length - 1} for windows of {windows.length}, "
+            f"got {skip_first}: it {'must not be negative' if skip_first < 0 else 'leaves none'}"
+        )
     if model.training:
         raise ValueError("the model is in training mode, where dropout is on: call model.eval()")
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
@@ -119,6 +126,21 @@ def check_windows(model: PreTrainedModel, windows: TokenWindows) -> None:
         raise ValueError(
             f"the text has token {largest}, but the model knows {len(embedding)} tokens: "
             "use the tokenizer that belongs to the model"
+        )
+
+
+def check_disjoint(calibration: TokenWindows, evaluation: TokenWindows) -> None:
+    """See that no window of the evaluation is one of the calibration.
+
+    Raises:
+        ValueError: some have the same tokens.
+    """
+    known = {row.tobytes() for row in calibration.tokens.numpy()}
+    shared = sum(row.tobytes() in known for row in evaluation.tokens.numpy())
+    if shared:
+        raise ValueError(
+            f"{shared} of {len(evaluation)} evaluation windows ({evaluation.text}) are calibration "
+            f"windows too ({calibration.text}): a score on them would flatter, use another text"
         )
 
 

@@ -21,6 +21,7 @@ from matplotlib.figure import Figure
 
 from entangle.numerics.histograms import HALF_RANGE
 from entangle.numerics.wasserstein import noise_floor
+from entangle.show.arms import sweep
 from entangle.show.panels import (
     BAND,
     DASHES,
@@ -43,6 +44,8 @@ from entangle.show.panels import (
     subject_of,
 )
 from entangle.study.dataset import TRUSTED_ERROR
+
+__all__ = ["heatmap", "layers", "neuron", "ranks", "sweep"]
 
 REFERENCES = {  # exact W1 of known distributions to their fitted Gaussians, std
     "two equal points": [0.53538],

@@ -9,7 +9,7 @@ import numpy.typing as npt
 import torch
 import xarray as xr
 
-from entangle.model.layers import LinearLayer, weight_of
+from entangle.model.layers import LinearLayer, say_skipped, weight_of
 from entangle.numerics import wasserstein
 from entangle.numerics.histograms import Histograms
 
@@ -161,12 +161,7 @@ def _warnings(dataset: xr.Dataset, distance: Array, error: Array) -> list[str]:
         if first:
             more = ", ..." if which.sum() > len(first) else ""
             warnings.append(f"{which.sum():,} {what}: {', '.join(first)}{more}")
-    skipped = dataset.attrs.get("skipped_parameters", [])
-    if skipped:
-        warnings.append(
-            f"{len(skipped)} matrices in the blocks are no linear layers and were not measured: "
-            f"{', '.join(skipped[:3])}{', ...' if len(skipped) > 3 else ''}"
-        )
+    warnings += say_skipped(dataset.attrs.get("skipped_parameters", []), "measured")
     return warnings
 
 

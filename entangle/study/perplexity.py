@@ -37,8 +37,8 @@ class Score:
 
     @property
     def perplexity(self) -> float:
-        """The exponential of ``nats``."""
-        return math.exp(self.nats)
+        """The exponential of ``nats``; infinite where that is beyond floats."""
+        return math.exp(self.nats) if not self.nats > 709 else math.inf
 
     @property
     def perplexity_error(self) -> float:
@@ -60,16 +60,10 @@ def score(
 
     Raises:
         RuntimeError: the model's outputs are not finite.
-        ValueError: windows that do not fit the model (see `check_windows`), or ``skip_first``
-            that leaves no token to score.
+        ValueError: windows or ``skip_first`` that do not fit the model (see `check_windows`).
     """
-    check_windows(model, windows)
+    check_windows(model, windows, skip_first)
     first = max(skip_first, 1)
-    if not 0 <= skip_first < windows.length:
-        raise ValueError(
-            f"expected skip_first from 0 to {windows.length - 1} for windows of {windows.length}, "
-            f"got {skip_first}"
-        )
     nats = []
     with (
         torch.inference_mode(),

@@ -140,11 +140,7 @@ def _measure(
     progress: bool,
     command: str | None,
 ) -> xr.DataTree:
-    check_windows(model, windows)
-    if skip_first >= windows.length:
-        raise ValueError(
-            f"leaving out the first {skip_first} tokens of windows of {windows.length} leaves none"
-        )
+    check_windows(model, windows, skip_first)
     backbone, device = backbone_of(model), next(model.parameters()).device
     batches = windows.batches(batch_size)
     with (
@@ -155,14 +151,35 @@ def _measure(
         for batch in batches:
             backbone(input_ids=batch.to(device), use_cache=False)
             bar.update(batch.numel())
-    recorder.attributes = {
+    recorder.attributes = provenance(
+        model,
+        windows,
+        layers=layers,
+        batch_size=batch_size,
+        skip_first=skip_first,
+        command=command,
+    )
+    return recorder.tree()
+
+
+def provenance(
+    model: PreTrainedModel,
+    windows: TokenWindows,
+    *,
+    layers: str | Sequence[str],
+    batch_size: int,
+    skip_first: int,
+    command: str | None,
+) -> dict[str, Any]:
+    """Return what a run of a model on windows is made of: the beginning of its run.json."""
+    return {
         "command": command,
         "model": model.name_or_path,
         "class": type(model).__name__,
         "revision": getattr(model.config, "_commit_hash", None),
         "weights": weights_hash(model),
         "dtype": str(model.dtype).removeprefix("torch."),
-        "device": device.type,
+        "device": model.device.type,
         "text": windows.text,
         "fingerprint": windows.fingerprint,
         "windows": len(windows),
@@ -176,4 +193,3 @@ def _measure(
         "skipped_parameters": skipped_parameters(model),
         "versions": runs.versions(),
     }
-    return recorder.tree()

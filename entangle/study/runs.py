@@ -2,8 +2,11 @@
 
 import json
 import platform
+import shutil
+import textwrap
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -14,6 +17,7 @@ import torch
 import xarray as xr
 from matplotlib.figure import Figure
 from numcodecs import Blosc
+from safetensors.torch import load_file, save_file
 
 from entangle.model import folders
 
@@ -82,8 +86,74 @@ def _count_files(folder: Path) -> int:
 
 
 def write_json(file: Path, content: Mapping[str, Any]) -> None:
-    """Write a JSON file for people and programs to read."""
-    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    """Write a JSON file for people and programs to read, whole or not at all."""
+    save_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", file)
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Read a JSON file that `write_json` wrote.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    try:
+        content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged, delete it and run again: {error}") from error
+    return content
+
+
+@contextmanager
+def resumed_run(
+    target: str | Path, attributes: Mapping[str, Any], *, overwrite: bool = False
+) -> Iterator[Path]:
+    """Give a run's folder to fill, with what an unfinished run of the same attributes left in it.
+
+    The attributes are its run.json. After an error what is done stays in ``TARGET.partial``, and
+    the same run goes on there.
+
+    Raises:
+        FileExistsError: an unfinished run of other attributes is in the way and ``overwrite`` is
+            false; or as `folders.new_folder` says.
+    """
+
+    def goes_on(partial: Path) -> bool:
+        file = partial / "run.json"
+        if not file.is_file():
+            return False
+        left, wanted = read_json(file), json.loads(json.dumps(attributes))
+        if left == wanted:
+            return True
+        if not overwrite:
+            names = [key for key in {**left, **wanted} if left.get(key) != wanted.get(key)]
+            there = [f"{key} {left.get(key)!r}, not {wanted.get(key)!r}" for key in names]
+            raise FileExistsError(
+                f"{partial} holds an unfinished run with other settings: it has "
+                f"{textwrap.shorten('; '.join(there), 300, placeholder=' ...')}. Run its command "
+                f"({left.get('command')}) to finish it, or say --overwrite to begin anew"
+            )
+        return False
+
+    with folders.new_folder(target, overwrite=overwrite, goes_on=goes_on) as folder:
+        write_json(folder / "run.json", attributes)
+        yield folder
+
+
+def save_tensors(file: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Write tensors as safetensors, whole or not at all."""
+    with folders.new_file(file) as partial:
+        save_file(dict(tensors), partial)
+
+
+def load_tensors(file: Path, device: torch.device) -> dict[str, torch.Tensor]:
+    """Read what `save_tensors` wrote."""
+    tensors: dict[str, torch.Tensor] = load_file(file, device=str(device))
+    return tensors
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder of a run that is no longer needed, if it is there."""
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def open_run(folder: str | Path) -> xr.DataTree:
@@ -97,6 +167,11 @@ def open_run(folder: str | Path) -> xr.DataTree:
     if not (folder / "run.json").is_file():
         there = "holds no run.json" if folder.is_dir() else "is not there"
         raise FileNotFoundError(f"{folder} {there}: expected a folder that a command wrote (--out)")
+    if not (folder / "neurons.zarr").exists() and (folder / "tables").is_dir():
+        raise FileNotFoundError(
+            f"{folder} is no measured run, but holds tables: look into {folder / 'tables'}, or draw "
+            f"it with entangle plot {folder} sweep"
+        )
     try:
         # chunks=None reads without dask; what is read at once is the coordinates.
         written = json.loads((folder / "log.json").read_text(encoding="utf-8"))["files"]
@@ -107,6 +182,22 @@ def open_run(folder: str | Path) -> xr.DataTree:
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"the run {folder} is damaged, measure again: {error}") from error
     return tree
+
+
+def open_sweep(folder: str | Path) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """Return a sweep's table, a row per arm, and what it was made of.
+
+    Raises:
+        FileNotFoundError: no sweep there.
+    """
+    folder = Path(folder)
+    file = folder / "tables" / "sweep.csv"
+    if not file.is_file():
+        raise FileNotFoundError(f"{folder} holds no tables/sweep.csv: expected a sweep's folder")
+    words = ("method", "mask", "propagate", "sparsity", "problem")
+    table = pd.read_csv(file, dtype=dict.fromkeys(words, str))
+    table = table.fillna(dict.fromkeys(words, ""))
+    return table, read_json(folder / "run.json")
 
 
 def save_figure(figure: Figure, file: str | Path) -> Path:
@@ -127,4 +218,12 @@ def save_table(table: pd.DataFrame, file: str | Path) -> Path:
     file = Path(file)
     with folders.new_file(file) as partial:
         table.to_csv(partial, index=False)
+    return file
+
+
+def save_text(text: str, file: str | Path) -> Path:
+    """Write a text, such as a table in Markdown."""
+    file = Path(file)
+    with folders.new_file(file) as partial:
+        partial.write_text(text, encoding="utf-8")
     return file

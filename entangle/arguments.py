@@ -1,0 +1,133 @@
+"""The grammar of the command line."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import entangle
+
+PLOTS = ("heatmap", "layers", "ranks", "neuron", "sweep")
+METHODS = ("sparsegpt", "wanda", "magnitude")
+MASKS = ("row", "block")
+PROPAGATE = ("sparse", "dense")
+
+SPARSITY = "share of zeros such as 0.8, or n:m, n kept of every m such as 2:4"
+MASK = "row: each neuron has exactly the sparsity; block: chosen per 128 columns [row]"
+CARRIED = "prune a block for the inputs from the pruned blocks before it or the dense ones [sparse]"
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(word.strip() for word in text.split(",") if word.strip())
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the command line's grammar."""
+    top = argparse.ArgumentParser(prog="entangle", description=entangle.__doc__)
+    top.add_argument("--version", action="version", version=entangle.__version__)
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    always = argparse.ArgumentParser(add_help=False)
+    always.add_argument("--json", action="store_true", help="print the result as JSON")
+    always.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+    layers = argparse.ArgumentParser(add_help=False)
+    layers.add_argument(
+        "--layers", nargs="+", default=["*"], metavar="PATTERN", help="of their names [*]"
+    )
+
+    model = argparse.ArgumentParser(add_help=False)
+    model.add_argument("model", metavar="MODEL", help="a hub id, a folder or a .gguf file")
+    model.add_argument("--revision", help="of a model of the hub")
+    model.add_argument(
+        "--dtype",
+        default="auto",
+        choices=["auto", "float32", "bfloat16", "float16"],
+        help="of the weights [auto: as stored]",
+    )
+    model.add_argument("--device", default="auto", help="[auto: cuda if there is one, else cpu]")
+    model.add_argument(
+        "--trust-remote-code", action="store_true", help="run code that comes with the model"
+    )
+
+    text = argparse.ArgumentParser(add_help=False)
+    text.add_argument(
+        "--text",
+        required=True,
+        help="a file, a folder of *.txt, or hub:NAME[/CONFIG][:SPLIT][#COLUMN]",
+    )
+    text.add_argument("--windows", type=int, default=128, help="of the text, drawn by seed [128]")
+    text.add_argument("--length", type=int, default=512, help="tokens in a window [512]")
+    text.add_argument("--batch-size", type=int, default=4, help="windows at a time [4]")
+    text.add_argument("--seed", type=int, default=0, help="of the draw [0]")
+    text.add_argument(
+        "--bos",
+        default="auto",
+        choices=["auto", "always", "never"],
+        help="the token that begins a sequence before each window [auto: as the tokenizer does]",
+    )
+    text.add_argument(
+        "--skip-first", type=int, default=0, help="tokens of each window not counted [0]"
+    )
+
+    writes = argparse.ArgumentParser(add_help=False)
+    writes.add_argument("--overwrite", action="store_true", help="replace what is there")
+
+    measure = commands.add_parser(
+        "measure",
+        parents=[model, text, layers, writes, always],
+        help="measure the distribution of every neuron over a text",
+    )
+    measure.add_argument("--out", type=Path, required=True, metavar="RUN", help="a new folder")
+    measure.add_argument("--bins", type=int, default=1024, help="of a histogram [1024]")
+
+    commands.add_parser("perplexity", parents=[model, text, always], help="score a model on a text")
+
+    sparsify = commands.add_parser(
+        "sparsify",
+        parents=[model, text, layers, writes, always],
+        help="prune a model and save it as an ordinary Hugging Face folder",
+    )
+    sparsify.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="a new folder")
+    sparsify.add_argument("--sparsity", required=True, help=SPARSITY)
+    sparsify.add_argument("--method", default="sparsegpt", choices=METHODS, help="[sparsegpt]")
+    sparsify.add_argument("--mask", default="row", choices=MASKS, help=MASK)
+    sparsify.add_argument("--propagate", default="sparse", choices=PROPAGATE, help=CARRIED)
+
+    sweep = commands.add_parser(
+        "sweep",
+        parents=[model, text, layers, writes, always],
+        help="prune a model in several ways and score each: one table and one figure",
+    )
+    sweep.add_argument("--out", type=Path, required=True, metavar="RUN", help="a new folder")
+    sweep.add_argument("--evaluation", required=True, metavar="TEXT", help="to score on")
+    sweep.add_argument(
+        "--evaluation-windows", type=int, metavar="N", help="of it, drawn by seed [all]"
+    )
+    lists: dict[str, Any] = {"type": _words, "metavar": "A,B"}
+    sweep.add_argument("--sparsity", required=True, help=f"several: {SPARSITY}", **lists)
+    sweep.add_argument(
+        "--method", default=METHODS, help=f"several of {', '.join(METHODS)} [all]", **lists
+    )
+    sweep.add_argument("--mask", default=("row",), help=f"or several: {MASK}", **lists)
+    sweep.add_argument("--propagate", default=("sparse",), help=f"or several: {CARRIED}", **lists)
+
+    rank = commands.add_parser(
+        "rank",
+        parents=[layers, always],
+        help="print the neurons with the largest distance, or of another variable",
+    )
+    rank.add_argument("run", type=Path, metavar="RUN")
+    rank.add_argument("--top", type=int, default=30, help="how many neurons [30]")
+    rank.add_argument("--by", default="wasserstein", help="which variable [wasserstein]")
+    rank.add_argument("--csv", type=Path, metavar="FILE", help="write the table, numbers in full")
+
+    plot = commands.add_parser(
+        "plot", parents=[always], help="draw a run: heatmap, layers, ranks, or one neuron"
+    )
+    plot.add_argument("run", type=Path, metavar="RUN")
+    plot.add_argument("kind", choices=PLOTS)
+    plot.add_argument("neuron", nargs="?", metavar="LAYER:INDEX", help="for plot neuron")
+    plot.add_argument(
+        "--out", type=Path, metavar="FILE", help="[a PNG in RUN/figures]; its ending is the format"
+    )
+    return top
