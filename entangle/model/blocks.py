@@ -54,7 +54,7 @@ class _Call:
         hidden = kwargs.get("hidden_states") if named else args[0]
         if not isinstance(hidden, torch.Tensor):
             raise ValueError("a block of this model is called without hidden states")
-        rest = {key: value for key, value in kwargs.items() if not named or value is not hidden}
+        rest = {key: kwargs[key] for key in kwargs if not named or key != "hidden_states"}
         leaves, form = _pytree.tree_flatten((args[1:], rest))
         return cls(leaves, form, named), hidden
 
@@ -82,13 +82,15 @@ class _Call:
 
 def _same(a: Any, b: Any) -> bool:
     if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
-        return a is b or (a.dtype == b.dtype and a.device == b.device and torch.equal(a, b))
+        alike = (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device)
+        return a is b or (alike and torch.allclose(a, b, rtol=0, atol=0, equal_nan=True))
     return type(a) is type(b) and (a is b or bool(a == b))
 
 
 def _hidden_of(output: Any) -> torch.Tensor:
-    hidden = output[0] if isinstance(output, tuple) else output
-    assert isinstance(hidden, torch.Tensor)
+    hidden = output[0] if isinstance(output, tuple | list) else output
+    if not isinstance(hidden, torch.Tensor):
+        raise RuntimeError(OTHERWISE.format(f"one returns a {type(output).__name__}"))
     return hidden
 
 
@@ -159,10 +161,12 @@ class BlockWalk:
             def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
                 inputs = args[0] if args else next(iter(kwargs.values()))
                 first = seen.setdefault(id(inputs), (inputs, layer.name))[1]
-                if heard.setdefault(layer.name, first) != first:
+                before = heard.setdefault(layer.name, first)
+                if before != first:
+                    other = before if before != layer.name else first
                     raise RuntimeError(
-                        f"{layer.name} shares its input with {heard[layer.name]} in some batches "
-                        "only: leave it out with a narrower pattern"
+                        f"{layer.name} shares its input with {other} in some batches only: leave "
+                        "it out with a narrower pattern"
                     )
                 fired[layer.name] += 1
                 if first == layer.name:
@@ -196,12 +200,14 @@ class BlockWalk:
     def _run(self, number: int) -> torch.Tensor:
         with torch.inference_mode():
             call = self._calls[number][self.block]
-            return call(self.blocks[self.block], self._hidden[number])
+            hidden = self._hidden[number].clone()  # which a block may write over
+            return call(self.blocks[self.block], hidden)
 
     def _take_up(self, batch: Mapping[str, torch.Tensor], skip_first: int) -> None:
         backbone = backbone_of(self.model)
         device = next(self.model.parameters()).device
         arguments = {name: value.to(device) for name, value in batch.items()}
+        self.counted.append(counted_tokens(backbone, (), arguments, skip_first))
         if self._calls:
             before: Sequence[_Call | None] = self._calls[-1]
             calls, hidden = _run_short(backbone, self.blocks, arguments, self._extras)
@@ -212,7 +218,6 @@ class BlockWalk:
                 raise RuntimeError(OTHERWISE.format("what they hand on is more than that"))
         self._calls.append(list(map(_Call.sharing, calls, before)))
         self._hidden.append(hidden)
-        self.counted.append(counted_tokens(backbone, (), arguments, skip_first))
 
 
 def _run_whole(
@@ -223,31 +228,14 @@ def _run_whole(
     Raises:
         RuntimeError: the blocks do not run one after the other on hidden states alone.
     """
-    calls: list[_Call] = []
     extras: list[int | None] = []
-    last: torch.Tensor | None = None
 
-    def make(index: int, forward: Forward) -> Forward:
-        def run(*args: Any, **kwargs: Any) -> Any:
-            nonlocal last
-            call, hidden = _Call.of(args, kwargs)
-            if index != len(calls):
-                raise RuntimeError(OTHERWISE.format(f"block {index} runs out of turn"))
-            if last is not None and not _same(hidden, last):
-                raise RuntimeError(OTHERWISE.format(f"something lies before block {index}"))
-            output = forward(*args, **kwargs)
-            last = _hidden_of(output)
-            calls.append(call)
-            extras.append(len(output) - 1 if isinstance(output, tuple) else None)
-            return output
+    def run(_: int, __: torch.Tensor, call: Callable[[], Any]) -> Any:
+        output = call()
+        extras.append(None if isinstance(output, torch.Tensor) else len(output) - 1)
+        return output
 
-        return run
-
-    with _replaced(blocks, make):
-        backbone(**arguments, use_cache=False)
-    if len(calls) != len(blocks):
-        raise RuntimeError(OTHERWISE.format(f"{len(calls)} of {len(blocks)} ran"))
-    return calls, extras
+    return _catch(backbone, blocks, arguments, run)[0], extras
 
 
 def _run_short(
@@ -256,23 +244,58 @@ def _run_short(
     arguments: Mapping[str, torch.Tensor],
     extras: Sequence[int | None],
 ) -> tuple[list[_Call], torch.Tensor]:
-    """Run a model without its blocks; return each one's call, and the first's hidden states."""
+    """Run a model without its blocks; return each one's call, and the first's hidden states.
+
+    Raises:
+        RuntimeError: the blocks do not run one after the other on hidden states alone.
+    """
+
+    def skip(index: int, hidden: torch.Tensor, _: Callable[[], Any]) -> Any:
+        extra = extras[index]
+        return hidden if extra is None else (hidden, *(None,) * extra)
+
+    return _catch(backbone, blocks, arguments, skip)
+
+
+def _catch(
+    backbone: nn.Module,
+    blocks: Sequence[nn.Module],
+    arguments: Mapping[str, torch.Tensor],
+    output_of: Callable[[int, torch.Tensor, Callable[[], Any]], Any],
+) -> tuple[list[_Call], torch.Tensor]:
+    """Run a model; return each block's call, and the first's hidden states.
+
+    ``output_of`` gives a block's output from its index, its hidden states and what would run it.
+
+    Raises:
+        RuntimeError: the blocks do not run one after the other on hidden states alone.
+    """
     calls: list[_Call] = []
-    states: list[torch.Tensor] = []
+    first: torch.Tensor | None = None
+    last: torch.Tensor | None = None
 
     def make(index: int, forward: Forward) -> Forward:
-        def skip(*args: Any, **kwargs: Any) -> Any:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            nonlocal first, last
             call, hidden = _Call.of(args, kwargs)
+            if index != len(calls):
+                raise RuntimeError(OTHERWISE.format(f"block {index} runs out of turn"))
+            if first is None:
+                first = hidden
+            elif not _same(hidden, last):
+                raise RuntimeError(OTHERWISE.format(f"something lies before block {index}"))
+            output = output_of(index, hidden, lambda: forward(*args, **kwargs))
+            last = _hidden_of(output).clone()  # what lies between may write over it
             calls.append(call)
-            states.append(hidden)
-            extra = extras[index]
-            return hidden if extra is None else (hidden, *(None,) * extra)
+            return output
 
-        return skip
+        return run
 
     with _replaced(blocks, make):
         backbone(**arguments, use_cache=False)
-    return calls, states[0]
+    if first is None or len(calls) != len(blocks):
+        raise RuntimeError(OTHERWISE.format(f"{len(calls)} of {len(blocks)} ran"))
+    return calls, first
 
 
 @contextmanager
