@@ -1,6 +1,7 @@
 """Layers are found by structure, all of them and no others, and weights are (neurons, inputs)."""
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,10 +11,12 @@ from transformers import PreTrainedModel
 
 from entangle.model.layers import (
     LinearLayer,
+    check_prunable,
     find_blocks,
     find_layers,
     skipped_parameters,
     weight_of,
+    write_weight,
 )
 from tests.tiny_models import ARCHITECTURES, tiny_model, tiny_vision_model
 
@@ -96,6 +99,98 @@ def test_a_weight_is_a_view_so_that_writing_to_it_changes_the_model(name: str) -
         outputs = layer.module(torch.randn(9, layer.inputs))
     alive = (outputs.std(dim=0) > 1e-6).tolist()
     assert alive == [neuron != 5 for neuron in range(layer.neurons)]
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_written_weight_is_what_the_layer_multiplies_by(name: str, dtype: torch.dtype) -> None:
+    model = tiny_model(name, dtype=dtype)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    layer = find_layers(model)[5]
+    parameter = layer.module.weight
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(layer.inputs, layer.neurons, generator=generator).T  # not contiguous
+    write_weight(layer, weight)
+    inputs = torch.randn(9, layer.inputs, generator=generator).to(dtype)
+    with torch.no_grad():
+        outputs = layer.module(inputs)
+    expected = nn.functional.linear(inputs, weight.to(dtype), layer.module.bias)  # type: ignore[arg-type]
+    torch.testing.assert_close(outputs, expected)
+    assert layer.module.weight is parameter
+    assert isinstance(parameter, nn.Parameter)
+    assert (parameter.dtype, parameter.requires_grad) == (dtype, True)
+    after = model.state_dict()
+    assert [key for key in before if not torch.equal(before[key], after[key])] == [
+        f"{layer.name}.weight"
+    ]
+
+
+# What can be pruned.
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_layers_with_weights_of_their_own_can_be_pruned(name: str, dtype: torch.dtype) -> None:
+    check_prunable(find_layers(tiny_model(name, dtype=dtype)))
+    check_prunable([])
+
+
+class Packed(nn.Parameter):
+    """Floating-point by its dtype, and something else by its making, as in torchao."""
+
+
+@pytest.mark.parametrize(
+    ("weight", "dtype"),
+    [
+        (nn.Parameter(torch.ones(37, 24, dtype=torch.int8), requires_grad=False), "int8"),
+        (nn.Parameter(torch.ones(444, 1, dtype=torch.uint8), requires_grad=False), "uint8"),
+        (nn.Parameter(torch.ones(37, 3, dtype=torch.int32), requires_grad=False), "int32"),
+        (nn.Parameter(torch.ones(37, 24).to(torch.float8_e4m3fn)), "float8_e4m3fn"),
+        (Packed(torch.ones(37, 24)), "float32"),
+    ],
+)
+def test_a_quantised_layer_is_refused(weight: nn.Parameter, dtype: str) -> None:
+    layers = find_layers(tiny_model())
+    up = next(layer for layer in layers if layer.name == "model.layers.1.mlp.up_proj")
+    up.module.weight = weight
+    message = (
+        rf"model.layers.1.mlp.up_proj is quantised \(Linear, torch.{dtype}\): load the model "
+        "without quantisation, or leave the layer out with a narrower pattern"
+    )
+    with pytest.raises(ValueError, match=message):
+        check_prunable(layers)
+    check_prunable([layer for layer in layers if layer is not up])
+
+
+def share_a_weight(blocks: Any) -> None:
+    blocks[2].mlp.up_proj.weight = blocks[1].mlp.up_proj.weight
+
+
+def share_a_layer(blocks: Any) -> None:
+    blocks[2].mlp.up_proj = blocks[1].mlp.up_proj
+
+
+@pytest.mark.parametrize("share", [share_a_weight, share_a_layer])
+def test_layers_that_are_one_weight_are_refused_together(share: Callable[[Any], None]) -> None:
+    model = tiny_model()
+    share(find_blocks(model)[1])
+    message = (
+        "model.layers.2.mlp.up_proj and model.layers.1.mlp.up_proj are one weight, which cannot "
+        "be pruned for both: leave one out with a narrower pattern"
+    )
+    with pytest.raises(ValueError, match=message):
+        check_prunable(find_layers(model))
+    check_prunable(find_layers(model, ["*.[01].*", "*.down_proj"]))
+
+
+def test_layers_that_are_equal_by_chance_can_be_pruned() -> None:
+    layers = find_layers(tiny_model(), "*.up_proj")
+    for layer in layers:
+        write_weight(layer, torch.zeros(37, 24))
+    check_prunable(layers)
+
+
+# What else is in a block.
 
 
 def test_fused_experts_are_listed_as_skipped_and_attention_is_found() -> None:

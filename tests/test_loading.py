@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,12 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from entangle.model.loading import load_model, load_tokenizer, weights_hash
-from tests.tiny_models import CONTEXT, save_tiny, tiny_model, tiny_tokenizer
+from entangle.model.loading import load_model, load_tokenizer, save_model, weights_hash
+from tests.tiny_models import ARCHITECTURES, CONTEXT, save_tiny, tiny_model, tiny_tokenizer
 
 IDS = torch.arange(3, 27).reshape(2, 12)
 
@@ -153,6 +155,132 @@ def test_the_rule_of_a_gguf_file_for_digits_is_kept(
     tokenizer = load_tokenizer(tmp_path / "tiny.gguf")
     assert tokenizer.tokenize("a1212b") == words
     assert tokenizer.model_max_length == CONTEXT
+
+
+# Back to a folder.
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_what_is_saved_is_an_ordinary_folder_of_the_same_model(name: str, tmp_path: Path) -> None:
+    model = tiny_model(name)
+    folder = tmp_path / "more" / "model"
+    save_model(model, tiny_tokenizer(), folder)
+    theirs = AutoModelForCausalLM.from_pretrained(folder)
+    ours = load_model(folder)
+    assert torch.equal(logits(theirs), logits(model))
+    assert torch.equal(logits(ours), logits(model))
+    assert type(theirs) is type(ours) is type(model)
+    assert weights_hash(theirs) == weights_hash(ours) == weights_hash(model)
+    text = "Größe 12 <s>"
+    assert load_tokenizer(folder)(text)["input_ids"] == tiny_tokenizer()(text)["input_ids"]
+
+
+def test_a_model_may_be_saved_without_a_tokenizer_and_over_another(tmp_path: Path) -> None:
+    save_model(tiny_model("gpt2"), None, tmp_path)
+    assert not list(tmp_path.glob("tokenizer*"))
+    model = tiny_model(dtype=torch.bfloat16)
+    save_model(model, None, tmp_path)
+    assert weights_hash(load_model(tmp_path)) == weights_hash(model)
+
+
+def test_a_model_from_a_gguf_file_is_saved_as_one_of_plain_floats(
+    llama: PreTrainedModel, tmp_path: Path
+) -> None:
+    write_gguf(tmp_path / "tiny.gguf", llama, "smollm")
+    loaded = load_model(tmp_path / "tiny.gguf")
+    save_model(loaded, load_tokenizer(tmp_path / "tiny.gguf"), tmp_path / "model")
+    assert "quantization_config" not in json.loads((tmp_path / "model/config.json").read_text())
+    for again in (
+        load_model(tmp_path / "model"),
+        AutoModelForCausalLM.from_pretrained(tmp_path / "model"),
+    ):
+        assert not getattr(again, "is_quantized", False)
+        assert getattr(again, "hf_quantizer", None) is None
+        assert {parameter.dtype for parameter in again.parameters()} == {torch.float32}
+        assert torch.equal(logits(again), logits(loaded))
+    words = load_tokenizer(tmp_path / "model")
+    assert words.tokenize("a1212b") == ["a", "1", "2", "1", "2", "b"]
+    assert words.model_max_length == CONTEXT
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o007, 0o660), (0o077, 0o600)])
+def test_all_files_may_be_read_by_the_same_people(tmp_path: Path, umask: int, mode: int) -> None:
+    before = os.umask(umask)
+    try:
+        save_model(tiny_model(), tiny_tokenizer(), tmp_path)
+    finally:
+        os.umask(before)
+    modes = {file.name: file.stat().st_mode & 0o777 for file in tmp_path.iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= modes.keys()
+    assert set(modes.values()) == {mode}
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (SafetensorError("I/O error: No space left on device (os error 28)"), OSError),
+        (Exception("No space left on device (os error 28)"), OSError),  # as tokenizers says it
+        (ValueError("The generation config " + "is invalid\n" * 100), ValueError),
+        (RuntimeError("The weights share memory"), ValueError),
+        (TypeError("Object of type set is not JSON serializable"), ValueError),
+    ],
+)
+@pytest.mark.parametrize("of", ["model", "tokenizer"])
+def test_why_a_model_cannot_be_saved_is_told(
+    of: str,
+    error: Exception,
+    kind: type[Exception],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    monkeypatch.setattr({"model": model, "tokenizer": tokenizer}[of], "save_pretrained", fail)
+    message = f"cannot save the model to {tmp_path}: {str(error)[:20]}"
+    with pytest.raises(kind, match=re.escape(message)) as caught:
+        save_model(model, tokenizer, tmp_path)
+    assert type(caught.value) is kind
+    assert caught.value.__cause__ is error
+    assert len(str(caught.value)) < 400 + len(str(tmp_path))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"), KeyboardInterrupt()])
+def test_an_error_that_says_enough_stays_as_it_is(
+    error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    model = tiny_model()
+    monkeypatch.setattr(model, "save_pretrained", fail)
+    with pytest.raises(type(error)) as caught:
+        save_model(model, None, tmp_path)
+    assert caught.value is error
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_a_file_that_cannot_be_written_is_an_error_of_the_system(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).mkdir()
+    with pytest.raises(OSError, match=f"{tmp_path}.*") as caught:
+        save_model(tiny_model(), tiny_tokenizer(), tmp_path)
+    assert "Is a directory" in str(caught.value)
+
+
+def test_a_folder_that_is_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "model").write_text("notes")
+    with pytest.raises(FileExistsError, match=str(tmp_path / "model")):
+        save_model(tiny_model(), tiny_tokenizer(), tmp_path / "model")
+    assert (tmp_path / "model").read_text() == "notes"
+
+
+def test_a_model_that_transformers_does_not_save_is_refused(tmp_path: Path) -> None:
+    model = tiny_model()
+    model.generation_config.temperature = 0.3
+    with pytest.raises(ValueError, match=f"cannot save the model to {tmp_path}: GenerationConfig"):
+        save_model(model, None, tmp_path)
 
 
 # What is wrong is told.
