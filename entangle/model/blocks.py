@@ -145,7 +145,7 @@ class BlockWalk:
 
         Layers that receive the same tensor are heard once: returned is, for each layer's name,
         the name of the one with whose rows ``on_inputs`` was called. With ``advance`` the outputs
-        of this run are carried on.
+        of this run are carried on; after an error some may be, so begin a new walk.
 
         Raises:
             RuntimeError: a layer did not run once in each batch, its rows are no tokens, or it
