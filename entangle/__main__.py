@@ -8,6 +8,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -310,7 +311,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     if args.command in {"measure", "sparsify", "sweep"}:
         args.command_line = command_line(args)
-    signal.signal(signal.SIGTERM, _terminate)
+
+    def terminate(signum: int, frame: FrameType | None) -> None:
+        sys.stderr.write(f"entangle: terminated: {_left(args)}\n")
+        raise SystemExit(143)
+
+    signal.signal(signal.SIGTERM, terminate)
     try:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         if not sys.stderr.isatty():  # both are read when what we import next is imported
@@ -320,7 +326,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
-        return _fail(args, "interrupted: nothing is written", 130)
+        return _fail(args, f"interrupted: {_left(args)}", 130)
     except (ValueError, LookupError, OSError) as error:
         message = error.args[0] if isinstance(error, KeyError) else error
         return _fail(args, str(message), 2)
@@ -332,9 +338,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _terminate(signum: int, frame: FrameType | None) -> None:
-    sys.stderr.write("entangle: terminated: nothing is written\n")
-    raise SystemExit(143)
+def _left(args: argparse.Namespace) -> str:
+    """Say what a stopped command leaves on disk."""
+    partial = Path(f"{getattr(args, 'out', None)}.partial")
+    if args.command == "sweep" and partial.exists():
+        return f"what is done is kept in {partial}, and the same command goes on from there"
+    return "nothing is written"
 
 
 def _fail(args: argparse.Namespace, message: str, code: int) -> int:

@@ -134,12 +134,11 @@ def test_only_the_matching_layers_change() -> None:
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_a_pruned_model_is_saved_loads_and_scores_the_same(name: str, tmp_path: Path) -> None:
     model, windows = tiny_model(name), random_windows()
-    found = entangle.sparsify(
-        model, windows, 0.7, tokenizer=tiny_tokenizer(), out=tmp_path / "out"
-    )
+    found = entangle.sparsify(model, windows, 0.7, tokenizer=tiny_tokenizer(), out=tmp_path / "out")
     held = random_windows(seed=5)
     expected = entangle.score(model, held).window_nats
-    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    plain: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    plain.eval()
     for loaded in (plain, entangle.load_model(tmp_path / "out")):
         assert np.array_equal(entangle.score(loaded, held).window_nats, expected)
     entangle.load_tokenizer(tmp_path / "out")

@@ -192,6 +192,39 @@ def test_one_that_comes_when_the_other_has_just_finished_is_not_cleaned_away(
     assert contents(tmp_path) == WHOLE | {"run.partial/.lock": ""}
 
 
+def test_what_is_to_be_gone_on_with_stays_after_an_error(tmp_path: Path) -> None:
+    target, partial = tmp_path / "run", tmp_path / "run.partial"
+
+    def break_off(number: int) -> None:
+        with new_folder(target, goes_on=lambda folder: (folder / "0").exists()) as folder:
+            assert folder == partial
+            (folder / str(number)).touch()
+            raise RuntimeError("stop")
+
+    for number in range(3):
+        with pytest.raises(RuntimeError, match="stop"):
+            break_off(number)
+        assert {path.name for path in partial.iterdir()} == {".lock", *map(str, range(number + 1))}
+    with new_folder(target, goes_on=lambda _: True) as folder:
+        (folder / "last").touch()
+    assert {path.name for path in target.iterdir()} == {"0", "1", "2", "last"}
+    assert not partial.exists()
+
+
+def test_what_is_not_to_be_gone_on_with_is_cleaned_away(tmp_path: Path) -> None:
+    def leave(goes_on: bool) -> None:
+        with new_folder(tmp_path / "run", goes_on=lambda _: goes_on) as folder:
+            left.append({path.name for path in folder.iterdir()})
+            (folder / "old").touch()
+            raise RuntimeError("stop")
+
+    left: list[set[str]] = []
+    for goes_on in (False, False, True):
+        with pytest.raises(RuntimeError, match="stop"):
+            leave(goes_on)
+    assert left == [{".lock"}, {".lock"}, {".lock", "old"}]
+
+
 def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("text")
     with pytest.raises(OSError, match=r"cannot write to .*/file/run.partial: Not a directory"):

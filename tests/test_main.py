@@ -60,7 +60,7 @@ def test_help_and_import_do_not_import_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    for command in ("measure", "rank", "plot"):
+    for command in ("measure", "perplexity", "sparsify", "sweep", "rank", "plot"):
         assert command in done.stdout
 
 
@@ -313,6 +313,109 @@ def test_perplexity_is_that_of_the_python_function(
     said = capsys.readouterr().out
     assert f"perplexity {score.perplexity:.4f} ± {score.perplexity_error:.4f}" in said
     assert "20 windows of 32 that do not overlap" in said
+
+
+def _pruning(place: Path, command: str, out: Path, *options: str) -> list[str]:
+    words = [command, str(place / "model"), "--text", str(place / "text.txt"), "--out", str(out)]
+    if command == "sweep":
+        (place / "other.txt").write_text(WORDS[::-1] * 30)
+        words += ["--evaluation", str(place / "other.txt"), "--evaluation-windows", "7"]
+    return [*words, "--length", "32", "--windows", "20", "--sparsity", "0.5", *options]
+
+
+def test_sparsify_writes_a_model_that_every_command_takes(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "pruned"
+    options = ["--layers", "*.self_attn.*", "--sparsity", "2:4", "--method", "wanda"]
+    assert main(_pruning(place, "sparsify", out, *options)) == 0
+    said = capsys.readouterr().out
+    assert "12 layers pruned to 2:4 by wanda (mask by row, sparse propagation) from 640 tok" in said
+    assert "50.0000% of their weights are zero" in said
+    manifest = json.loads((out / "sparsity.json").read_text())
+    assert f"mean {manifest['error']:.4g}" in said
+    noted = json.loads((out / "run.json").read_text())
+    assert noted["command"].startswith("entangle sparsify ")
+    assert "--sparsity 2:4" in noted["command"]
+    words = ["--text", str(place / "text.txt"), "--length", "32", "--json"]
+    assert main(["perplexity", str(out), *words]) == 0
+    pruned = json.loads(capsys.readouterr().out)["perplexity"]
+    assert main(["perplexity", str(place / "model"), *words]) == 0
+    assert pruned != json.loads(capsys.readouterr().out)["perplexity"]
+    assert main(_pruning(place, "sparsify", out, *options)) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert main([*_pruning(place, "sparsify", out, *options), "--overwrite", "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert (printed["realised"], len(printed["layers"])) == (0.5, 12)
+
+
+def test_sweep_prints_its_table_and_draws_it(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "sweep"
+    options = ["--sparsity", "0.3, 0.6,0.8", "--method", "wanda,magnitude", "--propagate", "dense"]
+    assert main(_pruning(place, "sweep", out, *options)) == 0
+    said = capsys.readouterr().out
+    assert said.startswith((out / "tables" / "sweep.md").read_text())
+    assert "scored on 217 tokens" in said  # 7 windows of 32, the first token of each not scored
+    table = pd.read_csv(out / "tables" / "sweep.csv", dtype={"sparsity": str})
+    assert table["sparsity"].tolist()[1:] == ["0.3", "0.6", "0.8"] * 2
+    noted = json.loads((out / "run.json").read_text())["command"]
+    assert "--sparsity 0.3,0.6,0.8" in noted
+    assert "--method wanda,magnitude" in noted
+    picture = (out / "figures" / "sweep.png").read_bytes()
+    assert main(["plot", str(out), "sweep", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"figure": str(out / "figures" / "sweep.png")}
+    assert (out / "figures" / "sweep.png").read_bytes() == picture
+    assert main(["rank", str(out)]) == 2
+    assert "is no measured run, but holds tables" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "options", "message"),
+    [
+        ("sparsify", ["--sparsity", "80"], "expected a sparsity from 0 to 1, or n:m"),
+        ("sparsify", ["--sparsity", "2:4"], "down_proj: 2:4 needs groups of 4, but there are 37"),
+        ("sweep", ["--method", "wanda,luck"], "method must be one of sparsegpt, wanda, magnitude"),
+        ("sweep", ["--sparsity", ","], "at least one sparsity"),
+        ("sweep", ["--evaluation", "TEXT", "--evaluation-windows", "20"], "calibration windows"),
+        ("sweep", ["--evaluation", "nowhere"], "there is no text at nowhere"),
+        ("sweep", ["--evaluation-windows", "0"], "at least 1 window"),
+    ],
+)
+def test_bad_prunings_get_one_message_and_leave_nothing(
+    place: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    command: str,
+    options: list[str],
+    message: str,
+) -> None:
+    words = [str(place / "text.txt") if word == "TEXT" else word for word in options]
+    assert main(_pruning(place, command, tmp_path / "out", *words)) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.startswith("entangle: ")
+    assert message in said.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_stopped_sweep_says_where_it_goes_on(place: Path, tmp_path: Path) -> None:
+    sparsities = ",".join(str(number / 1000) for number in range(1, 900))
+    words = _pruning(place, "sweep", tmp_path / "out", "--sparsity", sparsities)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "entangle", *words], stderr=subprocess.PIPE, text=True
+    )
+    partial = tmp_path / "out.partial"
+    while not (partial / "arms").exists():
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 143
+    expected = f"terminated: what is done is kept in {partial}, and the same command goes on"
+    assert expected in said
+    assert list((partial / "arms").glob("*.json"))
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

@@ -12,7 +12,13 @@ from typing import Any
 import pytest
 import torch
 
-from entangle.model.text import Bos, TokenWindows, read_documents, token_windows
+from entangle.model.text import (
+    Bos,
+    TokenWindows,
+    check_disjoint,
+    read_documents,
+    token_windows,
+)
 from tests.tiny_models import tiny_tokenizer
 
 LENGTH = 16
@@ -37,6 +43,7 @@ def test_all_windows_of_a_short_text_are_its_slices_in_order() -> None:
     assert (len(windows), windows.length, windows.available) == (62, LENGTH, 62)
     assert windows.tokens.dtype == torch.int64
     assert torch.equal(windows.tokens, windows_of(windows=1000).tokens)
+    assert torch.equal(windows.tokens, windows_of(windows=None).tokens)
 
 
 def test_a_draw_takes_whole_slices_in_the_texts_order_and_none_twice() -> None:
@@ -111,6 +118,16 @@ def test_less_than_one_window_of_two_tokens_is_an_error(windows: int, length: in
     message = f"at least 1 window of at least 2 tokens, got {windows} of {length}"
     with pytest.raises(ValueError, match=message):
         windows_of(windows=windows, length=length)
+
+
+def test_windows_of_two_texts_are_compared_by_their_tokens() -> None:
+    calibration, other = windows_of(windows=None), windows_of(TEXT[1:], windows=None)
+    check_disjoint(calibration, other)  # shifted by a letter: no window is the same
+    mixed = windows_of(TEXT[: 3 * LENGTH] + "x" * 40, windows=None)
+    with pytest.raises(ValueError, match=r"3 of 5 evaluation windows .* are calibration windows"):
+        check_disjoint(calibration, mixed)
+    with pytest.raises(ValueError, match="1 of 1 evaluation windows"):
+        check_disjoint(mixed, windows_of("x" * LENGTH))
 
 
 def test_a_text_longer_than_the_models_context_raises_no_warning() -> None:

@@ -1,0 +1,76 @@
+"""The picture of a sweep shows the numbers of its table."""
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.figure import Figure
+
+from entangle import plots
+
+WORDS = ["method", "mask", "propagate", "sparsity", "realised", "perplexity", "perplexity_error"]
+
+
+def table(*arms: tuple[str, str, str, str, float, float, float]) -> pd.DataFrame:
+    dense = ("dense", "", "", "", 0.0, 15.0, 0.5)
+    frame = pd.DataFrame([dense, *arms], columns=WORDS)
+    return frame.assign(windows=40, tokens=20_440, problem="")
+
+
+SWEEP = table(
+    ("sparsegpt", "row", "dense", "0.8", 0.79, 400.0, 20.0),
+    ("sparsegpt", "row", "dense", "0.5", 0.5, 19.0, 1.0),
+    ("sparsegpt", "row", "dense", "2:4", 0.5, 25.0, 1.5),
+    ("sparsegpt", "block", "dense", "0.5", 0.5, 20.0, 1.0),
+    ("wanda", "row", "dense", "2:4", 0.5, 30.0, 2.0),
+    ("magnitude", "row", "dense", "0.5", 0.5, np.nan, np.nan),
+)
+
+
+def lines_of(figure: Figure) -> dict[str, list[tuple[float, float]]]:
+    ax = figure.axes[0]
+    handles, labels = ax.get_legend_handles_labels()
+    points = {}
+    for handle, label in zip(handles, labels, strict=True):
+        line: Any = handle[0] if isinstance(handle, tuple) else handle
+        points[label] = list(zip(*map(list, line.get_data()), strict=True))
+    return points
+
+
+def test_lines_hold_the_arms_by_realised_sparsity() -> None:
+    figure = plots.sweep(SWEEP)
+    points = lines_of(figure)
+    assert points["sparsegpt, row"] == [(0.5, 19.0), (0.79, 400.0)]
+    assert points["sparsegpt, block"] == [(0.5, 20.0)]
+    assert points["wanda, row"] == [(0.5, 30.0)]  # n:m alone is a mark of its own
+    assert not any(label.startswith("magnitude") for label in points)  # it has no score
+    assert "dense, 15" in points
+    ax = figure.axes[0]
+    texts: list[Any] = list(ax.texts)
+    assert {text.get_text() for text in texts} == {"2:4"}
+    assert sorted(text.xy for text in texts) == [(0.5, 25.0), (0.5, 30.0)]
+    assert ax.get_yscale() == "log"
+    assert "20,440 tokens, 40 windows" in ax.get_ylabel()
+
+
+def test_what_does_not_differ_is_not_said() -> None:
+    only = table(("wanda", "row", "sparse", "0.5", 0.5, 20.0, 1.0))
+    assert set(lines_of(plots.sweep(only))) == {"wanda", "dense, 15"}
+
+
+def test_bars_are_the_errors() -> None:
+    only = table(("wanda", "row", "sparse", "0.5", 0.5, 20.0, 3.0))
+    container: Any = plots.sweep(only).axes[0].containers[0]
+    (bar,) = container.lines[2][0].get_segments()
+    assert bar[:, 1].tolist() == [17.0, 23.0]
+
+
+def test_it_draws_onto_given_axes() -> None:
+    ax = Figure().add_subplot()
+    assert plots.sweep(SWEEP, ax=ax) is ax
+
+
+def test_no_arm_with_a_score_is_an_error() -> None:
+    with pytest.raises(ValueError, match="no arm of this sweep has a score"):
+        plots.sweep(table(("wanda", "row", "sparse", "0.5", 0.5, np.nan, np.nan)))

@@ -1,0 +1,231 @@
+"""Sweeps: each arm against the same pruning done alone, and a table that a kill does not change."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+import entangle
+from entangle.model.blocks import BlockWalk
+from entangle.study import runs, sweeping
+from entangle.study.sweeping import arms_of
+from tests.test_expansion import random_windows
+from tests.tiny_models import tiny_model
+
+METHODS = ("sparsegpt", "wanda", "magnitude")
+OPTIONS: dict[str, Any] = {"layers": ["*.self_attn.*", "*.gate_proj"], "batch_size": 2}
+
+
+def held_out(windows: int = 5) -> Any:
+    return random_windows(windows, seed=7)
+
+
+def run(model: PreTrainedModel, sparsities: Sequence[str | float], **options: Any) -> pd.DataFrame:
+    return entangle.sweep(model, random_windows(), held_out(), sparsities, **OPTIONS | options)
+
+
+def same_weights(model: PreTrainedModel) -> bool:
+    dense = tiny_model("llama").state_dict()
+    return all(torch.equal(tensor, dense[name]) for name, tensor in model.state_dict().items())
+
+
+def test_each_arm_scores_as_the_model_pruned_alone() -> None:
+    model = tiny_model("llama")
+    table = run(model, ["0.5", "2:4"], masks=("row", "block"), propagate=("dense", "sparse"))
+    assert same_weights(model)
+    assert len(table) == 1 + 2 * (2 * 2 + 2) + 3  # sparsegpt, wanda; magnitude; n:m by row only
+    dense = entangle.score(tiny_model("llama"), held_out(), batch_size=2)
+    assert table["method"][0] == "dense"
+    assert (table["perplexity"][0], table["ratio"][0]) == (dense.perplexity, 1)
+    for arm in table[1:].to_dict(orient="records"):
+        alone = tiny_model("llama")
+        words = {name: arm[name] for name in ("method", "mask", "propagate")}
+        found = entangle.sparsify(alone, random_windows(), arm["sparsity"], **words, **OPTIONS)
+        score = entangle.score(alone, held_out(), batch_size=2)
+        assert arm["nats"] == score.nats, words
+        assert arm["perplexity_error"] == score.perplexity_error
+        change = score.window_nats - dense.window_nats
+        assert arm["difference"] == pytest.approx(np.mean(change), rel=1e-12)
+        assert arm["difference_error"] == pytest.approx(np.std(change, ddof=1) / math.sqrt(5))
+        assert arm["ratio"] == pytest.approx(score.perplexity / dense.perplexity, rel=1e-9)
+        assert arm["realised"] == found.sparsity
+        assert arm["layer_error"] == found.error
+        zeros = sum(int((p == 0).sum()) for p in alone.parameters())
+        assert arm["model_sparsity"] == zeros / sum(p.numel() for p in alone.parameters())
+        assert (arm["windows"], arm["tokens"]) == (5, 75)
+
+
+def test_arms_that_would_be_the_same_run_once() -> None:
+    arms = arms_of(["0.5", "2:4"], METHODS, ("block", "row"), ("sparse", "dense"))
+    words = ["-".join(arm.words().values()) for arm in arms]
+    assert len(words) == len(set(words)) == 15
+    assert [word for word in words if word.startswith("magnitude")] == [
+        "magnitude-block-sparse-0.5",
+        "magnitude-row-sparse-2:4",
+        "magnitude-row-sparse-0.5",
+    ]
+    with pytest.raises(ValueError, match="at least one sparsity, method, mask and propagation"):
+        arms_of([], METHODS, ("row",), ("sparse",))
+
+
+def test_dense_arms_share_one_pass_over_the_calibration(monkeypatch: pytest.MonkeyPatch) -> None:
+    walks, steps = [], []
+
+    class Counted(BlockWalk):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            walks.append(self)
+            super().__init__(*args, **options)
+
+        def _run(self, number: int) -> torch.Tensor:
+            steps.append(number)
+            return super()._run(number)
+
+    monkeypatch.setattr("entangle.study.calibration.BlockWalk", Counted)
+    table = run(tiny_model("llama"), [0.3, 0.5, 0.7], masks=("row", "block"), propagate=("dense",))
+    assert len(table) == 1 + 18
+    assert (len(walks), len(steps)) == (1, 3 * 3)  # blocks by batches, each once
+
+
+def test_tables_are_written_and_read(tmp_path: Path) -> None:
+    table = run(tiny_model("llama"), [0.5, "2:4"], propagate=("dense",), out=tmp_path / "run")
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
+        "arms",
+        "log.json",
+        "run.json",
+        "tables",
+    ]
+    opened, attributes = runs.open_sweep(tmp_path / "run")
+    pd.testing.assert_frame_equal(opened, table, check_exact=True)
+    assert attributes["evaluation_fingerprint"] == held_out().fingerprint
+    layers = pd.read_csv(tmp_path / "run" / "tables" / "layers.csv")
+    assert len(layers) == 6 * 15
+    arm = layers[(layers["method"] == "wanda") & (layers["sparsity"] == "2:4")]
+    assert arm["error"].mean() == pytest.approx(
+        table.query("method == 'wanda' and sparsity == '2:4'")["layer_error"].item()
+    )
+    words = (tmp_path / "run" / "tables" / "sweep.md").read_text()
+    assert "96 tokens of random (6 windows of 16)" in words
+    assert "75 tokens of random (5 windows of 16 that do not overlap" in words
+    row = next(line for line in words.splitlines() if line.startswith("| sparsegpt"))
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    expected = table.query("method == 'sparsegpt'").iloc[0]
+    assert cells[:4] == ["sparsegpt", "row", "dense", "0.5"]
+    assert float(cells[5].split(" ± ")[0]) == pytest.approx(expected["perplexity"], rel=1e-2)
+    assert float(cells[7].split(" ± ")[1]) == pytest.approx(expected["difference_error"], rel=0.05)
+    with pytest.raises(FileNotFoundError, match="no measured run, but holds tables"):
+        entangle.open_run(tmp_path / "run")
+    with pytest.raises(FileNotFoundError, match=r"no tables/sweep.csv"):
+        runs.open_sweep(tmp_path)
+
+
+def test_an_arm_that_fails_says_why_and_costs_the_others_nothing(tmp_path: Path) -> None:
+    model: Any = tiny_model("llama")
+    with torch.no_grad():  # so that no token reaches the MLP of block 1
+        model.model.layers[1].post_attention_layernorm.weight.zero_()
+    table = run(model, [0.5], propagate=("dense",), out=tmp_path / "run")
+    assert table["method"].tolist() == ["dense", *METHODS]
+    assert np.isfinite(table["perplexity"]).tolist() == [True, False, True, True]
+    assert (table["problem"] == "").tolist() == [True, False, True, True]
+    assert "model.layers.1.mlp.gate_proj: the Gram" in table["problem"][1]
+    words = (tmp_path / "run" / "tables" / "sweep.md").read_text()
+    assert "No score for sparsegpt row dense 0.5: model.layers.1.mlp.gate_proj: the Gram" in words
+
+
+def test_after_an_error_the_weights_are_back_and_what_is_done_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = run(tiny_model("llama"), [0.5], propagate=("dense",))
+    model, calls = tiny_model("llama"), []
+
+    def scored(*args: Any, **options: Any) -> Any:
+        calls.append(args)
+        if len(calls) == 3:
+            raise torch.OutOfMemoryError("no memory left")
+        return entangle.score(*args, **options)
+
+    monkeypatch.setattr(sweeping, "score", scored)
+    with pytest.raises(torch.OutOfMemoryError):
+        run(model, [0.5], propagate=("dense",), out=tmp_path / "run")
+    assert same_weights(model)
+    assert len(list((tmp_path / "run.partial" / "arms").iterdir())) == 2
+    resumed = run(model, [0.5], propagate=("dense",), out=tmp_path / "run")
+    assert len(calls) == 3 + 2
+    pd.testing.assert_frame_equal(resumed, whole, check_exact=True)
+    assert not (tmp_path / "run.partial").exists()
+
+
+def test_an_unfinished_sweep_of_other_settings_is_not_gone_on_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sweeping, "score", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run(tiny_model("llama"), [0.5], out=tmp_path / "run")
+    with pytest.raises(FileExistsError, match=r"unfinished run with other settings.*batch_size 2"):
+        run(tiny_model("llama"), [0.5], out=tmp_path / "run", batch_size=3)
+    with pytest.raises(FileExistsError, match="it has weights '"):
+        run(tiny_model("llama", seed=1), [0.5], out=tmp_path / "run")
+    assert (tmp_path / "run.partial" / "run.json").exists()
+    table = run(tiny_model("llama"), [0.5], out=tmp_path / "run", batch_size=3, overwrite=True)
+    assert len(table) == 4
+
+
+def test_what_cannot_be_swept_is_refused_before_anything_runs(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    with pytest.raises(ValueError, match=r"6 of 6 evaluation windows .* are calibration windows"):
+        entangle.sweep(model, random_windows(), random_windows(), [0.5])
+    with pytest.raises(ValueError, match="down_proj: 2:4 needs groups of 4"):
+        run(model, [0.5, "2:4"], layers="*", out=tmp_path / "run")
+    with pytest.raises(ValueError, match="method must be one of"):
+        run(model, [0.5], methods=("luck",), out=tmp_path / "run")
+    with pytest.raises(ValueError, match="longer than the model's context of 64"):
+        entangle.sweep(model, random_windows(), random_windows(2, 65), [0.5])
+    assert list(tmp_path.iterdir()) == []
+
+
+KILLED = """
+import sys, torch
+from pathlib import Path
+from tests.test_sweeping import run
+from tests.tiny_models import tiny_model
+torch.set_num_threads(1)
+run(tiny_model("llama"), [0.4, 0.6], propagate=("dense", "sparse"), out=Path(sys.argv[1]))
+"""
+
+
+def test_killed_at_any_time_it_ends_with_the_same_tables(tmp_path: Path) -> None:
+    """Kill while Grams are saved, and after the first arms; each time a new process goes on."""
+    words = [sys.executable, "-c", KILLED]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run([*words, str(tmp_path / "whole")], check=True, env=environment)
+    partial = tmp_path / "killed.partial"
+    marks = ["grams/0.safetensors", "arms/dense.json", "arms/wanda-row-dense-0.6.json"]
+    killed = 0
+    for mark in [*marks, "arms/sparsegpt-row-sparse-0.4.json"]:
+        process = subprocess.Popen([*words, str(tmp_path / "killed")], env=environment)
+        while process.poll() is None and not (partial / mark).exists():
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        killed += process.wait() == -signal.SIGKILL
+    assert killed >= 2  # or the machine is too fast for this test
+    subprocess.run([*words, str(tmp_path / "killed")], check=True, env=environment)
+    for name in ("sweep.csv", "layers.csv", "sweep.md"):
+        written = [(tmp_path / folder / "tables" / name) for folder in ("whole", "killed")]
+        assert written[0].read_bytes() == written[1].read_bytes()
+    log = json.loads((tmp_path / "killed" / "log.json").read_text())
+    assert log["arms_run"] < 11
