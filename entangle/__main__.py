@@ -107,7 +107,7 @@ def run_sweep(args: argparse.Namespace) -> None:
         bos=args.bos,
         purpose="evaluation",
     )
-    entangle.sweep(
+    table = entangle.sweep(
         model,
         windows,
         evaluation,
@@ -123,10 +123,10 @@ def run_sweep(args: argparse.Namespace) -> None:
         progress=sys.stderr.isatty(),
         command=args.command_line,
     )
-    table, attributes = runs.open_sweep(args.out)
     figure = entangle.plots.sweep(table)
     file = runs.save_figure(figure, args.out / "figures" / "sweep.png")
-    result = attributes | {"table": table.to_dict(orient="records"), "figure": str(file)}
+    result = {str(name): value for name, value in table.attrs.items()}
+    result |= {"table": table.to_dict(orient="records"), "figure": str(file)}
     text = (args.out / "tables" / "sweep.md").read_text(encoding="utf-8")
     _print(args, result, lambda _: f"{text}\nwritten to {args.out}, with a figure: {file}")
 
@@ -157,7 +157,7 @@ def run_plot(args: argparse.Namespace) -> None:
             if args.kind == "neuron"
             else f"plot {args.kind} takes no neuron, got {args.neuron!r}"
         )
-    run = runs.open_sweep(args.run)[0] if args.kind == "sweep" else entangle.open_run(args.run)
+    run = runs.open_sweep(args.run) if args.kind == "sweep" else entangle.open_run(args.run)
     arguments = [run] if args.neuron is None else [run, args.neuron]
     figure = getattr(entangle.plots, args.kind)(*arguments)
     name = args.kind if args.neuron is None else f"neuron-{args.neuron.replace(':', '-')}"

@@ -106,9 +106,10 @@ def test_tables_are_written_and_read(tmp_path: Path) -> None:
         "run.json",
         "tables",
     ]
-    opened, attributes = runs.open_sweep(tmp_path / "run")
+    opened = runs.open_sweep(tmp_path / "run")
     pd.testing.assert_frame_equal(opened, table, check_exact=True)
-    assert attributes["evaluation_fingerprint"] == held_out().fingerprint
+    assert opened.attrs["evaluation_fingerprint"] == held_out().fingerprint
+    assert opened.attrs["arms"] == table.attrs["arms"]
     layers = pd.read_csv(tmp_path / "run" / "tables" / "layers.csv")
     assert len(layers) == 6 * 15
     arm = layers[(layers["method"] == "wanda") & (layers["sparsity"] == "2:4")]

@@ -1,5 +1,6 @@
 """Pictures of a table of arms: what was done to a model, and what its score became."""
 
+from pathlib import PurePath
 from typing import overload
 
 import matplotlib as mpl
@@ -79,5 +80,14 @@ def sweep(table: pd.DataFrame, *, ax: Axes | None = None) -> Figure | Axes:
     tokens = f"{int(table['tokens'].max()):,} tokens, {int(table['windows'].max())} windows"
     panel.set(xlabel="realised sparsity of the pruned layers", ylabel=f"perplexity\n({tokens})")
     panel.grid(axis="y", alpha=0.25)
+    panel.set_title(_subject(table), loc="left")
     panel.legend(loc="upper left", bbox_to_anchor=(1.01, 1))
     return ax or figure
+
+
+def _subject(table: pd.DataFrame) -> str:
+    """Return what was pruned and scored, as far as the table knows."""
+    about = table.attrs
+    paths = [PurePath(str(about.get(key, ""))).parts for key in ("model", "evaluation")]
+    model, text = ("/".join(path[-2:]).removesuffix(".txt") for path in paths)
+    return " · ".join(filter(None, [model, " ".join(about.get("layers", [])), text]))

@@ -184,8 +184,8 @@ def open_run(folder: str | Path) -> xr.DataTree:
     return tree
 
 
-def open_sweep(folder: str | Path) -> tuple[pd.DataFrame, dict[str, Any]]:
-    """Return a sweep's table, a row per arm, and what it was made of.
+def open_sweep(folder: str | Path) -> pd.DataFrame:
+    """Return a sweep's table, a row per arm; its ``attrs`` are what it was made of (run.json).
 
     Raises:
         FileNotFoundError: no sweep there.
@@ -197,7 +197,8 @@ def open_sweep(folder: str | Path) -> tuple[pd.DataFrame, dict[str, Any]]:
     words = ("method", "mask", "propagate", "sparsity", "problem")
     table = pd.read_csv(file, dtype=dict.fromkeys(words, str))
     table = table.fillna(dict.fromkeys(words, ""))
-    return table, read_json(folder / "run.json")
+    table.attrs.update(read_json(folder / "run.json"))
+    return table
 
 
 def save_figure(figure: Figure, file: str | Path) -> Path:

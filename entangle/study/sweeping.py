@@ -52,7 +52,7 @@ def sweep(
 ) -> pd.DataFrame:
     """Score a model pruned in every combination of sparsities, methods, masks and propagations.
 
-    Returns a row per arm, the dense model first. An error is the standard error over evaluation
+    Returns a row per arm, the dense model first; what it was made of is in ``attrs``. An error is the standard error over evaluation
     windows; ``difference`` is in nats a token against the dense model, its error paired by
     window, and ``ratio`` its exponential. ``layer_error`` is the mean over layers of the relative
     squared error of their outputs on the calibration's inputs. Arms that would be the same are
@@ -101,9 +101,10 @@ def sweep(
         for file, pruning in tqdm(left.items(), unit="arm", disable=not progress):
             runs.write_json(file, _run_arm(bench, pruning, grams))
         table, per_layer = _tables([runs.read_json(file) for file in files])
+        table.attrs.update(attributes)
         runs.save_table(table, folder / "tables" / "sweep.csv")
         runs.save_table(per_layer, folder / "tables" / "layers.csv")
-        runs.save_text(markdown(table, attributes), folder / "tables" / "sweep.md")
+        runs.save_text(markdown(table), folder / "tables" / "sweep.md")
         runs.write_json(folder / "log.json", stopwatch.log() | {"arms_run": len(left)})
         runs.remove_folder(grams)
     return table
@@ -295,9 +296,9 @@ def _tables(results: Sequence[Row]) -> tuple[pd.DataFrame, pd.DataFrame]:
     return pd.DataFrame(rows), pd.concat(layers, ignore_index=True) if layers else pd.DataFrame()
 
 
-def markdown(table: pd.DataFrame, attributes: Mapping[str, Any]) -> str:
+def markdown(table: pd.DataFrame) -> str:
     """Return a sweep's table in Markdown, with what it was measured on above it."""
-    tokens = int(table["tokens"].max())
+    attributes, tokens = table.attrs, int(table["tokens"].max())
     lines = [
         f"{attributes['model']}, {' '.join(attributes['layers'])} pruned by "
         f"{attributes['tokens']:,} tokens of {attributes['text']} "
