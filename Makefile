@@ -49,7 +49,8 @@ check: .venv/installed ## lint and types
 	@for script in data/*/prepare.py; do $(BIN)/mypy $$script || exit; done
 
 bench: data ## run the benchmarks
-	$(BIN)/python benchmarks/measure.py
+	$(BIN)/python -m benchmarks.measure
+	$(BIN)/python -m benchmarks.prune
 
 clean: ## remove what was measured, and caches; .venv and data stay
 	rm -rf runs .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -5,12 +5,9 @@ Prints the tables of `benchmarks/README.md`.
 
 import copy
 import json
-import platform
-import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,43 +20,22 @@ from scipy import stats
 from transformers import PreTrainedModel
 
 import entangle
+from benchmarks.timing import machine, side_by_side
 from entangle.model.hooks import backbone_of, listening
 from entangle.model.layers import find_layers
 from entangle.numerics import wasserstein
 from entangle.numerics.histograms import STEPS, Histograms
-from entangle.study.runs import versions
 
 DATA = Path(__file__).parents[1] / "data"
-ROUNDS = 7
 
 
 def main() -> None:
     """Run all of it."""
-    processor = [line for line in _processor() if line] or [platform.processor()]
-    print(f"{processor[0]}, {torch.get_num_threads()} threads; ", end="")
-    print(", ".join(f"{name} {version}" for name, version in versions().items()), end="\n\n")
+    print(machine(), end="\n\n")
     recording()
     kernel()
     distances()
     memory()
-
-
-def _processor() -> list[str]:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    return [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-
-
-def side_by_side(cases: dict[str, Callable[[], Any]], rounds: int = ROUNDS) -> dict[str, float]:
-    """Return each case's median seconds; the cases take turns, after one turn to warm up."""
-    seconds: dict[str, list[float]] = {name: [] for name in cases}
-    for turn in range(rounds + 1):
-        for name, case in cases.items():
-            start = time.perf_counter()
-            case()
-            if turn:
-                seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in seconds.items()}
 
 
 def table(title: str, seconds: dict[str, float], *, unit: float, name: str, base: str) -> None:

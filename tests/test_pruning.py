@@ -5,11 +5,13 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from entangle.numerics.moments import InputMoments, output_energy
+from entangle.numerics.moments import InputMoments, inverse_factor, output_energy
 from entangle.numerics.pruning import (
     BLOCK,
     Mask,
     Sparsity,
+    _lowest,
+    _lowest_torch,
     _solve_torch,
     magnitude,
     sparse_gpt,
@@ -132,6 +134,29 @@ def test_a_row_has_the_same_bits_whatever_lies_beside_it(text: str) -> None:
         assert torch.equal(part, whole[rows])
 
 
+@pytest.mark.parametrize("text", ["0.6", "1:4"])
+def test_an_expert_has_the_same_bits_whatever_lies_beside_it(text: str) -> None:
+    weight, _, _ = problem(neurons=70, inputs=300)
+    alone = [problem(inputs=300, tokens=400, seed=seed)[2] for seed in range(3)]
+    together = sparse_gpt(weight, InputMoments.stack(alone), Sparsity.parse(text))
+    assert together.damping == (0.01, 0.01, 0.01)
+    for found, moments in zip(together.weight, alone, strict=True):
+        assert torch.equal(found, sparse_gpt(weight, moments, Sparsity.parse(text)).weight)
+
+
+def test_the_inverse_factor_is_one_and_needs_half_a_gram() -> None:
+    moments = problem(inputs=150, tokens=400)[2]
+    gram = moments.gram
+    factor = inverse_factor(gram)
+    hessian = gram.double() + 0.01 * gram.diag().mean() * torch.eye(150)
+    upper = factor.upper.double()
+    assert torch.equal(upper, upper.triu())
+    assert torch.allclose(upper @ hessian @ upper.mT, torch.eye(150).double(), atol=1e-3)
+    assert torch.allclose(factor.square(20, 90), factor.upper[20:90, 20:90], rtol=1e-4, atol=1e-8)
+    half = gram + torch.full_like(gram, torch.nan).triu(1)
+    assert torch.equal(inverse_factor(half).root, factor.root)
+
+
 @pytest.mark.parametrize("mask", ["row", "block"])
 @pytest.mark.parametrize("text", ["0.5", "2:4"])
 def test_blocks_are_as_the_published_columns(mask: Mask, text: str) -> None:
@@ -179,15 +204,26 @@ def test_the_torch_columns_do_as_the_numba_ones(monkeypatch: pytest.MonkeyPatch)
         sparsity = Sparsity.parse(text)
         expected = sparse_gpt(weight, moments, sparsity).weight
 
-        def on_torch(block, pruned, factor, errors, count, kept, group, s=sparsity):  # type: ignore[no-untyped-def]
-            tensors = [torch.from_numpy(array) for array in (block, pruned, factor, errors)]
-            _solve_torch(tensors[0], tensors[1], tensors[2], tensors[3], count, s)
+        def on_torch(block, pruned, factor, count, kept, group, s=sparsity):  # type: ignore[no-untyped-def]
+            tensors = [torch.from_numpy(array) for array in (block, pruned, factor)]
+            _solve_torch(tensors[0], tensors[1], tensors[2], count, s)
 
         with monkeypatch.context() as patch:
             patch.setattr(pruning, "_solve_numba", on_torch)
             found = sparse_gpt(weight, moments, sparsity).weight
         assert torch.equal(found == 0, expected == 0)
         assert torch.allclose(found, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("count", [1, 64, 150, 299, 300])
+def test_the_lowest_are_a_stable_sort_s_first(count: int) -> None:
+    scores = torch.randint(0, 40, (5, 3, 300), generator=torch.Generator().manual_seed(0)).float()
+    scores[0, 0] = 0.0
+    scores[1, 1] = torch.inf
+    first = scores.argsort(dim=-1, stable=True)[..., :count]
+    expected = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, first, value=True)
+    assert torch.equal(_lowest(scores, count), expected)
+    assert torch.equal(_lowest_torch(scores, count), expected)
 
 
 def test_sparse_gpt_reconstructs_better_than_wanda_and_wanda_than_magnitude() -> None:

@@ -12,7 +12,6 @@ import torch
 
 _PANEL = 256  # columns of a Gram that are summed together
 _LADDER = (0.01, 0.1, 1.0)  # damping, times the Gram's mean diagonal: as published, and then more
-_SOLVED = 128  # columns of a triangle that is inverted without cutting it further
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -74,17 +73,33 @@ def output_energy(weight: torch.Tensor, moments: InputMoments) -> torch.Tensor:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class InverseFactor:
-    """The upper U with UᵀU = H⁻¹, H a damped Gram, and the damping that it took."""
+    """The upper U with UᵀU = H⁻¹, H a damped Gram, held as R = U⁻¹ with RRᵀ = H."""
 
-    upper: torch.Tensor  # (inputs, inputs) float32; U_jj infinite for an input that is always zero
+    root: torch.Tensor  # R (inputs, inputs) float32
+    dead: torch.Tensor  # (inputs) bool: the input is always zero, and U_jj is said to be infinite
     damping: float  # times the Gram's mean diagonal; 0.01 unless that Gram was singular
+
+    @property
+    def upper(self) -> torch.Tensor:
+        """The whole of U (inputs, inputs)."""
+        return self.square(0, len(self.root))
+
+    def square(self, first: int, end: int) -> torch.Tensor:
+        """Return U[first:end, first:end], which R's own square there determines."""
+        square, identity = self.root[first:end, first:end], torch.eye(end - first)
+        inverse: torch.Tensor = torch.linalg.solve_triangular(
+            square, identity.to(square), upper=True
+        )
+        # Such an input goes first and changes no other: w / U_jj is 0.
+        inverse.diagonal()[self.dead[first:end]] = torch.inf
+        return inverse
 
 
 def inverse_factor(gram: torch.Tensor) -> InverseFactor:
     """Return the inverse factor of a Gram (inputs, inputs), damped no more than it needs.
 
-    With the order of the inputs reversed, H = LLᵀ turns into H = RRᵀ with R upper, and U = R⁻¹:
-    one Cholesky and one triangle's inverse, and H itself is not inverted.
+    Only the lower triangle is read. With the order of the inputs reversed, H = LLᵀ turns into
+    H = RRᵀ with R upper: one Cholesky, and nothing is inverted.
 
     Raises:
         ValueError: no damping of the ladder (0.01, 0.1, 1) makes the Gram regular.
@@ -92,33 +107,13 @@ def inverse_factor(gram: torch.Tensor) -> InverseFactor:
     mean = float(gram.diagonal().double().mean())
     if mean > 0:
         for dtype, damping in [(torch.float32, _LADDER[0]), *((torch.float64, d) for d in _LADDER)]:
-            damped = gram.flip(0, 1).to(dtype)
+            damped = gram.flip(0, 1).to(dtype)  # of which Cholesky reads the upper triangle
             damped.diagonal().add_(damping * mean)
-            lower, failed = torch.linalg.cholesky_ex(damped)
-            if int(failed):
-                continue
-            inverse = torch.zeros_like(lower)
-            _invert_lower(lower, inverse)
-            upper = inverse.flip(0, 1).float()
-            if bool(torch.isfinite(upper).all()):
-                # An input that is always zero goes first and changes no other: w / U_jj is 0.
-                upper.diagonal()[gram.diagonal() == 0] = torch.inf
-                return InverseFactor(upper, damping)
+            upper, failed = torch.linalg.cholesky_ex(damped, upper=True)
+            root = upper.mT.flip(0, 1).float()
+            if not int(failed) and bool(root.sum().isfinite()):
+                return InverseFactor(root, gram.diagonal() == 0, damping)
     raise ValueError(
         f"the Gram of {len(gram)} inputs is singular, damped by up to {_LADDER[-1]:g} times its mean "
         f"diagonal ({mean:.3g}): did any token reach this layer?"
     )
-
-
-def _invert_lower(lower: torch.Tensor, out: torch.Tensor) -> None:
-    """Invert a lower triangle by halves, so that nearly all of it is matrix products."""
-    size = len(lower)
-    if size <= _SOLVED:
-        identity = torch.eye(size, dtype=lower.dtype, device=lower.device)
-        out.copy_(torch.linalg.solve_triangular(lower, identity, upper=False))
-        return
-    half = -(-size // (2 * _SOLVED)) * _SOLVED
-    _invert_lower(lower[:half, :half], out[:half, :half])
-    _invert_lower(lower[half:, half:], out[half:, half:])
-    torch.mm(out[half:, half:], lower[half:, :half] @ out[:half, :half], out=out[half:, :half])
-    out[half:, :half].neg_()

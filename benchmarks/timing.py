@@ -1,0 +1,39 @@
+"""Timing side by side: what both benchmarks share."""
+
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from entangle.study.runs import versions
+
+ROUNDS = 7
+
+
+def machine() -> str:
+    """Return a line that says what the figures were measured on."""
+    processor = [line for line in _processor() if line] or [platform.processor()]
+    packages = ", ".join(f"{name} {version}" for name, version in versions().items())
+    return f"{processor[0]}, {torch.get_num_threads()} threads; {packages}"
+
+
+def _processor() -> list[str]:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    return [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+
+
+def side_by_side(cases: dict[str, Callable[[], Any]], rounds: int = ROUNDS) -> dict[str, float]:
+    """Return each case's median seconds; the cases take turns, after one turn to warm up."""
+    seconds: dict[str, list[float]] = {name: [] for name in cases}
+    for turn in range(rounds + 1):
+        for name, case in cases.items():
+            start = time.perf_counter()
+            case()
+            if turn:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in seconds.items()}
