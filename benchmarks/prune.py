@@ -64,7 +64,7 @@ def published_columns(
         if not sparsity.group:
             scores = block**2 / diagonal**2
             count = int(sparsity.share * scores.numel())
-            mask = scores < scores.flatten().sort().values[count]
+            mask = scores <= scores.flatten().sort().values[count]  # as published: one more
         for j in range(end - first):
             if sparsity.group and j % sparsity.group == 0:
                 group = slice(j, j + sparsity.group)
