@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import os
 import shlex
 import signal
@@ -27,7 +28,7 @@ def run_measure(args: argparse.Namespace) -> None:
     from entangle.study import dataset
 
     folders.check_target(args.out, args.overwrite)  # before minutes are spent
-    windows, _, model = _text_and_model(args, "calibration")
+    windows, model = _text(args, "calibration")[0], _model(args)
     run = entangle.measure(
         model,
         windows,
@@ -46,7 +47,7 @@ def run_measure(args: argparse.Namespace) -> None:
 
 def run_perplexity(args: argparse.Namespace) -> None:
     """Score a model on a text."""
-    windows, _, model = _text_and_model(args, "evaluation")
+    windows, model = _text(args, "evaluation")[0], _model(args)
     score = entangle.score(
         model,
         windows,
@@ -68,7 +69,8 @@ def run_sparsify(args: argparse.Namespace) -> None:
     from entangle.model import folders
 
     folders.check_target(args.out, args.overwrite)
-    windows, tokenizer, model = _text_and_model(args, "calibration")
+    windows, tokenizer = _text(args, "calibration")
+    model = _model(args)
     found = entangle.sparsify(
         model,
         windows,
@@ -94,10 +96,13 @@ def run_sparsify(args: argparse.Namespace) -> None:
 def run_sweep(args: argparse.Namespace) -> None:
     """Prune a model in several ways and score each."""
     from entangle.model import folders
-    from entangle.study import runs
+    from entangle.study import runs, sweeping
 
     folders.check_target(args.out, args.overwrite)
-    windows, tokenizer, model = _text_and_model(args, "calibration")
+    sweeping.arms_of(
+        args.sparsity, args.method, args.mask, args.propagate
+    )  # a slip is told at once
+    windows, tokenizer = _text(args, "calibration")
     evaluation = entangle.token_windows(
         args.evaluation,
         tokenizer,
@@ -107,6 +112,7 @@ def run_sweep(args: argparse.Namespace) -> None:
         bos=args.bos,
         purpose="evaluation",
     )
+    model = _model(args)
     table = entangle.sweep(
         model,
         windows,
@@ -123,12 +129,15 @@ def run_sweep(args: argparse.Namespace) -> None:
         progress=sys.stderr.isatty(),
         command=args.command_line,
     )
-    figure = entangle.plots.sweep(table)
-    file = runs.save_figure(figure, args.out / "figures" / "sweep.png")
+    file = None
+    if table["perplexity"][1:].notna().any():
+        figure = entangle.plots.sweep(table)
+        file = str(runs.save_figure(figure, args.out / "figures" / "sweep.png"))
     result = {str(name): value for name, value in table.attrs.items()}
-    result |= {"table": table.to_dict(orient="records"), "figure": str(file)}
+    result |= {"table": table.to_dict(orient="records"), "figure": file}
     text = (args.out / "tables" / "sweep.md").read_text(encoding="utf-8")
-    _print(args, result, lambda _: f"{text}\nwritten to {args.out}, with a figure: {file}")
+    drawn = f", with a figure: {file}" if file else "; no arm has a score to draw"
+    _print(args, result, lambda _: f"{text}\nwritten to {args.out}{drawn}")
 
 
 def run_rank(args: argparse.Namespace) -> None:
@@ -165,12 +174,15 @@ def run_plot(args: argparse.Namespace) -> None:
     _print(args, {"figure": str(file)}, lambda result: str(result["figure"]))
 
 
-def _text_and_model(
+def _source(args: argparse.Namespace) -> dict[str, Any]:
+    return {"revision": args.revision, "trust_remote_code": args.trust_remote_code}
+
+
+def _text(
     args: argparse.Namespace, purpose: "Purpose"
-) -> "tuple[TokenWindows, PreTrainedTokenizerBase, PreTrainedModel]":
+) -> "tuple[TokenWindows, PreTrainedTokenizerBase]":
     """Read the text first: what is wrong with it is known before a large model is loaded."""
-    source = {"revision": args.revision, "trust_remote_code": args.trust_remote_code}
-    tokenizer = entangle.load_tokenizer(args.model, **source)
+    tokenizer = entangle.load_tokenizer(args.model, **_source(args))
     windows = entangle.token_windows(
         args.text,
         tokenizer,
@@ -180,25 +192,21 @@ def _text_and_model(
         bos=args.bos,
         purpose=purpose,
     )
-    model = entangle.load_model(args.model, dtype=args.dtype, device=args.device, **source)
-    return windows, tokenizer, model
+    return windows, tokenizer
+
+
+def _model(args: argparse.Namespace) -> "PreTrainedModel":
+    return entangle.load_model(args.model, dtype=args.dtype, device=args.device, **_source(args))
 
 
 def _print(args: argparse.Namespace, result: dict[str, Any], words: Any) -> None:
     if args.json:
-        print(json.dumps(_without_nan(result), indent=2, ensure_ascii=False))
+        from entangle.study.runs import without_nan
+
+        print(json.dumps(without_nan(result), indent=2, ensure_ascii=False))
     else:
         print(words(result))
     sys.stdout.flush()
-
-
-def _without_nan(value: Any) -> Any:
-    """Return the value with null for NaN, which JSON does not have."""
-    if isinstance(value, dict):
-        return {name: _without_nan(item) for name, item in value.items()}
-    if isinstance(value, list):
-        return [_without_nan(item) for item in value]
-    return None if isinstance(value, float) and value != value else value
 
 
 def _measured_on(summary: dict[str, Any]) -> str:
@@ -239,7 +247,8 @@ def _scored(result: dict[str, Any]) -> str:
 def _sparsified(result: dict[str, Any]) -> str:
     from entangle.model.layers import say_skipped
 
-    worst = max(result["layers"], key=lambda layer: layer["error"])
+    known = [layer for layer in result["layers"] if math.isfinite(layer["error"])]
+    worst = max(known or result["layers"], key=lambda layer: layer["error"])
     lines = [
         f"{result['model']}: {len(result['layers'])} layers pruned to {result['sparsity']} by "
         f"{result['method']} (mask by {result['mask']}, {result['propagate']} propagation) from "

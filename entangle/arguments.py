@@ -122,7 +122,9 @@ def parser() -> argparse.ArgumentParser:
     rank.add_argument("--csv", type=Path, metavar="FILE", help="write the table, numbers in full")
 
     plot = commands.add_parser(
-        "plot", parents=[always], help="draw a run: heatmap, layers, ranks, or one neuron"
+        "plot",
+        parents=[always],
+        help="draw a run: heatmap, layers, ranks, one neuron, or a sweep",
     )
     plot.add_argument("run", type=Path, metavar="RUN")
     plot.add_argument("kind", choices=PLOTS)

@@ -165,6 +165,40 @@ def test_the_manifest_counts_the_zeros_of_the_file(tmp_path: Path) -> None:
         assert 0 < layer["error"] < 1
 
 
+def test_a_pruned_model_is_no_measured_run(tmp_path: Path) -> None:
+    entangle.sparsify(tiny_model("llama"), random_windows(2), 0.5, out=tmp_path / "out")
+    with pytest.raises(FileNotFoundError, match="out is no measured run, but holds a model"):
+        entangle.open_run(tmp_path / "out")
+
+
+def test_a_layer_without_output_has_no_error_and_json_says_null(tmp_path: Path) -> None:
+    model: Any = tiny_model("llama")
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight.zero_()
+    found = entangle.sparsify(model, random_windows(2), 0.5, method="wanda", out=tmp_path / "out")
+    broken = found.layers[found.layers["error"].isna()]["layer"].tolist()
+    assert "model.layers.1.mlp.up_proj" in broken
+    text = (tmp_path / "out" / "sparsity.json").read_text()
+    layers = json.loads(text, parse_constant=lambda name: pytest.fail(name))["layers"]
+    assert [layer["layer"] for layer in layers if layer["error"] is None] == broken
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("mask", ["row", "block"])
+def test_a_gpu_prunes_as_the_cpu(mask: str) -> None:
+    models: list[Any] = [tiny_model("llama"), tiny_model("llama")]
+    models[1].to("cuda")
+    errors = [
+        entangle.sparsify(model, random_windows(12), 0.5, mask=mask).layers["error"]
+        for model in models
+    ]
+    assert errors[1].tolist() == pytest.approx(errors[0].tolist(), rel=0.02)
+    table = entangle.sweep(
+        models[1], random_windows(), random_windows(seed=7), [0.5], propagate=["dense"]
+    )
+    assert table["perplexity"].notna().all()
+
+
 def test_the_same_command_gives_the_same_bytes(tmp_path: Path) -> None:
     for out in ("a", "b"):
         entangle.sparsify(tiny_model("gpt2"), random_windows(), 0.5, out=tmp_path / out)

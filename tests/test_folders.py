@@ -204,11 +204,34 @@ def test_what_is_to_be_gone_on_with_stays_after_an_error(tmp_path: Path) -> None
     for number in range(3):
         with pytest.raises(RuntimeError, match="stop"):
             break_off(number)
-        assert {path.name for path in partial.iterdir()} == {".lock", *map(str, range(number + 1))}
+        assert {path.name for path in partial.iterdir()} == {
+            *(".lock", ".kept"),
+            *map(str, range(number + 1)),
+        }
     with new_folder(target, goes_on=lambda _: True) as folder:
         (folder / "last").touch()
     assert {path.name for path in target.iterdir()} == {"0", "1", "2", "last"}
     assert not partial.exists()
+
+
+def test_another_command_does_not_lose_what_is_to_be_gone_on_with(tmp_path: Path) -> None:
+    def break_off() -> None:
+        with new_folder(tmp_path / "run", goes_on=lambda _: True) as folder:
+            (folder / "done").touch()
+            raise RuntimeError("stop")
+
+    def take(overwrite: bool) -> None:
+        with new_folder(tmp_path / "run", overwrite=overwrite):
+            raise RuntimeError("other")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        break_off()
+    with pytest.raises(FileExistsError, match=r"run\.partial holds an unfinished sweep"):
+        take(overwrite=False)
+    assert (tmp_path / "run.partial" / "done").exists()
+    with pytest.raises(RuntimeError, match="other"):  # it was lent, so what was there is gone
+        take(overwrite=True)
+    assert not (tmp_path / "run.partial").exists()
 
 
 def test_what_is_not_to_be_gone_on_with_is_cleaned_away(tmp_path: Path) -> None:
@@ -222,7 +245,7 @@ def test_what_is_not_to_be_gone_on_with_is_cleaned_away(tmp_path: Path) -> None:
     for goes_on in (False, False, True):
         with pytest.raises(RuntimeError, match="stop"):
             leave(goes_on)
-    assert left == [{".lock"}, {".lock"}, {".lock", "old"}]
+    assert left == [{".lock", ".kept"}, {".lock", ".kept"}, {".lock", ".kept", "old"}]
 
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ ROOMS = {
         "perplexity",
         "calibration",
         "expansion",
+        "tables",
         "sweeping",
         "ablation",
         "contexts",

@@ -9,17 +9,23 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 import entangle
+from entangle import arguments
 from entangle.model.blocks import BlockWalk
+from entangle.numerics.pruning import Mask, Method
 from entangle.study import runs, sweeping
+from entangle.study.expansion import CHOICES, Propagate
+from entangle.study.perplexity import NotFiniteError
 from entangle.study.sweeping import arms_of
 from tests.test_expansion import random_windows
 from tests.tiny_models import tiny_model
@@ -144,8 +150,9 @@ def test_an_arm_that_fails_says_why_and_costs_the_others_nothing(tmp_path: Path)
     assert "No score for sparsegpt row dense 0.5: model.layers.1.mlp.gate_proj: the Gram" in words
 
 
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, RuntimeError, OSError])
 def test_after_an_error_the_weights_are_back_and_what_is_done_is_kept(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    error: type[Exception], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = run(tiny_model("llama"), [0.5], propagate=("dense",))
     model, calls = tiny_model("llama"), []
@@ -153,11 +160,11 @@ def test_after_an_error_the_weights_are_back_and_what_is_done_is_kept(
     def scored(*args: Any, **options: Any) -> Any:
         calls.append(args)
         if len(calls) == 3:
-            raise torch.OutOfMemoryError("no memory left")
+            raise error("can't allocate memory")
         return entangle.score(*args, **options)
 
     monkeypatch.setattr(sweeping, "score", scored)
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(error, match="can't allocate"):
         run(model, [0.5], propagate=("dense",), out=tmp_path / "run")
     assert same_weights(model)
     assert len(list((tmp_path / "run.partial" / "arms").iterdir())) == 2
@@ -165,6 +172,50 @@ def test_after_an_error_the_weights_are_back_and_what_is_done_is_kept(
     assert len(calls) == 3 + 2
     pd.testing.assert_frame_equal(resumed, whole, check_exact=True)
     assert not (tmp_path / "run.partial").exists()
+
+
+def test_a_score_that_is_not_finite_is_a_problem_of_its_arm_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def broken(model: PreTrainedModel, *args: Any, **options: Any) -> Any:
+        if (model.get_parameter("model.layers.0.self_attn.q_proj.weight") == 0).any():
+            raise NotFiniteError("not finite in 5 of 5 windows")
+        return entangle.score(model, *args, **options)
+
+    monkeypatch.setattr(sweeping, "score", broken)
+    table = run(tiny_model("llama"), [0.5], methods=("wanda",), propagate=("dense",))
+    assert table["problem"].tolist() == ["", "not finite in 5 of 5 windows"]
+    assert np.isfinite(table["perplexity"]).tolist() == [True, False]
+
+
+def test_a_full_disk_is_told_and_what_is_done_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved: list[Path] = []
+
+    def full(tensors: Any, file: Path) -> None:
+        saved.append(file)
+        if len(saved) == 2:
+            raise SafetensorError("I/O error: No space left on device")
+        save_file(tensors, file)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "save_file", full)
+        with pytest.raises(OSError, match=r"cannot write .*1.safetensors: I/O error: No space"):
+            run(tiny_model("llama"), [0.5], propagate=("dense",), out=tmp_path / "run")
+    assert [path.name for path in (tmp_path / "run.partial" / "grams").iterdir()] == [
+        "0.safetensors"
+    ]
+    (tmp_path / "run.partial" / "grams" / "1.safetensors").write_bytes(b"cut off")
+    (tmp_path / "run.partial" / "grams" / "2.safetensors").write_bytes(b"cut off")
+    with pytest.raises(OSError, match=r"1.safetensors is damaged, delete it and run again"):
+        run(tiny_model("llama"), [0.5], propagate=("dense",), out=tmp_path / "run")
+
+
+def test_words_are_the_same_on_the_command_line_and_in_python() -> None:
+    assert arguments.METHODS == CHOICES["method"] == get_args(Method)
+    assert set(arguments.MASKS) == set(CHOICES["mask"]) == set(get_args(Mask))
+    assert set(arguments.PROPAGATE) == set(CHOICES["propagate"]) == set(get_args(Propagate))
 
 
 def test_an_unfinished_sweep_of_other_settings_is_not_gone_on_with(

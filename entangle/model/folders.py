@@ -7,6 +7,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+KEPT = ".kept"  # in a folder that is being filled: what is done is not to be lost
+
 
 @contextmanager
 def new_folder(
@@ -24,7 +26,8 @@ def new_folder(
 
     Raises:
         FileExistsError: ``target`` exists and ``overwrite`` is false, or it is no run or model
-            that could be replaced; or ``TARGET.partial`` is not ours.
+            that could be replaced; or ``TARGET.partial`` is not ours, or holds what another
+            command could go on with and ``overwrite`` is false.
         BlockingIOError: another process is writing to ``target``.
         OSError: the target cannot be written; the message names it.
     """
@@ -34,13 +37,22 @@ def new_folder(
     check_target(target, overwrite)
     partial = target.with_name(target.name + ".partial")
     lock = _claim(partial, target)
+    if goes_on is None and (partial / KEPT).exists() and not overwrite:
+        lock.release()
+        raise FileExistsError(
+            f"{partial} holds an unfinished sweep: run its command again to finish it (its run.json "
+            "has it), or say --overwrite to lose it"
+        )
     try:
         if goes_on is None or not goes_on(partial):
             _empty(partial)
+        if goes_on is not None:
+            (partial / KEPT).touch()
         yield partial
         check_target(target, overwrite)
         _replace(partial, target)
         (target / ".lock").unlink()
+        (target / KEPT).unlink(missing_ok=True)
     except BaseException:
         # Not in `finally`: once renamed, a folder of this name is another process's.
         if goes_on is None:

@@ -50,13 +50,17 @@ def write_weight(layer: LinearLayer, weight: torch.Tensor) -> None:
     weight_of(layer).copy_(weight)
 
 
-def check_prunable(layers: Sequence[LinearLayer]) -> None:
-    """See that the layers have plain weights of their own, which can be pruned.
+def check_prunable(layers: Sequence[LinearLayer], among: Sequence[LinearLayer] = ()) -> None:
+    """See that the layers have plain weights, which no other layer, nor one of ``among``, has.
 
     Raises:
         ValueError: a layer is quantised, or shares its weight with another.
     """
-    owners: dict[int, str] = {}
+    owners: dict[int, list[str]] = {}
+    for layer in {*layers, *among}:
+        weight = layer.module.weight
+        assert isinstance(weight, torch.Tensor)
+        owners.setdefault(weight.data_ptr(), []).append(layer.name)
     for layer in layers:
         weight = layer.module.weight
         assert isinstance(weight, torch.Tensor)
@@ -66,11 +70,11 @@ def check_prunable(layers: Sequence[LinearLayer]) -> None:
                 f"{layer.name} is quantised ({type(layer.module).__name__}, {weight.dtype}): load "
                 "the model without quantisation, or leave the layer out with a narrower pattern"
             )
-        other = owners.setdefault(id(weight), layer.name)
-        if other != layer.name:
+        others = sorted({*owners[weight.data_ptr()]} - {layer.name})
+        if others:
             raise ValueError(
-                f"{layer.name} and {other} are one weight, which cannot be pruned for both: leave "
-                "one out with a narrower pattern"
+                f"{layer.name} and {others[0]} are one weight, which cannot be pruned for both: "
+                "leave both out with a narrower pattern"
             )
 
 

@@ -86,10 +86,9 @@ class InverseFactor:
 
     def square(self, first: int, end: int) -> torch.Tensor:
         """Return U[first:end, first:end], which R's own square there determines."""
-        square, identity = self.root[first:end, first:end], torch.eye(end - first)
-        inverse: torch.Tensor = torch.linalg.solve_triangular(
-            square, identity.to(square), upper=True
-        )
+        square = self.root[first:end, first:end]
+        identity = torch.eye(end - first, device=square.device)
+        inverse: torch.Tensor = torch.linalg.solve_triangular(square, identity, upper=True)
         # Such an input goes first and changes no other: w / U_jj is 0.
         inverse.diagonal()[self.dead[first:end]] = torch.inf
         return inverse

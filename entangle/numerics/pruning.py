@@ -57,7 +57,7 @@ class Sparsity:
         return cls(share, kept, group)
 
     def __str__(self) -> str:
-        return f"{self.kept}:{self.group}" if self.group else f"{self.share:g}"
+        return f"{self.kept}:{self.group}" if self.group else repr(self.share).removesuffix(".0")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -189,10 +189,11 @@ def _lowest_numba(scores, lowest, count):  # type: ignore[no-untyped-def]
 def _block_counts(rows: int, inputs: int, sparsity: Sparsity) -> list[tuple[int, int, int]]:
     """Return each column block's first and end column, and how many weights to prune.
 
-    The counts are differences of one rounded line, so that they add up to the exact total.
+    No group of an n:m sparsity is cut by an edge. The counts are differences of one rounded line, so that they add up to the exact total.
     """
     total = round(sparsity.share * inputs * rows)
-    edges = [*range(0, inputs, BLOCK), inputs]
+    step = max(BLOCK // sparsity.group, 1) * sparsity.group if sparsity.group else BLOCK
+    edges = [*range(0, inputs, step), inputs]
     line = [round(total * edge / inputs) for edge in edges]
     return [
         (first, end, after - before)

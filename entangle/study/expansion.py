@@ -167,7 +167,7 @@ def prunable_layers(
     check_windows(model, windows, skip_first)
     check_hooks(model, skip_first)
     chosen = find_layers(model, [patterns] if isinstance(patterns, str) else patterns)
-    check_prunable(chosen)
+    check_prunable(chosen, find_layers(model))
     for layer in chosen:
         for pruning in prunings:
             with naming(layer):
@@ -191,11 +191,11 @@ def prune_model(
     dense = pruning.propagate == "dense"
     last = max(layer.block for layer in layers)
     with tqdm(total=last + 1, unit="block", desc="prune", disable=not progress) as bar:
-        while walk.block <= last:
-            here = [layer for layer in layers if layer.block == walk.block]
+        for block in range(last + 1):
+            here = [layer for layer in layers if layer.block == block]
             calibrations = calibrate(walk, here, advance=dense) if here else {}
             rows += [prune_layer(layer, calibrations[layer.name], pruning) for layer in here]
-            if not (dense and here):
+            if walk.block == block < last:
                 walk.advance()
             bar.update()
     return rows

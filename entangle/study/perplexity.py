@@ -13,6 +13,10 @@ from transformers import PreTrainedModel
 from entangle.model.text import TokenWindows, check_windows
 
 
+class NotFiniteError(RuntimeError):
+    """A model's log-likelihood is NaN or infinite."""
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Score:
     """The negative log-likelihood of a text under a model, with its standard error over windows.
@@ -59,7 +63,7 @@ def score(
     The first ``skip_first`` tokens of each window are given and not scored.
 
     Raises:
-        RuntimeError: the model's outputs are not finite.
+        NotFiniteError: the model's outputs are not finite.
         ValueError: windows or ``skip_first`` that do not fit the model (see `check_windows`).
     """
     check_windows(model, windows, skip_first)
@@ -82,7 +86,7 @@ def score(
     found = np.array(nats)
     if not np.isfinite(found).all():
         bad = int((~np.isfinite(found)).sum())
-        raise RuntimeError(
+        raise NotFiniteError(
             f"the model's log-likelihood is not finite in {bad} of {len(found)} windows: its "
             "weights or its dtype overflow"
         )

@@ -1,6 +1,7 @@
 """Run folders: written whole, opened again, with their tables and figures."""
 
 import json
+import math
 import platform
 import shutil
 import textwrap
@@ -17,6 +18,7 @@ import torch
 import xarray as xr
 from matplotlib.figure import Figure
 from numcodecs import Blosc
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from entangle.model import folders
@@ -87,7 +89,16 @@ def _count_files(folder: Path) -> int:
 
 def write_json(file: Path, content: Mapping[str, Any]) -> None:
     """Write a JSON file for people and programs to read, whole or not at all."""
-    save_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", file)
+    save_text(json.dumps(without_nan(content), indent=2, ensure_ascii=False) + "\n", file)
+
+
+def without_nan(value: Any) -> Any:
+    """Return the value with null for NaN and infinity, which JSON does not have."""
+    if isinstance(value, Mapping):
+        return {name: without_nan(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -129,8 +140,9 @@ def resumed_run(
             there = [f"{key} {left.get(key)!r}, not {wanted.get(key)!r}" for key in names]
             raise FileExistsError(
                 f"{partial} holds an unfinished run with other settings: it has "
-                f"{textwrap.shorten('; '.join(there), 300, placeholder=' ...')}. Run its command "
-                f"({left.get('command')}) to finish it, or say --overwrite to begin anew"
+                f"{textwrap.shorten('; '.join(there), 300, placeholder=' ...')}. Run what "
+                f"began it ({left.get('command') or 'in Python'}) to finish it, or say --overwrite "
+                "to begin anew"
             )
         return False
 
@@ -140,14 +152,28 @@ def resumed_run(
 
 
 def save_tensors(file: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Write tensors as safetensors, whole or not at all."""
+    """Write tensors as safetensors, whole or not at all.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
     with folders.new_file(file) as partial:
-        save_file(dict(tensors), partial)
+        try:
+            save_file(dict(tensors), partial)
+        except SafetensorError as error:  # a full disk, for one
+            raise OSError(f"cannot write {file}: {error}") from error
 
 
 def load_tensors(file: Path, device: torch.device) -> dict[str, torch.Tensor]:
-    """Read what `save_tensors` wrote."""
-    tensors: dict[str, torch.Tensor] = load_file(file, device=str(device))
+    """Read what `save_tensors` wrote.
+
+    Raises:
+        OSError: the file is damaged.
+    """
+    try:
+        tensors: dict[str, torch.Tensor] = load_file(file, device=str(device))
+    except SafetensorError as error:
+        raise OSError(f"{file} is damaged, delete it and run again: {error}") from error
     return tensors
 
 
@@ -167,11 +193,10 @@ def open_run(folder: str | Path) -> xr.DataTree:
     if not (folder / "run.json").is_file():
         there = "holds no run.json" if folder.is_dir() else "is not there"
         raise FileNotFoundError(f"{folder} {there}: expected a folder that a command wrote (--out)")
-    if not (folder / "neurons.zarr").exists() and (folder / "tables").is_dir():
-        raise FileNotFoundError(
-            f"{folder} is no measured run, but holds tables: look into {folder / 'tables'}, or draw "
-            f"it with entangle plot {folder} sweep"
-        )
+    others = {"tables": "tables: entangle plot RUN sweep draws them", "sparsity.json": "a model"}
+    for name, what in others.items():
+        if (folder / name).exists() and not (folder / "neurons.zarr").exists():
+            raise FileNotFoundError(f"{folder} is no measured run, but holds {what}")
     try:
         # chunks=None reads without dask; what is read at once is the coordinates.
         written = json.loads((folder / "log.json").read_text(encoding="utf-8"))["files"]

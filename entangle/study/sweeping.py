@@ -1,21 +1,19 @@
 """Sweep over prunings of one model: prune, score, put the weights back, and make one table."""
 
 import dataclasses
-import math
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from entangle.model.blocks import BlockWalk
-from entangle.model.layers import LinearLayer, say_skipped, weight_of, write_weight
+from entangle.model.layers import LinearLayer, weight_of, write_weight
 from entangle.model.text import TokenWindows, check_disjoint, check_windows
 from entangle.study import runs
 from entangle.study.calibration import (
@@ -25,8 +23,9 @@ from entangle.study.calibration import (
     walk_blocks,
 )
 from entangle.study.expansion import Pruning, prunable_layers, prune_layer, prune_model
-from entangle.study.perplexity import Score, score
+from entangle.study.perplexity import NotFiniteError, score
 from entangle.study.recording import provenance
+from entangle.study.tables import markdown, tables_of
 
 DENSE = "dense"  # the arm of the model as it is
 
@@ -52,8 +51,8 @@ def sweep(
 ) -> pd.DataFrame:
     """Score a model pruned in every combination of sparsities, methods, masks and propagations.
 
-    Returns a row per arm, the dense model first; what it was made of is in ``attrs``. An error is the standard error over evaluation
-    windows; ``difference`` is in nats a token against the dense model, its error paired by
+    Returns a row per arm, the dense model first; what it was made of is in ``attrs``. An error
+    is the standard error over evaluation windows; ``difference`` is in nats a token against the dense model, its error paired by
     window, and ``ratio`` its exponential. ``layer_error`` is the mean over layers of the relative
     squared error of their outputs on the calibration's inputs. Arms that would be the same are
     run once: n:m is a mask by row, and magnitude sees no inputs. Arms with ``propagate="dense"``
@@ -96,11 +95,11 @@ def sweep(
         arms: dict[Path, Pruning | None] = dict(zip(files, (None, *prunings), strict=True))
         left = {file: pruning for file, pruning in arms.items() if not file.exists()}
         grams = folder / "grams"
-        if any(pruning and pruning.propagate == "dense" for pruning in left.values()):
-            _calibrate_dense(bench, grams)
         for file, pruning in tqdm(left.items(), unit="arm", disable=not progress):
+            if pruning and pruning.propagate == "dense":
+                _calibrate_dense(bench, grams)  # once: the next arm finds it done
             runs.write_json(file, _run_arm(bench, pruning, grams))
-        table, per_layer = _tables([runs.read_json(file) for file in files])
+        table, per_layer = tables_of([runs.read_json(file) for file in files])
         table.attrs.update(attributes)
         runs.save_table(table, folder / "tables" / "sweep.csv")
         runs.save_table(per_layer, folder / "tables" / "layers.csv")
@@ -205,7 +204,7 @@ def _run_arm(bench: _Bench, pruning: Pruning | None, grams: Path) -> Row:
     nothing; the dense model's is an error.
 
     Raises:
-        RuntimeError: the dense model's score is not finite.
+        NotFiniteError: the dense model's score is not finite.
     """
     words: Row = pruning.words() if pruning else {"method": DENSE}
     nothing = {"window_nats": [None] * len(bench.evaluation), "tokens": 0, "layers": []}
@@ -222,8 +221,8 @@ def _run_arm(bench: _Bench, pruning: Pruning | None, grams: Path) -> Row:
                 skip_first=bench.skip_first,
                 progress=bench.progress,
             )
-        except RuntimeError as error:
-            if pruning is None or isinstance(error, torch.OutOfMemoryError):
+        except NotFiniteError as error:
+            if pruning is None:
                 raise
             return words | nothing | {"problem": str(error)}
         return words | {
@@ -246,8 +245,10 @@ def _prune(bench: _Bench, pruning: Pruning, grams: Path) -> list[Row]:
         return prune_model(bench.walk(), bench.layers, pruning, progress=bench.progress)
     rows = []
     for block in bench.blocks:
-        found = load_calibrations(_gram_file(grams, block), bench.model.device)
         here = [layer for layer in bench.layers if layer.block == block]
+        if not here:
+            continue
+        found = load_calibrations(_gram_file(grams, block), weight_of(here[0]).device)
         rows += [prune_layer(layer, found[layer.name], pruning) for layer in here]
     return rows
 
@@ -261,92 +262,3 @@ def _restored(layers: Sequence[LinearLayer]) -> Iterator[None]:
     finally:
         for layer, weight in zip(layers, dense, strict=True):
             write_weight(layer, weight)
-
-
-def _tables(results: Sequence[Row]) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Return a row per arm, the first being the dense model, and a row per arm and layer."""
-    nats = [np.array(result["window_nats"], dtype=np.float64) for result in results]
-    rows, layers = [], []
-    for result, found in zip(results, nats, strict=True):
-        arm = {name: result.get(name, "") for name in ("method", "mask", "propagate", "sparsity")}
-        scored, change = Score(found, result["tokens"]), Score(found - nats[0], result["tokens"])
-        pruned = pd.DataFrame(result["layers"])
-        error, damping = (0.0, 0.0) if result is results[0] else (math.nan, math.nan)
-        if len(pruned):
-            error, damping = pruned["error"].mean(), pruned["damping"].max()
-            layers.append(pd.DataFrame([arm]).merge(pruned, how="cross"))
-        row = arm | {
-            "realised": result.get("realised", math.nan),
-            "model_sparsity": result.get("model_sparsity", math.nan),
-            "perplexity": scored.perplexity,
-            "perplexity_error": scored.perplexity_error,
-            "ratio": change.perplexity,  # exp of the mean difference: a ratio of perplexities
-            "ratio_error": change.perplexity_error,
-            "nats": scored.nats,
-            "nats_error": scored.nats_error,
-            "difference": change.nats,
-            "difference_error": change.nats_error,
-            "layer_error": error,
-            "damping": damping,
-            "windows": len(found),
-            "tokens": scored.tokens,
-            "problem": result.get("problem", ""),
-        }
-        rows.append(row)
-    return pd.DataFrame(rows), pd.concat(layers, ignore_index=True) if layers else pd.DataFrame()
-
-
-def markdown(table: pd.DataFrame) -> str:
-    """Return a sweep's table in Markdown, with what it was measured on above it."""
-    attributes, tokens = table.attrs, int(table["tokens"].max())
-    lines = [
-        f"{attributes['model']}, {' '.join(attributes['layers'])} pruned by "
-        f"{attributes['tokens']:,} tokens of {attributes['text']} "
-        f"({attributes['windows']} windows of {attributes['length']}), scored on {tokens:,} tokens "
-        f"of {attributes['evaluation']} ({attributes['evaluation_windows']} windows of "
-        f"{attributes['length']} that do not overlap, each scored from its own start). "
-        "± is the standard error over windows; difference and ratio are to the dense model, "
-        "paired by window; layer error is the mean relative squared error of the layers' outputs "
-        "on the calibration's inputs.",
-        *say_skipped(attributes["skipped_parameters"], "pruned"),
-        "",
-    ]
-    header = ("method", "mask", "propagate", "sparsity", "realised", "perplexity", "ratio")
-    rows = [[*header, "difference (nats)", "layer error"]]
-    for row in table.to_dict(orient="records"):
-        words = [str(row[name]) or "-" for name in header[:4]]
-        if row["problem"]:
-            rows.append([*words, "-", "-", "-", "-", "-"])
-            continue
-        rows.append(
-            [
-                *words,
-                f"{row['realised']:.4f}",
-                _with_error(row["perplexity"], row["perplexity_error"]),
-                f"{row['ratio']:.4g}",
-                _with_error(row["difference"], row["difference_error"]),
-                f"{row['layer_error']:.4g}",
-            ]
-        )
-    widths = [max(len(row[place]) for row in rows) for place in range(len(rows[0]))]
-    rows.insert(1, ["-" * width for width in widths])
-    for cells in rows:
-        padded = map(str.ljust, cells, widths)
-        lines.append(f"| {' | '.join(padded)} |")
-    problems = table[table["problem"] != ""]
-    for row in problems.to_dict(orient="records"):
-        arm = " ".join(row[name] for name in header[:4])
-        lines.append(f"\nNo score for {arm}: {row['problem']}")
-    damped = table[table["damping"] > 0.01]
-    for row in damped.to_dict(orient="records"):
-        arm = " ".join(row[name] for name in header[:4])
-        lines.append(f"\nA Gram needed damping of {row['damping']:g} instead of 0.01: {arm}")
-    return "\n".join(lines) + "\n"
-
-
-def _with_error(value: float, error: float) -> str:
-    """Return a value with its error, both to the error's second digit."""
-    if not (math.isfinite(error) and error > 0):
-        return f"{value:.4g}"
-    digits = max(0, 1 - math.floor(math.log10(error)))
-    return f"{value:.{digits}f} ± {error:.{digits}f}"
