@@ -69,6 +69,9 @@ def run_sparsify(args: argparse.Namespace) -> None:
     from entangle.model import folders
 
     folders.check_target(args.out, args.overwrite)
+    from entangle.numerics.pruning import Sparsity
+
+    Sparsity.parse(args.sparsity)  # a slip is told before a model is loaded
     windows, tokenizer = _text(args, "calibration")
     model = _model(args)
     found = entangle.sparsify(
@@ -96,12 +99,12 @@ def run_sparsify(args: argparse.Namespace) -> None:
 def run_sweep(args: argparse.Namespace) -> None:
     """Prune a model in several ways and score each."""
     from entangle.model import folders
-    from entangle.study import runs, sweeping
 
     folders.check_target(args.out, args.overwrite)
-    sweeping.arms_of(
-        args.sparsity, args.method, args.mask, args.propagate
-    )  # a slip is told at once
+    from entangle.study import runs, sweeping
+
+    # A slip in these words is told before a model is loaded.
+    sweeping.arms_of(args.sparsity, args.method, args.mask, args.propagate)
     windows, tokenizer = _text(args, "calibration")
     evaluation = entangle.token_windows(
         args.evaluation,

@@ -66,6 +66,13 @@ def test_bars_are_the_errors() -> None:
     assert bar[:, 1].tolist() == [17.0, 23.0]
 
 
+def test_arms_of_one_sparsity_are_not_spread_out_by_rounding() -> None:
+    arms = [("wanda", "row", "sparse", "0.5", 0.5 + part, 20.0, 1.0) for part in (0.0, 4e-6)]
+    low, high = plots.sweep(table(*arms)).axes[0].get_xlim()
+    assert low < 0.49
+    assert high > 0.51
+
+
 def test_it_draws_onto_given_axes() -> None:
     ax = Figure().add_subplot()
     assert plots.sweep(SWEEP, ax=ax) is ax

@@ -52,7 +52,8 @@ class Sparsity:
             kept, group, share = 0, 0, -1.0
         if not 0 <= share <= 1 or group < 0:
             raise ValueError(
-                f"expected a sparsity from 0 to 1, or n:m as n kept of every m, got {text!r}"
+                f"expected a sparsity from 0 to 1, or n:m as n kept of every m (80% is 0.8), got "
+                f"{text!r}"
             )
         return cls(share, kept, group)
 
@@ -282,7 +283,8 @@ def check_group(inputs: int, sparsity: Sparsity) -> None:
     """
     if sparsity.group and inputs % sparsity.group:
         raise ValueError(
-            f"{sparsity} needs groups of {sparsity.group}, but there are {inputs} inputs"
+            f"{sparsity} needs groups of {sparsity.group}, but there are {inputs} inputs: choose "
+            "groups that divide them, or leave the layer out with a narrower pattern"
         )
 
 

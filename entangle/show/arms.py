@@ -76,6 +76,9 @@ def sweep(table: pd.DataFrame, *, ax: Axes | None = None) -> Figure | Axes:
     panel.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
     panel.yaxis.set_major_formatter(ticker.StrMethodFormatter("{x:,g}"))
     panel.yaxis.set_minor_locator(ticker.NullLocator())
+    low, high = panel.get_xlim()
+    if high - low < 0.04:  # all at one sparsity, which rounding alone is not to spread out
+        panel.set_xlim((low + high) / 2 - 0.02, (low + high) / 2 + 0.02)
     panel.xaxis.set_major_formatter(ticker.PercentFormatter(1, decimals=0))
     tokens = f"{int(table['tokens'].max()):,} tokens, {int(table['windows'].max())} windows"
     panel.set(xlabel="realised sparsity of the pruned layers", ylabel=f"perplexity\n({tokens})")

@@ -137,6 +137,7 @@ def resumed_run(
             return True
         if not overwrite:
             names = [key for key in {**left, **wanted} if left.get(key) != wanted.get(key)]
+            names = [key for key in names if key != "command"] or names  # it repeats the others
             there = [f"{key} {left.get(key)!r}, not {wanted.get(key)!r}" for key in names]
             raise FileExistsError(
                 f"{partial} holds an unfinished run with other settings: it has "
