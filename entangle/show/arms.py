@@ -74,7 +74,7 @@ def sweep(table: pd.DataFrame, *, ax: Axes | None = None) -> Figure | Axes:
     panel.axhline(dense, label=f"dense, {dense:.4g}", **DASHES)
     panel.set_yscale("log")
     panel.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
-    panel.yaxis.set_major_formatter(ticker.StrMethodFormatter("{x:,g}"))
+    panel.yaxis.set_major_formatter(ticker.StrMethodFormatter("{x:,.10g}"))
     panel.yaxis.set_minor_locator(ticker.NullLocator())
     low, high = panel.get_xlim()
     if high - low < 0.04:  # all at one sparsity, which rounding alone is not to spread out
