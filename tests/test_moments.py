@@ -94,3 +94,12 @@ def test_the_damping_ladder_is_finite() -> None:
     for bad in (shifted(2.0), torch.zeros(24, 24)):
         with pytest.raises(ValueError, match="singular, damped by up to 1 times its mean diagonal"):
             inverse_factor(bad)
+
+
+def test_an_input_that_is_always_zero_is_left_out_of_the_factor() -> None:
+    rows = rows_of(200, 24)
+    rows[:, [2, 9]] = 0
+    factor = inverse_factor(moments_of(rows).gram)
+    assert torch.isinf(factor.upper.diagonal()).nonzero().flatten().tolist() == [2, 9]
+    assert torch.isfinite(factor.upper.triu(1)).all()
+    assert factor.dead.nonzero().flatten().tolist() == [2, 9]
