@@ -215,7 +215,7 @@ def test_the_same_command_gives_the_same_bytes(tmp_path: Path) -> None:
         ({"mask": "column"}, ValueError, "mask must be one of row, block, got 'column'"),
         ({"propagate": "none"}, ValueError, "propagate must be one of sparse, dense"),
         ({"layers": "*.nothing"}, LookupError, r"no layer matches '\*.nothing'"),
-        ({"skip_first": 16}, ValueError, "from 0 to 15 for windows of 16, got 16: it leaves none"),
+        ({"skip_first": 16}, ValueError, "from 0 to 15 for windows of 16, got 16: leaving out"),
         ({"batch_size": 0}, ValueError, "at least one window, got batch size 0"),
     ],
 )

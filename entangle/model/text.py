@@ -108,9 +108,14 @@ def check_windows(model: PreTrainedModel, windows: TokenWindows, skip_first: int
             have tokens that it does not know, or ``skip_first`` leaves none of their tokens.
     """
     if not 0 <= skip_first < windows.length:
+        why = (
+            "it must not be negative"
+            if skip_first < 0
+            else f"leaving out the first {skip_first} tokens of windows of {windows.length} leaves none"
+        )
         raise ValueError(
             f"expected skip_first from 0 to {windows.length - 1} for windows of {windows.length}, "
-            f"got {skip_first}: it {'must not be negative' if skip_first < 0 else 'leaves none'}"
+            f"got {skip_first}: {why}"
         )
     if model.training:
         raise ValueError("the model is in training mode, where dropout is on: call model.eval()")
