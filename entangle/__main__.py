@@ -68,7 +68,7 @@ def run_sparsify(args: argparse.Namespace) -> None:
     """Prune a model and save it."""
     from entangle.model import folders
 
-    folders.check_target(args.out, args.overwrite)
+    folders.check_target(args.out, args.overwrite)  # before torch is imported, which takes seconds
     from entangle.numerics.pruning import Sparsity
 
     Sparsity.parse(args.sparsity)  # a slip is told before a model is loaded

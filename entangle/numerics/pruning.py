@@ -190,7 +190,8 @@ def _lowest_numba(scores, lowest, count):  # type: ignore[no-untyped-def]
 def _block_counts(rows: int, inputs: int, sparsity: Sparsity) -> list[tuple[int, int, int]]:
     """Return each column block's first and end column, and how many weights to prune.
 
-    No group of an n:m sparsity is cut by an edge. The counts are differences of one rounded line, so that they add up to the exact total.
+    No group of an n:m sparsity is cut by an edge. The counts are differences of one rounded line,
+    so that they add up to the exact total.
     """
     total = round(sparsity.share * inputs * rows)
     step = max(BLOCK // sparsity.group, 1) * sparsity.group if sparsity.group else BLOCK

@@ -52,11 +52,12 @@ def sweep(
     """Score a model pruned in every combination of sparsities, methods, masks and propagations.
 
     Returns a row per arm, the dense model first; what it was made of is in ``attrs``. An error
-    is the standard error over evaluation windows; ``difference`` is in nats a token against the dense model, its error paired by
-    window, and ``ratio`` its exponential. ``layer_error`` is the mean over layers of the relative
-    squared error of their outputs on the calibration's inputs. Arms that would be the same are
-    run once: n:m is a mask by row, and magnitude sees no inputs. Arms with ``propagate="dense"``
-    share one pass over the calibration. Afterwards the model is as it was.
+    is the standard error over evaluation windows; ``difference`` is in nats a token against the
+    dense model, its error paired by window, and ``ratio`` its exponential. ``layer_error`` is the
+    mean over layers of the relative squared error of their outputs on the calibration's inputs.
+    Arms that would be the same are run once: n:m is a mask by row, and magnitude sees no inputs.
+    Arms with ``propagate="dense"`` share one pass over the calibration. Afterwards the model is
+    as it was.
 
     With ``out`` tables are written to that folder. A sweep that was killed goes on where it was
     when it is called again with the same arguments, and its table is the same.
