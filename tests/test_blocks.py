@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import accelerate  # type: ignore[import-untyped]
+import accelerate
 import pytest
 import torch
 from torch import nn

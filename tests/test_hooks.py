@@ -4,7 +4,7 @@ import gc
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import accelerate  # type: ignore[import-untyped]
+import accelerate
 import pytest
 import torch
 from torch import nn

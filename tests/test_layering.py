@@ -21,7 +21,7 @@ ROOMS = {
         "routing",
         "products",
     ),
-    "model": ("folders", "text", "experts", "layers", "loading", "hooks", "blocks"),
+    "model": ("folders", "text", "experts", "layers", "packing", "loading", "hooks", "blocks"),
     "study": (
         "dataset",
         "runs",
@@ -43,7 +43,7 @@ MODULES = {name.rpartition(".")[2] for name in ORDER} | set(ROOMS)
 OPTIONAL = {"datasets", "ot", "resource"}
 LAZY = {"entangle", "entangle.__main__", "entangle.arguments"}
 WRITERS = {"entangle.model.folders", "entangle.model.loading", "entangle.study.runs"}
-WRITERS |= {"entangle.show.report"}
+WRITERS |= {"entangle.show.report", "entangle.model.packing"}
 VAGUE = {"utils", "util", "helpers", "helper", "misc", "common", "base", "manager", "core"}
 WRITING = {"write_text", "write_bytes", "mkdir", "touch", "unlink", "rename", "replace", "rmdir"}
 WRITING |= {"to_csv", "to_zarr", "to_netcdf", "save_pretrained", "save_file", "rmtree"}

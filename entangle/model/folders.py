@@ -1,7 +1,8 @@
-"""Write a folder or a file whole or not at all."""
+"""Write a folder or a file whole or not at all, and tell later whether it still is."""
 
+import hashlib
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -144,3 +145,31 @@ def new_file(target: str | Path) -> Iterator[Path]:
         partial.replace(target)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def sums(folder: Path, files: Iterable[str]) -> dict[str, str]:
+    """Return the SHA-256 of files in a folder, by their names.
+
+    Raises:
+        OSError: a file cannot be read.
+    """
+    found = {}
+    for name in files:
+        with (folder / name).open("rb") as file:
+            found[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
+
+
+def check_sums(folder: Path, expected: Mapping[str, str]) -> None:
+    """See that the files in a folder are those that `sums` saw.
+
+    Raises:
+        ValueError: one is missing, or has other bytes; the message names it.
+    """
+    for name, digest in expected.items():
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder} is damaged: {name} is missing, make or copy it again")
+        if sums(folder, [name])[name] != digest:
+            raise ValueError(
+                f"{folder} is damaged: {name} is not the file that was written, make or copy it again"
+            )

@@ -1,7 +1,7 @@
 """Find the linear layers of any causal language model, by structure and not by name.
 
-A weight is ``(neurons, inputs)`` here, whatever the module stores; outputs are ``(tokens,
-neurons)`` rows.
+A weight is ``(neurons, inputs)`` here, whatever the module stores, and that of an expanded layer
+``(experts, neurons, inputs)``; outputs are ``(tokens, neurons)`` rows.
 """
 
 import dataclasses
@@ -14,8 +14,13 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from entangle.model.experts import ExpertLinear
+
 if TYPE_CHECKING:  # it takes seconds to import, which commands that need no model need not wait for
     from transformers import PreTrainedModel
+
+
+_LINEAR = (nn.Linear, Conv1D, ExpertLinear)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,16 +35,19 @@ class LinearLayer:
     @property
     def neurons(self) -> int:
         """The number of its outputs."""
-        return weight_of(self).shape[0]
+        return weight_of(self).shape[-2]
 
     @property
     def inputs(self) -> int:
         """The number of its inputs."""
-        return weight_of(self).shape[1]
+        return weight_of(self).shape[-1]
 
 
 def weight_of(layer: LinearLayer) -> torch.Tensor:
-    """Return the layer's weight as ``(neurons, inputs)``: a view, GPT-2's Conv1D transposed."""
+    """Return the layer's weight as ``(neurons, inputs)``: a view, GPT-2's Conv1D transposed.
+
+    An expanded layer's is ``(experts, neurons, inputs)``.
+    """
     weight = layer.module.weight
     assert isinstance(weight, torch.Tensor)
     return weight.detach().T if isinstance(layer.module, Conv1D) else weight.detach()
@@ -50,11 +58,18 @@ def write_weight(layer: LinearLayer, weight: torch.Tensor) -> None:
     weight_of(layer).copy_(weight)
 
 
+def replace_layer(model: "PreTrainedModel", layer: LinearLayer, module: nn.Module) -> LinearLayer:
+    """Put another module in the layer's place, and return the layer that it makes."""
+    parent, _, leaf = layer.name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)
+    return dataclasses.replace(layer, module=module)
+
+
 def check_prunable(layers: Sequence[LinearLayer], among: Sequence[LinearLayer] = ()) -> None:
     """See that the layers have plain weights, which no other layer, nor one of ``among``, has.
 
     Raises:
-        ValueError: a layer is quantised, or shares its weight with another.
+        ValueError: a layer is quantised or expanded, or shares its weight with another.
     """
     owners: dict[int, list[str]] = {}
     for layer in {*layers, *among}:
@@ -64,6 +79,11 @@ def check_prunable(layers: Sequence[LinearLayer], among: Sequence[LinearLayer] =
     for layer in layers:
         weight = layer.module.weight
         assert isinstance(weight, torch.Tensor)
+        if isinstance(layer.module, ExpertLinear):
+            raise ValueError(
+                f"{layer.name} is expanded to {len(weight)} experts already: prune the dense model, "
+                "or leave the layer out with a narrower pattern"
+            )
         plain = type(weight) in {nn.Parameter, torch.Tensor} and weight.is_floating_point()
         if not plain or weight.element_size() < 2:
             raise ValueError(
@@ -110,7 +130,7 @@ def decoder_of(model: "PreTrainedModel") -> nn.Module:
 
 
 def _has_linears(blocks: nn.ModuleList) -> bool:
-    return all(any(isinstance(m, nn.Linear | Conv1D) for m in b.modules()) for b in blocks)
+    return all(any(isinstance(m, _LINEAR) for m in b.modules()) for b in blocks)
 
 
 def find_layers(model: "PreTrainedModel", patterns: Sequence[str] = ("*",)) -> list[LinearLayer]:
@@ -136,7 +156,7 @@ def _walk(model: "PreTrainedModel") -> Iterator[LinearLayer]:
     prefix, blocks = find_blocks(model)
     for index, block in enumerate(blocks):
         for role, module in block.named_modules():
-            if isinstance(module, nn.Linear | Conv1D):
+            if isinstance(module, _LINEAR):
                 yield LinearLayer(f"{prefix}.{index}.{role}", index, role, module)
 
 

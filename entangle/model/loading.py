@@ -19,6 +19,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from entangle.model.packing import expanded_layers, is_expanded, load_expanded, save_expanded
+from entangle.numerics.routing import Router
+
 DTYPES = {
     "auto": "auto",
     "float32": torch.float32,
@@ -37,7 +40,7 @@ def load_model(
 ) -> PreTrainedModel:
     """Load a causal language model in eval mode from a hub id, a folder or a ``.gguf`` file.
 
-    ``dtype`` is ``auto`` (as stored), ``float32``, ``bfloat16`` or ``float16``; ``device`` is
+    The folder may be that of an expanded model, which only entangle can load. ``dtype`` is ``auto`` (as stored), ``float32``, ``bfloat16`` or ``float16``; ``device`` is
     ``auto`` (CUDA if there is one) or as in torch. Nothing loaded runs code of its own unless
     ``trust_remote_code``.
 
@@ -50,6 +53,8 @@ def load_model(
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     target = _device(device)
     source, options = _source(name, revision, trust_remote_code)
+    if is_expanded(Path(source)):
+        return _load_expanded(Path(source), dtype, target, trust_remote_code)
     with _explained(name):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source,
@@ -72,10 +77,27 @@ def load_model(
     return on_device
 
 
+def _load_expanded(
+    folder: Path, dtype: str, device: torch.device, trust_remote_code: bool
+) -> PreTrainedModel:
+    model = load_expanded(folder, trust_remote_code)
+    wanted = DTYPES[dtype]
+    if isinstance(wanted, torch.dtype):
+        routers = {id(p) for m in model.modules() if isinstance(m, Router) for p in m.parameters()}
+        for parameter in model.parameters():  # and not the buffers, as transformers does
+            if id(parameter) not in routers:
+                parameter.data = parameter.data.to(wanted)
+        model.config.dtype = wanted
+    on_device: PreTrainedModel = model.to(device).eval()  # type: ignore[arg-type]  # as above
+    return on_device
+
+
 def save_model(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path
 ) -> None:
-    """Write a model, and its tokenizer, into a folder as an ordinary Hugging Face one.
+    """Write a model, and its tokenizer, into a folder: an ordinary Hugging Face one.
+
+    That of an expanded model only entangle can load (see `packing`).
 
     Raises:
         OSError: the folder cannot be written.
@@ -83,7 +105,10 @@ def save_model(
     """
     folder.mkdir(parents=True, exist_ok=True)  # transformers says nothing if it is a file
     try:
-        model.save_pretrained(folder)
+        if expanded_layers(model):
+            save_expanded(model, folder)
+        else:
+            model.save_pretrained(folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
     except OSError:

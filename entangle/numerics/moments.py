@@ -5,12 +5,13 @@ A leading dimension, where there is one, is that of experts: each has inputs of 
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Self
 
 import torch
 
 _PANEL = 256  # columns of a Gram that are summed together
+_WAITING = 4096  # rows
 _LADDER = (0.01, 0.1, 1.0)  # damping, times the Gram's mean diagonal: as published, and then more
 
 
@@ -22,10 +23,13 @@ class InputMoments:
     count: torch.Tensor  # ([experts]) int64: tokens
 
     @classmethod
-    def zeros(cls, inputs: int, *, device: torch.device | str = "cpu") -> Self:
+    def zeros(
+        cls, inputs: int, *, experts: int | None = None, device: torch.device | str = "cpu"
+    ) -> Self:
         """Return the moments of no tokens."""
-        lower = torch.zeros(inputs, inputs, device=device)
-        return cls(lower, torch.zeros((), dtype=torch.int64, device=device))
+        shape = () if experts is None else (experts,)
+        lower = torch.zeros(*shape, inputs, inputs, device=device)
+        return cls(lower, torch.zeros(shape, dtype=torch.int64, device=device))
 
     @classmethod
     def stack(cls, experts: Sequence[Self]) -> Self:
@@ -56,9 +60,63 @@ class InputMoments:
             self.lower[first:end, :end].addmm_(rows[:, first:end].T, rows[:, :end])
         self.count.add_(len(rows))
 
+    def expert(self, index: int) -> Self:
+        """Return the moments of one expert: a view, and what is added to it is added here."""
+        return type(self)(self.lower[index], self.count[index])
+
     def merged(self, other: Self) -> Self:
         """Return the moments of both sets of rows together."""
         return type(self)(self.lower + other.lower, self.count + other.count)
+
+    def pooled(self) -> Self:
+        """Return the moments of all experts' rows together."""
+        return type(self)(self.lower.sum(dim=0), self.count.sum())
+
+    def pulled(self, strength: float) -> Self:
+        """Return each expert's moments as if ``strength · inputs`` average tokens had joined it.
+
+        A cluster has too few tokens for a Gram of its own width, and of the directions that it
+        lacks the tokens of the other clusters know something.
+        """
+        pooled, tokens = self.pooled(), strength * self.inputs
+        lower = self.lower + pooled.lower * (tokens / float(pooled.count))
+        return type(self)(lower, self.count + round(tokens))
+
+
+class ExpertMoments:
+    """Moments of experts, and rows on their way into them.
+
+    Rows are kept until there are enough: the few that a batch has for an expert would cost a pass
+    over its whole Gram.
+    """
+
+    def __init__(
+        self, moments: InputMoments, router: Callable[[torch.Tensor], torch.Tensor]
+    ) -> None:
+        """Take empty moments of experts, and what gives rows (tokens, inputs) their experts."""
+        self._moments = moments
+        self._assign = router
+        self._waiting: list[torch.Tensor] = []
+
+    def add(self, rows: torch.Tensor) -> None:
+        """Add input rows (tokens, inputs) of any floating dtype to the moments of their experts."""
+        self._waiting.append(rows.detach().to(torch.float32, copy=True))
+        if sum(map(len, self._waiting)) >= _WAITING:
+            self._flush()
+
+    def moments(self) -> InputMoments:
+        """Return the moments of all rows so far."""
+        self._flush()
+        return self._moments
+
+    def _flush(self) -> None:
+        if not self._waiting:
+            return
+        rows = torch.cat(self._waiting)
+        self._waiting.clear()
+        chosen = self._assign(rows)
+        for index in range(len(self._moments.count)):
+            self._moments.expert(index).add(rows[chosen == index])
 
 
 def output_energy(weight: torch.Tensor, moments: InputMoments) -> torch.Tensor:
@@ -68,7 +126,13 @@ def output_energy(weight: torch.Tensor, moments: InputMoments) -> torch.Tensor:
     difference that is all but orthogonal to the inputs, and most of the sum cancels.
     """
     weight = weight.double()
-    return ((weight @ moments.gram.double()) * weight).sum(dim=-1)
+    energy = weight.new_zeros(())
+    for first in range(0, moments.inputs, _PANEL):  # half of a symmetric product is enough
+        end = min(first + _PANEL, moments.inputs)
+        panel = 2 * moments.lower[..., first:end, :end].double().tril(first)
+        panel.diagonal(first, dim1=-2, dim2=-1).div_(2)
+        energy = energy + ((weight[..., :end] @ panel.mT) * weight[..., first:end]).sum(dim=-1)
+    return energy
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -27,7 +27,7 @@ UNITS = {
     "max": ("largest output", "output"),
     "count": ("tokens counted", "tokens"),
     "nonfinite": ("outputs that are NaN or infinite, or too far out to be summed", "tokens"),
-    "weight_norm": ("Euclidean norm of the weights", "1"),
+    "weight_norm": ("Euclidean norm of the weights, in an expanded layer the experts' mean", "1"),
 }
 """Each variable's long name and unit."""
 
@@ -104,8 +104,9 @@ def _coordinates(layers: Sequence[LinearLayer]) -> dict[str, Any]:
 
 
 def _weight_norms(layers: Sequence[LinearLayer]) -> Array:
-    norms = [torch.linalg.vector_norm(weight_of(layer).double(), dim=1) for layer in layers]
-    return torch.cat([norm.cpu() for norm in norms]).numpy()
+    norms = [torch.linalg.vector_norm(weight_of(layer).double(), dim=-1) for layer in layers]
+    means = [norm.reshape(-1, norm.shape[-1]).mean(dim=0).cpu() for norm in norms]
+    return torch.cat(means).numpy()
 
 
 def dataset_of(run: xr.DataTree | xr.Dataset) -> xr.Dataset:

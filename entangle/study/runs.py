@@ -18,8 +18,6 @@ import torch
 import xarray as xr
 from matplotlib.figure import Figure
 from numcodecs import Blosc
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
 from entangle.model import folders
 
@@ -150,32 +148,6 @@ def resumed_run(
     with folders.new_folder(target, overwrite=overwrite, goes_on=goes_on) as folder:
         write_json(folder / "run.json", attributes)
         yield folder
-
-
-def save_tensors(file: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Write tensors as safetensors, whole or not at all.
-
-    Raises:
-        OSError: the file cannot be written.
-    """
-    with folders.new_file(file) as partial:
-        try:
-            save_file(dict(tensors), partial)
-        except SafetensorError as error:  # a full disk, for one
-            raise OSError(f"cannot write {file}: {error}") from error
-
-
-def load_tensors(file: Path, device: torch.device) -> dict[str, torch.Tensor]:
-    """Read what `save_tensors` wrote.
-
-    Raises:
-        OSError: the file is damaged.
-    """
-    try:
-        tensors: dict[str, torch.Tensor] = load_file(file, device=str(device))
-    except SafetensorError as error:
-        raise OSError(f"{file} is damaged, delete it and run again: {error}") from error
-    return tensors
 
 
 def remove_folder(folder: Path) -> None:

@@ -1,0 +1,126 @@
+"""A mixture of sparse experts as a module: copies of a layer's weights, and who gets which token.
+
+Packed, an expert is one bit for each weight and the values of those that are not zero: disk holds
+about density x experts of the dense layer. Packing and unpacking keep every bit.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional
+
+from entangle.numerics.routing import Router
+
+
+class ExpertLinear(nn.Module):
+    """A linear layer whose router gives each token the weights of one expert.
+
+    ``counts`` are the tokens of the calibration text that each expert got.
+    """
+
+    def __init__(
+        self,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        router: Router,
+        counts: Sequence[int],
+    ) -> None:
+        """Take a weight (experts, neurons, inputs), and a bias (neurons,) that all experts share.
+
+        Raises:
+            ValueError: another number of experts in the weight than in the router or the counts.
+        """
+        super().__init__()
+        if not len(weight) == router.experts == len(counts):
+            raise ValueError(
+                f"expected a weight and a count for each of the router's {router.experts} experts, "
+                f"got {len(weight)} and {len(counts)}"
+            )
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self.router = router
+        self.counts = list(counts)
+        router.layers += 1
+
+    @property
+    def in_features(self) -> int:
+        """The number of inputs."""
+        return self.weight.shape[2]
+
+    @property
+    def out_features(self) -> int:
+        """The number of neurons."""
+        return self.weight.shape[1]
+
+    def extra_repr(self) -> str:
+        """Return what `print` says of it, as `nn.Linear` does."""
+        return (
+            f"experts={self.router.experts}, in_features={self.in_features}, "
+            f"out_features={self.out_features}, bias={self.bias is not None}"
+        )
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Return the outputs (..., neurons) of inputs (..., inputs)."""
+        routes = self.router(inputs)
+        rows = inputs.reshape(-1, inputs.shape[-1])
+        shape = (*inputs.shape[:-1], self.out_features)
+        busy = [index for index, count in enumerate(routes.counts) if count]
+        if len(busy) < 2:  # one token, for one
+            weight = self.weight[busy[0] if busy else 0]
+            return functional.linear(rows, weight, self.bias).view(shape)
+        parts = routes.order.split([routes.counts[index] for index in busy])
+        outputs = torch.cat(
+            [
+                functional.linear(rows[part], self.weight[index], self.bias)
+                for index, part in zip(busy, parts, strict=True)
+            ]
+        )
+        return torch.empty_like(outputs).index_copy_(0, routes.order, outputs).view(shape)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Packed:
+    """Weights with many zeros, in little space."""
+
+    mask: torch.Tensor  # (bytes,) uint8: a bit for each weight, whether it is stored
+    values: torch.Tensor  # (stored,) of the weights' dtype
+
+
+def pack(weight: torch.Tensor) -> Packed:
+    """Pack a weight of any shape."""
+    weight = weight.detach().cpu().contiguous()
+    stored = _bits(weight) != 0  # a negative zero is no zero here, so that no bit is lost
+    mask = np.packbits(stored.flatten().numpy())
+    return Packed(torch.from_numpy(mask), weight[stored])
+
+
+def unpack(packed: Packed, shape: Sequence[int]) -> torch.Tensor:
+    """Return the weight of a shape that was packed.
+
+    Raises:
+        ValueError: what was packed was no weight of this shape.
+    """
+    size = int(np.prod(shape))
+    bits = np.unpackbits(packed.mask.numpy())
+    stored = torch.from_numpy(bits[:size]).bool()
+    if len(packed.mask) != -(-size // 8) or int(stored.sum()) != len(packed.values):
+        raise ValueError(
+            f"{len(packed.values)} values and a mask of {len(packed.mask)} bytes are no weight of "
+            f"{' x '.join(map(str, shape))}"
+        )
+    weight = torch.zeros(size, dtype=packed.values.dtype)
+    weight[stored] = packed.values
+    return weight.view(*shape)
+
+
+def packed_bytes(weight: torch.Tensor) -> int:
+    """Return how many bytes `pack` would make of a weight."""
+    return -(-weight.numel() // 8) + int((_bits(weight) != 0).sum()) * weight.element_size()
+
+
+def _bits(weight: torch.Tensor) -> torch.Tensor:
+    kinds = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return weight.detach().contiguous().view(kinds[weight.element_size()])

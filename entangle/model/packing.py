@@ -1,0 +1,203 @@
+"""Write an expanded model as a self-contained folder with packed experts, and read it again.
+
+Beside config and tokenizer the folder holds ``dense.safetensors`` (the weights of all that is not
+expanded), ``experts/BLOCK.safetensors`` (packed) and ``expansion.json`` (which layers, and the sums
+of these files). Of none of these names is a model to transformers, so that it fails instead of
+making up the weights that it does not find.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+
+from entangle.model import folders
+from entangle.model.experts import ExpertLinear, Packed, pack, unpack
+from entangle.model.layers import LinearLayer, find_layers, replace_layer
+from entangle.numerics.routing import CentroidRouter, RandomRouter, Router
+
+DENSE, EXPANSION = "dense.safetensors", "expansion.json"
+_FORMAT = 1
+
+Tensors = dict[str, torch.Tensor]
+
+
+def save_tensors(file: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Write tensors as safetensors, whole or not at all.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    with folders.new_file(file) as partial:
+        try:
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)
+        except SafetensorError as error:  # a full disk, for one
+            raise OSError(f"cannot write {file}: {error}") from error
+
+
+def load_tensors(file: Path, device: torch.device | str = "cpu") -> Tensors:
+    """Read what `save_tensors` wrote.
+
+    Raises:
+        OSError: the file is damaged.
+    """
+    try:
+        tensors: Tensors = load_file(file, device=str(device))
+    except SafetensorError as error:
+        raise OSError(f"{file} is damaged, delete it and run again: {error}") from error
+    return tensors
+
+
+def expanded_layers(model: PreTrainedModel) -> list[LinearLayer]:
+    """Return the layers of a model that are expanded."""
+    return [layer for layer in find_layers(model) if isinstance(layer.module, ExpertLinear)]
+
+
+def is_expanded(folder: Path) -> bool:
+    """Tell whether a folder holds an expanded model."""
+    return (folder / EXPANSION).is_file()
+
+
+def save_expanded(model: PreTrainedModel, folder: Path) -> None:
+    """Write an expanded model into a folder, its tokenizer left out.
+
+    Raises:
+        OSError: a file cannot be written.
+    """
+    model.config.save_pretrained(folder)
+    if model.generation_config is not None:
+        model.generation_config.save_pretrained(folder)
+    layers = expanded_layers(model)
+    save_tensors(folder / DENSE, _dense_tensors(model, layers))
+    owners: dict[int, str] = {}
+    described = {}
+    files = ["config.json", DENSE]
+    for block in sorted({layer.block for layer in layers}):
+        tensors: Tensors = {}
+        for layer in layers:
+            if layer.block == block:
+                described[layer.name] = _pack_layer(layer, owners, tensors)
+        files.append(f"experts/{block}.safetensors")
+        save_tensors(folder / files[-1], tensors)
+    about = {"format": _FORMAT, "layers": described, "sha256": folders.sums(folder, files)}
+    with folders.new_file(folder / EXPANSION) as partial:
+        partial.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+
+
+def _dense_tensors(model: PreTrainedModel, layers: list[LinearLayer]) -> Tensors:
+    """Return what is not expanded, of tied weights the first."""
+    expanded = tuple(f"{layer.name}." for layer in layers)
+    every = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    buffers = {name: value for name, value in model.state_dict().items() if name not in every}
+    tensors = {name: parameter.detach() for name, parameter in model.named_parameters()} | buffers
+    return {name: value for name, value in tensors.items() if not name.startswith(expanded)}
+
+
+def _pack_layer(layer: LinearLayer, owners: dict[int, str], tensors: Tensors) -> dict[str, object]:
+    """Add a layer's tensors, those of a router that layers share once; describe the layer."""
+    module = layer.module
+    assert isinstance(module, ExpertLinear)
+    owner = owners.setdefault(id(module.router), layer.name)
+    if owner == layer.name:
+        router = module.router.named_parameters()
+        tensors.update({f"{owner} router {name}": value.detach() for name, value in router})
+    packed = pack(module.weight)
+    tensors[f"{layer.name} mask"] = packed.mask
+    tensors[f"{layer.name} values"] = packed.values
+    if module.bias is not None:
+        tensors[f"{layer.name} bias"] = module.bias.detach()
+    return {
+        "block": layer.block,
+        "experts": module.router.experts,
+        "neurons": module.out_features,
+        "inputs": module.in_features,
+        "router": owner,
+        "assign": "random" if isinstance(module.router, RandomRouter) else "kmeans",
+        "tokens": module.counts,
+    }
+
+
+def load_expanded(folder: Path, trust_remote_code: bool = False) -> PreTrainedModel:
+    """Read an expanded model, bit for bit as it was written, onto the CPU.
+
+    Raises:
+        OSError: a file cannot be read.
+        ValueError: files that are missing or were changed, or that do not belong together.
+    """
+    try:
+        about = json.loads((folder / EXPANSION).read_text(encoding="utf-8"))
+        version, described, expected = (about[key] for key in ("format", "layers", "sha256"))
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder} is damaged: {EXPANSION} cannot be read ({error!r})") from error
+    if version != _FORMAT:
+        raise ValueError(
+            f"{folder} has format {version}, and this entangle reads format {_FORMAT}: "
+            "expand the model again, or use the version that wrote it"
+        )
+    folders.check_sums(folder, expected)
+    model = _empty_model(folder, trust_remote_code)
+    try:
+        _fill(model, folder, described)
+    except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        raise ValueError(
+            f"{folder} is damaged: {EXPANSION} and its files do not belong together ({error})"
+        ) from error
+    empty = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if empty:
+        raise ValueError(f"{folder} is damaged: it has no weights for {empty[0]}")
+    return model
+
+
+def _empty_model(folder: Path, trust_remote_code: bool) -> PreTrainedModel:
+    options = {"trust_remote_code": trust_remote_code}
+    config = AutoConfig.from_pretrained(folder, **options)
+    # Buffers are computed as always: they are not in any file.
+    with init_empty_weights(include_buffers=False):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+            config, **options
+        )
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model
+
+
+def _fill(model: PreTrainedModel, folder: Path, described: dict[str, dict[str, Any]]) -> None:
+    """Give an empty model its experts and its dense weights.
+
+    Raises:
+        LookupError: a layer that the model has not, or one without tensors.
+        ValueError: tensors of another shape.
+    """
+    layers = {layer.name: layer for layer in find_layers(model)}
+    routers: dict[str, Router] = {}
+    for block in dict.fromkeys(about["block"] for about in described.values()):
+        tensors = load_tensors(folder / "experts" / f"{block}.safetensors")
+        for name, about in described.items():
+            if about["block"] == block:
+                replace_layer(model, layers[name], _unpack_layer(name, about, tensors, routers))
+    # assign: the tensors themselves, so with their dtype
+    result = model.load_state_dict(load_tensors(folder / DENSE), strict=False, assign=True)
+    if result.unexpected_keys:
+        raise LookupError(f"the model has no {result.unexpected_keys[0]}")
+    model.tie_weights()
+
+
+def _unpack_layer(
+    name: str, about: dict[str, Any], tensors: Tensors, routers: dict[str, Router]
+) -> nn.Module:
+    owner = about["router"]
+    if owner not in routers:
+        kinds: dict[str, type[Router]] = {"kmeans": CentroidRouter, "random": RandomRouter}
+        prefix = f"{owner} router "
+        parts = {key.removeprefix(prefix): tensors[key] for key in tensors if key.startswith(prefix)}
+        routers[owner] = kinds[about["assign"]](**parts)
+    packed = Packed(tensors[f"{name} mask"], tensors[f"{name} values"])
+    weight = unpack(packed, (about["experts"], about["neurons"], about["inputs"]))
+    return ExpertLinear(weight, tensors.get(f"{name} bias"), routers[owner], about["tokens"])

@@ -1,0 +1,177 @@
+"""Route a layer's inputs to experts: by PCA and k-means folded into one matrix, or at random.
+
+PCA is affine and k-means compares squared distances. With z = C(x - m) the nearest centroid c is the
+one of largest z·c - ‖c‖²/2, which is affine in x: a matrix ``(inputs, experts)`` and a bias are all
+of a router.
+"""
+
+import dataclasses
+import warnings
+import weakref
+
+import numpy as np
+import torch
+from sklearn.cluster import KMeans
+from sklearn.decomposition import PCA
+from sklearn.exceptions import ConvergenceWarning
+from threadpoolctl import threadpool_limits
+from torch import nn
+
+LEAST = 16  # rows of the sample: a smaller cluster is merged into the nearest
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Routes:
+    """Which tokens go to which expert: sorted by expert, in each the order is kept."""
+
+    order: torch.Tensor  # (tokens,) int64
+    counts: list[int]  # of each expert
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Last:
+    """The routes found last, and for how many layers they are."""
+
+    inputs: weakref.ref[torch.Tensor]
+    version: int
+    routes: Routes
+    layers: int
+
+
+class Router(nn.Module):
+    """What chooses an expert for each row (tokens, inputs): a row's choice is its own."""
+
+    experts: int
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = 0  # that share it, since they have the same input
+        self._last: _Last | None = None
+
+    def assign(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return the expert (tokens,) int64 of each row (tokens, inputs)."""
+        raise NotImplementedError
+
+    def forward(self, inputs: torch.Tensor) -> Routes:
+        """Return the routes of inputs (..., inputs), found once for the layers that share them."""
+        version = 0 if inputs.is_inference() else inputs._version
+        last, self._last = self._last, None
+        if last is None or last.inputs() is not inputs or last.version != version:
+            chosen = self.assign(inputs.reshape(-1, inputs.shape[-1]))
+            counts = chosen.bincount(minlength=self.experts).tolist()
+            routes = Routes(chosen.argsort(stable=True), counts)
+            last = _Last(weakref.ref(inputs), version, routes, self.layers)
+        if last.layers > 1:  # kept for no longer, since inputs may be changed where they lie
+            self._last = dataclasses.replace(last, layers=last.layers - 1)
+        return last.routes
+
+    def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
+        """Go to another device as modules do, but stay exact when a model is made bfloat16."""
+        kept = {name: parameter.data for name, parameter in self.named_parameters()}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, parameter in self.named_parameters():
+            parameter.data = kept[name].to(parameter.device)
+        return self
+
+    def __getstate__(self) -> dict[str, object]:  # a copy has seen nothing yet
+        return self.__dict__ | {"_last": None}
+
+
+def _constant(values: torch.Tensor) -> nn.Parameter:
+    return nn.Parameter(values, requires_grad=False)
+
+
+class CentroidRouter(Router):
+    """Routes a row to its nearest centroid: ``argmax(x @ matrix + bias)``, of ties the first."""
+
+    def __init__(self, matrix: torch.Tensor, bias: torch.Tensor) -> None:
+        super().__init__()
+        self.matrix = _constant(matrix)  # (inputs, experts) float32
+        self.bias = _constant(bias)  # (experts,) float32
+        self.experts = len(bias)
+
+    def assign(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return the expert (tokens,) int64 of each row (tokens, inputs)."""
+        return torch.addmm(self.bias, rows.float(), self.matrix).argmax(dim=1)
+
+
+class RandomRouter(Router):
+    """Routes a row by a hash of its bits, to experts with given shares of all rows: the control.
+
+    It is a function of the row, like any router, and knows nothing of what the row means.
+    """
+
+    def __init__(self, key: torch.Tensor, edges: torch.Tensor) -> None:
+        super().__init__()
+        self.key = _constant(key)  # (inputs,) int64, odd
+        self.edges = _constant(edges)  # (experts - 1,) float64: where in [0, 1) one expert ends
+        self.experts = len(edges) + 1
+
+    def assign(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return the expert (tokens,) int64 of each row (tokens, inputs)."""
+        bits = rows.float().contiguous().view(torch.int32)
+        mixed = (bits * self.key).sum(dim=1)  # modulo 2^64
+        mixed = (mixed ^ ((mixed >> 33) & 0x7FFFFFFF)) * 0x62A9D9ED799705F5
+        uniform = ((mixed >> 11) & (2**53 - 1)).double() / 2**53
+        return torch.bucketize(uniform, self.edges, right=True)
+
+
+def fit_router(
+    rows: torch.Tensor, experts: int, *, components: int | None = None, seed: int = 0
+) -> CentroidRouter:
+    """Fit PCA and k-means to a sample of a layer's inputs (tokens, inputs), and fold them.
+
+    ``components`` of PCA are ``inputs // 32`` unless told otherwise, as published; 0 is none, as is
+    more than there are tokens or inputs. A cluster with fewer than 16 rows is merged: each of its
+    rows goes to the nearest other. So there may be fewer experts than asked for, at least one.
+
+    Source: arXiv 2405.15756, section 4 (Sparse Expansion).
+
+    Raises:
+        ValueError: no rows, rows that are not finite, or a number out of range.
+    """
+    sample = rows.detach().float().cpu().numpy()
+    if experts < 1 or (components is not None and components < 0):
+        raise ValueError(f"expected experts >= 1, components >= 0, got {experts}, {components}")
+    if not len(sample) or not np.isfinite(sample).all():
+        raise ValueError(
+            f"no clusters can be found in {len(sample)} inputs, "
+            f"{int((~np.isfinite(sample)).any(axis=1).sum())} of them NaN or infinite"
+        )
+    tokens, inputs = sample.shape
+    components = inputs // 32 if components is None else components
+    mean, axes = sample.mean(axis=0, dtype=np.float64), None
+    # k-means adds its threads' sums in the order in which they end: one is deterministic.
+    with threadpool_limits(1, user_api="openmp"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # fewer distinct rows than clusters
+        if 0 < components < min(tokens, inputs):
+            pca = PCA(components, svd_solver="covariance_eigh").fit(sample)
+            mean, axes = pca.mean_.astype(np.float64), pca.components_.astype(np.float64)
+            sample = pca.transform(sample)
+        else:
+            sample = sample - mean.astype(np.float32)
+        kmeans = KMeans(min(experts, tokens), n_init=1, random_state=seed).fit(sample)
+    sizes = np.bincount(kmeans.labels_, minlength=kmeans.n_clusters)
+    kept = sizes >= min(LEAST, sizes.max())
+    centroids = kmeans.cluster_centers_[kept].astype(np.float64)
+    bias = -0.5 * (centroids**2).sum(axis=1)
+    matrix = centroids.T if axes is None else axes.T @ centroids.T  # (inputs, experts)
+    bias -= mean @ matrix
+    # What is the same for all experts changes no choice, but costs precision.
+    matrix, bias = matrix - matrix.mean(axis=1, keepdims=True), bias - bias.mean()
+    return CentroidRouter(torch.from_numpy(matrix).float(), torch.from_numpy(bias).float())
+
+
+def random_router(inputs: int, sizes: torch.Tensor, *, seed: int = 0) -> RandomRouter:
+    """Return a router that gives each expert a share of rows like ``sizes`` (experts,), at random.
+
+    Raises:
+        ValueError: no sizes, or none above zero.
+    """
+    shares = sizes.double().cpu()
+    if not len(shares) or not bool((shares >= 0).all()) or float(shares.sum()) <= 0:
+        raise ValueError(f"expected the sizes of clusters, got {shares.tolist()}")
+    generator = torch.Generator().manual_seed(seed)
+    key = torch.randint(-(2**62), 2**62, (inputs,), generator=generator) * 2 + 1
+    edges = (shares.cumsum(0) / shares.sum())[:-1]
+    return RandomRouter(key, edges)
