@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from entangle.model.text import Purpose, TokenWindows
 
 
+_PRUNING = ("method", "mask", "propagate", "experts", "assign", "components", "pull")
+
+
 def run_measure(args: argparse.Namespace) -> None:
     """Measure the distribution of every neuron over a text."""
     from entangle.model import folders
@@ -69,18 +72,18 @@ def run_sparsify(args: argparse.Namespace) -> None:
     from entangle.model import folders
 
     folders.check_target(args.out, args.overwrite)  # before torch is imported, which takes seconds
-    from entangle.numerics.pruning import Sparsity
+    from entangle.study.expansion import Pruning
 
-    Sparsity.parse(args.sparsity)  # a slip is told before a model is loaded
+    # A slip is told before a model is loaded.
+    words = {name: getattr(args, name) for name in _PRUNING}
+    Pruning.of(args.sparsity, **words)
     windows, tokenizer = _text(args, "calibration")
     model = _model(args)
     found = entangle.sparsify(
         model,
         windows,
         args.sparsity,
-        method=args.method,
-        mask=args.mask,
-        propagate=args.propagate,
+        **words,
         layers=args.layers,
         batch_size=args.batch_size,
         skip_first=args.skip_first,
@@ -93,6 +96,8 @@ def run_sparsify(args: argparse.Namespace) -> None:
     log = json.loads((args.out / "log.json").read_text())
     rows = found.layers.to_dict(orient="records")
     numbers = {"realised": found.sparsity, "error": found.error, "layers": rows}
+    whole = json.loads((args.out / "sparsity.json").read_text())
+    numbers |= {name: whole[name] for name in whole if name not in {"sparsity", *numbers}}
     _print(args, found.attributes | numbers | {"folder": str(args.out), "log": log}, _sparsified)
 
 
@@ -104,7 +109,8 @@ def run_sweep(args: argparse.Namespace) -> None:
     from entangle.study import runs, sweeping
 
     # A slip in these words is told before a model is loaded.
-    sweeping.arms_of(args.sparsity, args.method, args.mask, args.propagate)
+    words = {name: getattr(args, name) for name in _PRUNING}
+    sweeping.arms_of(args.sparsity, **words)
     windows, tokenizer = _text(args, "calibration")
     evaluation = entangle.token_windows(
         args.evaluation,
@@ -121,9 +127,9 @@ def run_sweep(args: argparse.Namespace) -> None:
         windows,
         evaluation,
         args.sparsity,
-        methods=args.method,
-        masks=args.mask,
-        propagate=args.propagate,
+        methods=words.pop("method"),
+        masks=words.pop("mask"),
+        **words,
         layers=args.layers,
         batch_size=args.batch_size,
         skip_first=args.skip_first,
@@ -261,6 +267,19 @@ def _sparsified(result: dict[str, Any]) -> str:
         f"outputs on these tokens: mean {result['error']:.4g}, "
         f"largest {worst['error']:.4g} ({worst['layer']})",
     ]
+    if result["experts"] > 1:
+        merged = [layer for layer in result["layers"] if layer["clusters"] < result["experts"]]
+        lines.append(
+            f"each layer has {result['experts']} experts; in {len(merged)} layers clusters with too "
+            "few tokens were merged into their nearest"
+        )
+    lines.append(
+        f"a token needs {result['density']:.2%} of these layers' multiply-adds, routers included, "
+        f"and {result['model_multiply_adds'] / result['model_dense_multiply_adds']:.2%} of the "
+        f"model's; {result['stored'] / result['dense_multiply_adds']:.3g} times the dense layers' "
+        f"weights are stored, in {result['disk_bytes'] / 1e6:,.1f} MB on disk and "
+        f"{result['memory_bytes'] / 1e6:,.1f} MB in memory"
+    )
     damped = [layer["layer"] for layer in result["layers"] if layer["damping"] > 0.01]
     if damped:
         lines.append(f"{len(damped)} layers needed damping beyond 0.01, first {damped[0]}")
@@ -302,7 +321,7 @@ def command_line(args: argparse.Namespace) -> str:
             continue
         words.append("--" + name.replace("_", "-"))
         if isinstance(value, tuple):
-            words.append(",".join(value))
+            words.append(",".join("auto" if item is None else str(item) for item in value))
         elif value is not True:
             words += map(str, value) if isinstance(value, list) else [str(value)]
     return shlex.join(words)

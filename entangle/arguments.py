@@ -10,14 +10,35 @@ PLOTS = ("heatmap", "layers", "ranks", "neuron", "sweep")
 METHODS = ("sparsegpt", "wanda", "magnitude")
 MASKS = ("row", "block")
 PROPAGATE = ("sparse", "dense")
+ASSIGN = ("kmeans", "random")
 
 SPARSITY = "share of zeros such as 0.8, or n:m, n kept of every m such as 2:4"
 MASK = "row: each neuron has exactly the sparsity; block: chosen per 128 columns [row]"
 CARRIED = "prune a block for the inputs from the pruned blocks before it or the dense ones [sparse]"
+EXPERTS = "pruned copies of each layer, one for each cluster of its inputs [1]"
+ASSIGNED = "tokens to experts by k-means or, as a control, at random [kmeans]"
+COMPONENTS = "of PCA before k-means, 0 for none [auto: inputs // 32]"
+PULL = "an expert's Gram is pulled towards all tokens' by so many times its width in tokens [0.5]"
 
 
 def _words(text: str) -> tuple[str, ...]:
     return tuple(word.strip() for word in text.split(",") if word.strip())
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(map(int, _words(text)))
+
+
+def _reals(text: str) -> tuple[float, ...]:
+    return tuple(map(float, _words(text)))
+
+
+def _components(text: str) -> int | None:
+    return None if text == "auto" else int(text)
+
+
+def _several_components(text: str) -> tuple[int | None, ...]:
+    return tuple(map(_components, _words(text)))
 
 
 def parser() -> argparse.ArgumentParser:
@@ -85,13 +106,17 @@ def parser() -> argparse.ArgumentParser:
     sparsify = commands.add_parser(
         "sparsify",
         parents=[model, text, layers, writes, always],
-        help="prune a model and save it as an ordinary Hugging Face folder",
+        help="prune a model, or expand it to sparse experts, and save it",
     )
     sparsify.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="a new folder")
     sparsify.add_argument("--sparsity", required=True, help=SPARSITY)
     sparsify.add_argument("--method", default="sparsegpt", choices=METHODS, help="[sparsegpt]")
     sparsify.add_argument("--mask", default="row", choices=MASKS, help=MASK)
     sparsify.add_argument("--propagate", default="sparse", choices=PROPAGATE, help=CARRIED)
+    sparsify.add_argument("--experts", type=int, default=1, metavar="N", help=EXPERTS)
+    sparsify.add_argument("--assign", default="kmeans", choices=ASSIGN, help=ASSIGNED)
+    sparsify.add_argument("--components", type=_components, metavar="N", help=COMPONENTS)
+    sparsify.add_argument("--pull", type=float, default=0.5, metavar="X", help=PULL)
 
     sweep = commands.add_parser(
         "sweep",
@@ -110,6 +135,16 @@ def parser() -> argparse.ArgumentParser:
     )
     sweep.add_argument("--mask", default=("row",), help=f"or several: {MASK}", **lists)
     sweep.add_argument("--propagate", default=("sparse",), help=f"or several: {CARRIED}", **lists)
+    sweep.add_argument("--assign", default=("kmeans",), help=f"or several: {ASSIGNED}", **lists)
+    numbers: list[tuple[str, Any, Any, str]] = [
+        ("--experts", _numbers, (1,), EXPERTS),
+        ("--components", _several_components, (None,), COMPONENTS),
+        ("--pull", _reals, (0.5,), PULL),
+    ]
+    for name, kind, default, words in numbers:
+        sweep.add_argument(
+            name, type=kind, default=default, metavar="N,N", help=f"or several: {words}"
+        )
 
     rank = commands.add_parser(
         "rank",

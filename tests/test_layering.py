@@ -29,6 +29,7 @@ ROOMS = {
         "ranking",
         "perplexity",
         "calibration",
+        "costs",
         "expansion",
         "tables",
         "sweeping",

@@ -119,7 +119,7 @@ def save_model(
         reason = textwrap.shorten(str(error), 300, placeholder=" ...")
         kind = OSError if disk else ValueError
         raise kind(f"cannot save the model to {folder}: {reason}") from error
-    for file in folder.glob("*.safetensors"):  # which safetensors lets only its owner read
+    for file in folder.rglob("*.safetensors"):  # which safetensors lets only its owner read
         shutil.copymode(folder / "config.json", file)
 
 

@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from entangle.model import folders
 from entangle.model.experts import ExpertLinear, Packed, pack, unpack
 from entangle.model.layers import LinearLayer, find_layers, replace_layer
-from entangle.numerics.routing import CentroidRouter, RandomRouter, Router
+from entangle.numerics.routing import Router, router_of
 
 DENSE, EXPANSION = "dense.safetensors", "expansion.json"
 _FORMAT = 1
@@ -119,7 +119,6 @@ def _pack_layer(layer: LinearLayer, owners: dict[int, str], tensors: Tensors) ->
         "neurons": module.out_features,
         "inputs": module.in_features,
         "router": owner,
-        "assign": "random" if isinstance(module.router, RandomRouter) else "kmeans",
         "tokens": module.counts,
     }
 
@@ -194,10 +193,11 @@ def _unpack_layer(
 ) -> nn.Module:
     owner = about["router"]
     if owner not in routers:
-        kinds: dict[str, type[Router]] = {"kmeans": CentroidRouter, "random": RandomRouter}
         prefix = f"{owner} router "
-        parts = {key.removeprefix(prefix): tensors[key] for key in tensors if key.startswith(prefix)}
-        routers[owner] = kinds[about["assign"]](**parts)
+        parts = {
+            key.removeprefix(prefix): tensors[key] for key in tensors if key.startswith(prefix)
+        }
+        routers[owner] = router_of(parts)
     packed = Packed(tensors[f"{name} mask"], tensors[f"{name} values"])
     weight = unpack(packed, (about["experts"], about["neurons"], about["inputs"]))
     return ExpertLinear(weight, tensors.get(f"{name} bias"), routers[owner], about["tokens"])

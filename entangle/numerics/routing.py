@@ -8,6 +8,7 @@ of a router.
 import dataclasses
 import warnings
 import weakref
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -42,6 +43,7 @@ class Router(nn.Module):
     """What chooses an expert for each row (tokens, inputs): a row's choice is its own."""
 
     experts: int
+    multiply_adds: int  # for a row
 
     def __init__(self) -> None:
         super().__init__()
@@ -77,6 +79,19 @@ class Router(nn.Module):
         return self.__dict__ | {"_last": None}
 
 
+def router_of(parameters: Mapping[str, torch.Tensor]) -> Router:
+    """Return the router that has these parameters, by their names in it.
+
+    Raises:
+        ValueError: no router has parameters of these names.
+    """
+    for kind, names in ((CentroidRouter, {"matrix", "bias"}), (RandomRouter, {"key", "edges"})):
+        if set(parameters) == names:
+            router: Router = kind(**parameters)
+            return router
+    raise ValueError(f"no router has the parameters {', '.join(sorted(parameters)) or 'none'}")
+
+
 def _constant(values: torch.Tensor) -> nn.Parameter:
     return nn.Parameter(values, requires_grad=False)
 
@@ -89,6 +104,7 @@ class CentroidRouter(Router):
         self.matrix = _constant(matrix)  # (inputs, experts) float32
         self.bias = _constant(bias)  # (experts,) float32
         self.experts = len(bias)
+        self.multiply_adds = matrix.numel()
 
     def assign(self, rows: torch.Tensor) -> torch.Tensor:
         """Return the expert (tokens,) int64 of each row (tokens, inputs)."""
@@ -106,6 +122,7 @@ class RandomRouter(Router):
         self.key = _constant(key)  # (inputs,) int64, odd
         self.edges = _constant(edges)  # (experts - 1,) float64: where in [0, 1) one expert ends
         self.experts = len(edges) + 1
+        self.multiply_adds = len(key)
 
     def assign(self, rows: torch.Tensor) -> torch.Tensor:
         """Return the expert (tokens,) int64 of each row (tokens, inputs)."""

@@ -1,23 +1,29 @@
-"""Prune a model block by block, from the inputs that its layers have over a text."""
+"""Prune a model block by block, from the inputs that its layers have over a text.
+
+With several experts a layer becomes a mixture: one pruned copy of its weights for each cluster of
+its inputs. One expert is plain one-shot pruning.
+"""
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
 import pandas as pd
+import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from entangle.model import folders
 from entangle.model.blocks import BlockWalk
+from entangle.model.experts import ExpertLinear
 from entangle.model.hooks import check_hooks
 from entangle.model.layers import (
     LinearLayer,
     check_prunable,
     find_layers,
+    replace_layer,
     weight_of,
     write_weight,
 )
@@ -25,8 +31,19 @@ from entangle.model.loading import save_model
 from entangle.model.text import TokenWindows, check_windows
 from entangle.numerics.moments import output_energy
 from entangle.numerics.pruning import Mask, Method, Sparsity, check_group, prune
-from entangle.study import runs
-from entangle.study.calibration import Calibration, calibrate, walk_blocks
+from entangle.numerics.routing import Router
+from entangle.study import costs, runs
+from entangle.study.calibration import (
+    HELD_OUT,
+    ONE,
+    Assign,
+    Calibration,
+    Clustering,
+    calibrate,
+    naming,
+    sample_inputs,
+    walk_blocks,
+)
 from entangle.study.recording import provenance
 
 Propagate = Literal["sparse", "dense"]
@@ -35,7 +52,9 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "method": ("sparsegpt", "wanda", "magnitude"),
     "mask": ("row", "block"),
     "propagate": ("sparse", "dense"),
+    "assign": ("kmeans", "random"),
 }
+PULL = 0.5  # times the number of inputs: the average tokens that each expert's Gram is pulled by
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,26 +65,53 @@ class Pruning:
     method: Method = "sparsegpt"
     mask: Mask = "row"
     propagate: Propagate = "sparse"
+    experts: int = 1
+    assign: Assign = "kmeans"
+    components: int | None = None
+    pull: float = PULL
 
     @classmethod
-    def of(cls, sparsity: str | float | Sparsity, method: str, mask: str, propagate: str) -> Self:
+    def of(cls, sparsity: str | float | Sparsity, **words: Any) -> Self:
         """Read one from words.
 
         Raises:
-            ValueError: a word that is none of its choices, or no sparsity.
+            ValueError: a word that is none of its choices, no sparsity, or a number out of range.
         """
-        words: dict[str, Any] = {"method": method, "mask": mask, "propagate": propagate}
         for name, word in words.items():
-            if word not in CHOICES[name]:
+            if name in CHOICES and word not in CHOICES[name]:
                 raise ValueError(f"{name} must be one of {', '.join(CHOICES[name])}, got {word!r}")
         if not isinstance(sparsity, Sparsity):
             sparsity = Sparsity.parse(sparsity)
-        return cls(sparsity, **words)
+        pruning = cls(sparsity, **words)
+        if pruning.experts < 1:
+            raise ValueError(f"a layer needs at least 1 expert, got experts={pruning.experts}")
+        if pruning.components is not None and pruning.components < 0:
+            raise ValueError(
+                f"components must not be negative (0: no PCA), got {pruning.components}"
+            )
+        if not 0 <= pruning.pull < math.inf:
+            raise ValueError(f"pull must be a number that is not negative, got {pruning.pull}")
+        if pruning.experts > 1 and pruning.method != "sparsegpt":
+            raise ValueError(
+                f"experts are pruned by sparsegpt, got {pruning.experts} experts and "
+                f"{pruning.method}: use one expert or method sparsegpt"
+            )
+        return pruning
 
-    def words(self) -> dict[str, str]:
-        """Return it as it was written."""
-        named = {name: getattr(self, name) for name in CHOICES}
-        return named | {"sparsity": str(self.sparsity)}
+    @property
+    def clustering(self) -> Clustering:
+        """How it splits the inputs of a layer."""
+        return ONE if self.experts == 1 else Clustering(self.experts, self.assign, self.components)
+
+    def words(self) -> dict[str, Any]:
+        """Return it as it was written; what only matters to several experts only with them."""
+        words: dict[str, Any] = {
+            name: getattr(self, name) for name in ("method", "mask", "propagate", "experts")
+        }
+        if self.experts > 1:
+            components = "auto" if self.components is None else self.components
+            words |= {"assign": self.assign, "components": components, "pull": self.pull}
+        return words | {"sparsity": str(self.sparsity)}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -77,7 +123,7 @@ class Sparsified:
 
     @property
     def sparsity(self) -> float:
-        """The share of the layers' weights that are zero."""
+        """The share of the layers' weights that are zero, of all experts' where there are some."""
         return float(self.layers["zeros"].sum() / self.layers["weights"].sum())
 
     @property
@@ -94,6 +140,10 @@ def sparsify(
     method: str = "sparsegpt",
     mask: str = "row",
     propagate: str = "sparse",
+    experts: int = 1,
+    assign: str = "kmeans",
+    components: int | None = None,
+    pull: float = PULL,
     layers: str | Sequence[str] = ("*",),
     batch_size: int = 4,
     skip_first: int = 0,
@@ -107,20 +157,37 @@ def sparsify(
 
     ``sparsity`` is a share of zeros or ``n:m``, n kept of every m. With ``propagate="sparse"`` a
     block is pruned for the inputs that the pruned blocks before it give, with ``"dense"`` for
-    those of the dense model. With ``out`` the model, and the tokenizer, are also written to that
-    folder as an ordinary Hugging Face one, with run.json, log.json and sparsity.json. After an
-    error the model may be pruned in part.
+    those of the dense model.
+
+    With several ``experts`` each layer becomes a mixture (Sparse Expansion, arXiv 2405.15756): a
+    pruned copy of its weights for each of so many clusters of its inputs, found by PCA (to
+    ``components``, inputs // 32 unless told otherwise, 0 for none) and k-means; with
+    ``assign="random"`` tokens go to experts at random, the control. Each cluster's Gram is pulled
+    towards the pooled one as by ``pull * inputs`` average tokens; as published, ``pull=0``.
+
+    With ``out`` the model, and the tokenizer, are also written to that folder: an ordinary Hugging
+    Face one, or with several experts one that `load_model` loads, with run.json, log.json and
+    sparsity.json. After an error the model may be pruned in part.
 
     Raises:
         FileExistsError: ``out`` exists, and ``overwrite`` is false.
         LookupError: a pattern matches no layer.
         RuntimeError: a model that cannot be run block by block, or a layer that did not run once
             in each batch.
-        ValueError: windows longer than the model's context, a model in training mode, compiled or
-            quantised, a number or word out of range, or inputs that no pruning can be made of;
-            the message names the layer.
+        ValueError: windows longer than the model's context, a model in training mode, compiled,
+            quantised or expanded, a number or word out of range, or inputs that no pruning can be
+            made of; the message names the layer.
     """
-    pruning = Pruning.of(sparsity, method, mask, propagate)
+    pruning = Pruning.of(
+        sparsity,
+        method=method,
+        mask=mask,
+        propagate=propagate,
+        experts=experts,
+        assign=assign,
+        components=components,
+        pull=pull,
+    )
     chosen = prunable_layers(model, windows, layers, [pruning], skip_first)
 
     def run() -> Sparsified:
@@ -134,17 +201,20 @@ def sparsify(
         )
         attributes |= pruning.words()
         walk = walk_blocks(model, windows, batch_size, skip_first)
-        rows = prune_model(walk, chosen, pruning, progress=progress)
-        return Sparsified(pd.DataFrame(rows), attributes | {"tokens": walk.tokens})
+        pruned = prune_model(walk, chosen, pruning, seed=windows.seed, progress=progress)
+        rows = pd.DataFrame([layer.row for layer in pruned])
+        return Sparsified(rows, attributes | {"tokens": walk.tokens})
 
     if out is None:
         return run()
     stopwatch = runs.Stopwatch()
+    dense = costs.model_multiply_adds(model)
     with folders.new_folder(out, overwrite=overwrite) as folder:
         found = run()
         save_model(model, tokenizer, folder)
         rows: list[Any] = found.layers.to_dict(orient="records")
         whole = {"sparsity": found.sparsity, "error": found.error}
+        whole |= costs.totals(rows, dense) | {"model_bytes": costs.size_of(folder)}
         runs.write_json(folder / "sparsity.json", whole | {"layers": rows})
         runs.write_json(folder / "run.json", found.attributes)
         runs.write_json(folder / "log.json", stopwatch.log())
@@ -175,76 +245,123 @@ def prunable_layers(
     return chosen
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class PrunedLayer:
+    """What became of a layer."""
+
+    row: dict[str, Any]  # a row of a table
+    lost: torch.Tensor  # (neurons,) float64: each one's ‖(w - ŵ)X‖² over the calibration's inputs X
+    held_out: torch.Tensor  # the same over inputs from other text; empty where there is none
+
+
 def prune_model(
     walk: BlockWalk,
     layers: Sequence[LinearLayer],
     pruning: Pruning,
     *,
+    seed: int = 0,
+    held_out: BlockWalk | None = None,
     progress: bool = False,
-) -> list[dict[str, Any]]:
-    """Prune layers in place, block by block; return a row about each (see `prune_layer`).
+) -> list[PrunedLayer]:
+    """Prune layers in place, block by block, and measure the error on inputs from other text too.
 
     Raises:
         ValueError: the inputs of a layer cannot be pruned by; the message names it.
     """
-    rows = []
+    pruned = []
     dense = pruning.propagate == "dense"
     last = max(layer.block for layer in layers)
+    walks = [walk] if held_out is None else [walk, held_out]
     with tqdm(total=last + 1, unit="block", desc="prune", disable=not progress) as bar:
         for block in range(last + 1):
             here = [layer for layer in layers if layer.block == block]
-            calibrations = calibrate(walk, here, advance=dense) if here else {}
-            rows += [prune_layer(layer, calibrations[layer.name], pruning) for layer in here]
-            if walk.block == block < last:
-                walk.advance()
+            if here:
+                unseen: dict[str, torch.Tensor] = {}
+                if held_out is not None:
+                    unseen = sample_inputs(held_out, here, HELD_OUT, seed, advance=dense)
+                found = calibrate(walk, here, [pruning.clustering], seed=seed, advance=dense)
+                calibrations = found[pruning.clustering]
+                for layer in here:
+                    calibration, rows = calibrations[layer.name], unseen.get(layer.name)
+                    pruned.append(prune_layer(walk.model, layer, calibration, pruning, rows))
+            for one in walks:
+                if one.block == block < last:
+                    one.advance()
             bar.update()
-    return rows
+    return pruned
 
 
-def prune_layer(layer: LinearLayer, calibration: Calibration, pruning: Pruning) -> dict[str, Any]:
-    """Prune a layer in place and return what became of it.
+def prune_layer(
+    model: PreTrainedModel,
+    layer: LinearLayer,
+    calibration: Calibration,
+    pruning: Pruning,
+    held_out: torch.Tensor | None = None,
+) -> PrunedLayer:
+    """Prune a layer in place, or put a mixture of experts in its place.
 
-    ``error`` is ‖(W - Ŵ)X‖² / ‖WX‖² over the calibration's inputs X; NaN for a layer without
-    output. ``zeros`` are counted in the weights themselves.
+    ``error`` is ‖(W - Ŵ)X‖² / ‖WX‖² over the calibration's inputs X, each with the Ŵ of its expert;
+    NaN for a layer without output. ``held_out_error`` is the same over the inputs (tokens, inputs)
+    ``held_out``. ``zeros`` are counted in the weights themselves.
 
     Raises:
         ValueError: as `prune` says; the message names the layer.
     """
-    weight = weight_of(layer)
+    weight, moments, router = weight_of(layer), calibration.moments, calibration.router
     with naming(layer):
         pruned = prune(
             weight,
-            calibration.moments,
+            moments if router is None else moments.pulled(pruning.pull),
             pruning.sparsity,
             method=pruning.method,
             mask=pruning.mask,
         )
-    lost = float(output_energy(weight.double() - pruned.weight.double(), calibration.moments).sum())
-    write_weight(layer, pruned.weight)
-    zeros = int((weight == 0).sum())
-    return {
+    change = weight.double() - pruned.weight.double()
+    lost = output_energy(change, moments).reshape(-1, layer.neurons).sum(dim=0)
+    unseen, unseen_energy = lost.new_empty(0), math.nan
+    if held_out is not None:
+        unseen = _energy(held_out, change, router)
+        unseen_energy = float(_energy(held_out, weight, None).sum())
+    experts = moments.count.reshape(-1).tolist()
+    if router is None:
+        write_weight(layer, pruned.weight)
+    else:
+        bias = getattr(layer.module, "bias", None)
+        mixture = ExpertLinear(pruned.weight, bias, router, experts)
+        layer = replace_layer(model, layer, mixture)
+    zeros = int((weight_of(layer) == 0).sum())
+    row = {
         "layer": layer.name,
         "block": layer.block,
         "role": layer.role,
         "neurons": layer.neurons,
         "inputs": layer.inputs,
-        "weights": weight.numel(),
+        "clusters": len(experts),
+        "smallest_cluster": min(experts),
+        "largest_cluster": max(experts),
+        "weights": weight_of(layer).numel(),
         "zeros": zeros,
-        "realised": zeros / weight.numel(),
-        "error": lost / calibration.energy if calibration.energy else math.nan,
+        "realised": zeros / weight_of(layer).numel(),
+        "error": _ratio(float(lost.sum()), calibration.energy),
+        "held_out_error": _ratio(float(unseen.sum()), unseen_energy),
         "damping": max(pruned.damping),
-        "tokens": int(calibration.moments.count),
+        "tokens": sum(experts),
+        "held_out_tokens": 0 if held_out is None else len(held_out),
     }
+    return PrunedLayer(row | costs.costs_of(layer), lost, unseen)
 
 
-@contextmanager
-def naming(layer: LinearLayer) -> Iterator[None]:
-    """Name the layer in an error's message.
+def _ratio(lost: float, energy: float) -> float:
+    return lost / energy if energy else math.nan
 
-    Raises:
-        ValueError: the error.
+
+def _energy(rows: torch.Tensor, weight: torch.Tensor, router: Router | None) -> torch.Tensor:
+    """Return each neuron's sum of squared outputs (neurons,) of rows (tokens, inputs), in float64.
+
+    Outputs themselves have no sum that cancels, so that float32 is enough for them.
     """
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"{layer.name}: {error}") from error
+    if router is None:
+        return (rows.float() @ weight.float().T).double().square().sum(dim=0)
+    chosen = router.assign(rows)
+    parts = [_energy(rows[chosen == index], one, None) for index, one in enumerate(weight)]
+    return torch.stack(parts).sum(dim=0)

@@ -192,7 +192,7 @@ def open_sweep(folder: str | Path) -> pd.DataFrame:
     file = folder / "tables" / "sweep.csv"
     if not file.is_file():
         raise FileNotFoundError(f"{folder} holds no tables/sweep.csv: expected a sweep's folder")
-    words = ("method", "mask", "propagate", "sparsity", "problem")
+    words = ("method", "mask", "propagate", "assign", "components", "pull", "sparsity", "problem")
     table = pd.read_csv(file, dtype=dict.fromkeys(words, str))
     table = table.fillna(dict.fromkeys(words, ""))
     table.attrs.update(read_json(folder / "run.json"))

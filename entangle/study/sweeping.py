@@ -1,6 +1,7 @@
 """Sweep over prunings of one model: prune, score, put the weights back, and make one table."""
 
 import dataclasses
+import itertools
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,21 +14,36 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from entangle.model.blocks import BlockWalk
-from entangle.model.layers import LinearLayer, weight_of, write_weight
+from entangle.model.layers import LinearLayer, find_layers, replace_layer, weight_of, write_weight
+from entangle.model.packing import load_tensors, save_tensors
 from entangle.model.text import TokenWindows, check_disjoint, check_windows
-from entangle.study import runs
+from entangle.study import costs, runs
 from entangle.study.calibration import (
+    HELD_OUT,
+    Clustering,
     calibrate,
     load_calibrations,
+    load_rows,
+    sample_inputs,
     save_calibrations,
+    save_rows,
     walk_blocks,
 )
-from entangle.study.expansion import Pruning, prunable_layers, prune_layer, prune_model
+from entangle.study.expansion import (
+    PULL,
+    PrunedLayer,
+    Pruning,
+    prunable_layers,
+    prune_layer,
+    prune_model,
+)
 from entangle.study.perplexity import NotFiniteError, score
 from entangle.study.recording import provenance
 from entangle.study.tables import markdown, tables_of
 
 DENSE = "dense"  # the arm of the model as it is
+_ROUTED = ("assign", "components", "pull")
+_ORDER = ("propagate", "method", "mask", "experts", *_ROUTED)
 
 Row = dict[str, Any]
 
@@ -41,6 +57,10 @@ def sweep(
     methods: Sequence[str] = ("sparsegpt", "wanda", "magnitude"),
     masks: Sequence[str] = ("row",),
     propagate: Sequence[str] = ("sparse",),
+    experts: Sequence[int] = (1,),
+    assign: Sequence[str] = ("kmeans",),
+    components: Sequence[int | None] = (None,),
+    pull: Sequence[float] = (PULL,),
     layers: str | Sequence[str] = ("*",),
     batch_size: int = 4,
     skip_first: int = 0,
@@ -49,15 +69,18 @@ def sweep(
     progress: bool = False,
     command: str | None = None,
 ) -> pd.DataFrame:
-    """Score a model pruned in every combination of sparsities, methods, masks and propagations.
+    """Score a model pruned in every combination of sparsities, methods, masks and so on.
 
     Returns a row per arm, the dense model first; what it was made of is in ``attrs``. An error
     is the standard error over evaluation windows; ``difference`` is in nats a token against the
     dense model, its error paired by window, and ``ratio`` its exponential. ``layer_error`` is the
-    mean over layers of the relative squared error of their outputs on the calibration's inputs.
-    Arms that would be the same are run once: n:m is a mask by row, and magnitude sees no inputs.
-    Arms with ``propagate="dense"`` share one pass over the calibration. Afterwards the model is
-    as it was.
+    mean over layers of the relative squared error of their outputs on the calibration's inputs,
+    ``held_out_error`` on inputs from the evaluation text; ``improvement`` is the median over neurons
+    of the relative improvement, the RMSE of their outputs with one expert over that with several.
+    Costs are those of `costs.totals`. Wanda and magnitude are run with one expert only. Arms that
+    would be the same are run once: n:m is a mask by row, magnitude sees no inputs, and one expert
+    has no router. Arms with ``propagate="dense"``
+    share one pass over the calibration. Afterwards the model is as it was.
 
     With ``out`` tables are written to that folder. A sweep that was killed goes on where it was
     when it is called again with the same arguments, and its table is the same.
@@ -70,7 +93,16 @@ def sweep(
             finite.
         ValueError: as `sparsify` says, or a window of the evaluation is one of the calibration.
     """
-    prunings = arms_of(sparsities, methods, masks, propagate)
+    prunings = arms_of(
+        sparsities,
+        method=methods,
+        mask=masks,
+        propagate=propagate,
+        experts=experts,
+        assign=assign,
+        components=components,
+        pull=pull,
+    )
     chosen = prunable_layers(model, windows, layers, prunings, skip_first)
     check_windows(model, evaluation, skip_first)
     check_disjoint(windows, evaluation)
@@ -90,6 +122,7 @@ def sweep(
         "arms": [pruning.words() for pruning in prunings],
     }
     bench = _Bench(model, windows, evaluation, chosen, batch_size, skip_first, progress)
+    clusterings = list(dict.fromkeys(p.clustering for p in prunings if p.propagate == "dense"))
     stopwatch = runs.Stopwatch()
     with _folder(out, attributes, overwrite) as folder:
         files = [folder / "arms" / f"{name}.json" for name in (DENSE, *map(_name, prunings))]
@@ -98,9 +131,13 @@ def sweep(
         grams = folder / "grams"
         for file, pruning in tqdm(left.items(), unit="arm", disable=not progress):
             if pruning and pruning.propagate == "dense":
-                _calibrate_dense(bench, grams)  # once: the next arm finds it done
-            runs.write_json(file, _run_arm(bench, pruning, grams))
-        table, per_layer = tables_of([runs.read_json(file) for file in files])
+                _calibrate_dense(bench, clusterings, grams)  # once: the next arm finds it done
+            found, losses = _run_arm(bench, pruning, grams)
+            if losses:
+                save_tensors(_losses_file(file), losses)
+            runs.write_json(file, found)
+        results = [runs.read_json(file) for file in files]
+        table, per_layer = tables_of([r | _losses(f) for r, f in zip(results, files, strict=True)])
         table.attrs.update(attributes)
         runs.save_table(table, folder / "tables" / "sweep.csv")
         runs.save_table(per_layer, folder / "tables" / "layers.csv")
@@ -110,35 +147,31 @@ def sweep(
     return table
 
 
-def arms_of(
-    sparsities: Sequence[str | float],
-    methods: Sequence[str],
-    masks: Sequence[str],
-    propagate: Sequence[str],
-) -> list[Pruning]:
-    """Return the prunings of all combinations, each once.
+def arms_of(sparsities: Sequence[str | float], **words: Sequence[Any]) -> list[Pruning]:
+    """Return the prunings of all combinations of words (see `Pruning`), each once.
 
     Raises:
         ValueError: a word that is none of the choices, no sparsity, or nothing to combine.
     """
-    arms: dict[tuple[Any, ...], Pruning] = {}
-    for carried in propagate:
-        for method in methods:
-            for mask in masks:
-                for sparsity in sparsities:
-                    arm = Pruning.of(sparsity, method, mask, carried)
-                    key = (
-                        method,
-                        "" if arm.sparsity.group else mask,
-                        "" if method == "magnitude" else carried,
-                        arm.sparsity,
-                    )
-                    if arm.sparsity.group:  # groups lie in a row
-                        arm = Pruning.of(sparsity, method, "row", carried)
-                    arms.setdefault(key, arm)
+    arms: dict[Pruning, None] = {}
+    order = sorted(words, key=list(_ORDER).index)
+    for combination in itertools.product(*(words[name] for name in order), sparsities):
+        arm = dict(zip(order, combination[:-1], strict=True))
+        if arm.get("method") == "magnitude":  # it sees no inputs
+            arm["propagate"] = words.get("propagate", ["sparse"])[0]
+        if arm.get("method", "sparsegpt") != "sparsegpt":  # a rival of experts, and none itself
+            arm["experts"] = 1
+        if arm.get("experts", 1) == 1:  # and so no router
+            arm = {name: word for name, word in arm.items() if name not in _ROUTED}
+        pruning = Pruning.of(combination[-1], **arm)
+        if pruning.sparsity.group:  # groups lie in a row
+            pruning = dataclasses.replace(pruning, mask="row")
+        arms[pruning] = None
     if not arms:
-        raise ValueError("a sweep needs at least one sparsity, method, mask and propagation")
-    return list(arms.values())
+        raise ValueError(
+            f"a sweep needs at least one sparsity, {', '.join(order[:-1])} and {order[-1]}"
+        )
+    return list(arms)
 
 
 @contextmanager
@@ -174,32 +207,62 @@ class _Bench:
         """Return the calibration's windows before the first block."""
         return walk_blocks(self.model, self.windows, self.batch_size, self.skip_first)
 
+    def held_out_walk(self) -> BlockWalk:
+        """Return the evaluation's windows before the first block."""
+        return walk_blocks(self.model, self.evaluation, self.batch_size, self.skip_first)
+
 
 def _name(pruning: Pruning) -> str:
-    return "-".join(pruning.words().values()).replace(":", "of")
+    return "-".join(map(str, pruning.words().values())).replace(":", "of")
 
 
-def _calibrate_dense(bench: _Bench, folder: Path) -> None:
-    """Save the calibration of the dense model, block by block, where that is not done."""
-    files = {block: _gram_file(folder, block) for block in bench.blocks}
-    if all(file.exists() for file in files.values()):
+def _calibrate_dense(bench: _Bench, clusterings: Sequence[Clustering], folder: Path) -> None:
+    """Save the calibrations of the dense model, block by block, where that is not done."""
+    layers = {block: [x for x in bench.layers if x.block == block] for block in bench.blocks}
+    files = {block: _files(folder, block, clusterings) for block in layers if layers[block]}
+    left = {block for block in files if not all(file.exists() for file in files[block].values())}
+    if not left:
         return
-    walk = bench.walk()
-    bar = tqdm(files.items(), unit="block", desc="calibrate", disable=not bench.progress)
-    for block, file in bar:
-        here = [layer for layer in bench.layers if layer.block == block]
-        if file.exists():  # from before we were killed
+    walk, held_out = bench.walk(), bench.held_out_walk()
+    bar = tqdm(layers.items(), unit="block", desc="calibrate", disable=not bench.progress)
+    for block, here in bar:
+        if block not in left:  # done before we were killed, or nothing to do
             walk.advance()
-        else:
-            save_calibrations(file, calibrate(walk, here, advance=True))
+            held_out.advance()
+            continue
+        seed = bench.windows.seed
+        rows = sample_inputs(held_out, here, HELD_OUT, seed, advance=True)
+        save_rows(files[block][None], rows)
+        found = calibrate(walk, here, clusterings, seed=seed, advance=True)
+        for clustering, calibrations in found.items():
+            save_calibrations(files[block][clustering], calibrations)
 
 
-def _gram_file(folder: Path, block: int) -> Path:
-    return folder / f"{block}.safetensors"
+def _files(
+    folder: Path, block: int, clusterings: Sequence[Clustering]
+) -> dict[Clustering | None, Path]:
+    """Return the files of a block's calibrations, and for None that of its held-out inputs."""
+    files: dict[Clustering | None, Path] = {None: folder / f"{block}.safetensors"}
+    for clustering in clusterings:
+        name = "-".join(map(str, (block, *dataclasses.astuple(clustering))))
+        files[clustering] = folder / f"{name}.safetensors"
+    return files
 
 
-def _run_arm(bench: _Bench, pruning: Pruning | None, grams: Path) -> Row:
-    """Prune, score, and put the dense weights back; return what the arm found.
+def _losses_file(file: Path) -> Path:
+    return file.with_suffix(".safetensors")
+
+
+def _losses(file: Path) -> dict[str, Any]:
+    """Return the losses of an arm's neurons (neurons,), if it has some."""
+    file = _losses_file(file)
+    return {k: v.numpy() for k, v in load_tensors(file).items()} if file.exists() else {}
+
+
+def _run_arm(
+    bench: _Bench, pruning: Pruning | None, grams: Path
+) -> tuple[Row, dict[str, torch.Tensor]]:
+    """Prune, score, and put the dense weights back; return what the arm found, also by neuron.
 
     An arm that cannot be pruned, or whose score is not finite, says why and costs the others
     nothing; the dense model's is an error.
@@ -209,11 +272,12 @@ def _run_arm(bench: _Bench, pruning: Pruning | None, grams: Path) -> Row:
     """
     words: Row = pruning.words() if pruning else {"method": DENSE}
     nothing = {"window_nats": [None] * len(bench.evaluation), "tokens": 0, "layers": []}
-    with _restored(bench.layers):
+    dense = costs.model_multiply_adds(bench.model)
+    with _restored(bench.model, bench.layers):
         try:
-            layers = _prune(bench, pruning, grams) if pruning else []
+            pruned = _prune(bench, pruning, grams) if pruning else []
         except ValueError as error:
-            return words | nothing | {"problem": str(error)}
+            return words | nothing | {"problem": str(error)}, {}
         try:
             scored = score(
                 bench.model,
@@ -225,14 +289,22 @@ def _run_arm(bench: _Bench, pruning: Pruning | None, grams: Path) -> Row:
         except NotFiniteError as error:
             if pruning is None:
                 raise
-            return words | nothing | {"problem": str(error)}
-        return words | {
+            return words | nothing | {"problem": str(error)}, {}
+        layers = find_layers(bench.model, [layer.name for layer in bench.layers])
+        rows = [layer.row for layer in pruned]
+        found = words | {
             "window_nats": scored.window_nats.tolist(),
             "tokens": scored.tokens,
-            "realised": _share_of_zeros(weight_of(layer) for layer in bench.layers),
+            "realised": _share_of_zeros(weight_of(layer) for layer in layers),
             "model_sparsity": _share_of_zeros(bench.model.parameters()),
-            "layers": layers,
+            "costs": costs.totals(rows or list(map(costs.dense_costs_of, layers)), dense),
+            "layers": rows,
         }
+    if not pruned:
+        return found, {}
+    lost = torch.cat([layer.lost for layer in pruned]).float().cpu()
+    held_out = torch.cat([layer.held_out for layer in pruned]).float().cpu()
+    return found, {"lost": lost, "held_out_lost": held_out}
 
 
 def _share_of_zeros(weights: Iterable[torch.Tensor]) -> float:
@@ -240,26 +312,39 @@ def _share_of_zeros(weights: Iterable[torch.Tensor]) -> float:
     return sum(zeros for zeros, _ in counts) / sum(size for _, size in counts)
 
 
-def _prune(bench: _Bench, pruning: Pruning, grams: Path) -> list[Row]:
+def _prune(bench: _Bench, pruning: Pruning, grams: Path) -> list[PrunedLayer]:
     """Prune the model in place: dense propagation from what is saved, sparse from the text."""
     if pruning.propagate == "sparse":
-        return prune_model(bench.walk(), bench.layers, pruning, progress=bench.progress)
-    rows = []
+        return prune_model(
+            bench.walk(),
+            bench.layers,
+            pruning,
+            seed=bench.windows.seed,
+            held_out=bench.held_out_walk(),
+            progress=bench.progress,
+        )
+    pruned = []
     for block in bench.blocks:
         here = [layer for layer in bench.layers if layer.block == block]
         if not here:
             continue
-        found = load_calibrations(_gram_file(grams, block), weight_of(here[0]).device)
-        rows += [prune_layer(layer, found[layer.name], pruning) for layer in here]
-    return rows
+        files, device = _files(grams, block, [pruning.clustering]), weight_of(here[0]).device
+        found = load_calibrations(files[pruning.clustering], device)
+        rows = load_rows(files[None], device)
+        pruned += [
+            prune_layer(bench.model, layer, found[layer.name], pruning, rows[layer.name])
+            for layer in here
+        ]
+    return pruned
 
 
 @contextmanager
-def _restored(layers: Sequence[LinearLayer]) -> Iterator[None]:
-    """Give the layers their weights back at the end."""
+def _restored(model: PreTrainedModel, layers: Sequence[LinearLayer]) -> Iterator[None]:
+    """Give the model its layers, and them their weights, back at the end."""
     dense = [weight_of(layer).clone() for layer in layers]
     try:
         yield
     finally:
         for layer, weight in zip(layers, dense, strict=True):
             write_weight(layer, weight)
+            replace_layer(model, layer, layer.module)

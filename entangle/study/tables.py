@@ -5,10 +5,28 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 
 from entangle.model.layers import say_skipped
 from entangle.study.perplexity import Score
+
+COSTS = (
+    "density",
+    "multiply_adds",
+    "router_multiply_adds",
+    "dense_multiply_adds",
+    "model_multiply_adds",
+    "model_dense_multiply_adds",
+    "stored",
+    "disk_bytes",
+    "memory_bytes",
+)
+
+
+WORDS = ("method", "mask", "propagate", "experts", "assign", "components", "pull", "sparsity")
+
+Losses = npt.NDArray[np.float64]
 
 
 def tables_of(results: Sequence[Mapping[str, Any]]) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -16,12 +34,20 @@ def tables_of(results: Sequence[Mapping[str, Any]]) -> tuple[pd.DataFrame, pd.Da
     nats = [np.array(result["window_nats"], dtype=np.float64) for result in results]
     rows, layers = [], []
     for result, found in zip(results, nats, strict=True):
-        arm = {name: result.get(name, "") for name in ("method", "mask", "propagate", "sparsity")}
+        arm = {name: str(result.get(name, "")) for name in WORDS}
+        arm["experts"] = result.get("experts", 1)
         scored, change = Score(found, result["tokens"]), Score(found - nats[0], result["tokens"])
         pruned = pd.DataFrame(result["layers"])
-        error, damping = (0.0, 0.0) if result is results[0] else (math.nan, math.nan)
+        means = dict.fromkeys(
+            ("error", "held_out_error"), 0.0 if result is results[0] else math.nan
+        )
+        damping, improvements = 0.0 if result is results[0] else math.nan, {}
         if len(pruned):
-            error, damping = pruned["error"].astype(float).mean(), pruned["damping"].max()
+            means = {name: float(pruned[name].astype(float).mean()) for name in means}
+            damping = pruned["damping"].max()
+            improvements = _improvements(result, results)
+            for name, values in improvements.items():
+                pruned[name] = _medians(values, result["layers"])
             layers.append(pd.DataFrame([arm]).merge(pruned, how="cross"))
         row = arm | {
             "realised": result.get("realised", math.nan),
@@ -34,14 +60,50 @@ def tables_of(results: Sequence[Mapping[str, Any]]) -> tuple[pd.DataFrame, pd.Da
             "nats_error": scored.nats_error,
             "difference": change.nats,
             "difference_error": change.nats_error,
-            "layer_error": error,
+            "layer_error": means["error"],
+            "held_out_error": means["held_out_error"],
+            "improvement": _median(improvements.get("improvement")),
+            "held_out_improvement": _median(improvements.get("held_out_improvement")),
             "damping": damping,
+            **{name: result.get("costs", {}).get(name, math.nan) for name in COSTS},
             "windows": len(found),
             "tokens": scored.tokens,
             "problem": result.get("problem", ""),
         }
         rows.append(row)
     return pd.DataFrame(rows), pd.concat(layers, ignore_index=True) if layers else pd.DataFrame()
+
+
+def _improvements(
+    result: Mapping[str, Any], results: Sequence[Mapping[str, Any]]
+) -> dict[str, Losses]:
+    """Return each neuron's RMSE with one expert over its own with several, where both ran."""
+    same = [name for name in WORDS if name not in {"experts", "assign", "components", "pull"}]
+    if result["experts"] == 1:
+        return {}
+    for one in results:
+        if one.get("experts") == 1 and all(one[name] == result[name] for name in same):
+            break
+    else:
+        return {}
+    found = {}
+    for losses, name in (("lost", "improvement"), ("held_out_lost", "held_out_improvement")):
+        if losses in one and losses in result:
+            before, after = (arm[losses].astype(np.float64) for arm in (one, result))
+            with np.errstate(divide="ignore", invalid="ignore"):  # nothing lost, or no such layer
+                found[name] = np.sqrt(before / after)
+    return found
+
+
+def _medians(values: Losses, layers: Sequence[Mapping[str, Any]]) -> list[float]:
+    edges = np.cumsum([layer["neurons"] for layer in layers])[:-1]
+    return [_median(part) for part in np.split(values, edges)]
+
+
+def _median(values: Losses | None) -> float:
+    """Return the median of what is known of values."""
+    known = values[~np.isnan(values)] if values is not None else np.zeros(0)
+    return float(np.median(known)) if len(known) else math.nan
 
 
 def markdown(table: pd.DataFrame) -> str:
@@ -55,41 +117,68 @@ def markdown(table: pd.DataFrame) -> str:
         f"{attributes['length']} that do not overlap, each scored from its own start). "
         "± is the standard error over windows; difference and ratio are to the dense model, "
         "paired by window; layer error is the mean relative squared error of the layers' outputs "
-        "on the calibration's inputs.",
+        "on the calibration's inputs, and on held-out inputs. Multiply-adds are those of a token's "
+        "non-zero weights in the pruned layers and of their routers, over the dense ones; stored "
+        "are the non-zero weights of all experts, over the dense ones; bytes are those of the "
+        "pruned layers, on disk and in memory.",
         *say_skipped(attributes["skipped_parameters"], "pruned"),
         "",
     ]
-    header = ("method", "mask", "propagate", "sparsity", "realised", "perplexity", "ratio")
-    rows = [[*header, "difference (nats)", "layer error"]]
+    arms = table[table["method"] != "dense"]
+    several = arms[arms["experts"] != 1]
+    words = [
+        name
+        for name in WORDS
+        if name in {"method", "mask", "propagate", "experts", "sparsity"}
+        or several[name].nunique() > 1
+    ]
+    improved = table["held_out_improvement"].notna().any()
+    heads = ["realised", "perplexity", "ratio", "difference (nats)", "layer error", "held out"]
+    heads += ["improvement"] if improved else []
+    heads += ["multiply-adds", "stored", "disk", "memory"]
+    rows = [[*words, *heads]]
     for row in table.to_dict(orient="records"):
-        words = [str(row[name]) or "-" for name in header[:4]]
+        cells = [str(row[name]) or "-" for name in words]
+        cells = cells if row["method"] != "dense" else ["dense", *["-"] * (len(words) - 1)]
         if row["problem"]:
-            rows.append([*words, "-", "-", "-", "-", "-"])
+            rows.append([*cells, *["-"] * len(heads)])
             continue
-        rows.append(
-            [
-                *words,
-                f"{row['realised']:.4f}",
-                _with_error(row["perplexity"], row["perplexity_error"]),
-                f"{row['ratio']:.4g}",
-                _with_error(row["difference"], row["difference_error"]),
-                f"{row['layer_error']:.4g}",
-            ]
-        )
+        cells += [
+            f"{row['realised']:.4f}",
+            _with_error(row["perplexity"], row["perplexity_error"]),
+            f"{row['ratio']:.4g}",
+            _with_error(row["difference"], row["difference_error"]),
+            f"{row['layer_error']:.4g}",
+            f"{row['held_out_error']:.4g}",
+        ]
+        gain = row["held_out_improvement"]
+        cells += [f"{gain:.3f}" if math.isfinite(gain) else "-"] if improved else []
+        cells += [
+            f"{row['density']:.1%}",
+            f"{row['stored'] / row['dense_multiply_adds']:.3g}x",
+            f"{row['disk_bytes'] / 1e6:,.4g} MB",
+            f"{row['memory_bytes'] / 1e6:,.4g} MB",
+        ]
+        rows.append(cells)
     widths = [max(len(row[place]) for row in rows) for place in range(len(rows[0]))]
     rows.insert(1, ["-" * width for width in widths])
     for cells in rows:
         padded = map(str.ljust, cells, widths)
         lines.append(f"| {' | '.join(padded)} |")
-    problems = table[table["problem"] != ""]
-    for row in problems.to_dict(orient="records"):
-        arm = " ".join(row[name] for name in header[:4])
-        lines.append(f"\nNo score for {arm}: {row['problem']}")
-    damped = table[table["damping"] > 0.01]
-    for row in damped.to_dict(orient="records"):
-        arm = " ".join(row[name] for name in header[:4])
-        lines.append(f"\nA Gram needed damping of {row['damping']:g} instead of 0.01: {arm}")
+    lines += _remarks(table, words)
     return "\n".join(lines) + "\n"
+
+
+def _remarks(table: pd.DataFrame, words: Sequence[str]) -> list[str]:
+    """Say which arms have no score, and where more damping was needed than is usual."""
+    lines = []
+    for row in table.to_dict(orient="records"):
+        arm = " ".join(str(row[name]) for name in words)
+        if row["problem"]:
+            lines.append(f"\nNo score for {arm}: {row['problem']}")
+        if row["damping"] > 0.01:
+            lines.append(f"\nA Gram needed damping of {row['damping']:g} instead of 0.01: {arm}")
+    return lines
 
 
 def _with_error(value: float, error: float) -> str:
