@@ -1,5 +1,6 @@
 """Sweeps: each arm against the same pruning done alone, and a table that a kill does not change."""
 
+import itertools
 import json
 import math
 import os
@@ -21,6 +22,7 @@ from transformers import PreTrainedModel
 
 import entangle
 from entangle import arguments
+from entangle.model import packing
 from entangle.model.blocks import BlockWalk
 from entangle.numerics.pruning import Mask, Method
 from entangle.study import runs, sweeping
@@ -68,22 +70,45 @@ def test_each_arm_scores_as_the_model_pruned_alone() -> None:
         assert arm["ratio"] == pytest.approx(score.perplexity / dense.perplexity, rel=1e-9)
         assert arm["realised"] == found.sparsity
         assert arm["layer_error"] == found.error
+        assert 0 < arm["held_out_error"] < 1
         zeros = sum(int((p == 0).sum()) for p in alone.parameters())
         assert arm["model_sparsity"] == zeros / sum(p.numel() for p in alone.parameters())
         assert (arm["windows"], arm["tokens"]) == (5, 75)
 
 
 def test_arms_that_would_be_the_same_run_once() -> None:
-    arms = arms_of(["0.5", "2:4"], METHODS, ("block", "row"), ("sparse", "dense"))
-    words = ["-".join(arm.words().values()) for arm in arms]
+    arms = arms_of(
+        ["0.5", "2:4"], method=METHODS, mask=("block", "row"), propagate=("sparse", "dense")
+    )
+    words = ["-".join(map(str, arm.words().values())) for arm in arms]
     assert len(words) == len(set(words)) == 15
     assert [word for word in words if word.startswith("magnitude")] == [
-        "magnitude-block-sparse-0.5",
-        "magnitude-row-sparse-2:4",
-        "magnitude-row-sparse-0.5",
+        "magnitude-block-sparse-1-0.5",
+        "magnitude-row-sparse-1-2:4",
+        "magnitude-row-sparse-1-0.5",
     ]
-    with pytest.raises(ValueError, match="at least one sparsity, method, mask and propagation"):
-        arms_of([], METHODS, ("row",), ("sparse",))
+    with pytest.raises(ValueError, match="at least one sparsity, method and mask"):
+        arms_of([], method=METHODS, mask=("row",))
+
+
+def test_only_sparsegpt_has_experts_and_one_expert_has_no_router() -> None:
+    arms = arms_of(
+        [0.5],
+        method=METHODS,
+        experts=(1, 4, 16),
+        assign=("random", "kmeans"),
+        components=(None, 0),
+        pull=(0.0, 0.5),
+    )
+    kinds = [(arm.method, arm.experts, arm.assign, arm.components, arm.pull) for arm in arms]
+    mixtures = [kind for kind in kinds if kind[1] > 1]
+    expected = itertools.product((4, 16), ("random", "kmeans"), (None, 0), (0.0, 0.5))
+    assert mixtures == [("sparsegpt", *kind) for kind in expected]
+    assert [kind for kind in kinds if kind[1] == 1] == [
+        (method, 1, "kmeans", None, 0.5) for method in METHODS
+    ]
+    (grouped,) = arms_of(["2:4"], mask=("block",), experts=(4,))
+    assert (grouped.mask, grouped.experts) == ("row", 4)
 
 
 def test_dense_arms_share_one_pass_over_the_calibration(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,7 +126,8 @@ def test_dense_arms_share_one_pass_over_the_calibration(monkeypatch: pytest.Monk
     monkeypatch.setattr("entangle.study.calibration.BlockWalk", Counted)
     table = run(tiny_model("llama"), [0.3, 0.5, 0.7], masks=("row", "block"), propagate=("dense",))
     assert len(table) == 1 + 18
-    assert (len(walks), len(steps)) == (1, 3 * 3)  # blocks by batches, each once
+    # The calibration's and the evaluation's windows: blocks by batches, each once.
+    assert (len(walks), len(steps)) == (2, 3 * 3 + 3 * 3)
 
 
 def test_tables_are_written_and_read(tmp_path: Path) -> None:
@@ -167,7 +193,7 @@ def test_after_an_error_the_weights_are_back_and_what_is_done_is_kept(
     with pytest.raises(error, match="can't allocate"):
         run(model, [0.5], propagate=("dense",), out=tmp_path / "run")
     assert same_weights(model)
-    assert len(list((tmp_path / "run.partial" / "arms").iterdir())) == 2
+    assert len(list((tmp_path / "run.partial" / "arms").glob("*.json"))) == 2
     resumed = run(model, [0.5], propagate=("dense",), out=tmp_path / "run")
     assert len(calls) == 3 + 2
     pd.testing.assert_frame_equal(resumed, whole, check_exact=True)
@@ -195,20 +221,21 @@ def test_a_full_disk_is_told_and_what_is_done_stays(
 
     def full(tensors: Any, file: Path) -> None:
         saved.append(file)
-        if len(saved) == 2:
+        if len(saved) == 4:
             raise SafetensorError("I/O error: No space left on device")
         save_file(tensors, file)
 
     with monkeypatch.context() as patch:
-        patch.setattr(runs, "save_file", full)
-        with pytest.raises(OSError, match=r"cannot write .*1.safetensors: I/O error: No space"):
+        patch.setattr(packing, "save_file", full)
+        with pytest.raises(OSError, match=r"cannot write .*1-1-kmeans-None.safetensors: I/O"):
             run(tiny_model("llama"), [0.5], propagate=("dense",), out=tmp_path / "run")
-    assert [path.name for path in (tmp_path / "run.partial" / "grams").iterdir()] == [
-        "0.safetensors"
-    ]
-    (tmp_path / "run.partial" / "grams" / "1.safetensors").write_bytes(b"cut off")
-    (tmp_path / "run.partial" / "grams" / "2.safetensors").write_bytes(b"cut off")
-    with pytest.raises(OSError, match=r"1.safetensors is damaged, delete it and run again"):
+    grams = tmp_path / "run.partial" / "grams"
+    assert len(list(grams.iterdir())) == 3  # block 0, and the held-out inputs of block 1
+    for name in ("1-1-kmeans-None", "2", "2-1-kmeans-None"):
+        (grams / f"{name}.safetensors").write_bytes(b"cut off")
+    with pytest.raises(
+        OSError, match=r"1-1-kmeans-None.safetensors is damaged, delete it and run again"
+    ):
         run(tiny_model("llama"), [0.5], propagate=("dense",), out=tmp_path / "run")
 
 
@@ -256,7 +283,8 @@ from pathlib import Path
 from tests.test_sweeping import run
 from tests.tiny_models import tiny_model
 torch.set_num_threads(1)
-run(tiny_model("llama"), [0.4, 0.6], propagate=("dense", "sparse"), out=Path(sys.argv[1]))
+words = {"propagate": ("dense", "sparse"), "experts": (1, 2)}
+run(tiny_model("llama"), [0.4, 0.6], out=Path(sys.argv[1]), **words)
 """
 
 
@@ -266,9 +294,9 @@ def test_killed_at_any_time_it_ends_with_the_same_tables(tmp_path: Path) -> None
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     subprocess.run([*words, str(tmp_path / "whole")], check=True, env=environment)
     partial = tmp_path / "killed.partial"
-    marks = ["grams/0.safetensors", "arms/dense.json", "arms/wanda-row-dense-0.6.json"]
+    marks = ["grams/0.safetensors", "arms/dense.json", "arms/wanda-row-dense-1-0.6.json"]
     killed = 0
-    for mark in [*marks, "arms/sparsegpt-row-sparse-0.4.json"]:
+    for mark in [*marks, "arms/sparsegpt-row-sparse-2-kmeans-auto-0.5-0.4.json"]:
         process = subprocess.Popen([*words, str(tmp_path / "killed")], env=environment)
         while process.poll() is None and not (partial / mark).exists():
             time.sleep(0.002)
@@ -280,4 +308,4 @@ def test_killed_at_any_time_it_ends_with_the_same_tables(tmp_path: Path) -> None
         written = [(tmp_path / folder / "tables" / name) for folder in ("whole", "killed")]
         assert written[0].read_bytes() == written[1].read_bytes()
     log = json.loads((tmp_path / "killed" / "log.json").read_text())
-    assert log["arms_run"] < 11
+    assert log["arms_run"] < 15

@@ -113,7 +113,7 @@ def unpack(packed: Packed, shape: Sequence[int]) -> torch.Tensor:
         )
     weight = torch.zeros(size, dtype=packed.values.dtype)
     weight[stored] = packed.values
-    return weight.view(*shape)
+    return weight.view(tuple(shape))
 
 
 def packed_bytes(weight: torch.Tensor) -> int:

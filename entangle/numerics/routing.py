@@ -108,7 +108,8 @@ class CentroidRouter(Router):
 
     def assign(self, rows: torch.Tensor) -> torch.Tensor:
         """Return the expert (tokens,) int64 of each row (tokens, inputs)."""
-        return torch.addmm(self.bias, rows.float(), self.matrix).argmax(dim=1)
+        with torch.autocast(rows.device.type, enabled=False):  # bfloat16 would choose others
+            return torch.addmm(self.bias, rows.float(), self.matrix).argmax(dim=1)
 
 
 class RandomRouter(Router):
@@ -159,7 +160,11 @@ def fit_router(
     components = inputs // 32 if components is None else components
     mean, axes = sample.mean(axis=0, dtype=np.float64), None
     # k-means adds its threads' sums in the order in which they end: one is deterministic.
-    with threadpool_limits(1, user_api="openmp"), warnings.catch_warnings():
+    with (
+        threadpool_limits(1, user_api="openmp"),
+        warnings.catch_warnings(),
+        np.errstate(invalid="ignore"),  # equal rows: PCA's shares of a variance of zero
+    ):
         warnings.simplefilter("ignore", ConvergenceWarning)  # fewer distinct rows than clusters
         if 0 < components < min(tokens, inputs):
             pca = PCA(components, svd_solver="covariance_eigh").fit(sample)
@@ -169,13 +174,16 @@ def fit_router(
             sample = sample - mean.astype(np.float32)
         kmeans = KMeans(min(experts, tokens), n_init=1, random_state=seed).fit(sample)
     sizes = np.bincount(kmeans.labels_, minlength=kmeans.n_clusters)
-    kept = sizes >= min(LEAST, sizes.max())
+    kept = sizes >= LEAST
+    kept[sizes.argmax()] = True
     centroids = kmeans.cluster_centers_[kept].astype(np.float64)
     bias = -0.5 * (centroids**2).sum(axis=1)
     matrix = centroids.T if axes is None else axes.T @ centroids.T  # (inputs, experts)
     bias -= mean @ matrix
-    # What is the same for all experts changes no choice, but costs precision.
-    matrix, bias = matrix - matrix.mean(axis=1, keepdims=True), bias - bias.mean()
+    # What is the same for all experts changes no choice, but costs precision. Not the mean: of a
+    # cluster of outliers that would be large, and rounding would mix up the others.
+    usual = sizes[kept].argmax()
+    matrix, bias = matrix - matrix[:, [usual]], bias - bias[usual]
     return CentroidRouter(torch.from_numpy(matrix).float(), torch.from_numpy(bias).float())
 
 

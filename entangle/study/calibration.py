@@ -194,9 +194,10 @@ def _fit(
 def _no_moments(
     layer: LinearLayer, router: Router | None, device: torch.device
 ) -> ExpertMoments | InputMoments:
-    if router is None:
-        return InputMoments.zeros(layer.inputs, device=device)
-    moments = InputMoments.zeros(layer.inputs, experts=router.experts, device=device)
+    with torch.inference_mode(False):  # the block runs in it, but these are added to later too
+        if router is None:
+            return InputMoments.zeros(layer.inputs, device=device)
+        moments = InputMoments.zeros(layer.inputs, experts=router.experts, device=device)
     return ExpertMoments(moments, router.assign)
 
 

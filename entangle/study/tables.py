@@ -125,13 +125,9 @@ def markdown(table: pd.DataFrame) -> str:
         "",
     ]
     arms = table[table["method"] != "dense"]
-    several = arms[arms["experts"] != 1]
-    words = [
-        name
-        for name in WORDS
-        if name in {"method", "mask", "propagate", "experts", "sparsity"}
-        or several[name].nunique() > 1
-    ]
+    mixtures = arms[arms["experts"] > 1]
+    always = {"method", "mask", "propagate", "sparsity"} | ({"experts"} if len(mixtures) else set())
+    words = [name for name in WORDS if name in always or mixtures[name].nunique() > 1]
     improved = table["held_out_improvement"].notna().any()
     heads = ["realised", "perplexity", "ratio", "difference (nats)", "layer error", "held out"]
     heads += ["improvement"] if improved else []
