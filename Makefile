@@ -51,6 +51,7 @@ check: .venv/installed ## lint and types
 bench: data ## run the benchmarks
 	$(BIN)/python -m benchmarks.measure
 	$(BIN)/python -m benchmarks.prune
+	$(BIN)/python -m benchmarks.expand
 
 clean: ## remove what was measured, and caches; .venv and data stay
 	rm -rf runs .mypy_cache .pytest_cache .ruff_cache .hypothesis

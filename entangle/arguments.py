@@ -1,6 +1,7 @@
 """The grammar of the command line."""
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,20 +26,23 @@ def _words(text: str) -> tuple[str, ...]:
     return tuple(word.strip() for word in text.split(",") if word.strip())
 
 
-def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(map(int, _words(text)))
+def _several(kind: Callable[[str], Any], what: str) -> Callable[[str], tuple[Any, ...]]:
+    """Return what reads several words with commas between them."""
 
+    def read(text: str) -> tuple[Any, ...]:
+        try:
+            return tuple(map(kind, _words(text)))
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"expected {what}, got {text!r}") from error
 
-def _reals(text: str) -> tuple[float, ...]:
-    return tuple(map(float, _words(text)))
+    return read
 
 
 def _components(text: str) -> int | None:
-    return None if text == "auto" else int(text)
-
-
-def _several_components(text: str) -> tuple[int | None, ...]:
-    return tuple(map(_components, _words(text)))
+    try:
+        return None if text == "auto" else int(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"expected a number or auto, got {text!r}") from error
 
 
 def parser() -> argparse.ArgumentParser:
@@ -136,12 +140,12 @@ def parser() -> argparse.ArgumentParser:
     sweep.add_argument("--mask", default=("row",), help=f"or several: {MASK}", **lists)
     sweep.add_argument("--propagate", default=("sparse",), help=f"or several: {CARRIED}", **lists)
     sweep.add_argument("--assign", default=("kmeans",), help=f"or several: {ASSIGNED}", **lists)
-    numbers: list[tuple[str, Any, Any, str]] = [
-        ("--experts", _numbers, (1,), EXPERTS),
-        ("--components", _several_components, (None,), COMPONENTS),
-        ("--pull", _reals, (0.5,), PULL),
+    several: list[tuple[str, Any, Any, str]] = [
+        ("--experts", _several(int, "numbers such as 1,16"), (1,), EXPERTS),
+        ("--components", _several(_components, "numbers or auto"), (None,), COMPONENTS),
+        ("--pull", _several(float, "numbers such as 0,0.5"), (0.5,), PULL),
     ]
-    for name, kind, default, words in numbers:
+    for name, kind, default, words in several:
         sweep.add_argument(
             name, type=kind, default=default, metavar="N,N", help=f"or several: {words}"
         )

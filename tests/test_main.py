@@ -349,6 +349,70 @@ def test_sparsify_writes_a_model_that_every_command_takes(
     assert (printed["realised"], len(printed["layers"])) == (0.5, 12)
 
 
+def test_a_mixture_is_made_told_of_and_taken_as_a_model(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "mixture"
+    options = ["--layers", "*.mlp.*", "--experts", "3", "--assign", "random", "--components", "0"]
+    assert main(_pruning(place, "sparsify", out, *options)) == 0
+    said = capsys.readouterr().out
+    whole = json.loads((out / "sparsity.json").read_text())
+    assert "each layer has 3 experts; in 0 layers clusters with too few tokens" in said
+    assert f"a token needs {whole['density']:.2%} of these layers' multiply-adds" in said
+    assert (
+        f"{whole['disk_bytes'] / 1e6:,.1f} MB on disk and {whole['memory_bytes'] / 1e6:,.1f}"
+        in said
+    )
+    noted = json.loads((out / "run.json").read_text())
+    assert (noted["experts"], noted["assign"], noted["components"]) == (3, "random", 0)
+    assert "--components 0" in noted["command"]
+    assert "--experts 3" in noted["command"]
+    words = ["--text", str(place / "text.txt"), "--length", "32", "--windows", "4"]
+    assert main(["perplexity", str(out), *words, "--json"]) == 0
+    scored = json.loads(capsys.readouterr().out)
+    model = entangle.load_model(out)
+    windows = entangle.token_windows(
+        place / "text.txt", entangle.load_tokenizer(out), windows=4, length=32
+    )
+    assert scored["perplexity"] == entangle.score(model, windows).perplexity
+    assert main(["measure", str(out), *words, "--out", str(tmp_path / "run")]) == 0
+    capsys.readouterr()
+    assert main(["rank", str(tmp_path / "run"), "--json"]) == 0
+    layers = {
+        row["neuron"].rsplit(":")[0] for row in json.loads(capsys.readouterr().out)["neurons"]
+    }
+    assert any("mlp" in layer for layer in layers)
+    assert main([*_pruning(place, "sparsify", tmp_path / "again"), "--layers", "*"]) == 0
+    again = ["sparsify", str(out), *words, "--sparsity", "0.5", "--out", str(tmp_path / "twice")]
+    capsys.readouterr()
+    assert main(again) == 2
+    assert "is expanded to 3 experts already" in capsys.readouterr().err
+    (out / "experts" / "1.safetensors").write_bytes(b"cut off")
+    assert main(["perplexity", str(out), *words]) == 2
+    assert "is damaged: experts/1.safetensors is not the file" in capsys.readouterr().err
+
+
+def test_a_sweep_has_a_line_for_each_number_of_experts(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "sweep"
+    options = ["--layers", "*.mlp.*", "--experts", "1,3", "--assign", "kmeans,random"]
+    options += ["--components", "auto,0", "--pull", "0,0.5", "--propagate", "dense"]
+    assert main(_pruning(place, "sweep", out, *options, "--method", "sparsegpt,wanda")) == 0
+    said = capsys.readouterr().out
+    heads = next(line for line in said.splitlines() if line.startswith("| method"))
+    assert [cell.strip() for cell in heads.split("|")[4:9]] == [
+        "experts", "assign", "components", "pull", "sparsity",
+    ]  # fmt: skip
+    noted = json.loads((out / "run.json").read_text())["command"]
+    assert "--components auto,0" in noted
+    assert "--experts 1,3" in noted
+    assert "--pull 0.0,0.5" in noted
+    table = runs.open_sweep(out)
+    assert len(table) == 1 + 1 + 2 * 2 * 2 + 1
+    assert (out / "figures" / "sweep.png").stat().st_size > 10_000
+
+
 def test_sweep_prints_its_table_and_draws_it(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -381,6 +445,11 @@ def test_sweep_prints_its_table_and_draws_it(
         ("sweep", ["--evaluation", "TEXT", "--evaluation-windows", "20"], "calibration windows"),
         ("sweep", ["--evaluation", "nowhere"], "there is no text at nowhere"),
         ("sweep", ["--evaluation-windows", "0"], "at least 1 window"),
+        ("sweep", ["--experts", ","], "at least one sparsity"),
+        ("sweep", ["--experts", "1,0"], "at least 1 expert, got experts=0"),
+        ("sweep", ["--experts", "4", "--pull", "-1"], "pull must be a number that is not neg"),
+        ("sparsify", ["--experts", "4", "--method", "wanda"], "experts are pruned by sparsegpt"),
+        ("sparsify", ["--experts", "4", "--components", "-3"], "components must not be negative"),
     ],
 )
 def test_bad_prunings_get_one_message_and_leave_nothing(
@@ -435,3 +504,21 @@ def test_every_architecture_is_measured_ranked_and_drawn(
     for words in (["heatmap"], ["layers"], ["ranks"], ["neuron", top["neuron"]]):
         assert main(["plot", run, *words]) == 0
         assert Path(capsys.readouterr().out.strip()).stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("option", "word", "message"),
+    [
+        ("--experts", "1,many", "expected numbers such as 1,16, got '1,many'"),
+        ("--pull", "half", "expected numbers such as 0,0.5, got 'half'"),
+        ("--components", "some", "expected a number or auto, got 'some'"),
+    ],
+)
+def test_words_that_are_no_numbers_are_told(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str, word: str,
+    message: str,
+) -> None:  # fmt: skip
+    with pytest.raises(SystemExit) as stopped:
+        main(_pruning(place, "sweep", tmp_path / "out", option, word))
+    assert stopped.value.code == 2
+    assert f"argument {option}: {message}" in capsys.readouterr().err

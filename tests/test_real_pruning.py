@@ -13,7 +13,7 @@ from benchmarks.prune import published
 from entangle.model.layers import find_layers, weight_of
 from entangle.numerics.moments import output_energy
 from entangle.numerics.pruning import Sparsity, sparse_gpt, wanda
-from entangle.study.calibration import Calibration, calibrate, walk_blocks
+from entangle.study.calibration import ONE, Calibration, calibrate, walk_blocks
 
 DATA = Path(__file__).parents[1] / "data"
 MODEL = DATA / "smollm2-135m"
@@ -35,7 +35,7 @@ class Calibrated:
             walk.advance()
         layers = find_layers(self.model, FIFTH)
         self.weights = {layer.name: weight_of(layer) for layer in layers}
-        self.calibrations: dict[str, Calibration] = calibrate(walk, layers, advance=False)
+        self.calibrations: dict[str, Calibration] = calibrate(walk, layers, advance=False)[ONE]
 
     def error(self, layer: str, pruned: torch.Tensor) -> float:
         calibration, weight = self.calibrations[layer], self.weights[layer].double()
@@ -95,3 +95,39 @@ def test_the_pruned_model_loads_anywhere_and_scores_the_same(tmp_path: Path) -> 
     assert np.array_equal(entangle.score(plain, held_out).window_nats, pruned.window_nats)
     zeros = sum(int((weight_of(layer) == 0).sum()) for layer in find_layers(plain))
     assert zeros == found.layers["zeros"].sum() == found.layers["weights"].sum() / 2
+
+
+def test_sixteen_experts_lose_less_on_text_that_they_have_not_seen(tmp_path: Path) -> None:
+    tokenizer = entangle.load_tokenizer(MODEL)
+    windows = entangle.token_windows(DATA / "python-docs", tokenizer, windows=32)
+    held = entangle.token_windows(DATA / "python-docs", tokenizer, windows=8, purpose="evaluation")
+    model = entangle.load_model(MODEL)
+    table = entangle.sweep(
+        model,
+        windows,
+        held,
+        [0.7],
+        methods=["sparsegpt"],
+        experts=[1, 16],
+        assign=["kmeans", "random"],
+        propagate=["dense"],
+        layers=["model.layers.3.mlp.*"],
+        out=tmp_path / "sweep",
+    )
+    one, clusters, control = table["held_out_error"][1:]
+    assert clusters < 0.95 * one < 0.95 * control  # a random split is worse than one expert
+    assert table["held_out_improvement"][2] > 1.03 > 1 > table["held_out_improvement"][3]
+    assert table["density"][2] == pytest.approx(
+        0.3 + 16 * (576 + 1536) / (3 * 576 * 1536), abs=1e-3
+    )
+    entangle.sparsify(
+        model, windows, 0.7, experts=16, propagate="dense", layers=["model.layers.3.mlp.*"],
+        out=tmp_path / "mixture",
+    )  # fmt: skip
+    loaded = entangle.load_model(tmp_path / "mixture")
+    assert np.array_equal(
+        entangle.score(loaded, held).window_nats, entangle.score(model, held).window_nats
+    )
+    assert entangle.score(loaded, held).nats == table["nats"][2]
+    size = sum(file.stat().st_size for file in (tmp_path / "mixture" / "experts").iterdir())
+    assert size == pytest.approx((16 * (0.3 + 1 / 32)) * 3 * 576 * 1536 * 4, rel=0.01)

@@ -1,0 +1,508 @@
+"""Routers against scikit-learn's own predictions, distances in float64, and the binomial law."""
+
+import copy
+import dataclasses
+import warnings
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from sklearn.cluster import KMeans
+from sklearn.decomposition import PCA
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.pipeline import Pipeline
+from threadpoolctl import threadpool_limits
+from torch import nn
+
+from entangle.numerics.routing import (
+    LEAST,
+    CentroidRouter,
+    RandomRouter,
+    Router,
+    Routes,
+    fit_router,
+    random_router,
+    router_of,
+)
+
+Floats = npt.NDArray[np.float64]
+
+
+def clustered(
+    tokens: int, inputs: int, clusters: int = 5, *, seed: int = 0, offset: float = 0.0
+) -> torch.Tensor:
+    """Return rows around centres that overlap, so that many lie near a border."""
+    generator = torch.Generator().manual_seed(seed)
+    centres = 0.7 * torch.randn(clusters, inputs, generator=generator)
+    mixing = torch.randn(inputs, inputs, generator=generator) / inputs**0.5
+    away = offset * torch.randn(inputs, generator=generator)
+    chosen = torch.randint(clusters, (tokens,), generator=generator)
+    rows = centres[chosen] + torch.randn(tokens, inputs, generator=generator) @ mixing
+    found: torch.Tensor = rows + away
+    return found
+
+
+def with_outliers(rows: torch.Tensor, count: int, seed: int = 9) -> torch.Tensor:
+    """Make the first rows one tight cluster, a thousand times as far away as the others."""
+    noise = torch.randn(count, rows.shape[1], generator=torch.Generator().manual_seed(seed))
+    return torch.cat([1e3 * rows[0] + 0.3 * noise, rows[count:]])
+
+
+def scikit(rows: torch.Tensor, experts: int, components: int, seed: int) -> Pipeline:
+    """Fit what a router should be equal to."""
+    kmeans = ("kmeans", KMeans(experts, n_init=1, random_state=seed))
+    pca = ("pca", PCA(components, svd_solver="covariance_eigh"))
+    with threadpool_limits(1), warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        return Pipeline([pca, kmeans] if components else [kmeans]).fit(rows.numpy())
+
+
+def squared_distances(pipeline: Pipeline, rows: torch.Tensor) -> Floats:
+    """Return those to the centroids of a fitted pipeline (tokens, experts), in float64."""
+    reduced = rows.double().numpy()
+    if "pca" in pipeline.named_steps:
+        pca = pipeline["pca"]
+        reduced = (reduced - pca.mean_.astype(np.float64)) @ pca.components_.T.astype(np.float64)
+    centroids = pipeline["kmeans"].cluster_centers_.astype(np.float64)
+    found: Floats = np.square(reduced[:, None] - centroids).sum(axis=2)
+    return found
+
+
+def is_nearest(chosen: torch.Tensor, distances: Floats) -> npt.NDArray[np.bool_]:
+    """Tell of which rows the chosen centroid is the nearest, or as near but for rounding."""
+    own = np.take_along_axis(distances, chosen.numpy()[:, None], axis=1)[:, 0]
+    nearest: npt.NDArray[np.bool_] = own <= distances.min(axis=1) * (1 + 1e-5)
+    return nearest
+
+
+def agree(router: Router, pipeline: Pipeline, rows: torch.Tensor) -> None:
+    """See that a router chooses as scikit-learn predicts, but where two are as near."""
+    chosen, distances = router.assign(rows), squared_distances(pipeline, rows)
+    assert router.experts == distances.shape[1]
+    predicted = torch.from_numpy(pipeline.predict(rows.numpy())).long()
+    assert is_nearest(chosen, distances).all()
+    differ = (chosen != predicted).numpy()
+    best = np.sort(distances[differ], axis=1)
+    assert (best[:, 1] <= best[:, 0] * (1 + 1e-5)).all()
+    assert differ.mean() < 0.005
+    assert len(chosen.unique()) == router.experts  # so that something was chosen at all
+
+
+# PCA and k-means.
+
+CASES = [
+    (64, None, 2),
+    (160, None, 5),
+    (31, None, 0),
+    (48, 7, 7),
+    (24, 0, 0),
+    (24, 24, 0),
+    (5, 9, 0),
+]
+
+
+@pytest.mark.parametrize("seed", [0, 5])
+@pytest.mark.parametrize("offset", [0.0, 10.0])
+@pytest.mark.parametrize(("inputs", "components", "expected"), CASES)
+def test_a_router_predicts_as_pca_and_k_means_do(
+    inputs: int, components: int | None, expected: int, offset: float, seed: int
+) -> None:
+    rows = clustered(1600, inputs, offset=offset)
+    sample, held_out = rows[:1200], rows[1200:]
+    router = fit_router(sample, 4, components=components, seed=seed)
+    pipeline = scikit(sample, 4, expected, seed)
+    agree(router, pipeline, sample)
+    agree(router, pipeline, held_out)
+    assert (router.matrix.shape, router.bias.shape) == ((inputs, 4), (4,))
+    assert router.matrix.dtype == router.bias.dtype == torch.float32
+    assert router.multiply_adds == 4 * inputs
+
+
+@pytest.mark.parametrize("seed", [0, 5])
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+@pytest.mark.parametrize(("inputs", "components", "expected"), CASES)
+def test_beside_massive_outliers_rows_go_to_the_nearest_centroid_too(
+    inputs: int, components: int | None, expected: int, offset: float, seed: int
+) -> None:
+    rows = with_outliers(clustered(1600, inputs, offset=offset), 80)
+    rows -= rows[40:1200].double().mean(dim=0).float()
+    sample, held_out = rows[40:1200], torch.cat([rows[:40], rows[1200:]])
+    router = fit_router(sample, 4, components=components, seed=seed)
+    pipeline = scikit(sample, 4, expected, seed)
+    assert min(np.bincount(pipeline["kmeans"].labels_)) == 40  # the outliers are one of the four
+    for part in (sample, held_out):  # whose predictions are less exact, where it adds in float32
+        chosen = router.assign(part)
+        assert is_nearest(chosen, squared_distances(pipeline, part)).all()
+        assert len(chosen.unique()) == 4
+
+
+@pytest.mark.parametrize(("inputs", "components"), [(64, 2), (160, 5), (48, 7)])
+def test_rows_far_from_zero_go_to_the_nearest_centroid_too(inputs: int, components: int) -> None:
+    rows = clustered(2000, inputs, offset=1000.0)
+    router = fit_router(rows, 5, components=components, seed=1)
+    distances = squared_distances(scikit(rows, 5, components, 1), rows)
+    own = np.take_along_axis(distances, router.assign(rows).numpy()[:, None], axis=1)[:, 0]
+    assert (own <= distances.min(axis=1) * (1 + 1e-2)).all()
+    assert (own == distances.min(axis=1)).mean() > 0.998
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_seed_others() -> None:
+    rows = clustered(600, 64)
+    first, again, other = (fit_router(rows, 6, seed=seed) for seed in (3, 3, 4))
+    assert torch.equal(first.matrix, again.matrix)
+    assert torch.equal(first.bias, again.bias)
+    assert not torch.equal(first.matrix, other.matrix)
+
+
+def test_bfloat16_rows_are_those_numbers() -> None:
+    rows = clustered(600, 64).bfloat16()
+    router, exact = fit_router(rows, 5), fit_router(rows.float(), 5)
+    assert torch.equal(router.matrix, exact.matrix)
+    assert torch.equal(router.assign(rows), exact.assign(rows.float()))
+    assert torch.equal(router.assign(rows.double()), exact.assign(rows.float()))
+    agree(router, scikit(rows.float(), 5, 2, 0), rows.float())
+
+
+def test_a_rows_expert_does_not_depend_on_the_rows_beside_it() -> None:
+    rows = clustered(300, 64)
+    for router in (fit_router(rows, 5), random_router(64, torch.ones(5))):
+        together = router.assign(rows)
+        alone = torch.cat([router.assign(row[None]) for row in rows])
+        assert torch.equal(together, alone)
+        order = torch.randperm(300, generator=torch.Generator().manual_seed(0))
+        assert torch.equal(router.assign(rows[order]), together[order])
+        assert torch.equal(router.assign(rows[7:11]), together[7:11])
+
+
+def test_automatic_casting_changes_no_choice() -> None:
+    rows = clustered(4000, 64, offset=1.0)
+    router = fit_router(rows, 6)
+    expected = router.assign(rows)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(router.assign(rows), expected)
+
+
+# Small clusters are merged.
+
+
+def groups(sizes: list[int], inputs: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return tight clusters of these sizes far from each other, and which row is of which."""
+    generator = torch.Generator().manual_seed(2)
+    centres = 20 * torch.randn(len(sizes), inputs, generator=generator)
+    owners = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+    rows = centres[owners] + 0.1 * torch.randn(len(owners), inputs, generator=generator)
+    order = torch.randperm(len(owners), generator=generator)
+    return rows[order], owners[order]
+
+
+@pytest.mark.parametrize("components", [0, 3])
+def test_the_rows_of_a_small_cluster_go_to_their_nearest_other(components: int) -> None:
+    rows, owners = groups([100, 15, 60, 16, 3, 40])
+    pipeline = scikit(rows, 6, components, 0)
+    sizes = np.bincount(pipeline["kmeans"].labels_, minlength=6)
+    assert sorted(sizes) == [3, 15, 16, 40, 60, 100]  # so that k-means found the groups
+    router = fit_router(rows, 6, components=components)
+    assert router.experts == 4
+    kept = np.flatnonzero(sizes >= 16)
+    expected = squared_distances(pipeline, rows)[:, kept].argmin(axis=1)
+    assert router.assign(rows).tolist() == expected.tolist()
+    for group, size in enumerate([100, 15, 60, 16, 3, 40]):
+        if size >= 16:
+            assert len(router.assign(rows[owners == group]).unique()) == 1
+
+
+def test_each_row_of_a_small_cluster_finds_its_own_nearest() -> None:
+    line = torch.cat([torch.full((50,), -10.0), torch.full((60,), 10.0), torch.tensor([-3.0, 4.0])])
+    rows = torch.stack([line, 0.01 * torch.arange(112.0)], dim=1)
+    rows[110:, 1] = 30.0  # a cluster of two, between the large ones and far from both
+    pipeline = scikit(rows, 3, 0, 0)
+    assert len(set(pipeline.predict(rows[110:].numpy()))) == 1
+    router = fit_router(rows, 3)
+    assert router.experts == 2
+    assert router.assign(rows[110:]).tolist() == router.assign(rows[[0, 60]]).tolist()
+
+
+@pytest.mark.parametrize("sizes", [[15, 9, 3], [5, 5, 5, 5], [2, 4, 4], [15, 15]])
+def test_one_expert_stays_if_all_clusters_are_small(sizes: list[int]) -> None:
+    rows, _ = groups(sizes)
+    router = fit_router(rows, len(sizes))
+    assert router.experts == 1
+    assert router.assign(rows).tolist() == [0] * sum(sizes)
+
+
+def test_of_small_clusters_the_largest_stays() -> None:
+    rows, owners = groups([4, 9, 2])
+    router = fit_router(torch.cat([rows] * 2), 3)  # 8, 18 and 4 rows
+    assert router.experts == 1
+    assert LEAST == 16
+    merged = fit_router(rows, 3)
+    centre = rows[owners == 1].mean(dim=0)
+    # With one expert there is nothing to compare: matrix and bias are the centroid's, or zero.
+    assert merged.matrix.shape == (8, 1)
+    assert bool(merged.assign(centre[None]) == 0)
+
+
+def test_there_are_no_more_experts_than_distinct_rows() -> None:
+    rows = torch.eye(64)[:3].repeat_interleave(20, dim=0)
+    for components in (None, 0, 2):
+        router = fit_router(rows, 8, components=components)
+        assert router.experts == 3
+        assert sorted(router.assign(torch.eye(64)[:3]).tolist()) == [0, 1, 2]
+        assert router.assign(rows).bincount().tolist() == [20, 20, 20]
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 20, 100])
+@pytest.mark.parametrize("value", [0.0, 3.3, -1e4])
+@pytest.mark.parametrize("inputs", [5, 64])
+def test_rows_that_are_all_the_same_have_one_expert(inputs: int, value: float, tokens: int) -> None:
+    router = fit_router(torch.full((tokens, inputs), value), 4)
+    assert router.experts == 1
+    assert torch.isfinite(router.matrix).all()
+    assert torch.isfinite(router.bias).all()
+    assert router.assign(clustered(50, inputs)).tolist() == [0] * 50
+
+
+def test_one_expert_gets_all() -> None:
+    rows = clustered(100, 64)
+    router = fit_router(rows, 1)
+    assert router.experts == 1
+    assert router(rows).counts == [100]
+
+
+def test_what_cannot_be_clustered_is_said() -> None:
+    rows = clustered(50, 8)
+    broken = rows.clone()
+    broken[3, 1], broken[3, 2], broken[9, 0] = torch.nan, torch.inf, -torch.inf
+    with pytest.raises(ValueError, match="found in 50 inputs, 2 of them NaN or infinite"):
+        fit_router(broken, 2)
+    with pytest.raises(ValueError, match="no clusters can be found in 0 inputs"):
+        fit_router(rows[:0], 2)
+    with pytest.raises(ValueError, match=r"experts >= 1, components >= 0, got 0, None"):
+        fit_router(rows, 0)
+    with pytest.raises(ValueError, match=r"experts >= 1, components >= 0, got 2, -1"):
+        fit_router(rows, 2, components=-1)
+
+
+# At random.
+
+
+def expected_counts(found: torch.Tensor, sizes: torch.Tensor) -> None:
+    """See that counts are within five standard deviations of the binomial law."""
+    shares, total = (sizes.double() / sizes.sum()).numpy(), int(found.sum())
+    deviations = np.sqrt(total * shares * (1 - shares))
+    assert (np.abs(found.numpy() - total * shares) <= 5 * deviations).all()
+
+
+@pytest.mark.parametrize("inputs", [1, 24, 300])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "sizes", [[1, 1], [900, 90, 9, 1], [0, 5, 0, 0, 3, 2, 0], [7], [0.25, 0.5, 0.25]]
+)
+def test_random_experts_have_the_shares_asked_for(
+    sizes: list[float], dtype: torch.dtype, inputs: int
+) -> None:
+    rows = torch.randn(20_000, inputs, generator=torch.Generator().manual_seed(1)).to(dtype)
+    rows = rows.unique(dim=0)  # of one input in bfloat16 there are few
+    shares = torch.tensor(sizes)
+    router = random_router(inputs, shares, seed=3)
+    assert router.experts == len(sizes)
+    found = router.assign(rows).bincount(minlength=len(sizes))
+    assert len(found) == len(sizes)
+    expected_counts(found, shares)
+    assert (found[shares == 0] == 0).all()
+
+
+def test_the_random_expert_is_one_of_the_row_and_of_its_bits() -> None:
+    rows = clustered(400, 24).bfloat16()
+    router = random_router(24, torch.ones(7))
+    chosen = router.assign(rows)
+    assert torch.equal(router.assign(rows.repeat(3, 1)), chosen.repeat(3))
+    assert torch.equal(router.assign(rows.float()), chosen)
+    assert torch.equal(router.assign(rows.float().T.contiguous().T), chosen)  # not its strides
+    nudged = rows.float()
+    nudged[:, 5] = nudged[:, 5].nextafter(torch.tensor(9.0))
+    same = float((router.assign(nudged) == chosen).float().mean())
+    assert abs(same - 1 / 7) < 5 * (1 / 7 * 6 / 7 / 400) ** 0.5  # as if drawn anew
+
+
+def test_every_input_matters_to_the_random_expert() -> None:
+    rows = torch.zeros(2000, 8)
+    for place in range(8):
+        line = rows.clone()
+        line[:, place] = torch.arange(1.0, 2001.0)
+        found = random_router(8, torch.ones(4)).assign(line).bincount(minlength=4)
+        expected_counts(found, torch.ones(4))
+
+
+def test_random_experts_know_nothing_of_geometry() -> None:
+    rows, owners = groups([4000, 4000], inputs=64)
+    sizes = torch.tensor([3.0, 2.0, 1.0])
+    chosen = random_router(64, sizes).assign(rows)
+    for group in (0, 1):
+        expected_counts(chosen[owners == group].bincount(minlength=3), sizes)
+    # And not of a cluster's inside: of neighbours along a line each is drawn for itself.
+    along = torch.ones(4000, 64) + torch.arange(4000.0)[:, None] / 4096
+    runs = random_router(64, torch.ones(2)).assign(along)
+    expected_counts((runs[1:] == runs[:-1]).long().bincount(minlength=2), torch.ones(2))
+
+
+def test_the_seed_decides_which_rows_go_where_at_random() -> None:
+    rows, sizes = clustered(2000, 24), torch.ones(4)
+    first, again, other = (random_router(24, sizes, seed=seed).assign(rows) for seed in (0, 0, 1))
+    assert torch.equal(first, again)
+    expected_counts((first == other).long().bincount(minlength=2), torch.tensor([3.0, 1.0]))
+
+
+@pytest.mark.parametrize("sizes", [[], [0.0, 0.0], [3.0, -1.0], [1.0, torch.nan]])
+def test_no_shares_are_refused(sizes: list[float]) -> None:
+    with pytest.raises(ValueError, match="expected the sizes of clusters, got"):
+        random_router(8, torch.tensor(sizes))
+
+
+# Routes, and who shares them.
+
+
+class Counting(RandomRouter):
+    """A router that counts how often it is asked."""
+
+    calls = 0
+
+    def assign(self, rows: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return super().assign(rows)
+
+
+def counting(layers: int, inputs: int = 8, experts: int = 5) -> Counting:
+    router = random_router(inputs, torch.ones(experts))
+    found = Counting(router.key.data, router.edges.data)
+    found.layers = layers
+    return found
+
+
+def check_routes(routes: Routes, chosen: torch.Tensor, experts: int) -> None:
+    order = np.argsort(chosen.numpy(), kind="stable")
+    assert np.array_equal(routes.order.numpy(), order)
+    assert routes.counts == np.bincount(chosen.numpy(), minlength=experts).tolist()
+
+
+@pytest.mark.parametrize("shape", [(40, 8), (4, 10, 8), (2, 5, 4, 8), (1, 8), (0, 8), (3, 0, 8)])
+def test_routes_are_sorted_by_expert_and_keep_the_order(shape: tuple[int, ...]) -> None:
+    rows = torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+    sizes = torch.tensor([1.0, 3.0, 0.0, 2.0])
+    for router in (
+        random_router(8, sizes),
+        fit_router(clustered(300, 8, 4), 4),
+        CentroidRouter(torch.zeros(8, 3), torch.tensor([0.0, 2.0, 2.0])),  # of ties the first
+    ):
+        chosen = router.assign(rows.reshape(-1, 8))
+        check_routes(router(rows), chosen, router.experts)
+    assert (chosen == 1).all()
+
+
+@pytest.mark.parametrize("layers", [0, 1, 2, 3])
+def test_layers_that_share_a_router_ask_once_for_the_same_inputs(layers: int) -> None:
+    router, rows = counting(layers), clustered(50, 8)
+    chosen = random_router(8, torch.ones(5)).assign(rows)
+    for call in range(7):
+        check_routes(router(rows), chosen, 5)
+        assert router.calls == call // max(layers, 1) + 1
+
+
+def test_routes_are_those_of_the_tensor_and_not_of_its_place_in_memory() -> None:
+    router = counting(layers=4)
+    first, second = clustered(50, 8), clustered(60, 8, seed=1)
+    for rows in (first, second, second, first, first.clone(), first[:20], first):
+        chosen = random_router(8, torch.ones(5)).assign(rows)
+        check_routes(router(rows), chosen, 5)
+    assert router.calls == 6
+    for seed in range(20):  # freed at once, so that the next may get its address
+        rows = clustered(50, 8, seed=seed)
+        check_routes(router(rows), random_router(8, torch.ones(5)).assign(rows), 5)
+        del rows
+    assert router.calls == 26
+
+
+def test_a_tensor_that_was_changed_in_place_is_routed_anew() -> None:
+    router, rows = counting(layers=3), clustered(50, 8)
+    before = router(rows)
+    rows.add_(1.0)
+    after = router(rows)
+    check_routes(after, random_router(8, torch.ones(5)).assign(rows), 5)
+    assert after.counts != before.counts
+    assert router.calls == 2
+    router(rows)
+    assert router.calls == 2
+
+
+def test_inputs_of_inference_mode_have_routes_too() -> None:
+    router = counting(layers=2)
+    with torch.inference_mode():
+        rows = clustered(50, 8) + 0
+        assert rows.is_inference()
+        chosen = random_router(8, torch.ones(5)).assign(rows)
+        for calls in (1, 1, 2, 2):
+            check_routes(router(rows), chosen, 5)
+            assert router.calls == calls
+        rows.add_(1.0)  # of which such a tensor tells nothing: the routes are not kept for long
+        check_routes(router(rows), random_router(8, torch.ones(5)).assign(rows), 5)
+
+
+@dataclasses.dataclass
+class Kinds:
+    centroid: CentroidRouter
+    random: RandomRouter
+
+
+@pytest.fixture
+def kinds() -> Kinds:
+    return Kinds(fit_router(clustered(300, 24), 5), random_router(24, torch.tensor([1.0, 2, 3])))
+
+
+def bits(module: nn.Module) -> dict[str, tuple[torch.dtype, bytes]]:
+    return {
+        name: (parameter.dtype, parameter.detach().numpy().tobytes())
+        for name, parameter in module.named_parameters()
+    }
+
+
+def test_casting_a_model_leaves_its_routers_exact(kinds: Kinds) -> None:
+    rows = clustered(200, 24)
+    for router in (kinds.centroid, kinds.random):
+        before, chosen = bits(router), router.assign(rows)
+        model = nn.ModuleDict({"router": router, "other": nn.Linear(3, 3)})
+        parameters = dict(router.named_parameters())
+        for cast in (model.bfloat16, model.half, model.double, model.float):
+            cast()
+            assert bits(router) == before
+        model.to(torch.bfloat16)
+        assert model["other"].weight.dtype == torch.bfloat16
+        assert bits(router) == before
+        assert torch.equal(router.assign(rows), chosen)
+        assert all(parameters[name] is value for name, value in router.named_parameters())
+        assert not any(parameter.requires_grad for parameter in router.parameters())
+        assert {p.device.type for p in copy.deepcopy(model).to("meta").parameters()} == {"meta"}
+
+
+def test_a_copy_of_a_router_has_seen_nothing() -> None:
+    router, rows = counting(layers=3), clustered(50, 8)
+    routes = router(rows)
+    twin = copy.deepcopy(router)
+    check_routes(twin(rows), random_router(8, torch.ones(5)).assign(rows), 5)
+    assert (router.calls, twin.calls, twin.layers) == (1, 2, 3)
+    assert bits(twin) == bits(router)
+    assert twin.key is not router.key
+    assert router(rows) is routes  # the original still knows
+    assert router.calls == 1
+
+
+def test_a_router_is_known_by_its_parameters(kinds: Kinds) -> None:
+    rows = clustered(100, 24)
+    for router in (kinds.centroid, kinds.random):
+        again = router_of({name: value.data for name, value in router.named_parameters()})
+        assert type(again) is type(router)
+        assert (again.experts, again.multiply_adds) == (router.experts, router.multiply_adds)
+        assert torch.equal(again.assign(rows), router.assign(rows))
+    for names, said in ((["bias"], "bias"), ([], "none"), (["key", "matrix"], "key, matrix")):
+        with pytest.raises(ValueError, match=f"no router has the parameters {said}$"):
+            router_of(dict.fromkeys(names, torch.zeros(3)))
