@@ -47,7 +47,8 @@ def rows_of(inputs: int) -> torch.Tensor:
     centres = torch.randn(64, inputs, generator=generator)
     chosen = torch.randint(64, (CALIBRATION,), generator=generator)
     noise = torch.randn(CALIBRATION, inputs, generator=generator)
-    return (noise + centres[chosen]) @ mixing
+    rows: torch.Tensor = (noise + centres[chosen]) @ mixing
+    return rows
 
 
 def one_expert(layer: nn.Linear, rows: torch.Tensor) -> torch.Tensor:
@@ -55,8 +56,7 @@ def one_expert(layer: nn.Linear, rows: torch.Tensor) -> torch.Tensor:
     moments = InputMoments.zeros(rows.shape[1])
     for batch in rows.split(BATCH):
         moments.add(batch)
-    pruned: torch.Tensor = prune(layer.weight, moments, SPARSITY).weight
-    return pruned
+    return prune(layer.weight, moments, SPARSITY).weight
 
 
 def mixture(layer: nn.Linear, rows: torch.Tensor) -> ExpertLinear:

@@ -143,7 +143,7 @@ def fit_router(
     more than there are tokens or inputs. A cluster with fewer than 16 rows is merged: each of its
     rows goes to the nearest other. So there may be fewer experts than asked for, at least one.
 
-    Source: arXiv 2405.15756, section 4 (Sparse Expansion).
+    Source: arXiv 2405.15756, Sparse Expansion.
 
     Raises:
         ValueError: no rows, rows that are not finite, or a number out of range.
