@@ -1,12 +1,13 @@
 """A folder is written whole or not at all, by one process at a time, and only over our own."""
 
+import hashlib
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from entangle.model.folders import check_target, new_file, new_folder
+from entangle.model.folders import check_sums, check_target, new_file, new_folder, sums
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -303,3 +304,51 @@ def test_a_link_is_followed_and_stays(tmp_path: Path) -> None:
         assert link.is_symlink()
         assert (real / "run.json").read_text() == number
     assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "real"]
+
+
+# Whether files are still what they were.
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> dict[str, bytes]:
+    """What is in files of a folder, of which one is large and one is empty."""
+    written = {"a.json": b"{}\n", "more/b": bytes(range(256)) * 5000, "more/empty": b""}
+    for name, data in written.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(data)
+    return written
+
+
+def test_sums_are_those_of_the_bytes(tmp_path: Path, files: dict[str, bytes]) -> None:
+    expected = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
+    assert sums(tmp_path, files) == expected
+    assert list(sums(tmp_path, reversed(list(files)))) == list(reversed(list(files)))
+    assert sums(tmp_path, ["a.json"]) == {"a.json": expected["a.json"]}
+    assert sums(tmp_path, []) == {}
+    check_sums(tmp_path, expected)
+    check_sums(tmp_path, {})
+    with pytest.raises(FileNotFoundError, match="nothing"):
+        sums(tmp_path, ["nothing"])
+
+
+@pytest.mark.parametrize("name", ["a.json", "more/b", "more/empty"])
+def test_a_file_that_is_missing_or_changed_is_named(
+    name: str, tmp_path: Path, files: dict[str, bytes]
+) -> None:
+    before = sums(tmp_path, files)
+    data = files[name]
+    flipped = data[:-1] + bytes([data[-1] ^ 1]) if data else b"x"
+    for changed in (flipped, data + b"\0"):
+        (tmp_path / name).write_bytes(changed)
+        with pytest.raises(ValueError, match="is damaged") as caught:
+            check_sums(tmp_path, before)
+        assert str(caught.value) == (
+            f"{tmp_path} is damaged: {name} is not the file that was written, make or copy it again"
+        )
+        check_sums(tmp_path, {other: before[other] for other in files if other != name})
+    (tmp_path / name).unlink()
+    with pytest.raises(ValueError, match=f"{tmp_path} is damaged: {name} is missing, make or copy"):
+        check_sums(tmp_path, before)
+    (tmp_path / name).mkdir()
+    with pytest.raises(ValueError, match=f"{name} is missing"):
+        check_sums(tmp_path, before)

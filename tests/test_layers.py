@@ -9,15 +9,18 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from entangle.model.experts import ExpertLinear
 from entangle.model.layers import (
     LinearLayer,
     check_prunable,
     find_blocks,
     find_layers,
+    replace_layer,
     skipped_parameters,
     weight_of,
     write_weight,
 )
+from entangle.numerics.routing import CentroidRouter, random_router
 from tests.tiny_models import ARCHITECTURES, tiny_model, tiny_vision_model
 
 LINEARS_IN_A_BLOCK = {
@@ -272,3 +275,76 @@ def test_a_layer_prints_short_and_compares_by_name() -> None:
         == "LinearLayer(name='transformer.h.0.attn.c_attn', block=0, role='attn.c_attn')"
     )
     assert first == LinearLayer(first.name, 0, "attn.c_attn", nn.Identity())
+
+
+# Expanded layers.
+
+
+def mixture_of(layer: LinearLayer, experts: int = 3) -> ExpertLinear:
+    """Return equal experts of a layer's weights."""
+    weight, bias = weight_of(layer), layer.module.bias
+    assert bias is None or isinstance(bias, torch.Tensor)
+    own = None if bias is None else bias.detach().clone()
+    router = random_router(layer.inputs, torch.ones(experts))
+    return ExpertLinear(weight.expand(experts, -1, -1).clone(), own, router, [1] * experts)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_replaced_layer_is_found_in_the_old_ones_place(name: str) -> None:
+    model, ids = tiny_model(name), torch.arange(3, 15)[None]
+    with torch.no_grad():
+        before = model(ids).logits
+    dense = find_layers(model)
+    replaced = [replace_layer(model, layer, mixture_of(layer)) for layer in dense[1::2]]
+    found = find_layers(model)
+    assert [(layer.name, layer.block, layer.role) for layer in found] == [
+        (layer.name, layer.block, layer.role) for layer in dense
+    ]
+    sizes = [(layer.neurons, layer.inputs) for layer in dense]
+    assert [(layer.neurons, layer.inputs) for layer in found] == sizes
+    for old, new, got in zip(dense[1::2], found[1::2], replaced, strict=True):
+        assert got.module is new.module is model.get_submodule(old.name)
+        assert (got.name, got.block, got.role) == (old.name, old.block, old.role)
+        assert weight_of(got).shape == (3, old.neurons, old.inputs)
+        assert all(torch.equal(expert, weight_of(old)) for expert in weight_of(got))
+    for old, new in zip(dense[::2], found[::2], strict=True):
+        assert new.module is old.module
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, before, rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        for layer in replaced:
+            weight_of(layer).zero_()
+        assert not torch.allclose(model(ids).logits, before, rtol=1e-2, atol=1e-2)
+
+
+def test_an_expanded_layer_may_be_replaced_by_a_plain_one() -> None:
+    model = tiny_model("gpt2")
+    (layer,) = find_layers(model, "*.1.mlp.c_fc")
+    expanded = replace_layer(model, layer, mixture_of(layer))
+    back = replace_layer(model, expanded, layer.module)
+    assert find_layers(model, "*.1.mlp.c_fc")[0].module is back.module is layer.module
+
+
+def test_an_expanded_layer_is_refused_with_its_number_of_experts() -> None:
+    model = tiny_model()
+    (up,) = find_layers(model, "*.1.mlp.up_proj")
+    replace_layer(model, up, mixture_of(up, experts=5))
+    layers = find_layers(model)
+    message = (
+        r"model\.layers\.1\.mlp\.up_proj is expanded to 5 experts already: prune the dense model, "
+        "or leave the layer out with a narrower pattern"
+    )
+    with pytest.raises(ValueError, match=message):
+        check_prunable(layers, layers)
+    check_prunable([layer for layer in layers if layer != up], layers)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral"])
+def test_routers_are_not_listed_as_skipped(name: str) -> None:
+    model = tiny_model(name)
+    before = skipped_parameters(model)
+    for layer in find_layers(model):
+        router = CentroidRouter(torch.ones(layer.inputs, 2), torch.ones(2))
+        weight = torch.ones(2, layer.neurons, layer.inputs)
+        replace_layer(model, layer, ExpertLinear(weight, None, router, [1, 1]))
+    assert skipped_parameters(model) == before

@@ -214,6 +214,22 @@ def test_rows_that_change_after_they_were_added_change_nothing(dtype: torch.dtyp
         assert np.allclose(found.moments().gram[expert], own.T @ own, rtol=1e-4, atol=1e-2)
 
 
+def test_rows_wait_until_there_are_some_thousands_and_no_longer() -> None:
+    seen: list[int] = []
+
+    def router(rows: torch.Tensor) -> torch.Tensor:
+        seen.append(len(rows))
+        return by_sign(rows)
+
+    found = ExpertMoments(InputMoments.zeros(8, experts=4), router)
+    for part in rows_of(9000, 8).split(300):
+        found.add(part)
+    assert seen == [4200, 4200]
+    found.moments()
+    found.moments()
+    assert seen == [4200, 4200, 600]
+
+
 def test_rows_of_a_graph_are_added_without_it() -> None:
     rows = rows_of(100, 8).requires_grad_()
     found = ExpertMoments(InputMoments.zeros(8, experts=4), by_sign)

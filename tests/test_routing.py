@@ -185,9 +185,9 @@ def test_automatic_casting_changes_no_choice() -> None:
 # Small clusters are merged.
 
 
-def groups(sizes: list[int], inputs: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
+def groups(sizes: list[int], inputs: int = 8, seed: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
     """Return tight clusters of these sizes far from each other, and which row is of which."""
-    generator = torch.Generator().manual_seed(2)
+    generator = torch.Generator().manual_seed(seed)
     centres = 20 * torch.randn(len(sizes), inputs, generator=generator)
     owners = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
     rows = centres[owners] + 0.1 * torch.randn(len(owners), inputs, generator=generator)
@@ -195,39 +195,88 @@ def groups(sizes: list[int], inputs: int = 8) -> tuple[torch.Tensor, torch.Tenso
     return rows[order], owners[order]
 
 
-@pytest.mark.parametrize("components", [0, 3])
-def test_the_rows_of_a_small_cluster_go_to_their_nearest_other(components: int) -> None:
-    rows, owners = groups([100, 15, 60, 16, 3, 40])
-    pipeline = scikit(rows, 6, components, 0)
-    sizes = np.bincount(pipeline["kmeans"].labels_, minlength=6)
-    assert sorted(sizes) == [3, 15, 16, 40, 60, 100]  # so that k-means found the groups
-    router = fit_router(rows, 6, components=components)
-    assert router.experts == 4
-    kept = np.flatnonzero(sizes >= 16)
-    expected = squared_distances(pipeline, rows)[:, kept].argmin(axis=1)
-    assert router.assign(rows).tolist() == expected.tolist()
-    for group, size in enumerate([100, 15, 60, 16, 3, 40]):
-        if size >= 16:
-            assert len(router.assign(rows[owners == group]).unique()) == 1
+def merged_by_hand(rows: torch.Tensor, labels: npt.NDArray[np.int32]) -> Floats:
+    """Return the centroids (experts, inputs) once the smallest cluster was merged again and again.
+
+    A cluster is a list of its rows here, and its centroid their mean.
+    """
+    exact = rows.double().numpy()
+    clusters = [np.flatnonzero(labels == label).tolist() for label in np.unique(labels)]
+    while len(clusters) > 1 and min(map(len, clusters)) < 16:
+        small = min(clusters, key=len)
+        centre = exact[small].mean(axis=0)
+        others = [cluster for cluster in clusters if cluster is not small]
+        far = [np.linalg.norm(exact[other].mean(axis=0) - centre) for other in others]
+        others[int(np.argmin(far))].extend(small)
+        clusters = others
+    return np.stack([exact[cluster].mean(axis=0) for cluster in clusters])
 
 
-def test_each_row_of_a_small_cluster_finds_its_own_nearest() -> None:
-    line = torch.cat([torch.full((50,), -10.0), torch.full((60,), 10.0), torch.tensor([-3.0, 4.0])])
-    rows = torch.stack([line, 0.01 * torch.arange(112.0)], dim=1)
-    rows[110:, 1] = 30.0  # a cluster of two, between the large ones and far from both
-    pipeline = scikit(rows, 3, 0, 0)
-    assert len(set(pipeline.predict(rows[110:].numpy()))) == 1
-    router = fit_router(rows, 3)
-    assert router.experts == 2
-    assert router.assign(rows[110:]).tolist() == router.assign(rows[[0, 60]]).tolist()
+def has_centroids(router: CentroidRouter, centroids: Floats, rows: torch.Tensor) -> None:
+    """See that a router without PCA scores rows as their distances from centroids do."""
+    assert router.experts == len(centroids)
+    places = router.assign(torch.from_numpy(centroids))
+    assert sorted(places.tolist()) == list(range(len(centroids)))
+    scores = (rows.double() @ router.matrix.double() + router.bias.double())[:, places].numpy()
+    halves = -0.5 * np.square(rows.double().numpy()[:, None] - centroids).sum(axis=2)
+    differences = (scores - scores[:, :1]) - (halves - halves[:, :1])
+    assert np.abs(differences).max() <= 1e-4 * np.abs(halves).max()
+    assert torch.equal(router.assign(rows), places[torch.from_numpy(halves.argmax(axis=1))])
 
 
-@pytest.mark.parametrize("sizes", [[15, 9, 3], [5, 5, 5, 5], [2, 4, 4], [15, 15]])
-def test_one_expert_stays_if_all_clusters_are_small(sizes: list[int]) -> None:
-    rows, _ = groups(sizes)
-    router = fit_router(rows, len(sizes))
-    assert router.experts == 1
-    assert router.assign(rows).tolist() == [0] * sum(sizes)
+@pytest.mark.parametrize(
+    ("sizes", "experts"),
+    [
+        ([100, 16, 60, 17], 4),
+        ([100, 15, 60, 16, 3, 40], None),
+        ([100, 2, 2, 3, 4, 5], None),
+        ([14, 13, 12, 11, 10, 9, 8], None),
+        ([15, 9, 3], 1),
+        ([5, 5, 5], 1),
+        ([2, 4, 4], 1),
+        ([15, 15], 1),
+        ([15, 17], 1),
+        ([16, 16], 2),
+    ],
+)
+def test_small_clusters_are_merged_with_their_nearest_the_smallest_first(
+    sizes: list[int], experts: int | None
+) -> None:
+    for seed in range(3):
+        rows, _ = groups(sizes, seed=seed)
+        labels = scikit(rows, len(sizes), 0, 0)["kmeans"].labels_
+        assert sorted(np.bincount(labels)) == sorted(sizes)  # so that k-means found the groups
+        router = fit_router(rows, len(sizes), components=0)
+        assert experts in {None, router.experts}
+        has_centroids(router, merged_by_hand(rows, labels), rows)
+
+
+def test_small_clusters_are_merged_after_pca() -> None:
+    rows, owners = groups([100, 15, 60, 3, 40], inputs=40)
+    router = fit_router(rows, 5, components=4)
+    pipeline = scikit(rows, 5, 4, 0)
+    reduced = torch.from_numpy(pipeline["pca"].transform(rows.numpy()))
+    labels = pipeline["kmeans"].labels_
+    assert sorted(np.bincount(labels)) == [3, 15, 40, 60, 100]
+    centroids = merged_by_hand(reduced, labels)
+    assert router.experts == len(centroids) == 3
+    nearest = torch.cdist(reduced.double(), torch.from_numpy(centroids)).argmin(dim=1)
+    chosen = router.assign(rows)
+    pairs = set(zip(chosen.tolist(), nearest.tolist(), strict=True))
+    assert len(pairs) == 3  # the same partition, its parts named in another order perhaps
+    for group in (0, 2, 4):
+        assert len(chosen[owners == group].unique()) == 1
+
+
+def test_outliers_in_tiny_clusters_become_one_experts_and_no_part_of_an_ordinary_one() -> None:
+    rows = torch.cat([clustered(1000, 24, 2), 300 + 20 * clustered(40, 24, 5, seed=3)])
+    labels = scikit(rows, 6, 0, 0)["kmeans"].labels_
+    assert min(np.bincount(labels[1000:], minlength=6)[labels[1000:]]) < 16
+    assert len(set(labels[1000:])) >= 4
+    router = fit_router(rows, 6, components=0)
+    chosen = router.assign(rows)
+    assert not {*chosen[:1000].tolist()} & {*chosen[1000:].tolist()}
+    assert chosen.bincount().min() >= 16
 
 
 def test_there_are_no_more_experts_than_distinct_rows() -> None:
@@ -320,6 +369,12 @@ def test_every_input_matters_to_the_random_expert() -> None:
         line[:, place] = torch.arange(1.0, 2001.0)
         found = random_router(8, torch.ones(4)).assign(line).bincount(minlength=4)
         expected_counts(found, torch.ones(4))
+
+
+def test_rows_of_zeros_have_an_expert_that_gets_rows() -> None:
+    for sizes in ([0, 0, 5, 1], [0, 7], [3, 0, 0]):
+        chosen = random_router(8, torch.tensor(sizes)).assign(torch.zeros(3, 8))
+        assert all(sizes[expert] > 0 for expert in chosen)
 
 
 def test_random_experts_know_nothing_of_geometry() -> None:

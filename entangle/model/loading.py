@@ -19,7 +19,13 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from entangle.model.packing import expanded_layers, is_expanded, load_expanded, save_expanded
+from entangle.model.packing import (
+    EXPANSION,
+    expanded_layers,
+    is_expanded,
+    load_expanded,
+    save_expanded,
+)
 from entangle.numerics.routing import Router
 
 DTYPES = {
@@ -53,7 +59,7 @@ def load_model(
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     target = _device(device)
     source, options = _source(name, revision, trust_remote_code)
-    if is_expanded(Path(source)):
+    if "gguf_file" not in options and is_expanded(Path(source)):
         return _load_expanded(Path(source), dtype, target, trust_remote_code)
     with _explained(name):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -108,6 +114,7 @@ def save_model(
         if expanded_layers(model):
             save_expanded(model, folder)
         else:
+            (folder / EXPANSION).unlink(missing_ok=True)  # of a model that was here before
             model.save_pretrained(folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)

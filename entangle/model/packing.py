@@ -7,6 +7,7 @@ making up the weights that it does not find.
 """
 
 import json
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -132,7 +133,7 @@ def load_expanded(folder: Path, trust_remote_code: bool = False) -> PreTrainedMo
     """
     try:
         about = json.loads((folder / EXPANSION).read_text(encoding="utf-8"))
-        version, described, expected = (about[key] for key in ("format", "layers", "sha256"))
+        version, described, expected = about["format"], about["layers"], dict(about["sha256"])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder} is damaged: {EXPANSION} cannot be read ({error!r})") from error
     if version != _FORMAT:
@@ -145,8 +146,9 @@ def load_expanded(folder: Path, trust_remote_code: bool = False) -> PreTrainedMo
     try:
         _fill(model, folder, described)
     except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        reason = textwrap.shorten(str(error), 300, placeholder=" ...")  # torch's is many lines
         raise ValueError(
-            f"{folder} is damaged: {EXPANSION} and its files do not belong together ({error})"
+            f"{folder} is damaged: {EXPANSION} and its files do not belong together ({reason})"
         ) from error
     empty = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if empty:
@@ -176,16 +178,23 @@ def _fill(model: PreTrainedModel, folder: Path, described: dict[str, dict[str, A
     """
     layers = {layer.name: layer for layer in find_layers(model)}
     routers: dict[str, Router] = {}
+    for name, about in described.items():
+        size = layers[name].neurons, layers[name].inputs
+        if (about["neurons"], about["inputs"]) != size:
+            raise ValueError(f"{name} is {size[0]} x {size[1]} in this model")
     for block in dict.fromkeys(about["block"] for about in described.values()):
         tensors = load_tensors(folder / "experts" / f"{block}.safetensors")
         for name, about in described.items():
             if about["block"] == block:
                 replace_layer(model, layers[name], _unpack_layer(name, about, tensors, routers))
-    # assign: the tensors themselves, so with their dtype
-    result = model.load_state_dict(load_tensors(folder / DENSE), strict=False, assign=True)
+    # Copied, since a product's last bit depends on how its factors lie in memory, and a file packs
+    # them closely. assign: the tensors themselves, so with their dtype.
+    dense = {name: tensor.clone() for name, tensor in load_tensors(folder / DENSE).items()}
+    result = model.load_state_dict(dense, strict=False, assign=True)
     if result.unexpected_keys:
         raise LookupError(f"the model has no {result.unexpected_keys[0]}")
-    model.tie_weights()
+    # As transformers does: what is tied by the configuration, but not here, stays apart.
+    model.tie_weights(missing_keys={*result.missing_keys}, recompute_mapping=False)
 
 
 def _unpack_layer(
@@ -195,7 +204,9 @@ def _unpack_layer(
     if owner not in routers:
         prefix = f"{owner} router "
         parts = {
-            key.removeprefix(prefix): tensors[key] for key in tensors if key.startswith(prefix)
+            key.removeprefix(prefix): tensors[key].clone()  # as above
+            for key in tensors
+            if key.startswith(prefix)
         }
         routers[owner] = router_of(parts)
     packed = Packed(tensors[f"{name} mask"], tensors[f"{name} values"])

@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Mapping
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from sklearn.cluster import KMeans
 from sklearn.decomposition import PCA
@@ -18,7 +19,9 @@ from sklearn.exceptions import ConvergenceWarning
 from threadpoolctl import threadpool_limits
 from torch import nn
 
-LEAST = 16  # rows of the sample: a smaller cluster is merged into the nearest
+Array = npt.NDArray[np.float64]
+
+LEAST = 16  # rows of the sample: a smaller cluster is merged with its nearest
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -140,8 +143,8 @@ def fit_router(
     """Fit PCA and k-means to a sample of a layer's inputs (tokens, inputs), and fold them.
 
     ``components`` of PCA are ``inputs // 32`` unless told otherwise, as published; 0 is none, as is
-    more than there are tokens or inputs. A cluster with fewer than 16 rows is merged: each of its
-    rows goes to the nearest other. So there may be fewer experts than asked for, at least one.
+    more than there are tokens or inputs. A cluster with fewer than 16 rows is merged with its
+    nearest, the smallest first. So there may be fewer experts than asked for, at least one.
 
     Source: arXiv 2405.15756, Sparse Expansion.
 
@@ -173,18 +176,35 @@ def fit_router(
         else:
             sample = sample - mean.astype(np.float32)
         kmeans = KMeans(min(experts, tokens), n_init=1, random_state=seed).fit(sample)
-    sizes = np.bincount(kmeans.labels_, minlength=kmeans.n_clusters)
-    kept = sizes >= LEAST
-    kept[sizes.argmax()] = True
-    centroids = kmeans.cluster_centers_[kept].astype(np.float64)
+    sizes = np.bincount(kmeans.labels_, minlength=kmeans.n_clusters).astype(np.float64)
+    centroids, sizes = _merged(kmeans.cluster_centers_.astype(np.float64), sizes)
     bias = -0.5 * (centroids**2).sum(axis=1)
     matrix = centroids.T if axes is None else axes.T @ centroids.T  # (inputs, experts)
     bias -= mean @ matrix
     # What is the same for all experts changes no choice, but costs precision. Not the mean: of a
     # cluster of outliers that would be large, and rounding would mix up the others.
-    usual = sizes[kept].argmax()
+    usual = sizes.argmax()
     matrix, bias = matrix - matrix[:, [usual]], bias - bias[usual]
     return CentroidRouter(torch.from_numpy(matrix).float(), torch.from_numpy(bias).float())
+
+
+def _merged(centroids: Array, sizes: Array) -> tuple[Array, Array]:
+    """Return centroids (experts, components) and sizes of clusters that are large enough.
+
+    The massive activations of first tokens fall into many tiny clusters far from all others: merged
+    with their nearest they become one that is large enough, and not a part of an ordinary one.
+    """
+    while len(sizes) > 1 and sizes.min() < LEAST:
+        small = int(sizes.argmin())
+        distances = ((centroids - centroids[small]) ** 2).sum(axis=1)
+        distances[small] = np.inf
+        near = int(distances.argmin())
+        if sizes[small]:
+            both = sizes[small] * centroids[small] + sizes[near] * centroids[near]
+            centroids[near] = both / (sizes[small] + sizes[near])
+        sizes[near] += sizes[small]
+        centroids, sizes = np.delete(centroids, small, axis=0), np.delete(sizes, small)
+    return centroids, sizes
 
 
 def random_router(inputs: int, sizes: torch.Tensor, *, seed: int = 0) -> RandomRouter:
