@@ -17,7 +17,7 @@ from entangle.numerics.moments import ExpertMoments, InputMoments
 from entangle.numerics.pruning import Sparsity, prune
 from entangle.numerics.routing import fit_router
 from entangle.study.calibration import SAMPLE
-from entangle.study.expansion import PULL
+from entangle.study.pruned import PULL
 
 SHAPES = [(1536, 576), (576, 1536), (2048, 2048)]  # neurons, inputs; the first two SmolLM2-135M's
 EXPERTS = 16

@@ -7,6 +7,7 @@ import os
 import shlex
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
@@ -72,7 +73,7 @@ def run_sparsify(args: argparse.Namespace) -> None:
     from entangle.model import folders
 
     folders.check_target(args.out, args.overwrite)  # before torch is imported, which takes seconds
-    from entangle.study.expansion import Pruning
+    from entangle.study.pruned import Pruning
 
     # A slip is told before a model is loaded.
     words = {name: getattr(args, name) for name in _PRUNING}
@@ -106,11 +107,12 @@ def run_sweep(args: argparse.Namespace) -> None:
     from entangle.model import folders
 
     folders.check_target(args.out, args.overwrite)
-    from entangle.study import runs, sweeping
+    from entangle.study import runs
+    from entangle.study.pruned import arms_of
 
     # A slip in these words is told before a model is loaded.
     words = {name: getattr(args, name) for name in _PRUNING}
-    sweeping.arms_of(args.sparsity, **words)
+    arms_of(args.sparsity, **words)
     windows, tokenizer = _text(args, "calibration")
     evaluation = entangle.token_windows(
         args.evaluation,
@@ -270,13 +272,15 @@ def _sparsified(result: dict[str, Any]) -> str:
     if result["experts"] > 1:
         merged = [layer for layer in result["layers"] if layer["clusters"] < result["experts"]]
         lines.append(
-            f"each layer has {result['experts']} experts; in {len(merged)} layers clusters with too "
-            "few tokens were merged into their nearest"
+            f"each layer has {result['experts']} experts (tokens assigned by {result['assign']}, "
+            f"components {result['components']}, pull {result['pull']:g}), and fewer in "
+            f"{len(merged)} layers, where clusters with too few tokens were merged"
         )
+    share = result["model_multiply_adds"] / result["model_dense_multiply_adds"]
     lines.append(
         f"a token needs {result['density']:.2%} of these layers' multiply-adds, routers included, "
-        f"and {result['model_multiply_adds'] / result['model_dense_multiply_adds']:.2%} of the "
-        f"model's; {result['stored'] / result['dense_multiply_adds']:.3g} times the dense layers' "
+        f"and {share:.2%} of those of all linear layers and the output embedding; "
+        f"{result['stored'] / result['dense_multiply_adds']:.3g} times the dense layers' "
         f"weights are stored, in {result['disk_bytes'] / 1e6:,.1f} MB on disk and "
         f"{result['memory_bytes'] / 1e6:,.1f} MB in memory"
     )
@@ -344,6 +348,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.command_line = command_line(args)
 
     def terminate(signum: int, frame: FrameType | None) -> None:
+        if _in_destructor(frame):  # where Python would ignore the exit
+            threading.Timer(0.05, signal.raise_signal, [signum]).start()
+            return
         sys.stderr.write(f"entangle: terminated: {_left(args)}\n")
         raise SystemExit(143)
 
@@ -367,6 +374,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         problem = f"{type(error).__name__}: {error}"
         return _fail(args, f"a bug, {problem}; please report what --debug prints", 1)
     return 0
+
+
+def _in_destructor(frame: FrameType | None) -> bool:
+    while frame is not None and frame.f_code.co_name != "__del__":
+        frame = frame.f_back
+    return frame is not None
 
 
 def _left(args: argparse.Namespace) -> str:

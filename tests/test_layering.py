@@ -30,6 +30,7 @@ ROOMS = {
         "perplexity",
         "calibration",
         "costs",
+        "pruned",
         "expansion",
         "tables",
         "sweeping",

@@ -357,7 +357,9 @@ def test_a_mixture_is_made_told_of_and_taken_as_a_model(
     assert main(_pruning(place, "sparsify", out, *options)) == 0
     said = capsys.readouterr().out
     whole = json.loads((out / "sparsity.json").read_text())
-    assert "each layer has 3 experts; in 0 layers clusters with too few tokens" in said
+    merged = sum(layer["clusters"] < 3 for layer in whole["layers"])
+    assert "each layer has 3 experts (tokens assigned by random, components 0, pull 0.5)" in said
+    assert f"and fewer in {merged} layers" in said
     assert f"a token needs {whole['density']:.2%} of these layers' multiply-adds" in said
     assert (
         f"{whole['disk_bytes'] / 1e6:,.1f} MB on disk and {whole['memory_bytes'] / 1e6:,.1f}"
@@ -390,6 +392,17 @@ def test_a_mixture_is_made_told_of_and_taken_as_a_model(
     (out / "experts" / "1.safetensors").write_bytes(b"cut off")
     assert main(["perplexity", str(out), *words]) == 2
     assert "is damaged: experts/1.safetensors is not the file" in capsys.readouterr().err
+
+
+def test_how_many_layers_have_merged_clusters_is_said(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--experts", "24", "--windows", "8", "--layers", "*.mlp.*"]
+    assert main([*_pruning(place, "sparsify", tmp_path / "out", *options)]) == 0
+    layers = json.loads((tmp_path / "out" / "sparsity.json").read_text())["layers"]
+    merged = sum(layer["clusters"] < 24 for layer in layers)
+    assert merged > 0
+    assert f"and fewer in {merged} layers, where clusters" in capsys.readouterr().out
 
 
 def test_a_sweep_has_a_line_for_each_number_of_experts(
@@ -485,6 +498,33 @@ def test_a_stopped_sweep_says_where_it_goes_on(place: Path, tmp_path: Path) -> N
     expected = f"terminated: what is done is kept in {partial}, and the same command goes on"
     assert expected in said
     assert list((partial / "arms").glob("*.json"))
+
+
+IN_DESTRUCTOR = """
+import os, signal, sys, time
+from entangle import __main__
+
+class Slow:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.01)
+
+def command(args):
+    Slow()
+    time.sleep(20)
+    print("ran on")
+
+__main__.COMMANDS["rank"] = command
+sys.exit(__main__.main(["rank", "nowhere"]))
+"""
+
+
+def test_a_signal_that_comes_inside_a_destructor_is_not_lost() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", IN_DESTRUCTOR], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (143, "")
+    assert done.stderr == "entangle: terminated: nothing is written\n"
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

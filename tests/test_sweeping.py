@@ -26,9 +26,8 @@ from entangle.model import packing
 from entangle.model.blocks import BlockWalk
 from entangle.numerics.pruning import Mask, Method
 from entangle.study import runs, sweeping
-from entangle.study.expansion import CHOICES, Propagate
 from entangle.study.perplexity import NotFiniteError
-from entangle.study.sweeping import arms_of
+from entangle.study.pruned import CHOICES, Propagate, arms_of
 from tests.test_expansion import random_windows
 from tests.tiny_models import tiny_model
 

@@ -31,7 +31,7 @@ class ExpertLinear(nn.Module):
         """Take a weight (experts, neurons, inputs), and a bias (neurons,) that all experts share.
 
         Raises:
-            ValueError: another number of experts in the weight than in the router or the counts.
+            ValueError: another number of experts, or of inputs, in the weight than in the router.
         """
         super().__init__()
         if not len(weight) == router.experts == len(counts):
@@ -39,10 +39,14 @@ class ExpertLinear(nn.Module):
                 f"expected a weight and a count for each of the router's {router.experts} experts, "
                 f"got {len(weight)} and {len(counts)}"
             )
+        if weight.shape[2] != router.inputs:
+            raise ValueError(
+                f"expected a router of {weight.shape[2]} inputs, got one of {router.inputs}"
+            )
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         self.router = router
-        self.counts = list(counts)
+        self.counts = [int(count) for count in counts]
         router.layers += 1
 
     @property
@@ -64,7 +68,7 @@ class ExpertLinear(nn.Module):
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """Return the outputs (..., neurons) of inputs (..., inputs)."""
-        routes = self.router(inputs)
+        routes = self.router(inputs, self)
         rows = inputs.reshape(-1, inputs.shape[-1])
         shape = (*inputs.shape[:-1], self.out_features)
         busy = [index for index, count in enumerate(routes.counts) if count]

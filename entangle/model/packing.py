@@ -25,6 +25,7 @@ from entangle.model.layers import LinearLayer, find_layers, replace_layer
 from entangle.numerics.routing import Router, router_of
 
 DENSE, EXPANSION = "dense.safetensors", "expansion.json"
+GENERATION = "generation_config.json"
 _FORMAT = 1
 
 Tensors = dict[str, torch.Tensor]
@@ -79,7 +80,7 @@ def save_expanded(model: PreTrainedModel, folder: Path) -> None:
     save_tensors(folder / DENSE, _dense_tensors(model, layers))
     owners: dict[int, str] = {}
     described = {}
-    files = ["config.json", DENSE]
+    files = [name for name in ("config.json", GENERATION, DENSE) if (folder / name).is_file()]
     for block in sorted({layer.block for layer in layers}):
         tensors: Tensors = {}
         for layer in layers:
@@ -144,6 +145,10 @@ def load_expanded(folder: Path, trust_remote_code: bool = False) -> PreTrainedMo
     folders.check_sums(folder, expected)
     model = _empty_model(folder, trust_remote_code)
     try:
+        blocks = {f"experts/{layer['block']}.safetensors" for layer in described.values()}
+        unknown = {"config.json", DENSE, *blocks} - {*expected}
+        if unknown:
+            raise ValueError(f"no sum of {min(unknown)}")
         _fill(model, folder, described)
     except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         reason = textwrap.shorten(str(error), 300, placeholder=" ...")  # torch's is many lines
@@ -164,7 +169,7 @@ def _empty_model(folder: Path, trust_remote_code: bool) -> PreTrainedModel:
         model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
             config, **options
         )
-    if (folder / "generation_config.json").is_file():
+    if (folder / GENERATION).is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     return model
 

@@ -76,10 +76,14 @@ class InputMoments:
         """Return each expert's moments as if ``strength · inputs`` average tokens had joined it.
 
         A cluster has too few tokens for a Gram of its own width, and of the directions that it
-        lacks the tokens of the other clusters know something.
+        lacks the tokens of the other clusters know something. Of an expert without tokens they
+        know all, whatever the strength.
         """
         pooled, tokens = self.pooled(), strength * self.inputs
-        lower = self.lower + pooled.lower * (tokens / float(pooled.count))
+        joined = torch.full_like(self.count, tokens, dtype=torch.float64)
+        joined[self.count == 0] = max(tokens, 1.0)
+        shares = (joined / float(pooled.count)).float()[:, None, None]
+        lower = self.lower + pooled.lower * shares
         return type(self)(lower, self.count + round(tokens))
 
 

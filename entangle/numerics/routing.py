@@ -34,17 +34,18 @@ class Routes:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Last:
-    """The routes found last, and for how many layers they are."""
+    """The routes found last, and which layers have taken them."""
 
     inputs: weakref.ref[torch.Tensor]
     version: int
     routes: Routes
-    layers: int
+    takers: frozenset[int]
 
 
 class Router(nn.Module):
     """What chooses an expert for each row (tokens, inputs): a row's choice is its own."""
 
+    inputs: int
     experts: int
     multiply_adds: int  # for a row
 
@@ -57,17 +58,22 @@ class Router(nn.Module):
         """Return the expert (tokens,) int64 of each row (tokens, inputs)."""
         raise NotImplementedError
 
-    def forward(self, inputs: torch.Tensor) -> Routes:
-        """Return the routes of inputs (..., inputs), found once for the layers that share them."""
+    def forward(self, inputs: torch.Tensor, layer: object = None) -> Routes:
+        """Return the routes of inputs (..., inputs), found once for the layers that share them.
+
+        A layer that asks again for the same tensor may have changed it where it lies.
+        """
         version = 0 if inputs.is_inference() else inputs._version
-        last, self._last = self._last, None
-        if last is None or last.inputs() is not inputs or last.version != version:
+        last, self._last, taker = self._last, None, id(layer)
+        known = last is not None and last.inputs() is inputs and last.version == version
+        if last is None or not known or taker in last.takers:
             chosen = self.assign(inputs.reshape(-1, inputs.shape[-1]))
             counts = chosen.bincount(minlength=self.experts).tolist()
             routes = Routes(chosen.argsort(stable=True), counts)
-            last = _Last(weakref.ref(inputs), version, routes, self.layers)
-        if last.layers > 1:  # kept for no longer, since inputs may be changed where they lie
-            self._last = dataclasses.replace(last, layers=last.layers - 1)
+            last = _Last(weakref.ref(inputs), version, routes, frozenset())
+        takers = last.takers | {taker}
+        if len(takers) < self.layers:
+            self._last = dataclasses.replace(last, takers=takers)
         return last.routes
 
     def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
@@ -106,7 +112,7 @@ class CentroidRouter(Router):
         super().__init__()
         self.matrix = _constant(matrix)  # (inputs, experts) float32
         self.bias = _constant(bias)  # (experts,) float32
-        self.experts = len(bias)
+        self.inputs, self.experts = matrix.shape
         self.multiply_adds = matrix.numel()
 
     def assign(self, rows: torch.Tensor) -> torch.Tensor:
@@ -116,22 +122,23 @@ class CentroidRouter(Router):
 
 
 class RandomRouter(Router):
-    """Routes a row by a hash of its bits, to experts with given shares of all rows: the control.
+    """Routes a row by a hash of its signs, to experts with given shares of all rows: the control.
 
-    It is a function of the row, like any router, and knows nothing of what the row means.
+    It is a function of the row, like any router, and knows nothing of what the row means; of its
+    signs, since they survive rounding. Equal rows go together: where inputs depend on nothing but
+    the token, as in a first block, sizes may be off.
     """
 
     def __init__(self, key: torch.Tensor, edges: torch.Tensor) -> None:
         super().__init__()
         self.key = _constant(key)  # (inputs,) int64, odd
         self.edges = _constant(edges)  # (experts - 1,) float64: where in [0, 1) one expert ends
-        self.experts = len(edges) + 1
+        self.inputs, self.experts = len(key), len(edges) + 1
         self.multiply_adds = len(key)
 
     def assign(self, rows: torch.Tensor) -> torch.Tensor:
         """Return the expert (tokens,) int64 of each row (tokens, inputs)."""
-        bits = rows.float().contiguous().view(torch.int32)
-        mixed = (bits * self.key).sum(dim=1)  # modulo 2^64
+        mixed = ((rows > 0) * self.key).sum(dim=1)  # modulo 2^64
         mixed = (mixed ^ ((mixed >> 33) & 0x7FFFFFFF)) * 0x62A9D9ED799705F5
         uniform = ((mixed >> 11) & (2**53 - 1)).double() / 2**53
         return torch.bucketize(uniform, self.edges, right=True)
@@ -143,8 +150,8 @@ def fit_router(
     """Fit PCA and k-means to a sample of a layer's inputs (tokens, inputs), and fold them.
 
     ``components`` of PCA are ``inputs // 32`` unless told otherwise, as published; 0 is none, as is
-    more than there are tokens or inputs. A cluster with fewer than 16 rows is merged with its
-    nearest, the smallest first. So there may be fewer experts than asked for, at least one.
+    more than there are tokens or inputs. A cluster of k-means with fewer than 16 rows is merged
+    with its nearest, the smallest first. So there may be fewer experts than asked for, at least one.
 
     Source: arXiv 2405.15756, Sparse Expansion.
 
@@ -175,7 +182,7 @@ def fit_router(
             sample = pca.transform(sample)
         else:
             sample = sample - mean.astype(np.float32)
-        kmeans = KMeans(min(experts, tokens), n_init=1, random_state=seed).fit(sample)
+        kmeans = KMeans(min(experts, tokens), n_init=1, random_state=seed % 2**32).fit(sample)
     sizes = np.bincount(kmeans.labels_, minlength=kmeans.n_clusters).astype(np.float64)
     centroids, sizes = _merged(kmeans.cluster_centers_.astype(np.float64), sizes)
     bias = -0.5 * (centroids**2).sum(axis=1)

@@ -112,7 +112,7 @@ def _choose(walk: BlockWalk, size: int, seed: int) -> list[torch.Tensor]:
 
 def _hash(numbers: npt.NDArray[np.uint64], seed: int) -> npt.NDArray[np.uint64]:
     """Return the SplitMix64 of numbers: of one seed no two are equal."""
-    mixed = numbers + np.uint64(seed % 2**64) * np.uint64(0xD1342543DE82EF95)
+    mixed = numbers + np.uint64(seed * 0xD1342543DE82EF95 % 2**64)
     mixed = (mixed + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
     mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

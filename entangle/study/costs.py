@@ -20,19 +20,19 @@ from entangle.numerics.routing import Router
 SUMS = ("multiply_adds", "router_multiply_adds", "stored", "disk_bytes", "memory_bytes")
 
 
-def costs_of(layer: LinearLayer) -> dict[str, Any]:
-    """Return what a pruned layer costs.
+def costs_of(layer: LinearLayer, *, with_router: bool = True) -> dict[str, Any]:
+    """Return what a pruned layer costs, with its router or, where another has it, without.
 
     ``multiply_adds`` are the non-zero weights of a token's expert, averaged over the calibration's
     tokens; ``stored`` those of all experts; ``disk_bytes`` are what entangle writes: experts packed,
-    one expert as a dense matrix. A router that layers share counts for the first of them.
+    one expert as a dense matrix.
     """
     weight, module = weight_of(layer), layer.module
     nonzeros = (weight != 0).sum(dim=(-2, -1)).double().reshape(-1).cpu()
     router, shares = None, torch.ones(1)
     disk = memory = weight.numel() * weight.element_size()
     if isinstance(module, ExpertLinear):
-        router = module.router if module.router.layers == 1 else None
+        router = module.router if with_router else None
         shares = torch.tensor(module.counts).double() / max(sum(module.counts), 1)
         disk = packed_bytes(weight)
     routing = 0 if router is None else _bytes_of(router)
@@ -64,15 +64,27 @@ def _bytes_of(router: Router) -> int:
     return sum(value.numel() * value.element_size() for value in router.parameters())
 
 
-def model_multiply_adds(model: PreTrainedModel) -> int:
-    """Return a dense model's multiply-adds for a token: its layers', and the output embedding's."""
+def model_multiply_adds(model: PreTrainedModel) -> float:
+    """Return the multiply-adds for a token of a model's linear layers and its output embedding.
+
+    Layers that are not expanded count as dense.
+    """
     head: nn.Module | None = model.get_output_embeddings()  # type: ignore[no-untyped-call]
-    output = [] if head is None else [p.numel() for p in head.parameters() if p.ndim > 1]
-    return sum(output) + sum(layer.neurons * layer.inputs for layer in find_layers(model))
+    total = 0.0 if head is None else sum(p.numel() for p in head.parameters() if p.ndim > 1)
+    routers = set()
+    for layer in find_layers(model):
+        if isinstance(layer.module, ExpertLinear):
+            first = id(layer.module.router) not in routers
+            routers.add(id(layer.module.router))
+            found = costs_of(layer, with_router=first)
+            total += found["multiply_adds"] + found["router_multiply_adds"]
+        else:
+            total += layer.neurons * layer.inputs
+    return total
 
 
-def totals(rows: Sequence[Mapping[str, Any]], dense_model: int) -> dict[str, float]:
-    """Return the sums over pruned layers, and the whole model's multiply-adds for a token.
+def totals(rows: Sequence[Mapping[str, Any]], dense_model: float) -> dict[str, float]:
+    """Return the sums over pruned layers, and those of all its layers (`model_multiply_adds`).
 
     ``density`` is the layers' multiply-adds, with their routers', over their dense ones.
     """

@@ -5,10 +5,9 @@ its inputs. One expert is plain one-shot pruning.
 """
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any
 
 import pandas as pd
 import torch
@@ -17,101 +16,21 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from entangle.model import folders
 from entangle.model.blocks import BlockWalk
-from entangle.model.experts import ExpertLinear
 from entangle.model.hooks import check_hooks
-from entangle.model.layers import (
-    LinearLayer,
-    check_prunable,
-    find_layers,
-    replace_layer,
-    weight_of,
-    write_weight,
-)
+from entangle.model.layers import LinearLayer, check_prunable, find_layers
 from entangle.model.loading import save_model
 from entangle.model.text import TokenWindows, check_windows
-from entangle.numerics.moments import output_energy
-from entangle.numerics.pruning import Mask, Method, Sparsity, check_group, prune
-from entangle.numerics.routing import Router
+from entangle.numerics.pruning import check_group
 from entangle.study import costs, runs
 from entangle.study.calibration import (
     HELD_OUT,
-    ONE,
-    Assign,
-    Calibration,
-    Clustering,
     calibrate,
     naming,
     sample_inputs,
     walk_blocks,
 )
+from entangle.study.pruned import PULL, PrunedLayer, Pruning, prune_layer
 from entangle.study.recording import provenance
-
-Propagate = Literal["sparse", "dense"]
-
-CHOICES: dict[str, tuple[str, ...]] = {
-    "method": ("sparsegpt", "wanda", "magnitude"),
-    "mask": ("row", "block"),
-    "propagate": ("sparse", "dense"),
-    "assign": ("kmeans", "random"),
-}
-PULL = 0.5  # times the number of inputs: the average tokens that each expert's Gram is pulled by
-
-
-@dataclasses.dataclass(frozen=True)
-class Pruning:
-    """How the layers of a model are pruned."""
-
-    sparsity: Sparsity
-    method: Method = "sparsegpt"
-    mask: Mask = "row"
-    propagate: Propagate = "sparse"
-    experts: int = 1
-    assign: Assign = "kmeans"
-    components: int | None = None
-    pull: float = PULL
-
-    @classmethod
-    def of(cls, sparsity: str | float | Sparsity, **words: Any) -> Self:
-        """Read one from words.
-
-        Raises:
-            ValueError: a word that is none of its choices, no sparsity, or a number out of range.
-        """
-        for name, word in words.items():
-            if name in CHOICES and word not in CHOICES[name]:
-                raise ValueError(f"{name} must be one of {', '.join(CHOICES[name])}, got {word!r}")
-        if not isinstance(sparsity, Sparsity):
-            sparsity = Sparsity.parse(sparsity)
-        pruning = cls(sparsity, **words)
-        if pruning.experts < 1:
-            raise ValueError(f"a layer needs at least 1 expert, got experts={pruning.experts}")
-        if pruning.components is not None and pruning.components < 0:
-            raise ValueError(
-                f"components must not be negative (0: no PCA), got {pruning.components}"
-            )
-        if not 0 <= pruning.pull < math.inf:
-            raise ValueError(f"pull must be a number that is not negative, got {pruning.pull}")
-        if pruning.experts > 1 and pruning.method != "sparsegpt":
-            raise ValueError(
-                f"experts are pruned by sparsegpt, got {pruning.experts} experts and "
-                f"{pruning.method}: use one expert or method sparsegpt"
-            )
-        return pruning
-
-    @property
-    def clustering(self) -> Clustering:
-        """How it splits the inputs of a layer."""
-        return ONE if self.experts == 1 else Clustering(self.experts, self.assign, self.components)
-
-    def words(self) -> dict[str, Any]:
-        """Return it as it was written; what only matters to several experts only with them."""
-        words: dict[str, Any] = {
-            name: getattr(self, name) for name in ("method", "mask", "propagate", "experts")
-        }
-        if self.experts > 1:
-            components = "auto" if self.components is None else self.components
-            words |= {"assign": self.assign, "components": components, "pull": self.pull}
-        return words | {"sparsity": str(self.sparsity)}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -245,15 +164,6 @@ def prunable_layers(
     return chosen
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class PrunedLayer:
-    """What became of a layer."""
-
-    row: dict[str, Any]  # a row of a table
-    lost: torch.Tensor  # (neurons,) float64: each one's ‖(w - ŵ)X‖² over the calibration's inputs X
-    held_out: torch.Tensor  # the same over inputs from other text; empty where there is none
-
-
 def prune_model(
     walk: BlockWalk,
     layers: Sequence[LinearLayer],
@@ -289,79 +199,3 @@ def prune_model(
                     one.advance()
             bar.update()
     return pruned
-
-
-def prune_layer(
-    model: PreTrainedModel,
-    layer: LinearLayer,
-    calibration: Calibration,
-    pruning: Pruning,
-    held_out: torch.Tensor | None = None,
-) -> PrunedLayer:
-    """Prune a layer in place, or put a mixture of experts in its place.
-
-    ``error`` is ‖(W - Ŵ)X‖² / ‖WX‖² over the calibration's inputs X, each with the Ŵ of its expert;
-    NaN for a layer without output. ``held_out_error`` is the same over the inputs (tokens, inputs)
-    ``held_out``. ``zeros`` are counted in the weights themselves.
-
-    Raises:
-        ValueError: as `prune` says; the message names the layer.
-    """
-    weight, moments, router = weight_of(layer), calibration.moments, calibration.router
-    with naming(layer):
-        pruned = prune(
-            weight,
-            moments if router is None else moments.pulled(pruning.pull),
-            pruning.sparsity,
-            method=pruning.method,
-            mask=pruning.mask,
-        )
-    change = weight.double() - pruned.weight.double()
-    lost = output_energy(change, moments).reshape(-1, layer.neurons).sum(dim=0)
-    unseen, unseen_energy = lost.new_empty(0), math.nan
-    if held_out is not None:
-        unseen = _energy(held_out, change, router)
-        unseen_energy = float(_energy(held_out, weight, None).sum())
-    experts = moments.count.reshape(-1).tolist()
-    if router is None:
-        write_weight(layer, pruned.weight)
-    else:
-        bias = getattr(layer.module, "bias", None)
-        mixture = ExpertLinear(pruned.weight, bias, router, experts)
-        layer = replace_layer(model, layer, mixture)
-    zeros = int((weight_of(layer) == 0).sum())
-    row = {
-        "layer": layer.name,
-        "block": layer.block,
-        "role": layer.role,
-        "neurons": layer.neurons,
-        "inputs": layer.inputs,
-        "clusters": len(experts),
-        "smallest_cluster": min(experts),
-        "largest_cluster": max(experts),
-        "weights": weight_of(layer).numel(),
-        "zeros": zeros,
-        "realised": zeros / weight_of(layer).numel(),
-        "error": _ratio(float(lost.sum()), calibration.energy),
-        "held_out_error": _ratio(float(unseen.sum()), unseen_energy),
-        "damping": max(pruned.damping),
-        "tokens": sum(experts),
-        "held_out_tokens": 0 if held_out is None else len(held_out),
-    }
-    return PrunedLayer(row | costs.costs_of(layer), lost, unseen)
-
-
-def _ratio(lost: float, energy: float) -> float:
-    return lost / energy if energy else math.nan
-
-
-def _energy(rows: torch.Tensor, weight: torch.Tensor, router: Router | None) -> torch.Tensor:
-    """Return each neuron's sum of squared outputs (neurons,) of rows (tokens, inputs), in float64.
-
-    Outputs themselves have no sum that cancels, so that float32 is enough for them.
-    """
-    if router is None:
-        return (rows.float() @ weight.float().T).double().square().sum(dim=0)
-    chosen = router.assign(rows)
-    parts = [_energy(rows[chosen == index], one, None) for index, one in enumerate(weight)]
-    return torch.stack(parts).sum(dim=0)

@@ -22,7 +22,7 @@ from numcodecs import Blosc
 from entangle.model import folders
 
 CHUNK = 4096  # neurons
-PACKAGES = ("entangle", "torch", "transformers", "numpy", "numba")
+PACKAGES = ("entangle", "torch", "transformers", "numpy", "numba", "scikit-learn")
 
 
 def versions() -> dict[str, str]:
@@ -187,6 +187,7 @@ def open_sweep(folder: str | Path) -> pd.DataFrame:
 
     Raises:
         FileNotFoundError: no sweep there.
+        ValueError: a sweep of a version that did not count multiply-adds.
     """
     folder = Path(folder)
     file = folder / "tables" / "sweep.csv"
@@ -194,6 +195,8 @@ def open_sweep(folder: str | Path) -> pd.DataFrame:
         raise FileNotFoundError(f"{folder} holds no tables/sweep.csv: expected a sweep's folder")
     words = ("method", "mask", "propagate", "assign", "components", "pull", "sparsity", "problem")
     table = pd.read_csv(file, dtype=dict.fromkeys(words, str))
+    if "density" not in table:
+        raise ValueError(f"{folder} is a sweep of an older version of entangle: run it again")
     table = table.fillna(dict.fromkeys(words, ""))
     table.attrs.update(read_json(folder / "run.json"))
     return table

@@ -1,7 +1,6 @@
 """Sweep over prunings of one model: prune, score, put the weights back, and make one table."""
 
 import dataclasses
-import itertools
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -29,21 +28,13 @@ from entangle.study.calibration import (
     save_rows,
     walk_blocks,
 )
-from entangle.study.expansion import (
-    PULL,
-    PrunedLayer,
-    Pruning,
-    prunable_layers,
-    prune_layer,
-    prune_model,
-)
+from entangle.study.expansion import prunable_layers, prune_model
 from entangle.study.perplexity import NotFiniteError, score
+from entangle.study.pruned import PULL, PrunedLayer, Pruning, arms_of, prune_layer
 from entangle.study.recording import provenance
 from entangle.study.tables import markdown, tables_of
 
 DENSE = "dense"  # the arm of the model as it is
-_ROUTED = ("assign", "components", "pull")
-_ORDER = ("propagate", "method", "mask", "experts", *_ROUTED)
 
 Row = dict[str, Any]
 
@@ -147,33 +138,6 @@ def sweep(
     return table
 
 
-def arms_of(sparsities: Sequence[str | float], **words: Sequence[Any]) -> list[Pruning]:
-    """Return the prunings of all combinations of words (see `Pruning`), each once.
-
-    Raises:
-        ValueError: a word that is none of the choices, no sparsity, or nothing to combine.
-    """
-    arms: dict[Pruning, None] = {}
-    order = sorted(words, key=list(_ORDER).index)
-    for combination in itertools.product(*(words[name] for name in order), sparsities):
-        arm = dict(zip(order, combination[:-1], strict=True))
-        if arm.get("method") == "magnitude":  # it sees no inputs
-            arm["propagate"] = words.get("propagate", ["sparse"])[0]
-        if arm.get("method", "sparsegpt") != "sparsegpt":  # a rival of experts, and none itself
-            arm["experts"] = 1
-        if arm.get("experts", 1) == 1:  # and so no router
-            arm = {name: word for name, word in arm.items() if name not in _ROUTED}
-        pruning = Pruning.of(combination[-1], **arm)
-        if pruning.sparsity.group:  # groups lie in a row
-            pruning = dataclasses.replace(pruning, mask="row")
-        arms[pruning] = None
-    if not arms:
-        raise ValueError(
-            f"a sweep needs at least one sparsity, {', '.join(order[:-1])} and {order[-1]}"
-        )
-    return list(arms)
-
-
 @contextmanager
 def _folder(
     out: str | Path | None, attributes: Mapping[str, Any], overwrite: bool
@@ -230,10 +194,10 @@ def _calibrate_dense(bench: _Bench, clusterings: Sequence[Clustering], folder: P
             walk.advance()
             held_out.advance()
             continue
-        seed = bench.windows.seed
+        seed, missing = bench.windows.seed, [c for c in clusterings if not files[block][c].exists()]
         rows = sample_inputs(held_out, here, HELD_OUT, seed, advance=True)
         save_rows(files[block][None], rows)
-        found = calibrate(walk, here, clusterings, seed=seed, advance=True)
+        found = calibrate(walk, here, missing, seed=seed, advance=True)
         for clustering, calibrations in found.items():
             save_calibrations(files[block][clustering], calibrations)
 

@@ -25,6 +25,7 @@ COSTS = (
 
 
 WORDS = ("method", "mask", "propagate", "experts", "assign", "components", "pull", "sparsity")
+USUAL = {"assign": "kmeans", "components": "auto", "pull": "0.5"}  # what need not be said
 
 Losses = npt.NDArray[np.float64]
 
@@ -77,9 +78,12 @@ def tables_of(results: Sequence[Mapping[str, Any]]) -> tuple[pd.DataFrame, pd.Da
 def _improvements(
     result: Mapping[str, Any], results: Sequence[Mapping[str, Any]]
 ) -> dict[str, Losses]:
-    """Return each neuron's RMSE with one expert over its own with several, where both ran."""
+    """Return each neuron's RMSE with one expert over that with several, where both ran.
+
+    That is on the same inputs, and so with dense propagation only.
+    """
     same = [name for name in WORDS if name not in {"experts", "assign", "components", "pull"}]
-    if result["experts"] == 1:
+    if result["experts"] == 1 or result["propagate"] == "sparse":  # which has other inputs
         return {}
     for one in results:
         if one.get("experts") == 1 and all(one[name] == result[name] for name in same):
@@ -126,8 +130,9 @@ def markdown(table: pd.DataFrame) -> str:
     ]
     arms = table[table["method"] != "dense"]
     mixtures = arms[arms["experts"] > 1]
-    always = {"method", "mask", "propagate", "sparsity"} | ({"experts"} if len(mixtures) else set())
-    words = [name for name in WORDS if name in always or mixtures[name].nunique() > 1]
+    words = [name for name in WORDS if name not in USUAL or {*mixtures[name]} - {USUAL[name]}]
+    if not len(mixtures):
+        words.remove("experts")
     improved = table["held_out_improvement"].notna().any()
     heads = ["realised", "perplexity", "ratio", "difference (nats)", "layer error", "held out"]
     heads += ["improvement"] if improved else []

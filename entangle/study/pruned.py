@@ -1,0 +1,200 @@
+"""How layers are pruned: what is asked for, and what becomes of one layer."""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any, Literal, Self
+
+import torch
+from transformers import PreTrainedModel
+
+from entangle.model.experts import ExpertLinear
+from entangle.model.layers import LinearLayer, replace_layer, weight_of, write_weight
+from entangle.numerics.moments import output_energy
+from entangle.numerics.pruning import Mask, Method, Sparsity, prune
+from entangle.numerics.routing import Router
+from entangle.study import costs
+from entangle.study.calibration import ONE, Assign, Calibration, Clustering, naming
+
+Propagate = Literal["sparse", "dense"]
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "method": ("sparsegpt", "wanda", "magnitude"),
+    "mask": ("row", "block"),
+    "propagate": ("sparse", "dense"),
+    "assign": ("kmeans", "random"),
+}
+_ROUTED = ("assign", "components", "pull")
+_ORDER = ("propagate", "method", "mask", "experts", *_ROUTED)
+PULL = 0.5  # times the number of inputs: the average tokens that each expert's Gram is pulled by
+
+
+@dataclasses.dataclass(frozen=True)
+class Pruning:
+    """How the layers of a model are pruned."""
+
+    sparsity: Sparsity
+    method: Method = "sparsegpt"
+    mask: Mask = "row"
+    propagate: Propagate = "sparse"
+    experts: int = 1
+    assign: Assign = "kmeans"
+    components: int | None = None
+    pull: float = PULL
+
+    @classmethod
+    def of(cls, sparsity: str | float | Sparsity, **words: Any) -> Self:
+        """Read one from words.
+
+        Raises:
+            ValueError: a word that is none of its choices, no sparsity, or a number out of range.
+        """
+        for name, word in words.items():
+            if name in CHOICES and word not in CHOICES[name]:
+                raise ValueError(f"{name} must be one of {', '.join(CHOICES[name])}, got {word!r}")
+        if not isinstance(sparsity, Sparsity):
+            sparsity = Sparsity.parse(sparsity)
+        pruning = cls(sparsity, **words)
+        if pruning.experts < 1:
+            raise ValueError(f"a layer needs at least 1 expert, got experts={pruning.experts}")
+        if pruning.components is not None and pruning.components < 0:
+            raise ValueError(
+                f"components must not be negative (0: no PCA), got {pruning.components}"
+            )
+        if not 0 <= pruning.pull < math.inf:
+            raise ValueError(f"pull must be a number that is not negative, got {pruning.pull}")
+        if pruning.experts > 1 and pruning.method != "sparsegpt":
+            raise ValueError(
+                f"experts are pruned by sparsegpt, got {pruning.experts} experts and "
+                f"{pruning.method}: use one expert or method sparsegpt"
+            )
+        return pruning
+
+    @property
+    def clustering(self) -> Clustering:
+        """How it splits the inputs of a layer."""
+        return ONE if self.experts == 1 else Clustering(self.experts, self.assign, self.components)
+
+    def words(self) -> dict[str, Any]:
+        """Return it as it was written; what only matters to several experts only with them."""
+        words: dict[str, Any] = {
+            name: getattr(self, name) for name in ("method", "mask", "propagate", "experts")
+        }
+        if self.experts > 1:
+            components = "auto" if self.components is None else self.components
+            words |= {"assign": self.assign, "components": components, "pull": self.pull}
+        return words | {"sparsity": str(self.sparsity)}
+
+
+def arms_of(sparsities: Sequence[str | float], **words: Sequence[Any]) -> list[Pruning]:
+    """Return the prunings of all combinations of words (see `Pruning`), each once.
+
+    Raises:
+        ValueError: a word that is none of the choices, no sparsity, or nothing to combine.
+    """
+    arms: dict[Pruning, None] = {}
+    order = sorted(words, key=_ORDER.index)
+    for combination in itertools.product(*(words[name] for name in order), sparsities):
+        arm = dict(zip(order, combination[:-1], strict=True))
+        if arm.get("method") == "magnitude":  # it sees no inputs
+            arm["propagate"] = words.get("propagate", ["sparse"])[0]
+        if arm.get("method", "sparsegpt") != "sparsegpt":  # a rival of experts, and none itself
+            arm["experts"] = 1
+        if arm.get("experts", 1) == 1:  # and so no router
+            arm = {name: word for name, word in arm.items() if name not in _ROUTED}
+        pruning = Pruning.of(combination[-1], **arm)
+        if pruning.sparsity.group:  # groups lie in a row
+            pruning = dataclasses.replace(pruning, mask="row")
+        arms[pruning] = None
+    if not arms:
+        raise ValueError(
+            f"a sweep needs at least one sparsity, {', '.join(order[:-1])} and {order[-1]}"
+        )
+    return list(arms)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class PrunedLayer:
+    """What became of a layer."""
+
+    row: dict[str, Any]  # a row of a table
+    lost: torch.Tensor  # (neurons,) float64: each one's ‖(w - ŵ)X‖² over the calibration's inputs X
+    held_out: torch.Tensor  # the same over inputs from other text; empty where there is none
+
+
+def prune_layer(
+    model: PreTrainedModel,
+    layer: LinearLayer,
+    calibration: Calibration,
+    pruning: Pruning,
+    held_out: torch.Tensor | None = None,
+) -> PrunedLayer:
+    """Prune a layer in place, or put a mixture of experts in its place.
+
+    ``error`` is ‖(W - Ŵ)X‖² / ‖WX‖² over the calibration's inputs X, each with the Ŵ of its expert;
+    NaN for a layer without output. ``held_out_error`` is the same over the inputs (tokens, inputs)
+    ``held_out``. ``zeros`` are counted in the weights themselves.
+
+    Raises:
+        ValueError: as `prune` says; the message names the layer.
+    """
+    weight, moments, router = weight_of(layer), calibration.moments, calibration.router
+    with naming(layer):
+        pruned = prune(
+            weight,
+            moments if router is None else moments.pulled(pruning.pull),
+            pruning.sparsity,
+            method=pruning.method,
+            mask=pruning.mask,
+        )
+    change = weight.double() - pruned.weight.double()
+    lost = output_energy(change, moments).reshape(-1, layer.neurons).sum(dim=0)
+    unseen, unseen_energy = lost.new_empty(0), math.nan
+    if held_out is not None:
+        unseen = _energy(held_out, change, router)
+        unseen_energy = float(_energy(held_out, weight, None).sum())
+    experts = moments.count.reshape(-1).tolist()
+    if router is None:
+        write_weight(layer, pruned.weight)
+    else:
+        bias = getattr(layer.module, "bias", None)
+        mixture = ExpertLinear(pruned.weight, bias, router, experts)
+        layer = replace_layer(model, layer, mixture)
+    first = router is None or router.layers == 1  # of the layers that share it
+    zeros = int((weight_of(layer) == 0).sum())
+    row = {
+        "layer": layer.name,
+        "block": layer.block,
+        "role": layer.role,
+        "neurons": layer.neurons,
+        "inputs": layer.inputs,
+        "clusters": len(experts),
+        "smallest_cluster": min(experts),
+        "largest_cluster": max(experts),
+        "weights": weight_of(layer).numel(),
+        "zeros": zeros,
+        "realised": zeros / weight_of(layer).numel(),
+        "error": _ratio(float(lost.sum()), calibration.energy),
+        "held_out_error": _ratio(float(unseen.sum()), unseen_energy),
+        "damping": max(pruned.damping),
+        "tokens": sum(experts),
+        "held_out_tokens": 0 if held_out is None else len(held_out),
+    }
+    return PrunedLayer(row | costs.costs_of(layer, with_router=first), lost, unseen)
+
+
+def _ratio(lost: float, energy: float) -> float:
+    return lost / energy if energy else math.nan
+
+
+def _energy(rows: torch.Tensor, weight: torch.Tensor, router: Router | None) -> torch.Tensor:
+    """Return each neuron's sum of squared outputs (neurons,) of rows (tokens, inputs), in float64.
+
+    Outputs themselves have no sum that cancels, so that float32 is enough for them.
+    """
+    if router is None:
+        return (rows.float() @ weight.float().T).double().square().sum(dim=0)
+    chosen = router.assign(rows)
+    parts = [_energy(rows[chosen == index], one, None) for index, one in enumerate(weight)]
+    return torch.stack(parts).sum(dim=0)
