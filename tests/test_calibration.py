@@ -7,6 +7,7 @@ import torch
 
 from entangle.model.blocks import BlockWalk
 from entangle.model.layers import find_layers, weight_of
+from entangle.numerics.routing import RandomRouter
 from entangle.study.calibration import (
     ONE,
     Clustering,
@@ -113,6 +114,20 @@ def test_a_clustering_is_the_same_bits_with_or_without_others() -> None:
         theirs = found[1][Clustering(3)][name]
         assert torch.equal(mine.moments.lower, theirs.moments.lower)
         assert mine.moments.count.tolist() == theirs.moments.count.tolist()
+
+
+@pytest.mark.parametrize("seed", [0, 2, 2**40])
+def test_any_seed_draws_the_random_control(seed: int) -> None:
+    routers = []
+    for one in (seed, seed + 1):
+        walk = walk_of()
+        layers = find_layers(walk.model, ["*.0.mlp.down_proj"])
+        found = calibrate(walk, layers, [Clustering(3, "random")], seed=one, advance=False)
+        routers.append(found[Clustering(3, "random")][layers[0].name].router)
+    first, second = routers
+    assert isinstance(first, RandomRouter)
+    assert isinstance(second, RandomRouter)
+    assert not torch.equal(first.key, second.key)
 
 
 def test_calibrations_and_rows_come_back_from_disk_bit_for_bit(tmp_path: Path) -> None:

@@ -21,7 +21,13 @@ from entangle.model.text import TokenWindows
 from entangle.numerics.moments import InputMoments
 from entangle.numerics.pruning import Sparsity, prune
 from tests.test_expansion import inputs_of, random_windows
-from tests.tiny_models import ARCHITECTURES, tiny_model, tiny_tokenizer, tiny_vision_model
+from tests.tiny_models import (
+    ARCHITECTURES,
+    save_tiny,
+    tiny_model,
+    tiny_tokenizer,
+    tiny_vision_model,
+)
 
 WINDOWS = 24  # of 16 tokens: enough for three clusters of 16
 OPTIONS: dict[str, Any] = {"experts": 3, "batch_size": 2}
@@ -58,15 +64,16 @@ def expanded_naively(layer: LinearLayer, rows: torch.Tensor, pull: float) -> lis
     return weights
 
 
+@pytest.mark.parametrize("propagate", ["dense", "sparse"])
 @pytest.mark.parametrize("pull", [0.0, 0.5])
-def test_experts_are_pruned_for_the_tokens_of_their_clusters(pull: float) -> None:
+def test_experts_are_pruned_for_the_tokens_of_their_clusters(pull: float, propagate: str) -> None:
     windows, model = random_windows(WINDOWS), tiny_model("llama")
     dense = tiny_model("llama")
     layers = find_layers(dense)
     rows = inputs_of(dense, layers, windows, 0)
-    found = entangle.sparsify(model, windows, 0.5, propagate="dense", pull=pull, **OPTIONS)
+    found = entangle.sparsify(model, windows, 0.5, propagate=propagate, pull=pull, **OPTIONS)
     table = found.layers.set_index("layer")
-    for layer in layers:
+    for layer in layers if propagate == "dense" else layers[:7]:  # block 0 has the same inputs
         expected = expanded_naively(layer, rows[layer.name], pull)
         labels = clusters_of(rows[layer.name], 3)
         module = mixture_of(model, layer.name)
@@ -234,20 +241,21 @@ def test_one_token_and_equal_tokens_can_be_expanded() -> None:
 
 
 def test_bfloat16_is_expanded_saved_and_generates(tmp_path: Path) -> None:
-    model = tiny_model("llama", dtype=torch.bfloat16)
+    save_tiny(tmp_path / "dense", dtype=torch.bfloat16)
+    model: Any = entangle.load_model(tmp_path / "dense")  # its buffers are float32, as they should
     entangle.sparsify(model, random_windows(WINDOWS), 0.5, out=tmp_path / "out", **OPTIONS)
     loaded: Any = entangle.load_model(tmp_path / "out")
     module = mixture_of(loaded, "model.layers.0.mlp.up_proj")
     assert module.weight.dtype == torch.bfloat16
     assert all(p.dtype == torch.float32 for p in module.router.parameters())
     prompt = torch.tensor([[5, 9, 30]])
-    generated = loaded.generate(prompt, max_new_tokens=6, do_sample=False)
-    tokens = prompt
+    written, read = (
+        one.generate(prompt, max_new_tokens=6, do_sample=False) for one in (model, loaded)
+    )
+    assert torch.equal(written, read)
     with torch.no_grad():
-        for _ in range(generated.shape[1] - 3):
-            logits = model(tokens, use_cache=False).logits[:, -1]
-            tokens = torch.cat([tokens, logits.argmax(dim=-1, keepdim=True)], dim=1)
-    assert torch.equal(generated, tokens)
+        first = model(prompt, use_cache=False).logits[:, -1].argmax()
+    assert read[0, 3] == first
 
 
 @pytest.mark.parametrize(
@@ -314,6 +322,26 @@ def test_arms_with_experts_score_as_the_model_expanded_alone() -> None:
         assert arm["layer_error"] == found.error
         assert arm["realised"] == found.sparsity
         assert arm["stored"] == found.layers["stored"].sum()
+
+
+def test_arms_with_and_without_pca_are_apart() -> None:
+    options: dict[str, Any] = {
+        "hidden_size": 96,
+        "num_attention_heads": 3,
+    }  # of 96 inputs 3 components
+    held, windows = random_windows(5, seed=7), random_windows(WINDOWS)
+    table = entangle.sweep(
+        tiny_model("llama", **options), windows, held, [0.5], methods=["sparsegpt"],
+        propagate=["dense"], experts=[3], components=[None, 0], layers="*.q_proj", batch_size=2,
+    )  # fmt: skip
+    for place, components in ((1, None), (2, 0)):
+        alone = tiny_model("llama", **options)
+        entangle.sparsify(
+            alone, windows, 0.5, propagate="dense", experts=3, components=components,
+            layers="*.q_proj", batch_size=2,
+        )  # fmt: skip
+        assert table["nats"][place] == entangle.score(alone, held, batch_size=2).nats
+    assert table["nats"][1] != table["nats"][2]
 
 
 def lost_by_neuron(

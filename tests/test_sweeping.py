@@ -160,6 +160,9 @@ def test_tables_are_written_and_read(tmp_path: Path) -> None:
         entangle.open_run(tmp_path / "run")
     with pytest.raises(FileNotFoundError, match=r"no tables/sweep.csv"):
         runs.open_sweep(tmp_path)
+    table.drop(columns="density").to_csv(tmp_path / "run" / "tables" / "sweep.csv")
+    with pytest.raises(ValueError, match="run is a sweep of an older version of entangle"):
+        runs.open_sweep(tmp_path / "run")
 
 
 def test_an_arm_that_fails_says_why_and_costs_the_others_nothing(tmp_path: Path) -> None:

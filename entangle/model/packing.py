@@ -216,4 +216,6 @@ def _unpack_layer(
         routers[owner] = router_of(parts)
     packed = Packed(tensors[f"{name} mask"], tensors[f"{name} values"])
     weight = unpack(packed, (about["experts"], about["neurons"], about["inputs"]))
-    return ExpertLinear(weight, tensors.get(f"{name} bias"), routers[owner], about["tokens"])
+    bias = tensors.get(f"{name} bias")
+    bias = None if bias is None else bias.clone()
+    return ExpertLinear(weight, bias, routers[owner], about["tokens"])
