@@ -46,9 +46,9 @@ def load_model(
 ) -> PreTrainedModel:
     """Load a causal language model in eval mode from a hub id, a folder or a ``.gguf`` file.
 
-    The folder may be that of an expanded model, which only entangle can load. ``dtype`` is ``auto`` (as stored), ``float32``, ``bfloat16`` or ``float16``; ``device`` is
-    ``auto`` (CUDA if there is one) or as in torch. Nothing loaded runs code of its own unless
-    ``trust_remote_code``.
+    The folder may be that of an expanded model, which only entangle can load. ``dtype`` is
+    ``auto`` (as stored), ``float32``, ``bfloat16`` or ``float16``; ``device`` is ``auto`` (CUDA if
+    there is one) or as in torch. Nothing loaded runs code of its own unless ``trust_remote_code``.
 
     Raises:
         FileNotFoundError: a path that is not there, or a folder without a model.
