@@ -184,17 +184,24 @@ def test_a_layer_without_output_has_no_error_and_json_says_null(tmp_path: Path) 
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("mask", ["row", "block"])
-def test_a_gpu_prunes_as_the_cpu(mask: str) -> None:
+@pytest.mark.parametrize(("mask", "experts"), [("row", 1), ("block", 1), ("row", 3)])
+def test_a_gpu_prunes_as_the_cpu(mask: str, experts: int) -> None:
     models: list[Any] = [tiny_model("llama"), tiny_model("llama")]
     models[1].to("cuda")
     errors = [
-        entangle.sparsify(model, random_windows(12), 0.5, mask=mask).layers["error"]
+        entangle.sparsify(model, random_windows(24), 0.5, mask=mask, experts=experts).layers[
+            "error"
+        ]
         for model in models
     ]
     assert errors[1].tolist() == pytest.approx(errors[0].tolist(), rel=0.02)
     table = entangle.sweep(
-        models[1], random_windows(), random_windows(seed=7), [0.5], propagate=["dense"]
+        tiny_model("llama").to("cuda"),  # type: ignore[arg-type]  # a device is right
+        random_windows(24),
+        random_windows(seed=7),
+        [0.5],
+        experts=[experts],
+        propagate=["dense"],
     )
     assert table["perplexity"].notna().all()
 
