@@ -6,6 +6,7 @@ import math
 import os
 import shlex
 import signal
+import statistics
 import sys
 import threading
 import traceback
@@ -270,11 +271,12 @@ def _sparsified(result: dict[str, Any]) -> str:
         f"largest {worst['error']:.4g} ({worst['layer']})",
     ]
     if result["experts"] > 1:
-        merged = [layer for layer in result["layers"] if layer["clusters"] < result["experts"]]
+        clusters = [layer["clusters"] for layer in result["layers"]]
         lines.append(
-            f"each layer has {result['experts']} experts (tokens assigned by {result['assign']}, "
-            f"components {result['components']}, pull {result['pull']:g}), and fewer in "
-            f"{len(merged)} layers, where clusters with too few tokens were merged"
+            f"each layer has up to {result['experts']} experts, in the median "
+            f"{statistics.median(clusters):g} and {min(clusters)} at least, where clusters with too "
+            f"few tokens were merged (tokens assigned by {result['assign']}, components "
+            f"{result['components']}, pull {result['pull']:g})"
         )
     share = result["model_multiply_adds"] / result["model_dense_multiply_adds"]
     lines.append(

@@ -86,6 +86,8 @@ def test_each_number_of_experts_and_each_rival_has_a_line_of_its_own_colour() ->
     styles = {label: line.get_linestyle() for label, line in lines.items()}
     assert styles["sparsegpt, 16 experts"] == "-"
     assert styles["sparsegpt, 16 experts, at random"] == "--"
+    assert lines["sparsegpt, 16 experts"].get_marker() == "o"
+    assert lines["sparsegpt, 16 experts, at random"].get_marker() == "x"
     colours = {label: mpl.colors.to_hex(line.get_color()) for label, line in lines.items()}
     assert colours["sparsegpt, 16 experts"] == colours["sparsegpt, 16 experts, at random"]
     assert len(set(colours.values())) == 4

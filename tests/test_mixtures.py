@@ -269,6 +269,9 @@ def test_bfloat16_is_expanded_saved_and_generates(tmp_path: Path) -> None:
             r"components must not be negative \(0: no PCA\), got -1",
         ),
         ({"experts": 4, "pull": -0.5}, "pull must be a number that is not negative, got -0.5"),
+        ({"experts": 2.5}, "at least 1 expert, got experts=2.5"),
+        ({"experts": 2, "components": "x"}, "components must not be negative .*, got 'x'"),
+        ({"experts": 2, "pull": "x"}, "pull must be a number that is not negative, got 'x'"),
         ({"experts": 4, "pull": math.nan}, "pull must be a number that is not negative, got nan"),
     ],
 )

@@ -130,4 +130,5 @@ def test_sixteen_experts_lose_less_on_text_that_they_have_not_seen(tmp_path: Pat
     )
     assert entangle.score(loaded, held).nats == table["nats"][2]
     size = sum(file.stat().st_size for file in (tmp_path / "mixture" / "experts").iterdir())
-    assert size == pytest.approx((16 * (0.3 + 1 / 32)) * 3 * 576 * 1536 * 4, rel=0.01)
+    assert 0 <= size - table["disk_bytes"][2] < 5_000  # names and shapes
+    assert size < 16 * (0.3 + 1 / 32) * 3 * 576 * 1536 * 4 * 1.001

@@ -86,7 +86,7 @@ def test_arms_that_would_be_the_same_run_once() -> None:
         "magnitude-row-sparse-1-2:4",
         "magnitude-row-sparse-1-0.5",
     ]
-    with pytest.raises(ValueError, match="at least one sparsity, method and mask"):
+    with pytest.raises(ValueError, match="at least one value of sparsity"):
         arms_of([], method=METHODS, mask=("row",))
 
 

@@ -47,7 +47,7 @@ def sweep(table: pd.DataFrame, *, ax: Axes | None = None) -> Figure | Axes:
         tint = tints[tuple(said[name] for name in _COLOURED)]
         style = {
             "color": tint,
-            "marker": _MARKS.get(said["method"], "D"),
+            "marker": "x" if said["assign"] == "random" else _MARKS.get(said["method"], "D"),
             "markersize": 4,
             "markerfacecolor": tint if said["mask"] == "row" else "white",
             "linewidth": 1.2,

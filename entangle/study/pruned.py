@@ -56,14 +56,13 @@ class Pruning:
         if not isinstance(sparsity, Sparsity):
             sparsity = Sparsity.parse(sparsity)
         pruning = cls(sparsity, **words)
-        if pruning.experts < 1:
-            raise ValueError(f"a layer needs at least 1 expert, got experts={pruning.experts}")
-        if pruning.components is not None and pruning.components < 0:
-            raise ValueError(
-                f"components must not be negative (0: no PCA), got {pruning.components}"
-            )
-        if not 0 <= pruning.pull < math.inf:
-            raise ValueError(f"pull must be a number that is not negative, got {pruning.pull}")
+        if not isinstance(pruning.experts, int) or pruning.experts < 1:
+            raise ValueError(f"a layer needs at least 1 expert, got experts={pruning.experts!r}")
+        components = pruning.components
+        if components is not None and (not isinstance(components, int) or components < 0):
+            raise ValueError(f"components must not be negative (0: no PCA), got {components!r}")
+        if not isinstance(pruning.pull, int | float) or not 0 <= pruning.pull < math.inf:
+            raise ValueError(f"pull must be a number that is not negative, got {pruning.pull!r}")
         if pruning.experts > 1 and pruning.method != "sparsegpt":
             raise ValueError(
                 f"experts are pruned by sparsegpt, got {pruning.experts} experts and "
@@ -93,6 +92,13 @@ def arms_of(sparsities: Sequence[str | float], **words: Sequence[Any]) -> list[P
     Raises:
         ValueError: a word that is none of the choices, no sparsity, or nothing to combine.
     """
+    for name, several in {"sparsity": sparsities, **words}.items():
+        if not several:
+            raise ValueError(f"a sweep needs at least one value of {name}")
+    if max(words.get("experts", [1])) > 1 and "sparsegpt" not in words.get("method", ["sparsegpt"]):
+        raise ValueError(
+            "experts are pruned by sparsegpt: add it to the methods, or use one expert"
+        )
     arms: dict[Pruning, None] = {}
     order = sorted(words, key=_ORDER.index)
     for combination in itertools.product(*(words[name] for name in order), sparsities):
@@ -107,10 +113,6 @@ def arms_of(sparsities: Sequence[str | float], **words: Sequence[Any]) -> list[P
         if pruning.sparsity.group:  # groups lie in a row
             pruning = dataclasses.replace(pruning, mask="row")
         arms[pruning] = None
-    if not arms:
-        raise ValueError(
-            f"a sweep needs at least one sparsity, {', '.join(order[:-1])} and {order[-1]}"
-        )
     return list(arms)
 
 
