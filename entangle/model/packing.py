@@ -64,7 +64,7 @@ def expanded_layers(model: PreTrainedModel) -> list[LinearLayer]:
 
 def is_expanded(folder: Path) -> bool:
     """Tell whether a folder holds an expanded model."""
-    return (folder / EXPANSION).is_file() or (folder / DENSE).is_file()
+    return (folder / EXPANSION).is_file()
 
 
 def save_expanded(model: PreTrainedModel, folder: Path) -> None:
@@ -135,7 +135,7 @@ def load_expanded(folder: Path, trust_remote_code: bool = False) -> PreTrainedMo
     try:
         about = json.loads((folder / EXPANSION).read_text(encoding="utf-8"))
         version, described, expected = about["format"], about["layers"], dict(about["sha256"])
-    except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder} is damaged: {EXPANSION} cannot be read ({error!r})") from error
     if version != _FORMAT:
         raise ValueError(
