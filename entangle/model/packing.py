@@ -57,6 +57,25 @@ def load_tensors(file: Path, device: torch.device | str = "cpu") -> Tensors:
     return tensors
 
 
+def router_tensors(owner: str, router: Router) -> Tensors:
+    """Return a router's tensors, named after the layer that owns it."""
+    return {f"{owner} router {name}": value.detach() for name, value in router.named_parameters()}
+
+
+def router_from(owner: str, tensors: Mapping[str, torch.Tensor]) -> Router:
+    """Return the router whose tensors, as `router_tensors` named them, are among these.
+
+    Copied, since a product's last bit depends on how its factors lie in memory, and a file packs
+    them closely.
+
+    Raises:
+        ValueError: there are none of this owner's.
+    """
+    prefix = f"{owner} router "
+    found = {name: value.clone() for name, value in tensors.items() if name.startswith(prefix)}
+    return router_of({name.removeprefix(prefix): value for name, value in found.items()})
+
+
 def expanded_layers(model: PreTrainedModel) -> list[LinearLayer]:
     """Return the layers of a model that are expanded."""
     return [layer for layer in find_layers(model) if isinstance(layer.module, ExpertLinear)]
@@ -108,8 +127,7 @@ def _pack_layer(layer: LinearLayer, owners: dict[int, str], tensors: Tensors) ->
     assert isinstance(module, ExpertLinear)
     owner = owners.setdefault(id(module.router), layer.name)
     if owner == layer.name:
-        router = module.router.named_parameters()
-        tensors.update({f"{owner} router {name}": value.detach() for name, value in router})
+        tensors.update(router_tensors(owner, module.router))
     packed = pack(module.weight)
     tensors[f"{layer.name} mask"] = packed.mask
     tensors[f"{layer.name} values"] = packed.values
@@ -192,8 +210,7 @@ def _fill(model: PreTrainedModel, folder: Path, described: dict[str, dict[str, A
         for name, about in described.items():
             if about["block"] == block:
                 replace_layer(model, layers[name], _unpack_layer(name, about, tensors, routers))
-    # Copied, since a product's last bit depends on how its factors lie in memory, and a file packs
-    # them closely. assign: the tensors themselves, so with their dtype.
+    # Copied as a router is. assign: the tensors themselves, so with their dtype.
     dense = {name: tensor.clone() for name, tensor in load_tensors(folder / DENSE).items()}
     result = model.load_state_dict(dense, strict=False, assign=True)
     if result.unexpected_keys:
@@ -207,13 +224,7 @@ def _unpack_layer(
 ) -> nn.Module:
     owner = about["router"]
     if owner not in routers:
-        prefix = f"{owner} router "
-        parts = {
-            key.removeprefix(prefix): tensors[key].clone()  # as above
-            for key in tensors
-            if key.startswith(prefix)
-        }
-        routers[owner] = router_of(parts)
+        routers[owner] = router_from(owner, tensors)
     packed = Packed(tensors[f"{name} mask"], tensors[f"{name} values"])
     weight = unpack(packed, (about["experts"], about["neurons"], about["inputs"]))
     bias = tensors.get(f"{name} bias")

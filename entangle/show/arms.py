@@ -27,11 +27,11 @@ def sweep(table: pd.DataFrame, *, ax: Axes) -> Axes: ...
 def sweep(table: pd.DataFrame, *, ax: Axes | None = None) -> Figure | Axes:
     """Draw perplexity against multiply-adds: a line per number of experts and per rival method.
 
-    Lines also tell apart masks, propagations and whatever else differs between the arms. Multiply-adds
-    are those of a token in the pruned layers, routers included, over the dense ones: with one
-    expert one less the realised sparsity. Bars are one standard error over windows; n:m sparsities
-    are single marks, named beside them; the dashed line is the dense model. The perplexity's axis
-    is logarithmic.
+    Lines also tell apart masks, propagations and whatever else differs between the arms.
+    Multiply-adds are those of a token in the pruned layers, routers included, over the dense ones:
+    with one expert one less the realised sparsity. Bars are one standard error over windows; n:m
+    sparsities are single marks, named beside them; the dashed line is the dense model. The
+    perplexity's axis is logarithmic.
 
     Raises:
         ValueError: if no arm has a score.

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from entangle.model.blocks import BlockWalk
 from entangle.model.layers import LinearLayer, weight_of
-from entangle.model.packing import load_tensors, save_tensors
+from entangle.model.packing import load_tensors, router_from, router_tensors, save_tensors
 from entangle.model.text import TokenWindows
 from entangle.numerics.moments import ExpertMoments, InputMoments, output_energy
 from entangle.numerics.routing import (
@@ -21,7 +21,6 @@ from entangle.numerics.routing import (
     Router,
     fit_router,
     random_router,
-    router_of,
 )
 
 Assign = Literal["kmeans", "random"]
@@ -215,8 +214,7 @@ def save_calibrations(file: Path, calibrations: Calibrations) -> None:
         tensors[f"{owner} lower"] = calibration.moments.lower
         tensors[f"{owner} count"] = calibration.moments.count
         if calibration.router is not None:
-            for part, value in calibration.router.named_parameters():
-                tensors[f"{owner} router {part}"] = value
+            tensors |= router_tensors(owner, calibration.router)
         tensors[f"{name} {owner}"] = torch.tensor(calibration.energy, dtype=torch.float64)
     save_tensors(file, tensors)
 
@@ -228,10 +226,9 @@ def load_calibrations(file: Path, device: torch.device) -> Calibrations:
     for key in tensors:
         owner, what = key.split(" ", 1)
         if what == "lower":
-            prefix = f"{owner} router "
-            parts = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
             moments = InputMoments(tensors[key], tensors[f"{owner} count"])
-            shared[owner] = moments, router_of(parts) if parts else None
+            several = moments.count.ndim > 0
+            shared[owner] = moments, router_from(owner, tensors) if several else None
     return {
         name: Calibration(*shared[owner], float(tensors[key]))
         for key in tensors

@@ -70,8 +70,8 @@ def sweep(
     of the relative improvement, the RMSE of their outputs with one expert over that with several.
     Costs are those of `costs.totals`. Wanda and magnitude are run with one expert only. Arms that
     would be the same are run once: n:m is a mask by row, magnitude sees no inputs, and one expert
-    has no router. Arms with ``propagate="dense"``
-    share one pass over the calibration. Afterwards the model is as it was.
+    has no router. Arms with ``propagate="dense"`` share one pass over the calibration. Afterwards
+    the model is as it was.
 
     With ``out`` tables are written to that folder. A sweep that was killed goes on where it was
     when it is called again with the same arguments, and its table is the same.
