@@ -7,9 +7,16 @@ if TYPE_CHECKING:
     from entangle.model.loading import load_model, load_tokenizer
     from entangle.model.text import token_windows
     from entangle.show import plots
+    from entangle.study.ablation import ablate
+    from entangle.study.disentangling import disentangle
     from entangle.study.expansion import sparsify
     from entangle.study.perplexity import score
-    from entangle.study.ranking import top_neurons
+    from entangle.study.ranking import (
+        matched_random,
+        rank_correlations,
+        top_by_layer,
+        top_neurons,
+    )
     from entangle.study.recording import measure, record
     from entangle.study.runs import open_run
     from entangle.study.sweeping import sweep
@@ -17,30 +24,40 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "ablate",
+    "disentangle",
     "load_model",
     "load_tokenizer",
+    "matched_random",
     "measure",
     "open_run",
     "plots",
+    "rank_correlations",
     "record",
     "score",
     "sparsify",
     "sweep",
     "token_windows",
+    "top_by_layer",
     "top_neurons",
 ]
 
 # Looked up when first asked for, so that `import entangle` and `--help` do not import torch.
 _HOMES = {
+    "ablate": "entangle.study.ablation",
+    "disentangle": "entangle.study.disentangling",
     "load_model": "entangle.model.loading",
     "load_tokenizer": "entangle.model.loading",
+    "matched_random": "entangle.study.ranking",
     "measure": "entangle.study.recording",
     "open_run": "entangle.study.runs",
+    "rank_correlations": "entangle.study.ranking",
     "record": "entangle.study.recording",
     "score": "entangle.study.perplexity",
     "sparsify": "entangle.study.expansion",
     "sweep": "entangle.study.sweeping",
     "token_windows": "entangle.model.text",
+    "top_by_layer": "entangle.study.ranking",
     "top_neurons": "entangle.study.ranking",
 }
 

@@ -19,6 +19,7 @@ import entangle
 from entangle.arguments import parser
 
 if TYPE_CHECKING:
+    import xarray as xr
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from entangle.model.text import Purpose, TokenWindows
@@ -39,6 +40,7 @@ def run_measure(args: argparse.Namespace) -> None:
         windows,
         layers=args.layers,
         bins=args.bins,
+        difficulty=args.difficulty,
         batch_size=args.batch_size,
         skip_first=args.skip_first,
         out=args.out,
@@ -46,6 +48,12 @@ def run_measure(args: argparse.Namespace) -> None:
         progress=sys.stderr.isatty(),
         command=args.command_line,
     )
+    if args.difficulty:
+        from entangle.study import runs
+
+        table = entangle.rank_correlations(run, "wasserstein", ["difficulty"])
+        runs.save_table(table, args.out / "tables" / "difficulty.csv")
+        runs.save_figure(entangle.plots.difficulty(run), args.out / "figures" / "difficulty.png")
     log = json.loads((args.out / "log.json").read_text())
     _print(args, dataset.summary(run) | {"run": str(args.out), "log": log}, _describe)
 
@@ -115,15 +123,7 @@ def run_sweep(args: argparse.Namespace) -> None:
     words = {name: getattr(args, name) for name in _PRUNING}
     arms_of(args.sparsity, **words)
     windows, tokenizer = _text(args, "calibration")
-    evaluation = entangle.token_windows(
-        args.evaluation,
-        tokenizer,
-        windows=args.evaluation_windows,
-        length=args.length,
-        seed=args.seed,
-        bos=args.bos,
-        purpose="evaluation",
-    )
+    evaluation = _evaluation(args, tokenizer)
     model = _model(args)
     table = entangle.sweep(
         model,
@@ -152,6 +152,83 @@ def run_sweep(args: argparse.Namespace) -> None:
     _print(args, result, lambda _: f"{text}\nwritten to {args.out}{drawn}")
 
 
+def run_ablate(args: argparse.Namespace) -> None:
+    """Treat the most entangled neurons of a measured model, and others, and score."""
+    from entangle.model import folders
+
+    folders.check_target(args.out, args.overwrite)
+    from entangle.study import interventions, runs
+
+    words = (args.intervention, args.sparsity, args.experts, args.sets, args.share, args.seeds)
+    interventions.check_words(*words)
+    run = _measured(args)
+    windows, tokenizer = _text(args, "calibration")
+    evaluation = _evaluation(args, tokenizer)
+    table = entangle.ablate(
+        _model(args),
+        run,
+        windows,
+        evaluation,
+        shares=args.share,
+        sparsities=args.sparsity,
+        experts=args.experts,
+        interventions=args.intervention,
+        sets=args.sets,
+        seeds=args.seeds,
+        per_block=args.per_block,
+        layers=args.layers,
+        batch_size=args.batch_size,
+        skip_first=args.skip_first,
+        out=args.out,
+        overwrite=args.overwrite,
+        progress=sys.stderr.isatty(),
+        command=args.command_line,
+    )
+    figure = entangle.plots.ablation(table)
+    file = str(runs.save_figure(figure, args.out / "figures" / "ablation.png"))
+    result = {str(name): value for name, value in table.attrs.items()}
+    result |= {"table": table.to_dict(orient="records"), "figure": file}
+    text = (args.out / "tables" / "ablation.md").read_text(encoding="utf-8")
+    _print(args, result, lambda _: f"{text}\nwritten to {args.out}, with a figure: {file}")
+
+
+def run_disentangle(args: argparse.Namespace) -> None:
+    """Say what clusters and their experts make of each neuron of a measured model."""
+    from entangle.model import folders
+
+    folders.check_target(args.out, args.overwrite)
+    from entangle.study import disentangling, runs
+
+    disentangling.check_words(args.experts, args.sparsity)
+    run = _measured(args)
+    windows, tokenizer = _text(args, "calibration")
+    evaluation = _evaluation(args, tokenizer)
+    found = entangle.disentangle(
+        _model(args),
+        run,
+        windows,
+        evaluation,
+        experts=args.experts,
+        sparsities=args.sparsity,
+        neurons=args.neurons,
+        layers=args.layers,
+        batch_size=args.batch_size,
+        skip_first=args.skip_first,
+        out=args.out,
+        overwrite=args.overwrite,
+        progress=sys.stderr.isatty(),
+        command=args.command_line,
+    )
+    figures = {}
+    for kind in ("improvement", "clusters", "sparse"):
+        figure = getattr(entangle.plots, kind)(found)
+        figures[kind] = str(runs.save_figure(figure, args.out / "figures" / f"{kind}.png"))
+    result = {str(name): value for name, value in found.attrs.items()} | {"figures": figures}
+    text = (args.out / "tables" / "disentangle.md").read_text(encoding="utf-8")
+    drawn = ", ".join(figures.values())
+    _print(args, result, lambda _: f"{text}\nwritten to {args.out}, with figures: {drawn}")
+
+
 def run_rank(args: argparse.Namespace) -> None:
     """Print the neurons with the largest distance, or of another variable."""
     from entangle.study import dataset, runs
@@ -172,13 +249,15 @@ def run_plot(args: argparse.Namespace) -> None:
     """
     from entangle.study import runs
 
-    if (args.kind == "neuron") != (args.neuron is not None):
-        raise ValueError(
-            "plot neuron needs a neuron, written LAYER:INDEX as in the output of rank"
-            if args.kind == "neuron"
-            else f"plot {args.kind} takes no neuron, got {args.neuron!r}"
-        )
-    run = runs.open_sweep(args.run) if args.kind == "sweep" else entangle.open_run(args.run)
+    if args.kind == "neuron" and args.neuron is None:
+        raise ValueError("plot neuron needs a neuron, written LAYER:INDEX as in the output of rank")
+    if args.neuron is not None and args.kind not in {"neuron", "clusters", "sparse"}:
+        raise ValueError(f"plot {args.kind} takes no neuron, got {args.neuron!r}")
+    run: Any = None
+    if args.kind in {"sweep", "ablation"}:
+        run = runs.open_table(args.run, args.kind)
+    else:
+        run = entangle.open_run(args.run)
     arguments = [run] if args.neuron is None else [run, args.neuron]
     figure = getattr(entangle.plots, args.kind)(*arguments)
     name = args.kind if args.neuron is None else f"neuron-{args.neuron.replace(':', '-')}"
@@ -205,6 +284,27 @@ def _text(
         purpose=purpose,
     )
     return windows, tokenizer
+
+
+def _evaluation(args: argparse.Namespace, tokenizer: "PreTrainedTokenizerBase") -> "TokenWindows":
+    return entangle.token_windows(
+        args.evaluation,
+        tokenizer,
+        windows=args.evaluation_windows,
+        length=args.length,
+        seed=args.seed,
+        bos=args.bos,
+        purpose="evaluation",
+    )
+
+
+def _measured(args: argparse.Namespace) -> "xr.DataTree":
+    """Open a run, and take the model from it."""
+    run = entangle.open_run(args.run)
+    args.model, args.revision, args.dtype = (
+        run.attrs[name] for name in ("model", "revision", "dtype")
+    )
+    return run
 
 
 def _model(args: argparse.Namespace) -> "PreTrainedModel":
@@ -320,10 +420,10 @@ def _table(summary: dict[str, Any]) -> str:
 
 def command_line(args: argparse.Namespace) -> str:
     """Return the command with all that determines its result, and no more."""
-    ignored = {"command", "model", "out", "overwrite", "json", "debug"}
-    words = ["entangle", args.command, args.model]
+    ignored = {"command", "model", "run", "out", "overwrite", "json", "debug"}
+    words = ["entangle", args.command, str(args.run if "run" in args else args.model)]
     for name, value in sorted(vars(args).items()):
-        if name in ignored or value is None or value is False:
+        if name in ignored or value is None or value is False or (name, value) == ("difficulty", 0):
             continue
         words.append("--" + name.replace("_", "-"))
         if isinstance(value, tuple):
@@ -338,6 +438,8 @@ COMMANDS = {
     "perplexity": run_perplexity,
     "sparsify": run_sparsify,
     "sweep": run_sweep,
+    "ablate": run_ablate,
+    "disentangle": run_disentangle,
     "rank": run_rank,
     "plot": run_plot,
 }
@@ -346,7 +448,7 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return 0, 2 for bad input, 1 for another error, 130 or 143 if stopped."""
     args = parser().parse_args(argv)
-    if args.command in {"measure", "sparsify", "sweep"}:
+    if args.command in {"measure", "sparsify", "sweep", "ablate", "disentangle"}:
         args.command_line = command_line(args)
 
     def terminate(signum: int, frame: FrameType | None) -> None:
@@ -387,7 +489,7 @@ def _in_destructor(frame: FrameType | None) -> bool:
 def _left(args: argparse.Namespace) -> str:
     """Say what a stopped command leaves on disk."""
     partial = Path(f"{getattr(args, 'out', None)}.partial")
-    if args.command == "sweep" and partial.exists():
+    if args.command in {"sweep", "ablate", "disentangle"} and partial.exists():
         return f"what is done is kept in {partial}, and the same command goes on from there"
     return "nothing is written"
 

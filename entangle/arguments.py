@@ -7,11 +7,15 @@ from typing import Any
 
 import entangle
 
-PLOTS = ("heatmap", "layers", "ranks", "neuron", "sweep")
+RUN_PLOTS = ("heatmap", "layers", "ranks", "neuron", "difficulty")
+DISENTANGLED_PLOTS = ("improvement", "clusters", "sparse")
+PLOTS = (*RUN_PLOTS, "sweep", "ablation", *DISENTANGLED_PLOTS)
 METHODS = ("sparsegpt", "wanda", "magnitude")
 MASKS = ("row", "block")
 PROPAGATE = ("sparse", "dense")
 ASSIGN = ("kmeans", "random")
+INTERVENTIONS = ("sparsify", "zero", "mean", "negative")
+SETS = ("wasserstein", "bottom", "random", "kurtosis", "weight_norm", "std", "difficulty")
 
 SPARSITY = "share of zeros such as 0.8, or n:m, n kept of every m such as 2:4"
 MASK = "row: each neuron has exactly the sparsity; block: chosen per 128 columns [row]"
@@ -19,6 +23,10 @@ CARRIED = "prune a block for the inputs from the pruned blocks before it or the 
 EXPERTS = "pruned copies of each layer, one for each cluster of its inputs [1]"
 ASSIGNED = "tokens to experts by k-means or, as a control, at random [kmeans]"
 COMPONENTS = "of PCA before k-means, 0 for none [auto: inputs // 32]"
+COPIES = "pruned copies of each layer, one for each cluster of its inputs [4,16]"
+SHARE = "or several: of each layer's neurons to treat [0.03]"
+KEPT = "whose outputs to keep, beside each layer's most entangled neuron"
+PAIRS = "of tokens over which to measure the mapping difficulty too [none]"
 PULL = "an expert's Gram is pulled towards all tokens' by so many times its width in tokens [0.5]"
 
 
@@ -60,7 +68,13 @@ def parser() -> argparse.ArgumentParser:
         "--layers", nargs="+", default=["*"], metavar="PATTERN", help="of their names [*]"
     )
 
-    model = argparse.ArgumentParser(add_help=False)
+    runs = argparse.ArgumentParser(add_help=False)
+    runs.add_argument("--device", default="auto", help="[auto: cuda if there is one, else cpu]")
+    runs.add_argument(
+        "--trust-remote-code", action="store_true", help="run code that comes with the model"
+    )
+
+    model = argparse.ArgumentParser(add_help=False, parents=[runs])
     model.add_argument("model", metavar="MODEL", help="a hub id, a folder or a .gguf file")
     model.add_argument("--revision", help="of a model of the hub")
     model.add_argument(
@@ -69,9 +83,16 @@ def parser() -> argparse.ArgumentParser:
         choices=["auto", "float32", "bfloat16", "float16"],
         help="of the weights [auto: as stored]",
     )
-    model.add_argument("--device", default="auto", help="[auto: cuda if there is one, else cpu]")
-    model.add_argument(
-        "--trust-remote-code", action="store_true", help="run code that comes with the model"
+
+    measured = argparse.ArgumentParser(add_help=False, parents=[runs])
+    measured.add_argument(
+        "run", type=Path, metavar="RUN", help="what measure wrote; the model is the one it measured"
+    )
+
+    evaluation = argparse.ArgumentParser(add_help=False)
+    evaluation.add_argument("--evaluation", required=True, metavar="TEXT", help="to score on")
+    evaluation.add_argument(
+        "--evaluation-windows", type=int, metavar="N", help="of it, drawn by seed [all]"
     )
 
     text = argparse.ArgumentParser(add_help=False)
@@ -104,6 +125,7 @@ def parser() -> argparse.ArgumentParser:
     )
     measure.add_argument("--out", type=Path, required=True, metavar="RUN", help="a new folder")
     measure.add_argument("--bins", type=int, default=1024, help="of a histogram [1024]")
+    measure.add_argument("--difficulty", type=int, default=0, metavar="PAIRS", help=PAIRS)
 
     commands.add_parser("perplexity", parents=[model, text, always], help="score a model on a text")
 
@@ -124,14 +146,10 @@ def parser() -> argparse.ArgumentParser:
 
     sweep = commands.add_parser(
         "sweep",
-        parents=[model, text, layers, writes, always],
+        parents=[model, text, evaluation, layers, writes, always],
         help="prune a model in several ways and score each: one table and one figure",
     )
     sweep.add_argument("--out", type=Path, required=True, metavar="RUN", help="a new folder")
-    sweep.add_argument("--evaluation", required=True, metavar="TEXT", help="to score on")
-    sweep.add_argument(
-        "--evaluation-windows", type=int, metavar="N", help="of it, drawn by seed [all]"
-    )
     lists: dict[str, Any] = {"type": _words, "metavar": "A,B"}
     sweep.add_argument("--sparsity", required=True, help=f"several: {SPARSITY}", **lists)
     sweep.add_argument(
@@ -149,6 +167,45 @@ def parser() -> argparse.ArgumentParser:
         sweep.add_argument(
             name, type=kind, default=default, metavar="N,N", help=f"or several: {words}"
         )
+
+    ablate = commands.add_parser(
+        "ablate",
+        parents=[measured, text, evaluation, layers, writes, always],
+        help="treat the most entangled neurons, and others, and score: one table and one figure",
+    )
+    ablate.add_argument("--out", type=Path, required=True, metavar="NEW", help="a new folder")
+    numbers = _several(float, "numbers such as 0.01,0.03")
+    counts = _several(int, "numbers such as 1,16")
+    ablate.add_argument("--share", type=numbers, default=(0.03,), metavar="X,X", help=SHARE)
+    ablate.add_argument(
+        "--sparsity", default=("0.9",), help=f"or several: {SPARSITY} [0.9]", **lists
+    )
+    ablate.add_argument(
+        "--experts", type=counts, default=(1,), metavar="N,N", help=f"or several: {EXPERTS}"
+    )
+    ablate.add_argument(
+        "--intervention",
+        default=("sparsify",),
+        help=f"or several of {', '.join(INTERVENTIONS)} [sparsify]",
+        **lists,
+    )
+    ablate.add_argument("--sets", default=SETS, help=f"several of {', '.join(SETS)} [all]", **lists)
+    ablate.add_argument("--seeds", type=int, default=5, metavar="N", help="of random sets [5]")
+    ablate.add_argument("--per-block", action="store_true", help="treat one block at a time")
+
+    disentangle = commands.add_parser(
+        "disentangle",
+        parents=[measured, text, evaluation, layers, writes, always],
+        help="say what clusters and their experts make of each neuron: tables and figures",
+    )
+    disentangle.add_argument("--out", type=Path, required=True, metavar="NEW", help="a new folder")
+    disentangle.add_argument(
+        "--experts", type=counts, default=(4, 16), metavar="N,N", help=f"several: {COPIES}"
+    )
+    disentangle.add_argument(
+        "--sparsity", default=("0.8",), help=f"or several: {SPARSITY} [0.8]", **lists
+    )
+    disentangle.add_argument("--neurons", nargs="+", default=[], metavar="LAYER:INDEX", help=KEPT)
 
     rank = commands.add_parser(
         "rank",

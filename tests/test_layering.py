@@ -25,20 +25,24 @@ ROOMS = {
     "study": (
         "dataset",
         "runs",
+        "calibration",
         "recording",
         "ranking",
         "perplexity",
-        "calibration",
         "costs",
         "pruned",
         "expansion",
         "tables",
         "sweeping",
+        "interventions",
+        "effects",
         "ablation",
+        "gains",
+        "disentangling",
         "contexts",
         "plan",
     ),
-    "show": ("panels", "arms", "plots", "neuron", "report"),
+    "show": ("panels", "arms", "relations", "outputs", "plots", "neuron", "report"),
 }
 ORDER = [f"entangle.{room}.{module}" for room, modules in ROOMS.items() for module in modules]
 MODULES = {name.rpartition(".")[2] for name in ORDER} | set(ROOMS)

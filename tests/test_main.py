@@ -422,7 +422,7 @@ def test_a_sweep_has_a_line_for_each_number_of_experts(
     assert "--components auto,0" in noted
     assert "--experts 1,3" in noted
     assert "--pull 0.0,0.5" in noted
-    table = runs.open_sweep(out)
+    table = runs.open_table(out, "sweep")
     assert len(table) == 1 + 1 + 2 * 2 * 2 + 1
     assert (out / "figures" / "sweep.png").stat().st_size > 10_000
 

@@ -137,7 +137,7 @@ def test_tables_are_written_and_read(tmp_path: Path) -> None:
         "run.json",
         "tables",
     ]
-    opened = runs.open_sweep(tmp_path / "run")
+    opened = runs.open_table(tmp_path / "run", "sweep")
     pd.testing.assert_frame_equal(opened, table, check_exact=True)
     assert opened.attrs["evaluation_fingerprint"] == held_out().fingerprint
     assert opened.attrs["arms"] == table.attrs["arms"]
@@ -159,10 +159,10 @@ def test_tables_are_written_and_read(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no measured run, but holds tables"):
         entangle.open_run(tmp_path / "run")
     with pytest.raises(FileNotFoundError, match=r"no tables/sweep.csv"):
-        runs.open_sweep(tmp_path)
+        runs.open_table(tmp_path, "sweep")
     table.drop(columns="density").to_csv(tmp_path / "run" / "tables" / "sweep.csv")
     with pytest.raises(ValueError, match="run is a sweep of an older version of entangle"):
-        runs.open_sweep(tmp_path / "run")
+        runs.open_table(tmp_path / "run", "sweep")
 
 
 def test_an_arm_that_fails_says_why_and_costs_the_others_nothing(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Run a model while listening to its linear layers."""
+"""Run a model while listening to its linear layers, or while changing what they say."""
 
 import dataclasses
 import inspect
@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from entangle.model.layers import LinearLayer, decoder_of
 
 OnRows = Callable[[LinearLayer, torch.Tensor], None]
+Change = Callable[[LinearLayer, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -209,6 +210,34 @@ def listening(
         for handle in handles:
             handle.remove()
     listener.check()
+
+
+@contextmanager
+def intervening(layers: Sequence[LinearLayer], change: Change) -> Iterator[dict[str, int]]:
+    """Give each layer the outputs that ``change`` makes of its inputs and outputs.
+
+    Both are as the model has them (..., inputs) and (..., neurons), with padding. Yields how often
+    each layer, by its name, has run. The hooks are gone after every exit.
+    """
+    fired = dict.fromkeys((layer.name for layer in layers), 0)
+
+    def hook_of(layer: LinearLayer) -> Callable[..., torch.Tensor]:
+        def hook(
+            _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: torch.Tensor
+        ) -> torch.Tensor:
+            fired[layer.name] += 1
+            return change(layer, args[0] if args else next(iter(kwargs.values())), outputs)
+
+        return hook
+
+    handles = []
+    try:
+        for layer in layers:
+            handles.append(layer.module.register_forward_hook(hook_of(layer), with_kwargs=True))
+        yield fired
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def check_hooks(model: PreTrainedModel, skip_first: int) -> None:

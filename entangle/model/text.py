@@ -100,6 +100,14 @@ def token_windows(
     return TokenWindows(tokens, source, available, seed, bos)
 
 
+def some_windows(windows: TokenWindows, count: int) -> TokenWindows:
+    """Return at most ``count`` of the windows, evenly spread."""
+    if len(windows) <= count:
+        return windows
+    places = np.linspace(0, len(windows) - 1, count).round().astype(int)
+    return dataclasses.replace(windows, tokens=windows.tokens[torch.from_numpy(places)])
+
+
 def check_windows(model: PreTrainedModel, windows: TokenWindows, skip_first: int = 0) -> None:
     """See that a model can run on windows, before minutes are spent.
 

@@ -212,6 +212,24 @@ def from_samples(
     return distance
 
 
+def between_samples(rows: torch.Tensor, others: torch.Tensor) -> Array:
+    """Return W1 between each neuron's rows and others, both (tokens, neurons), in std of ``rows``.
+
+    Of as many samples it is the mean of |x₍ᵢ₎ - y₍ᵢ₎|. NaN where the rows are constant.
+
+    Raises:
+        ValueError: not as many of both.
+    """
+    if rows.shape != others.shape:
+        raise ValueError(
+            f"expected as many samples, got {tuple(rows.shape)}, {tuple(others.shape)}"
+        )
+    first, second = (np.sort(x.detach().float().cpu().numpy().T, axis=1) for x in (rows, others))
+    std = first.std(axis=1, dtype=np.float64)
+    distance: Array = np.abs(first - second).mean(axis=1, dtype=np.float64)
+    return distance / np.where(std > 0, std, np.nan)
+
+
 def _library_distance(standard: Array, drawn: Array, method: Method) -> float:
     if method == "scipy":
         return float(stats.wasserstein_distance(standard, drawn))

@@ -12,10 +12,21 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from entangle.show.panels import DASHES, STYLE, Picture
+from entangle.study.effects import said
+from entangle.study.interventions import RANDOM
 
 _MARKS = {"sparsegpt": "o", "wanda": "s", "magnitude": "^"}
 _RIVALS = ("#b8306b", "#8c6d31")
 _COLOURED = ["method", "experts", "components", "pull"]
+_SETS = {  # in the order in which they are drawn
+    "wasserstein": "#0b3c5d",
+    "kurtosis": "#b8306b",
+    "difficulty": "#8c6d31",
+    "std": "#2a9d6f",
+    "weight_norm": "#7b5ea7",
+    "random": "0.45",
+    "bottom": "#3f8fc5",
+}
 _KINDS = [*_COLOURED, "assign", "mask", "propagate"]
 
 
@@ -73,6 +84,106 @@ def sweep(table: pd.DataFrame, *, ax: Axes | None = None) -> Figure | Axes:
     panel.set_title(_subject(table), loc="left")
     panel.legend(loc="upper left", bbox_to_anchor=(1.01, 1))
     return ax or figure
+
+
+@mpl.rc_context(STYLE)
+def ablation(table: pd.DataFrame) -> Figure:
+    """Draw what treating neurons costs, in nats above dense: a panel for each thing done to them.
+
+    Against the share of neurons treated, or with one share set by set, or against the block that
+    was treated alone. Bars are one standard error, paired by window; of random neurons the mean over
+    seeds with its 95% t-interval. With one share the upper axis is the
+    ratio of perplexities.
+
+    Raises:
+        ValueError: if no arm has a score.
+    """
+    arms = table[(table["intervention"] != "dense") & np.isfinite(table["perplexity"])]
+    if arms.empty:
+        raise ValueError("no arm of this ablation has a score to draw")
+    alone = (arms["block"] != "").any()
+    by = ["intervention", "sparsity", "experts", *(["share"] if alone else [])]
+    parts = list(arms.groupby(by, sort=False))
+    several = arms["share"].nunique() > 1
+    columns = min(len(parts), 1 if alone else 3)
+    rows = -(-len(parts) // columns)
+    height = 2.6 if alone or several else 0.5 + 0.26 * arms["set"].nunique()
+    figure = Picture(figsize=(8.5, 0.9 + rows * (height + 0.4)), layout="constrained")
+    grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
+    for (kind, part), panel in zip(parts, grid, strict=False):
+        panel.set_title(_deed(dict(zip(by, kind, strict=True))))
+        if alone:
+            _curves(panel, part.assign(place=part["block"].astype(int)))
+        elif several:
+            _curves(panel, part.assign(place=part["share"]))
+            panel.set_xscale("log")
+            panel.set_yscale("symlog", linthresh=0.01)
+            panel.xaxis.set_major_formatter(ticker.PercentFormatter(1, decimals=None))
+            panel.set_xticks(sorted(part["share"].unique()))
+            panel.xaxis.set_minor_locator(ticker.NullLocator())
+        else:
+            _dots(panel, part)
+    for spare in grid[len(parts) :]:
+        spare.remove()
+    nats = "difference to the dense model (nats a token)"
+    across = {True: "block that is treated", False: "share of each layer's neurons treated"}[alone]
+    if alone or several:
+        figure.supxlabel(across)
+        figure.supylabel(nats)
+        figure.legend(*grid[0].get_legend_handles_labels(), loc="outside right upper")
+    else:
+        figure.supxlabel(nats)
+    dense = table.loc[table["intervention"] == "dense"].iloc[0]
+    tokens = f"{int(dense['tokens']):,} tokens, dense perplexity {dense['perplexity']:.4g}"
+    figure.suptitle(f"{_subject(table)}\n{tokens}", x=0.01, ha="left")
+    return figure
+
+
+def _deed(kind: dict[str, Any]) -> str:
+    """Return what is done, as a panel's title."""
+    words = [kind["intervention"]]
+    if kind["sparsity"]:
+        words = [f"{kind['sparsity']} sparse", f"{kind['experts']} experts"]
+        words[1] = words[1] if kind["experts"] > 1 else "dense model"
+    return ", ".join([*words, *([f"{kind['share']:.3g} of neurons"] if "share" in kind else [])])
+
+
+def _bars(row: pd.DataFrame) -> "pd.Series[float]":
+    """Return what is drawn below and above each difference."""
+    error = row["difference_error"]
+    low = (row["difference"] - row["difference_low"]).where(row["set"] == RANDOM, error)
+    return low.fillna(error).fillna(0.0)
+
+
+def _curves(panel: Axes, part: pd.DataFrame) -> None:
+    for name, line in part.groupby("set", sort=False):
+        line = line.sort_values("place")
+        style: dict[str, Any] = {
+            "color": _SETS[str(name)],
+            "label": said(str(name)),
+            "linewidth": 1.2,
+        }
+        style |= {"marker": "o", "markersize": 3, "capsize": 2}
+        style |= {"linestyle": "--"} if name in {RANDOM, "bottom"} else {}
+        panel.errorbar(line["place"], line["difference"], yerr=_bars(line), **style)
+    panel.axhline(0, color="0.7", linewidth=0.8)
+    panel.grid(axis="y", alpha=0.25)
+
+
+def _dots(panel: Axes, part: pd.DataFrame) -> None:
+    names = [name for name in _SETS if name in {*part["set"]}]
+    rows = part.set_index("set").loc[names].reset_index()
+    places = np.arange(len(rows))
+    tints = [_SETS[name] for name in names]
+    style: dict[str, Any] = {"fmt": "none", "ecolor": tints, "elinewidth": 1.4, "capsize": 3}
+    panel.errorbar(rows["difference"], places, xerr=_bars(rows), **style)
+    panel.scatter(rows["difference"], places, color=tints, s=22, zorder=3)
+    panel.set_yticks(places, [said(name) for name in names])
+    panel.set_ylim(len(rows) - 0.5, -0.5)
+    panel.axvline(0, color="0.7", linewidth=0.8)
+    panel.grid(axis="x", alpha=0.25)
+    both = (np.exp, lambda ratio: np.log(np.maximum(ratio, 1e-9)))
+    panel.secondary_xaxis("top", functions=both).tick_params(labelsize=7)
 
 
 def _line(panel: Axes, part: pd.DataFrame, label: str, dashes: str, style: dict[str, Any]) -> None:

@@ -21,7 +21,8 @@ from matplotlib.figure import Figure
 
 from entangle.numerics.histograms import HALF_RANGE
 from entangle.numerics.wasserstein import noise_floor
-from entangle.show.arms import sweep
+from entangle.show.arms import ablation, sweep
+from entangle.show.outputs import clusters, sparse
 from entangle.show.panels import (
     BAND,
     DASHES,
@@ -43,9 +44,21 @@ from entangle.show.panels import (
     panels_of,
     subject_of,
 )
+from entangle.show.relations import difficulty, improvement
 from entangle.study.dataset import TRUSTED_ERROR
 
-__all__ = ["heatmap", "layers", "neuron", "ranks", "sweep"]
+__all__ = [
+    "ablation",
+    "clusters",
+    "difficulty",
+    "heatmap",
+    "improvement",
+    "layers",
+    "neuron",
+    "ranks",
+    "sparse",
+    "sweep",
+]
 
 REFERENCES = {  # exact W1 of known distributions to their fitted Gaussians, std
     "two equal points": [0.53538],

@@ -11,6 +11,7 @@ import xarray as xr
 
 from entangle.model.layers import LinearLayer, say_skipped, weight_of
 from entangle.numerics import wasserstein
+from entangle.numerics.difficulty import Difficulty
 from entangle.numerics.histograms import Histograms
 
 Array = npt.NDArray[np.float64]
@@ -28,6 +29,16 @@ UNITS = {
     "count": ("tokens counted", "tokens"),
     "nonfinite": ("outputs that are NaN or infinite, or too far out to be summed", "tokens"),
     "weight_norm": ("Euclidean norm of the weights, in an expanded layer the experts' mean", "1"),
+    "difficulty": ("mapping difficulty", "1"),
+    "difficulty_pairs": ("pairs of tokens that the mapping difficulty is the mean of", "pairs"),
+    "difficulty_equal": ("pairs of tokens with equal inputs, left out of it", "pairs"),
+    "held_out_wasserstein": ("1-Wasserstein distance to a Gaussian on held-out tokens", "std"),
+    "held_out_difficulty": ("mapping difficulty on held-out tokens", "1"),
+    "wasserstein_within": ("mean distance to a Gaussian within clusters of tokens", "std"),
+    "difficulty_within": ("mean mapping difficulty within clusters of tokens", "1"),
+    "distance_to_dense": ("1-Wasserstein distance of sparse outputs to dense ones", "std"),
+    "improvement": ("relative improvement: RMSE with one expert over that with several", "1"),
+    "improvement_halves": ("relative improvement on even and on odd tokens", "1"),
 }
 """Each variable's long name and unit."""
 
@@ -65,10 +76,7 @@ def to_tree(
     }
     coordinates = _coordinates(layers)
     dataset = xr.Dataset(
-        {
-            name: ("neuron", value, dict(zip(("long_name", "units"), UNITS[name], strict=True)))
-            for name, value in values.items()
-        },
+        {name: labelled(name, value) for name, value in values.items()},
         coords=coordinates,
         attrs=dict(attributes),
     )
@@ -77,6 +85,27 @@ def to_tree(
         for name, tensor in histograms.tensors().items()
     }
     histogram = xr.Dataset(state)
+    return xr.DataTree.from_dict({"/": dataset, "/histogram": histogram})
+
+
+def labelled(name: str, values: npt.NDArray[Any]) -> tuple[str, npt.NDArray[Any], dict[str, str]]:
+    """Return a variable of the neurons with its long name and unit."""
+    return "neuron", values, dict(zip(("long_name", "units"), UNITS[name], strict=True))
+
+
+def with_difficulty(tree: xr.DataTree, found: Mapping[str, Difficulty]) -> xr.DataTree:
+    """Return the run with the mapping difficulty of its neurons, found by layer."""
+    dataset = tree.to_dataset()
+    names = dataset["layer"].to_numpy()
+    layers = [found[name] for name in dict.fromkeys(names)]
+    sizes = [len(layer.difficulty) for layer in layers]
+    values = {
+        "difficulty": np.concatenate([layer.difficulty for layer in layers]),
+        "difficulty_pairs": np.repeat([layer.pairs for layer in layers], sizes),
+        "difficulty_equal": np.repeat([layer.equal for layer in layers], sizes),
+    }
+    dataset = dataset.assign({name: labelled(name, value) for name, value in values.items()})
+    histogram = tree.children["histogram"].to_dataset(inherit=False)
     return xr.DataTree.from_dict({"/": dataset, "/histogram": histogram})
 
 

@@ -1,14 +1,19 @@
-"""Order neurons."""
+"""Order neurons, choose sets of them, and say how their variables go together."""
 
 import fnmatch
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 import xarray as xr
+from scipy import stats
 
 from entangle.study.dataset import dataset_of, trusted
+
+Neurons = dict[str, npt.NDArray[np.int64]]  # by layer, their indices in it, ascending
 
 COLUMNS = ("wasserstein", "wasserstein_error", "mean", "std", "skewness", "kurtosis", "modes")
 
@@ -29,13 +34,11 @@ def top_neurons(
         LookupError: the run has no such variable, or a pattern matches none of its layers.
     """
     dataset = dataset_of(run)
-    if by not in dataset or dataset[by].dims != ("neuron",) or by in dataset.coords:
-        raise LookupError(f"the run has no variable {by!r}, but {', '.join(map(str, dataset))}")
+    values = _variable(dataset, by)
     names = dataset["layer"].to_numpy()
     chosen = trusted(dataset) & matching(names, layers)
-    values = dataset[by].to_numpy()
     order = np.flatnonzero(chosen)
-    order = order[np.argsort(-values[order].astype(float), kind="stable")][: max(count, 0)]
+    order = order[np.argsort(-values[order], kind="stable")][: max(count, 0)]
     rows = dataset.isel(neuron=order)
     table = rows[list(dict.fromkeys([by, *COLUMNS]))].to_dataframe()
     index = table["index"].astype(str)
@@ -44,6 +47,95 @@ def top_neurons(
     table.insert(2, "layer_ratio", table[by] / table["layer"].map(medians))
     columns = ["neuron", by, "layer_ratio", *[name for name in COLUMNS if name != by]]
     return table[columns].reset_index(drop=True)
+
+
+def top_by_layer(
+    run: xr.DataTree | xr.Dataset,
+    share: float,
+    *,
+    by: str = "wasserstein",
+    lowest: bool = False,
+    layers: str | Sequence[str] = ("*",),
+) -> Neurons:
+    """Return the ``share`` of each matching layer's neurons with the largest (or lowest) ``by``.
+
+    At least one neuron of each layer. Neurons without a distance, or with one whose bound is above
+    0.1, or without a value of ``by``, are left out; of ties the first are taken.
+
+    Raises:
+        LookupError: the run has no such variable, or a pattern matches none of its layers.
+        ValueError: a share that is not above 0 and at most 1.
+    """
+    if not 0 < share <= 1:
+        raise ValueError(f"expected a share of neurons above 0 and at most 1, got {share}")
+    dataset = dataset_of(run)
+    values = _variable(dataset, by) * (1 if lowest else -1)
+    chosen = {}
+    for name, rows in _rows_by_layer(dataset, layers).items():
+        known = rows[trusted(dataset)[rows] & np.isfinite(values[rows])]
+        best = known[np.argsort(values[known], kind="stable")][: max(1, round(share * len(rows)))]
+        chosen[name] = np.sort(dataset["index"].to_numpy()[best])
+    return chosen
+
+
+def matched_random(
+    run: xr.DataTree | xr.Dataset, neurons: Mapping[str, npt.ArrayLike], *, seed: int = 0
+) -> Neurons:
+    """Return as many neurons of each layer, drawn at random by ``seed`` from those with a distance.
+
+    Of one seed a smaller draw is part of a larger one.
+
+    Raises:
+        LookupError: a layer that the run has not.
+    """
+    dataset = dataset_of(run)
+    places = {name: place for place, name in enumerate(dict.fromkeys(dataset["layer"].to_numpy()))}
+    drawn = {}
+    for name, rows in _rows_by_layer(dataset, list(neurons)).items():
+        known = dataset["index"].to_numpy()[rows[trusted(dataset)[rows]]]
+        order = np.random.default_rng([seed, places[name]]).permutation(known)
+        drawn[name] = np.sort(order[: len(np.asarray(neurons[name]))])
+    return drawn
+
+
+def rank_correlations(
+    run: xr.DataTree | xr.Dataset,
+    by: str = "wasserstein",
+    others: Sequence[str] = ("difficulty", "kurtosis", "weight_norm", "std"),
+    *,
+    layers: str | Sequence[str] = ("*",),
+) -> pd.DataFrame:
+    """Return Spearman's rank correlation of ``by`` with other variables, a row per layer.
+
+    Over the neurons that have both and are ranked (see `top_neurons`); ``_error`` is Bonett and
+    Wright's standard error (Psychometrika 65, 2000), for independent neurons. NaN for fewer than
+    four of them, or where one variable is constant.
+
+    Raises:
+        LookupError: the run has no such variable, or a pattern matches none of its layers.
+    """
+    dataset = dataset_of(run)
+    variables = {name: _variable(dataset, name) for name in (by, *others)}
+    blocks, roles = dataset["block"].to_numpy(), dataset["role"].to_numpy()
+    table = []
+    for name, every in _rows_by_layer(dataset, layers).items():
+        rows = every[trusted(dataset)[every] & np.isfinite(variables[by][every])]
+        row = {"layer": name, "block": int(blocks[every[0]]), "role": str(roles[every[0]])}
+        row |= {"neurons": len(rows)}
+        for other in others:
+            both = rows[np.isfinite(variables[other][rows])]
+            found = correlation(variables[by][both], variables[other][both])
+            row |= {other: found[0], f"{other}_error": found[1]}
+        table.append(row)
+    return pd.DataFrame(table)
+
+
+def correlation(x: npt.NDArray[Any], y: npt.NDArray[Any]) -> tuple[float, float]:
+    """Return Spearman's rank correlation and its standard error (Bonett and Wright, 2000)."""
+    if len(x) < 4 or np.ptp(x) == 0 or np.ptp(y) == 0:
+        return math.nan, math.nan
+    rho = float(stats.spearmanr(x, y).statistic)
+    return rho, (1 - rho**2) * math.sqrt((1 + rho**2 / 2) / (len(x) - 3))
 
 
 def matching(names: npt.NDArray[np.str_], patterns: str | Sequence[str]) -> npt.NDArray[np.bool_]:
@@ -59,3 +151,24 @@ def matching(names: npt.NDArray[np.str_], patterns: str | Sequence[str]) -> npt.
             raise LookupError(f"no layer of this run matches {pattern!r}, for instance {names[0]}")
     matched = {name for name in distinct if any(fnmatch.fnmatchcase(name, p) for p in patterns)}
     return np.isin(names, list(matched))
+
+
+def _variable(dataset: xr.Dataset, name: str) -> npt.NDArray[np.float64]:
+    """Return a variable of the neurons.
+
+    Raises:
+        LookupError: the run has none of this name.
+    """
+    if name not in dataset or dataset[name].dims != ("neuron",) or name in dataset.coords:
+        raise LookupError(f"the run has no variable {name!r}, but {', '.join(map(str, dataset))}")
+    return dataset[name].to_numpy().astype(float)
+
+
+def _rows_by_layer(
+    dataset: xr.Dataset, patterns: str | Sequence[str]
+) -> dict[str, npt.NDArray[np.int64]]:
+    """Return the places in the dataset of each matching layer's neurons."""
+    names = dataset["layer"].to_numpy().astype(str)
+    chosen = np.flatnonzero(matching(names, patterns))
+    groups = pd.Series(chosen).groupby(names[chosen], sort=False)
+    return {str(name): rows.to_numpy() for name, rows in groups}

@@ -14,9 +14,15 @@ from entangle.model import folders
 from entangle.model.hooks import Listener, backbone_of, listening
 from entangle.model.layers import LinearLayer, find_layers, skipped_parameters
 from entangle.model.loading import weights_hash
-from entangle.model.text import TokenWindows, check_windows
+from entangle.model.text import TokenWindows, check_windows, some_windows
+from entangle.numerics.difficulty import Difficulty, mapping_difficulty
 from entangle.numerics.histograms import Histograms
 from entangle.study import dataset, runs
+from entangle.study.calibration import sample_inputs, walk_blocks
+
+DIFFICULTY_WINDOWS = (
+    64  # of which the pairs of tokens are drawn: what they hold of memory is bounded
+)
 
 
 class Recorder:
@@ -103,6 +109,7 @@ def measure(
     *,
     layers: str | Sequence[str] = ("*",),
     bins: int = 1024,
+    difficulty: int = 0,
     batch_size: int = 4,
     skip_first: int = 0,
     out: str | Path | None = None,
@@ -115,17 +122,22 @@ def measure(
     Returns the run: its root has a row per neuron, its child ``histogram`` the whole state. With
     ``out`` it is also written to that folder, whole or not at all. ``command`` is noted in it.
 
+    With ``difficulty`` the mapping difficulty is measured too, over so many pairs of tokens of at
+    most 64 of the windows, which run through the model once more, block by block.
+
     Raises:
         FileExistsError: ``out`` exists, and ``overwrite`` is false.
         LookupError: a pattern matches no layer.
+        RuntimeError: ``difficulty`` of a model that cannot be run block by block.
         ValueError: windows longer than the model's context, a model in training mode or
             compiled, or a number out of range.
     """
+    arguments = (layers, bins, difficulty, batch_size, skip_first, progress, command)
     if out is None:
-        return _measure(model, windows, layers, bins, batch_size, skip_first, progress, command)
+        return _measure(model, windows, *arguments)
     stopwatch = runs.Stopwatch()
     with folders.new_folder(out, overwrite=overwrite) as folder:  # first: it may be impossible
-        tree = _measure(model, windows, layers, bins, batch_size, skip_first, progress, command)
+        tree = _measure(model, windows, *arguments)
         runs.write_run(folder, tree, stopwatch.log())
     return tree
 
@@ -135,12 +147,20 @@ def _measure(
     windows: TokenWindows,
     layers: str | Sequence[str],
     bins: int,
+    difficulty: int,
     batch_size: int,
     skip_first: int,
     progress: bool,
     command: str | None,
 ) -> xr.DataTree:
+    if difficulty < 0:
+        raise ValueError(f"a difficulty needs at least one pair of tokens, got {difficulty}")
     check_windows(model, windows, skip_first)
+    difficulties: dict[str, Difficulty] = {}
+    if difficulty:  # first: it is what may be impossible
+        chosen = find_layers(model, layers)
+        arguments = (chosen, difficulty, batch_size, skip_first, progress)
+        difficulties = _difficulties(model, some_windows(windows, DIFFICULTY_WINDOWS), *arguments)
     backbone, device = backbone_of(model), next(model.parameters()).device
     batches = windows.batches(batch_size)
     with (
@@ -159,7 +179,36 @@ def _measure(
         skip_first=skip_first,
         command=command,
     )
-    return recorder.tree()
+    recorder.attributes |= {"difficulty": difficulty} if difficulty else {}
+    tree = recorder.tree()
+    return dataset.with_difficulty(tree, difficulties) if difficulties else tree
+
+
+def _difficulties(
+    model: PreTrainedModel,
+    windows: TokenWindows,
+    layers: Sequence[LinearLayer],
+    pairs: int,
+    batch_size: int,
+    skip_first: int,
+    progress: bool,
+) -> dict[str, Difficulty]:
+    """Return the mapping difficulty of each layer's neurons, by the layer's name."""
+    walk = walk_blocks(model, windows, batch_size, skip_first)
+    found = {}
+    last = max(layer.block for layer in layers)
+    for block in tqdm(range(last + 1), unit="block", desc="difficulty", disable=not progress):
+        here = [layer for layer in layers if layer.block == block]
+        if not here:
+            walk.advance()
+            continue
+        rows = sample_inputs(walk, here, 2 * pairs, windows.seed, advance=block < last)
+        for layer in here:
+            inputs = rows[layer.name]
+            with torch.inference_mode():
+                outputs = layer.module(inputs)
+            found[layer.name] = mapping_difficulty(inputs, outputs, pairs, seed=windows.seed)
+    return found
 
 
 def provenance(
@@ -170,8 +219,17 @@ def provenance(
     batch_size: int,
     skip_first: int,
     command: str | None,
+    evaluation: TokenWindows | None = None,
 ) -> dict[str, Any]:
     """Return what a run of a model on windows is made of: the beginning of its run.json."""
+    scored: dict[str, Any] = {}
+    if evaluation is not None:
+        scored = {
+            "tokens": len(windows) * (windows.length - skip_first),
+            "evaluation": evaluation.text,
+            "evaluation_fingerprint": evaluation.fingerprint,
+            "evaluation_windows": len(evaluation),
+        }
     return {
         "command": command,
         "model": model.name_or_path,
@@ -192,4 +250,5 @@ def provenance(
         "layers": [layers] if isinstance(layers, str) else list(layers),
         "skipped_parameters": skipped_parameters(model),
         "versions": runs.versions(),
+        **scored,
     }

@@ -4,6 +4,7 @@ import json
 import math
 import platform
 import shutil
+import tempfile
 import textwrap
 import time
 from collections.abc import Iterator, Mapping
@@ -22,6 +23,8 @@ from numcodecs import Blosc
 from entangle.model import folders
 
 CHUNK = 4096  # neurons
+_WORDS = {"method", "mask", "propagate", "assign", "components", "pull", "sparsity", "problem"}
+_WORDS |= {"intervention", "block", "set"}  # columns of text, where an empty one is no NaN
 PACKAGES = ("entangle", "torch", "transformers", "numpy", "numba", "scikit-learn")
 
 
@@ -68,8 +71,8 @@ def write_run(folder: Path, tree: xr.DataTree, log: Mapping[str, Any]) -> None:
     """Write a tree and its log into a run's folder (see `folders.new_folder`)."""
     compressor = Blosc(cname="zstd", clevel=3, shuffle=Blosc.BITSHUFFLE)
     encoding: dict[str, dict[str, dict[str, Any]]] = {}
-    for path, node in (("/", tree), ("/histogram", tree.children["histogram"])):
-        encoding[path] = {
+    for node in tree.subtree:
+        encoding[node.path] = {
             str(name): {"compressors": compressor, "chunks": (CHUNK, *variable.shape[1:])}
             for name, variable in node.to_dataset(inherit=False).variables.items()
         }
@@ -114,17 +117,21 @@ def read_json(file: Path) -> dict[str, Any]:
 
 @contextmanager
 def resumed_run(
-    target: str | Path, attributes: Mapping[str, Any], *, overwrite: bool = False
+    target: str | Path | None, attributes: Mapping[str, Any], *, overwrite: bool = False
 ) -> Iterator[Path]:
     """Give a run's folder to fill, with what an unfinished run of the same attributes left in it.
 
     The attributes are its run.json. After an error what is done stays in ``TARGET.partial``, and
-    the same run goes on there.
+    the same run goes on there. Without a target the folder is gone at the end.
 
     Raises:
         FileExistsError: an unfinished run of other attributes is in the way and ``overwrite`` is
             false; or as `folders.new_folder` says.
     """
+    if target is None:
+        with tempfile.TemporaryDirectory() as temporary:
+            yield Path(temporary)
+        return
 
     def goes_on(partial: Path) -> bool:
         file = partial / "run.json"
@@ -166,7 +173,10 @@ def open_run(folder: str | Path) -> xr.DataTree:
     if not (folder / "run.json").is_file():
         there = "holds no run.json" if folder.is_dir() else "is not there"
         raise FileNotFoundError(f"{folder} {there}: expected a folder that a command wrote (--out)")
-    others = {"tables": "tables: entangle plot RUN sweep draws them", "sparsity.json": "a model"}
+    others = {
+        "tables": "tables: entangle plot RUN sweep or ablation draws them",
+        "sparsity.json": "a model",
+    }
     for name, what in others.items():
         if (folder / name).exists() and not (folder / "neurons.zarr").exists():
             raise FileNotFoundError(f"{folder} is no measured run, but holds {what}")
@@ -182,22 +192,24 @@ def open_run(folder: str | Path) -> xr.DataTree:
     return tree
 
 
-def open_sweep(folder: str | Path) -> pd.DataFrame:
-    """Return a sweep's table, a row per arm; its ``attrs`` are what it was made of (run.json).
+def open_table(folder: str | Path, name: str) -> pd.DataFrame:
+    """Return the table of a sweep or an ablation; its ``attrs`` are what it was made of (run.json).
 
     Raises:
-        FileNotFoundError: no sweep there.
+        FileNotFoundError: no table of this name there.
         ValueError: a sweep of a version that did not count multiply-adds.
     """
     folder = Path(folder)
-    file = folder / "tables" / "sweep.csv"
+    file = folder / "tables" / f"{name}.csv"
     if not file.is_file():
-        raise FileNotFoundError(f"{folder} holds no tables/sweep.csv: expected a sweep's folder")
-    words = ("method", "mask", "propagate", "assign", "components", "pull", "sparsity", "problem")
-    table = pd.read_csv(file, dtype=dict.fromkeys(words, str))
-    if "density" not in table:
+        a = "an" if name[0] in "aeiou" else "a"
+        raise FileNotFoundError(
+            f"{folder} holds no tables/{name}.csv: expected the folder of {a} {name}"
+        )
+    table = pd.read_csv(file, dtype=dict.fromkeys(_WORDS, str))
+    if name == "sweep" and "density" not in table:
         raise ValueError(f"{folder} is a sweep of an older version of entangle: run it again")
-    table = table.fillna(dict.fromkeys(words, ""))
+    table = table.fillna({word: "" for word in _WORDS if word in table})
     table.attrs.update(read_json(folder / "run.json"))
     return table
 

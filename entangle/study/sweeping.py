@@ -1,8 +1,7 @@
 """Sweep over prunings of one model: prune, score, put the weights back, and make one table."""
 
 import dataclasses
-import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -104,18 +103,13 @@ def sweep(
         batch_size=batch_size,
         skip_first=skip_first,
         command=command,
+        evaluation=evaluation,
     )
-    attributes |= {
-        "tokens": len(windows) * (windows.length - skip_first),
-        "evaluation": evaluation.text,
-        "evaluation_fingerprint": evaluation.fingerprint,
-        "evaluation_windows": len(evaluation),
-        "arms": [pruning.words() for pruning in prunings],
-    }
+    attributes |= {"arms": [pruning.words() for pruning in prunings]}
     bench = _Bench(model, windows, evaluation, chosen, batch_size, skip_first, progress)
     clusterings = list(dict.fromkeys(p.clustering for p in prunings if p.propagate == "dense"))
     stopwatch = runs.Stopwatch()
-    with _folder(out, attributes, overwrite) as folder:
+    with runs.resumed_run(out, attributes, overwrite=overwrite) as folder:
         files = [folder / "arms" / f"{name}.json" for name in (DENSE, *map(_name, prunings))]
         arms: dict[Path, Pruning | None] = dict(zip(files, (None, *prunings), strict=True))
         left = {file: pruning for file, pruning in arms.items() if not file.exists()}
@@ -136,18 +130,6 @@ def sweep(
         runs.write_json(folder / "log.json", stopwatch.log() | {"arms_run": len(left)})
         runs.remove_folder(grams)
     return table
-
-
-@contextmanager
-def _folder(
-    out: str | Path | None, attributes: Mapping[str, Any], overwrite: bool
-) -> Iterator[Path]:
-    if out is None:
-        with tempfile.TemporaryDirectory() as folder:
-            yield Path(folder)
-    else:
-        with runs.resumed_run(out, attributes, overwrite=overwrite) as kept:
-            yield kept
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

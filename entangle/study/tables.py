@@ -146,9 +146,9 @@ def markdown(table: pd.DataFrame) -> str:
             continue
         cells += [
             f"{row['realised']:.4f}",
-            _with_error(row["perplexity"], row["perplexity_error"]),
+            with_error(row["perplexity"], row["perplexity_error"]),
             f"{row['ratio']:.4g}",
-            _with_error(row["difference"], row["difference_error"]),
+            with_error(row["difference"], row["difference_error"]),
             f"{row['layer_error']:.4g}",
             f"{row['held_out_error']:.4g}",
         ]
@@ -161,13 +161,16 @@ def markdown(table: pd.DataFrame) -> str:
             f"{row['memory_bytes'] / 1e6:,.4g} MB",
         ]
         rows.append(cells)
-    widths = [max(len(row[place]) for row in rows) for place in range(len(rows[0]))]
-    rows.insert(1, ["-" * width for width in widths])
-    for cells in rows:
-        padded = map(str.ljust, cells, widths)
-        lines.append(f"| {' | '.join(padded)} |")
-    lines += _remarks(table, words)
+    lines += [*table_lines(rows), *_remarks(table, words)]
     return "\n".join(lines) + "\n"
+
+
+def table_lines(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return the lines of a Markdown table of cells, the first row its head."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    head, *body = rows
+    padded = [map(str.ljust, cells, widths) for cells in (head, ["-" * w for w in widths], *body)]
+    return [f"| {' | '.join(cells)} |" for cells in padded]
 
 
 def _remarks(table: pd.DataFrame, words: Sequence[str]) -> list[str]:
@@ -182,7 +185,7 @@ def _remarks(table: pd.DataFrame, words: Sequence[str]) -> list[str]:
     return lines
 
 
-def _with_error(value: float, error: float) -> str:
+def with_error(value: float, error: float) -> str:
     """Return a value with its error, both to the error's second digit."""
     if not (math.isfinite(error) and error > 0):
         return f"{value:.4g}"

@@ -1,0 +1,145 @@
+"""Pictures of one neuron's outputs on held-out tokens, as `disentangle` kept them."""
+
+from difflib import get_close_matches
+
+import matplotlib as mpl
+import numpy as np
+import seaborn as sns
+import xarray as xr
+from matplotlib.figure import Figure
+
+from entangle.show.panels import BAND, FIT, INK, STYLE, Floats, Picture, subject_of
+
+_BARS = 80
+
+
+@mpl.rc_context(STYLE)
+def clusters(run: xr.DataTree, name: str | None = None) -> Figure:
+    """Draw a neuron's dense outputs split by cluster: one panel for each number of clusters.
+
+    Bars are stacked, a colour for each cluster of k-means, from the one with the lowest mean output
+    to that with the highest; the line is the Gaussian fitted to all. The neuron, LAYER:INDEX, is
+    the most entangled one unless one is named.
+
+    Raises:
+        LookupError: if the run is not one of disentangle, or did not keep this neuron.
+    """
+    data, kept, name = _kept(run, name)
+    dense = kept["dense"].to_numpy()
+    groups = run.children["outputs"].to_dataset(inherit=False)["clusters"]
+    labels = groups.sel(clustered=name.rpartition(":")[0]).to_numpy()  # (arms, tokens)
+    arms = range(1, len(labels), 2)
+    row = _row(data, name)
+    figure = Picture(figsize=(8.5, 3.2), layout="constrained")
+    grid = figure.subplots(1, len(arms), sharex=True, sharey=True, squeeze=False)[0]
+    edges = _edges(dense)
+    for arm, ax in zip(arms, grid, strict=True):
+        found = np.unique(labels[arm])
+        parts = sorted((dense[labels[arm] == one] for one in found), key=lambda part: part.mean())
+        weights = [np.full(len(part), 1 / len(dense) / np.diff(edges)[0]) for part in parts]
+        tints = sns.color_palette("Spectral_r", len(parts))
+        ax.hist(parts, edges, weights=weights, stacked=True, color=tints, linewidth=0)
+        ax.plot(*_gaussian(dense, edges), color=INK, linewidth=1.4)
+        within, random = (float(row["wasserstein_within"][one]) for one in (arm, arm + 1))
+        ax.set_title(
+            f"{len(parts)} clusters: W1 within {within:.3f}, within random ones {random:.3f}"
+        )
+    whole = float(row["held_out_wasserstein"])
+    title = f"{name}, W1 {whole:.3f} on {len(dense):,} held-out tokens\n{subject_of(data)}"
+    figure.suptitle(title, x=0.01, ha="left")
+    figure.supxlabel(f"output of the neuron (output units){_beyond(dense, edges)}")
+    figure.supylabel("density")
+    return figure
+
+
+@mpl.rc_context(STYLE)
+def sparse(run: xr.DataTree, name: str | None = None, *, sparsity: str | None = None) -> Figure:
+    """Draw a neuron's sparse outputs over its dense ones: one panel for each number of experts.
+
+    The neuron, LAYER:INDEX, is the most entangled one unless one is named; of several sparsities the
+    last is drawn.
+
+    Raises:
+        LookupError: if the run is not one of disentangle, or did not keep this neuron, or has no
+            such sparsity.
+    """
+    data, kept, name = _kept(run, name)
+    known = [str(one) for one in data["sparsity"].to_numpy()]
+    sparsity = known[-1] if sparsity is None else sparsity
+    if sparsity not in known:
+        raise LookupError(f"no sparsity {sparsity!r}: the run has {', '.join(known)}")
+    place = known.index(sparsity)
+    dense, pruned = kept["dense"].to_numpy(), kept["sparse"].to_numpy()[place]  # (arms, tokens)
+    experts = data["experts"].to_numpy()
+    row = _row(data, name)
+    arms = [0, *range(1, len(experts), 2)]
+    figure = Picture(figsize=(8.5, 3.2), layout="constrained")
+    grid = figure.subplots(1, len(arms), sharex=True, sharey=True, squeeze=False)[0]
+    edges = _edges(dense)
+    for arm, ax in zip(arms, grid, strict=True):
+        heights = [
+            np.histogram(x, edges)[0] / len(x) / np.diff(edges)[0] for x in (dense, pruned[arm])
+        ]
+        ax.stairs(heights[0], edges, fill=True, color=BAND, alpha=0.5, label="dense")
+        ax.stairs(heights[1], edges, color=FIT, linewidth=1.2, label=f"{sparsity} sparse")
+        distance = row["distance_to_dense"][place].to_numpy()
+        gain = row["improvement"][place].to_numpy()
+        words = f"W1 to dense {distance[arm]:.3f}, improvement {gain[arm]:.2f}"
+        if arm:
+            words += f"\n(at random {distance[arm + 1]:.3f}, {gain[arm + 1]:.2f})"
+        ax.set_title(f"{experts[arm]} expert{'s' if arm else ''}\n{words}")
+    title = f"{name} · {len(dense):,} held-out tokens · {subject_of(data)}"
+    figure.suptitle(title, x=0.01, ha="left")
+    figure.supxlabel(f"output of the neuron (output units){_beyond(dense, edges)}")
+    figure.supylabel("density")
+    figure.legend(*grid[0].get_legend_handles_labels(), loc="outside upper right", ncols=2)
+    return figure
+
+
+def _kept(run: xr.DataTree, name: str | None) -> tuple[xr.Dataset, xr.Dataset, str]:
+    """Return a run's dataset, and the outputs of a neuron that it kept, with its name.
+
+    Raises:
+        LookupError: there are none.
+    """
+    if not isinstance(run, xr.DataTree) or "outputs" not in run.children:
+        raise LookupError("this run kept no outputs: draw one that disentangle wrote, as a tree")
+    data = run.to_dataset()
+    outputs = run.children["outputs"].to_dataset(inherit=False)
+    names = [str(one) for one in outputs["kept"].to_numpy()]
+    if name is None:
+        name = max(names, key=lambda one: float(_row(data, one)["wasserstein"]))
+    if name not in names:
+        near = get_close_matches(name, names, 3, 0.3) or names[:1]
+        raise LookupError(
+            f"the outputs of {name!r} were not kept, but those of {' or '.join(near)}: each layer's "
+            "most entangled neuron, and what disentangle is told by --neurons LAYER:INDEX"
+        )
+    return data, outputs.sel(kept=name).load(), name
+
+
+def _row(data: xr.Dataset, name: str) -> xr.Dataset:
+    layer, _, index = name.rpartition(":")
+    here = (data["layer"] == layer) & (data["index"] == int(index))
+    return data.isel(neuron=int(np.flatnonzero(here.to_numpy())[0]))
+
+
+def _edges(dense: Floats) -> Floats:
+    """Return the edges of bars over the central 99.8% of outputs, and at least 3.5 std either way."""
+    low, high = np.quantile(dense, [0.001, 0.999])
+    reach = 3.5 * dense.std()
+    edges: Floats = np.linspace(
+        min(low, dense.mean() - reach), max(high, dense.mean() + reach), _BARS + 1
+    )
+    return edges
+
+
+def _gaussian(dense: Floats, edges: Floats) -> tuple[Floats, Floats]:
+    x = np.linspace(edges[0], edges[-1], 401)
+    std = float(dense.std())
+    return x, np.exp(-0.5 * ((x - dense.mean()) / std) ** 2) / (std * np.sqrt(2 * np.pi))
+
+
+def _beyond(dense: Floats, edges: Floats) -> str:
+    count = int(((dense < edges[0]) | (dense > edges[-1])).sum())
+    return f"\n{count:,} of {len(dense):,} tokens lie outside the picture" if count else ""

@@ -1,0 +1,136 @@
+"""Pictures of how a neuron's other measures go with its distance to a Gaussian."""
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+import xarray as xr
+from matplotlib import ticker
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from entangle.show.panels import (
+    BAND,
+    DASHES,
+    DISTANCE,
+    FIT,
+    INK,
+    STYLE,
+    Floats,
+    Names,
+    Picture,
+    Run,
+    Sheet,
+    frame_of,
+    panels_of,
+    subject_of,
+)
+from entangle.study.dataset import dataset_of
+from entangle.study.ranking import matching, rank_correlations
+
+_LEAST = 25  # neurons that a median is drawn of
+
+
+@mpl.rc_context(STYLE)
+def difficulty(run: Run, *, layers: Names = None, figure: Sheet = None) -> Figure:
+    """Draw each neuron's mapping difficulty against its distance: one panel per role.
+
+    Difficulty is over its layer's median, since within a layer it is known but for a factor. The
+    line is the median of a tenth of the neurons; the number the median of the layers' rank
+    correlations. Both axes are logarithmic.
+
+    Raises:
+        LookupError: if the run was measured without it.
+    """
+    if "difficulty" not in dataset_of(run):
+        raise LookupError(
+            "the run has no mapping difficulty: measure it with --difficulty PAIRS, such as 4096"
+        )
+    frame, _ = frame_of(run, "wasserstein", layers)
+    data = dataset_of(run)
+    chosen = matching(data["layer"].to_numpy(), layers or "*")
+    frame["other"] = data["difficulty"].to_numpy()[chosen]
+    frame["other"] /= frame.groupby("layer")["other"].transform("median")
+    rho = rank_correlations(run, "wasserstein", ["difficulty"], layers=layers or "*")
+    rhos = rho.groupby("role", sort=False)["difficulty"].median()
+    down = "mapping difficulty, over the layer's median"
+    panels, sheet = panels_of(frame, figure, most=4, height=2.0, labels=(DISTANCE, down))
+    for role, ax in panels.items():
+        part = frame[frame["role"] == role].dropna()
+        _cloud(ax, part["value"].to_numpy(), part["other"].to_numpy())
+        ax.set_xscale("log")
+        ax.set_yscale("log")
+        for axis, subs in ((ax.xaxis, (1,)), (ax.yaxis, (1, 1.5, 2, 3, 5, 7))):
+            axis.set_major_locator(ticker.LogLocator(subs=subs, numticks=6))
+            axis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
+            axis.set_minor_locator(ticker.NullLocator())
+        ax.text(0.04, 0.93, f"rank correlation {rhos[role]:.2f}", transform=ax.transAxes)
+    return sheet.figure
+
+
+@mpl.rc_context(STYLE)
+def improvement(
+    run: xr.DataTree | xr.Dataset,
+    *,
+    sparsity: str | None = None,
+    layers: Names = None,
+    figure: Sheet = None,
+) -> Figure:
+    """Draw relative improvement on held-out tokens against distance: a panel per number of experts.
+
+    A point is a neuron in its k-means experts; lines are medians of a tenth of the neurons, in these
+    and in random ones. Of several sparsities the last is drawn unless one is named.
+
+    Raises:
+        LookupError: if the run is not one of disentangle, or has no such sparsity.
+    """
+    data = dataset_of(run)
+    if "improvement" not in data:
+        raise LookupError("this run knows no improvement: draw one that disentangle wrote")
+    known = [str(one) for one in data["sparsity"].to_numpy()]
+    sparsity = known[-1] if sparsity is None else sparsity
+    if sparsity not in known:
+        raise LookupError(f"no sparsity {sparsity!r}: the run has {', '.join(known)}")
+    frame, _ = frame_of(run, "wasserstein", layers)
+    chosen = matching(data["layer"].to_numpy(), layers or "*")
+    values = data["improvement"].to_numpy()[chosen, known.index(sparsity)]  # (neurons, arms)
+    experts = data["experts"].to_numpy()
+    arms = range(1, len(experts), 2)
+    sheet = figure or Picture(figsize=(8.5, 3.4), layout="constrained")
+    grid = sheet.subplots(1, len(arms), sharex=True, sharey=True, squeeze=False)[0]
+    distance = frame["value"].to_numpy()
+    shown = values[np.isfinite(distance)][:, 1:]
+    low, high = np.nanquantile(shown, [0.0005, 0.9995])
+    for arm, ax in zip(arms, grid, strict=True):
+        _cloud(ax, distance, values[:, arm], label="experts of k-means")
+        line = _medians(distance, values[:, arm + 1])
+        ax.plot(line.index, line, color=FIT, linewidth=1.4, label="experts at random")
+        ax.axhline(1, label="one expert", **DASHES | {"color": "0.4"})
+        ax.set(title=f"{experts[arm]} experts", xscale="log", ylim=(low, high))
+        ax.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5), numticks=8))
+        ax.xaxis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
+        ax.xaxis.set_minor_locator(ticker.NullLocator())
+    held = data.attrs.get("held_out_tokens", 0)
+    sheet.suptitle(f"{subject_of(data)} · {sparsity} sparse", x=0.01, ha="left")
+    sheet.supxlabel(DISTANCE.replace("\n", " "))
+    sheet.supylabel(f"relative improvement\n({held:,} held-out tokens)")
+    sheet.legend(*grid[0].get_legend_handles_labels(), loc="outside upper right", ncols=3)
+    return sheet.figure
+
+
+def _cloud(ax: Axes, x: Floats, y: Floats, label: str = "median") -> None:
+    """Draw neurons as faint points, and the median of each tenth of them."""
+    known = np.isfinite(x) & np.isfinite(y)
+    ax.plot(x[known], y[known], ".", color=BAND, markersize=1.2, alpha=0.25, rasterized=True)
+    line = _medians(x, y)
+    ax.plot(line.index, line, color=INK, linewidth=1.6, label=label)
+
+
+def _medians(x: Floats, y: Floats) -> "pd.Series[float]":
+    """Return the medians of y in tenths of x (its last in finer parts), at their medians of x."""
+    known = np.isfinite(x) & np.isfinite(y)
+    table = pd.DataFrame({"x": x[known], "y": y[known]}).sort_values("x", kind="stable")
+    ranks = (np.arange(len(table)) + 0.5) / max(len(table), 1)
+    edges = [*np.arange(0.1, 1, 0.1), 0.95, 0.98, 0.99, 0.995, 0.999]
+    groups = table.groupby(np.digitize(ranks, edges))
+    middle = groups.median()[groups.size() >= _LEAST]
+    return pd.Series(middle["y"].to_numpy(), index=middle["x"])

@@ -1,0 +1,339 @@
+"""Ablate: treat the most entangled neurons, and others of the same number, and score each."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+import xarray as xr
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from entangle.model.hooks import check_fired, check_hooks, intervening
+from entangle.model.layers import LinearLayer, check_prunable, find_layers, weight_of
+from entangle.model.loading import weights_hash
+from entangle.model.packing import load_tensors, router_from, router_tensors, save_tensors
+from entangle.model.text import TokenWindows, check_disjoint, check_windows
+from entangle.numerics.pruning import Sparsity, check_group, prune
+from entangle.study import runs
+from entangle.study.calibration import ONE, Calibration, Clustering, calibrate, naming, walk_blocks
+from entangle.study.dataset import dataset_of
+from entangle.study.effects import effects_of, markdown, table_of
+from entangle.study.interventions import (
+    SETS,
+    Arm,
+    Outputs,
+    SparseRows,
+    arms_of,
+    changed_outputs,
+    missing_sets,
+    neurons_of,
+)
+from entangle.study.perplexity import NotFiniteError, score
+from entangle.study.pruned import PULL
+from entangle.study.ranking import Neurons, matching
+from entangle.study.recording import provenance
+
+Row = dict[str, Any]
+Kind = tuple[Clustering, Sparsity]
+
+
+def ablate(
+    model: PreTrainedModel,
+    run: xr.DataTree | xr.Dataset,
+    windows: TokenWindows | None,
+    evaluation: TokenWindows,
+    *,
+    shares: Sequence[float] = (0.03,),
+    sparsities: Sequence[str | float] = (0.9,),
+    experts: Sequence[int] = (1,),
+    interventions: Sequence[str] = ("sparsify",),
+    sets: Sequence[str] = SETS,
+    seeds: int = 5,
+    per_block: bool = False,
+    layers: str | Sequence[str] = ("*",),
+    batch_size: int = 4,
+    skip_first: int = 0,
+    out: str | Path | None = None,
+    overwrite: bool = False,
+    progress: bool = False,
+    command: str | None = None,
+) -> pd.DataFrame:
+    """Treat a share of each layer's neurons, keep the rest dense, and score; for several sets.
+
+    ``run`` is what `measure` returned for this model. The sets are the neurons with the largest
+    ``wasserstein``, the ``bottom`` ones, ``random`` ones with so many ``seeds``, and those with the
+    largest ``kurtosis``, ``weight_norm``, ``std`` and ``difficulty`` (if the run has it). All
+    together, or with ``per_block`` one block at a time.
+
+    ``sparsify`` prunes a neuron's weights by SparseGPT to exactly the sparsity, by what the dense
+    model's inputs over ``windows`` are, and with several ``experts`` once for each cluster of them;
+    each layer is pruned once for all arms. The other interventions act on outputs, and need no
+    windows: ``zero``, ``mean`` (over the tokens of the run) and ``negative``, which makes those
+    below zero zero.
+
+    Returns a row per set, random ones merged, the dense model first: see `effects.effects_of`; what
+    it was made of is in ``attrs``. The model is not changed. With ``out`` tables are written to that
+    folder; an ablation that was killed goes on where it was.
+
+    Raises:
+        FileExistsError: ``out`` exists, or an unfinished run of other settings is there, and
+            ``overwrite`` is false.
+        LookupError: a pattern matches no layer of the run.
+        RuntimeError: a layer did not run once in each batch, a model that cannot be run block by
+            block, or whose dense score is not finite.
+        ValueError: the run is of other weights, or measured on the evaluation itself; windows of
+            the evaluation that are among ``windows``; a number or word out of range; or inputs that
+            no pruning can be made of.
+    """
+    chosen = layers_of(model, run, layers)
+    blocks = sorted({layer.block for layer in chosen}) if per_block else [None]
+    arms = arms_of(
+        run,
+        interventions=interventions,
+        sparsities=sparsities,
+        experts=experts,
+        sets=sets,
+        shares=shares,
+        seeds=seeds,
+        blocks=blocks,
+    )
+    sparsified = any(arm.intervention == "sparsify" for arm in arms)
+    check_run(model, run, evaluation)
+    check_windows(model, evaluation, skip_first)
+    check_hooks(model, skip_first)
+    if sparsified:
+        if windows is None:
+            raise ValueError("sparsifying neurons needs windows of a text to prune by")
+        check_windows(model, windows, skip_first)
+        check_disjoint(windows, evaluation)
+        check_prunable(chosen, find_layers(model))
+        for layer, sparsity in ((x, arm.sparsity) for x in chosen for arm in arms if arm.sparsity):
+            with naming(layer):
+                check_group(layer.inputs, sparsity)
+    attributes = provenance(
+        model,
+        evaluation if windows is None else windows,
+        layers=layers,
+        batch_size=batch_size,
+        skip_first=skip_first,
+        command=command,
+        evaluation=evaluation,
+    )
+    attributes |= {"pruned": sparsified, "run": dict(dataset_of(run).attrs)}
+    attributes |= {"missing_sets": missing_sets(run, sets), "arms": [arm.words() for arm in arms]}
+    bench = _Bench(model, run, windows, evaluation, chosen, batch_size, skip_first, progress)
+    stopwatch = runs.Stopwatch()
+    with runs.resumed_run(out, attributes, overwrite=overwrite) as folder:
+        files = {folder / "arms" / f"{_name(arm)}.json": arm for arm in (None, *arms)}
+        left = {file: arm for file, arm in files.items() if not file.exists()}
+        rows = folder / "rows"
+        _prune_rows(bench, [arm for arm in left.values() if arm and arm.sparsity], rows)
+        for file, arm in tqdm(left.items(), unit="arm", disable=not progress):
+            runs.write_json(file, _run_arm(bench, arm, rows))
+        results = [runs.read_json(file) for file in files]
+        table = effects_of(results)
+        table.attrs.update(attributes)
+        runs.save_table(table_of(results), folder / "tables" / "arms.csv")
+        runs.save_table(table, folder / "tables" / "ablation.csv")
+        runs.save_text(markdown(table), folder / "tables" / "ablation.md")
+        runs.write_json(folder / "log.json", stopwatch.log() | {"arms_run": len(left)})
+        runs.remove_folder(rows)
+    return table
+
+
+def check_run(
+    model: PreTrainedModel, run: xr.DataTree | xr.Dataset, evaluation: TokenWindows
+) -> None:
+    """See that a run is of this model, and was not measured on what the model is scored on.
+
+    Raises:
+        ValueError: if not.
+    """
+    attributes = dataset_of(run).attrs
+    weights = weights_hash(model)
+    if attributes.get("weights") != weights:
+        raise ValueError(
+            f"the run was measured on other weights ({attributes.get('model', '?')}, "
+            f"{str(attributes.get('weights'))[:12]}) than this model has ({model.name_or_path}, "
+            f"{weights[:12]}): measure this model, or load the one that was measured"
+        )
+    if attributes.get("fingerprint") == evaluation.fingerprint:
+        raise ValueError(
+            f"the run was measured on the very windows that are to be scored ({evaluation.text}): "
+            "its neurons would be chosen by what is scored, evaluate on another text"
+        )
+
+
+def layers_of(
+    model: PreTrainedModel, run: xr.DataTree | xr.Dataset, patterns: str | Sequence[str]
+) -> list[LinearLayer]:
+    """Return the model's layers that the run has and that match a pattern."""
+    names = dataset_of(run)["layer"].to_numpy().astype(str)
+    wanted = set(names[matching(names, patterns)])
+    return [layer for layer in find_layers(model) if layer.name in wanted]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Bench:
+    """What every arm is run on."""
+
+    model: PreTrainedModel
+    run: xr.DataTree | xr.Dataset
+    windows: TokenWindows | None
+    evaluation: TokenWindows
+    layers: Sequence[LinearLayer]
+    batch_size: int
+    skip_first: int
+    progress: bool
+
+
+def _name(arm: Arm | None) -> str:
+    if arm is None:
+        return "dense"
+    return "-".join(str(v).replace(":", "of") for v in arm.words().values() if v not in {None, ""})
+
+
+def _prune_rows(bench: _Bench, arms: Sequence[Arm], folder: Path) -> None:
+    """Prune all rows that these arms treat, each once, and save them where that is not done."""
+    union: dict[Kind, dict[str, set[int]]] = {}
+    for arm in arms:
+        assert arm.sparsity is not None
+        rows = union.setdefault((arm.clustering, arm.sparsity), {})
+        for name, neurons in neurons_of(bench.run, arm, bench.layers).items():
+            rows.setdefault(name, set()).update(neurons.tolist())
+    blocks = sorted({layer.block for layer in bench.layers}) if arms else []
+    left = [b for b in blocks if not all(_file(folder, b, kind).exists() for kind in union)]
+    if not left:
+        return
+    assert bench.windows is not None
+    walk = walk_blocks(bench.model, bench.windows, bench.batch_size, bench.skip_first)
+    clusterings = list(dict.fromkeys(clustering for clustering, _ in union))
+    last = left[-1]
+    for block in tqdm(range(last + 1), unit="block", desc="prune", disable=not bench.progress):
+        if block not in left:
+            walk.advance()
+            continue
+        here = [layer for layer in bench.layers if layer.block == block]
+        found = calibrate(walk, here, clusterings, seed=bench.windows.seed, advance=block < last)
+        for (clustering, sparsity), wanted in union.items():
+            tensors: dict[str, torch.Tensor] = {}
+            for layer in here:
+                if layer.name in wanted:
+                    some = torch.tensor(sorted(wanted[layer.name]), dtype=torch.int64)
+                    with naming(layer):
+                        pruned = sparse_rows(layer, found[clustering][layer.name], sparsity, some)
+                    tensors |= _tensors(layer.name, pruned)
+            save_tensors(_file(folder, block, (clustering, sparsity)), tensors)
+
+
+def sparse_rows(
+    layer: LinearLayer, calibration: Calibration, sparsity: Sparsity, neurons: torch.Tensor
+) -> SparseRows:
+    """Prune some rows of a layer's weight, each with its own mask: the same bits as among others."""
+    weight, moments = weight_of(layer), calibration.moments
+    neurons = neurons.to(weight.device)
+    used = moments if calibration.router is None else moments.pulled(PULL)
+    pruned = prune(weight[neurons], used, sparsity)
+    counts = moments.count.reshape(-1).tolist()
+    return SparseRows(neurons, pruned.weight, calibration.router, counts)
+
+
+def _file(folder: Path, block: int, kind: Kind) -> Path:
+    clustering, sparsity = kind
+    return folder / f"{block}-{clustering.experts}-{sparsity}.safetensors".replace(":", "of")
+
+
+def _tensors(name: str, rows: SparseRows) -> dict[str, torch.Tensor]:
+    tensors = {f"{name} neurons": rows.neurons, f"{name} weight": rows.weight}
+    tensors[f"{name} counts"] = torch.tensor(rows.counts)
+    if rows.router is not None:  # cloned: a file holds no tensor twice, and layers may share it
+        tensors |= {key: value.clone() for key, value in router_tensors(name, rows.router).items()}
+    return tensors
+
+
+def _load_rows(
+    folder: Path, layers: Sequence[LinearLayer], kind: Kind, neurons: Mapping[str, torch.Tensor]
+) -> dict[str, SparseRows]:
+    """Read the pruned rows of some neurons of each layer."""
+    found = {}
+    for block in sorted({layer.block for layer in layers}):
+        here = [layer for layer in layers if layer.block == block]
+        device = weight_of(here[0]).device
+        tensors = load_tensors(_file(folder, block, kind), device)
+        for name in (layer.name for layer in here):
+            router = None if kind[0] == ONE else router_from(name, tensors)
+            parts = (tensors[f"{name} neurons"], tensors[f"{name} weight"])
+            rows = SparseRows(*parts, router, tensors[f"{name} counts"].tolist())
+            found[name] = rows.among(neurons[name])
+    return found
+
+
+def _run_arm(bench: _Bench, arm: Arm | None, folder: Path) -> Row:
+    """Score the model with an arm's neurons treated.
+
+    A score that is not finite is the arm's result; the dense model's is an error.
+
+    Raises:
+        NotFiniteError: the dense model's score is not finite.
+    """
+    if arm is None:
+        return {"intervention": "dense"} | _score(bench, [], None)
+    layers = [layer for layer in bench.layers if arm.block in {None, layer.block}]
+    chosen = neurons_of(bench.run, arm, layers)
+    neurons = {x.name: torch.from_numpy(chosen[x.name]).to(weight_of(x).device) for x in layers}
+    result = arm.words() | {"neurons_treated": sum(map(len, neurons.values()))}
+    sparse: dict[str, Outputs] = {}
+    if arm.sparsity is not None:
+        rows = _load_rows(folder, layers, (arm.clustering, arm.sparsity), neurons)
+        sparse = {layer.name: rows[layer.name].outputs(layer) for layer in layers}
+        result |= _sparsities(bench.model, layers, rows)
+    means = _means(bench.run, chosen) if arm.intervention == "mean" else {}
+    change = changed_outputs(arm.intervention, neurons, means=means, sparse=sparse)
+    try:
+        return result | _score(bench, layers, change)
+    except NotFiniteError as error:
+        nothing = {"window_nats": [None] * len(bench.evaluation), "tokens": 0}
+        return result | nothing | {"problem": str(error)}
+
+
+def _score(bench: _Bench, layers: Sequence[LinearLayer], change: Any) -> Row:
+    with intervening(layers, change) as fired:
+        scored = score(
+            bench.model,
+            bench.evaluation,
+            batch_size=bench.batch_size,
+            skip_first=bench.skip_first,
+            progress=bench.progress,
+        )
+    check_fired(fired, len(bench.evaluation.batches(bench.batch_size)))
+    return {"window_nats": scored.window_nats.tolist(), "tokens": scored.tokens}
+
+
+def _means(run: xr.DataTree | xr.Dataset, chosen: Neurons) -> dict[str, torch.Tensor]:
+    dataset = dataset_of(run)
+    names, means = dataset["layer"].to_numpy(), dataset["mean"].to_numpy()
+    return {
+        name: torch.from_numpy(means[names == name][neurons]) for name, neurons in chosen.items()
+    }
+
+
+def _sparsities(
+    model: PreTrainedModel, layers: Sequence[LinearLayer], rows: Mapping[str, SparseRows]
+) -> Row:
+    """Return the share of zeros in the treated rows, and in the model with them.
+
+    Of several experts the mean: each has as many.
+    """
+    zeros = sum(int((parameter == 0).sum()) for parameter in model.parameters())
+    size = sum(parameter.numel() for parameter in model.parameters())
+    treated = sparse = dense = 0.0
+    for layer in layers:
+        found = rows[layer.name]
+        before = weight_of(layer)[found.neurons]
+        treated += before.numel()
+        dense += int((before == 0).sum())
+        sparse += int((found.weight == 0).sum()) / len(found.counts)
+    return {"realised": sparse / treated, "model_sparsity": (zeros - dense + sparse) / size}
