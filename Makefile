@@ -1,11 +1,20 @@
 PYTHON ?= python3
 BIN := .venv/bin
-MODEL := data/smollm2-135m/model.safetensors
-TEXT := data/python-docs/calibration.txt
+WEIGHTS := data/smollm2-135m/model.safetensors
+DOCS := data/python-docs/calibration.txt
 DEMO := runs/demo
 
+# Of `make reproduce`: any model and texts, and what else determines its cost.
+MODEL ?= data/smollm2-135m
+TEXT ?= data/python-docs
+EVALUATION ?= $(TEXT)
+LAYERS ?= *.mlp.*
+EVIDENCE ?= runs/evidence
+WINDOWS ?= 128
+SCORED ?= 41
+
 .DEFAULT_GOAL := help
-.PHONY: help install data demo test check bench clean
+.PHONY: help install data demo reproduce test check bench clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -19,13 +28,13 @@ install: .venv/installed ## create .venv with entangle and what it needs
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
-data: $(MODEL) $(TEXT) ## prepare the model and the text of the examples
+data: $(WEIGHTS) $(DOCS) ## prepare the model and the text of the examples
 
-$(MODEL): data/smollm2-135m/prepare.py | .venv/installed
+$(WEIGHTS): data/smollm2-135m/prepare.py | .venv/installed
 	@$(BIN)/python data/smollm2-135m/prepare.py
 	@touch $@
 
-$(TEXT): data/python-docs/prepare.py | .venv/installed
+$(DOCS): data/python-docs/prepare.py | .venv/installed
 	@$(BIN)/python data/python-docs/prepare.py
 	@touch $@
 
@@ -38,6 +47,33 @@ demo: $(DEMO)/run.json ## measure the 135M model, rank its neurons, draw the fig
 $(DEMO)/run.json: | data
 	@echo "measuring 128 windows of 512 tokens: two to five minutes on two cores"
 	@$(BIN)/entangle measure data/smollm2-135m --text data/python-docs --out $(DEMO)
+
+ON = --text '$(TEXT)' --windows $(WINDOWS)
+HELD = $(ON) --evaluation '$(EVALUATION)' --layers '$(LAYERS)' --batch-size 1
+
+reproduce: $(if $(filter data/smollm2-135m,$(MODEL)),data,.venv/installed) ## the thesis's evidence for MODEL= TEXT= EVALUATION=: hours
+	@$(MAKE) --no-print-directory $(EVIDENCE)/measured/run.json $(EVIDENCE)/ablation/run.json \
+		$(EVIDENCE)/blocks/run.json $(EVIDENCE)/experts/run.json $(EVIDENCE)/disentangled/run.json
+	@for kind in heatmap layers ranks difficulty; do $(BIN)/entangle plot $(EVIDENCE)/measured $$kind || exit; done
+	@echo "the evidence is in $(EVIDENCE): figures/ and tables/ of each run"
+
+$(EVIDENCE)/measured/run.json:
+	$(BIN)/entangle measure '$(MODEL)' $(ON) --difficulty 4096 --out $(@D)
+
+$(EVIDENCE)/ablation/run.json: $(EVIDENCE)/measured/run.json
+	$(BIN)/entangle ablate $(EVIDENCE)/measured $(HELD) --evaluation-windows $(SCORED) \
+		--share 0.01,0.03,0.1,0.3 --experts 1,16 --out $(@D)
+
+$(EVIDENCE)/blocks/run.json: $(EVIDENCE)/measured/run.json
+	$(BIN)/entangle ablate $(EVIDENCE)/measured $(HELD) --evaluation-windows 8 \
+		--sets wasserstein,random --seeds 1 --per-block --out $(@D)
+
+$(EVIDENCE)/experts/run.json:
+	$(BIN)/entangle sweep '$(MODEL)' $(HELD) --evaluation-windows $(SCORED) --propagate dense \
+		--sparsity 0.7,0.8 --experts 1,4,16 --assign kmeans,random --out $(@D)
+
+$(EVIDENCE)/disentangled/run.json: $(EVIDENCE)/measured/run.json
+	$(BIN)/entangle disentangle $(EVIDENCE)/measured $(HELD) --sparsity 0.7,0.9 --out $(@D)
 
 test: check data ## lint, types and the whole test suite
 	$(BIN)/python -m pytest
@@ -52,6 +88,7 @@ bench: data ## run the benchmarks
 	$(BIN)/python -m benchmarks.measure
 	$(BIN)/python -m benchmarks.prune
 	$(BIN)/python -m benchmarks.expand
+	$(BIN)/python -m benchmarks.ablate
 
 clean: ## remove what was measured, and caches; .venv and data stay
 	rm -rf runs .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -2,11 +2,9 @@
 
 import argparse
 import json
-import math
 import os
 import shlex
 import signal
-import statistics
 import sys
 import threading
 import traceback
@@ -16,9 +14,11 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import entangle
+from entangle import printed
 from entangle.arguments import parser
 
 if TYPE_CHECKING:
+    import pandas as pd
     import xarray as xr
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -55,7 +55,7 @@ def run_measure(args: argparse.Namespace) -> None:
         runs.save_table(table, args.out / "tables" / "difficulty.csv")
         runs.save_figure(entangle.plots.difficulty(run), args.out / "figures" / "difficulty.png")
     log = json.loads((args.out / "log.json").read_text())
-    _print(args, dataset.summary(run) | {"run": str(args.out), "log": log}, _describe)
+    _print(args, dataset.summary(run) | {"run": str(args.out), "log": log}, printed.describe)
 
 
 def run_perplexity(args: argparse.Namespace) -> None:
@@ -74,7 +74,7 @@ def run_perplexity(args: argparse.Namespace) -> None:
     }
     about = {"model": args.model, "text": windows.text, "fingerprint": windows.fingerprint}
     about |= {"windows": len(windows), "length": windows.length}
-    _print(args, numbers | about, _scored)
+    _print(args, numbers | about, printed.scored)
 
 
 def run_sparsify(args: argparse.Namespace) -> None:
@@ -108,7 +108,9 @@ def run_sparsify(args: argparse.Namespace) -> None:
     numbers = {"realised": found.sparsity, "error": found.error, "layers": rows}
     whole = json.loads((args.out / "sparsity.json").read_text())
     numbers |= {name: whole[name] for name in whole if name not in {"sparsity", *numbers}}
-    _print(args, found.attributes | numbers | {"folder": str(args.out), "log": log}, _sparsified)
+    _print(
+        args, found.attributes | numbers | {"folder": str(args.out), "log": log}, printed.sparsified
+    )
 
 
 def run_sweep(args: argparse.Namespace) -> None:
@@ -116,14 +118,13 @@ def run_sweep(args: argparse.Namespace) -> None:
     from entangle.model import folders
 
     folders.check_target(args.out, args.overwrite)
-    from entangle.study import runs
     from entangle.study.pruned import arms_of
 
     # A slip in these words is told before a model is loaded.
     words = {name: getattr(args, name) for name in _PRUNING}
     arms_of(args.sparsity, **words)
     windows, tokenizer = _text(args, "calibration")
-    evaluation = _evaluation(args, tokenizer)
+    evaluation = _windows(args, tokenizer, "evaluation")
     model = _model(args)
     table = entangle.sweep(
         model,
@@ -141,29 +142,43 @@ def run_sweep(args: argparse.Namespace) -> None:
         progress=sys.stderr.isatty(),
         command=args.command_line,
     )
+    _print_table(args, table, "sweep")
+
+
+def _print_table(args: argparse.Namespace, table: "pd.DataFrame", name: str) -> None:
+    """Draw the table of a sweep or an ablation, and print it as it was written."""
+    from entangle.study import runs
+
     file = None
     if table["perplexity"][1:].notna().any():
-        figure = entangle.plots.sweep(table)
-        file = str(runs.save_figure(figure, args.out / "figures" / "sweep.png"))
-    result = {str(name): value for name, value in table.attrs.items()}
+        figure = getattr(entangle.plots, name)(table)
+        file = str(runs.save_figure(figure, args.out / "figures" / f"{name}.png"))
+    result = {str(key): value for key, value in table.attrs.items()}
     result |= {"table": table.to_dict(orient="records"), "figure": file}
-    text = (args.out / "tables" / "sweep.md").read_text(encoding="utf-8")
+    text = (args.out / "tables" / f"{name}.md").read_text(encoding="utf-8")
     drawn = f", with a figure: {file}" if file else "; no arm has a score to draw"
     _print(args, result, lambda _: f"{text}\nwritten to {args.out}{drawn}")
 
 
 def run_ablate(args: argparse.Namespace) -> None:
-    """Treat the most entangled neurons of a measured model, and others, and score."""
+    """Treat the most entangled neurons of a measured model, and others, and score.
+
+    Raises:
+        ValueError: no text to sparsify by.
+    """
     from entangle.model import folders
 
     folders.check_target(args.out, args.overwrite)
-    from entangle.study import interventions, runs
+    from entangle.study import interventions
 
     words = (args.intervention, args.sparsity, args.experts, args.sets, args.share, args.seeds)
     interventions.check_words(*words)
+    if args.text is None and "sparsify" in args.intervention:
+        raise ValueError("sparsifying neurons needs a text to prune by: give one with --text")
     run = _measured(args)
-    windows, tokenizer = _text(args, "calibration")
-    evaluation = _evaluation(args, tokenizer)
+    tokenizer = entangle.load_tokenizer(args.model, **_source(args))
+    windows = None if args.text is None else _windows(args, tokenizer, "calibration")
+    evaluation = _windows(args, tokenizer, "evaluation")
     table = entangle.ablate(
         _model(args),
         run,
@@ -184,12 +199,7 @@ def run_ablate(args: argparse.Namespace) -> None:
         progress=sys.stderr.isatty(),
         command=args.command_line,
     )
-    figure = entangle.plots.ablation(table)
-    file = str(runs.save_figure(figure, args.out / "figures" / "ablation.png"))
-    result = {str(name): value for name, value in table.attrs.items()}
-    result |= {"table": table.to_dict(orient="records"), "figure": file}
-    text = (args.out / "tables" / "ablation.md").read_text(encoding="utf-8")
-    _print(args, result, lambda _: f"{text}\nwritten to {args.out}, with a figure: {file}")
+    _print_table(args, table, "ablation")
 
 
 def run_disentangle(args: argparse.Namespace) -> None:
@@ -202,7 +212,7 @@ def run_disentangle(args: argparse.Namespace) -> None:
     disentangling.check_words(args.experts, args.sparsity)
     run = _measured(args)
     windows, tokenizer = _text(args, "calibration")
-    evaluation = _evaluation(args, tokenizer)
+    evaluation = _windows(args, tokenizer, "evaluation")
     found = entangle.disentangle(
         _model(args),
         run,
@@ -238,11 +248,11 @@ def run_rank(args: argparse.Namespace) -> None:
     if args.csv:
         runs.save_table(table, args.csv)
     rows = table.to_dict(orient="records")
-    _print(args, dataset.summary(run) | {"neurons": rows}, _table)
+    _print(args, dataset.summary(run) | {"neurons": rows}, printed.ranked)
 
 
 def run_plot(args: argparse.Namespace) -> None:
-    """Draw a run: heatmap, layers, ranks, one neuron, or a sweep.
+    """Draw a run, a sweep, an ablation or what disentangle wrote.
 
     Raises:
         ValueError: a neuron for a plot of all, or none for that of one.
@@ -274,27 +284,22 @@ def _text(
 ) -> "tuple[TokenWindows, PreTrainedTokenizerBase]":
     """Read the text first: what is wrong with it is known before a large model is loaded."""
     tokenizer = entangle.load_tokenizer(args.model, **_source(args))
-    windows = entangle.token_windows(
-        args.text,
+    return _windows(args, tokenizer, purpose), tokenizer
+
+
+def _windows(
+    args: argparse.Namespace, tokenizer: "PreTrainedTokenizerBase", purpose: "Purpose"
+) -> "TokenWindows":
+    """Read --text, or for an evaluation --evaluation where the command has one."""
+    scored = purpose == "evaluation" and "evaluation" in args
+    return entangle.token_windows(
+        args.evaluation if scored else args.text,
         tokenizer,
-        windows=args.windows,
+        windows=args.evaluation_windows if scored else args.windows,
         length=args.length,
         seed=args.seed,
         bos=args.bos,
         purpose=purpose,
-    )
-    return windows, tokenizer
-
-
-def _evaluation(args: argparse.Namespace, tokenizer: "PreTrainedTokenizerBase") -> "TokenWindows":
-    return entangle.token_windows(
-        args.evaluation,
-        tokenizer,
-        windows=args.evaluation_windows,
-        length=args.length,
-        seed=args.seed,
-        bos=args.bos,
-        purpose="evaluation",
     )
 
 
@@ -319,103 +324,6 @@ def _print(args: argparse.Namespace, result: dict[str, Any], words: Any) -> None
     else:
         print(words(result))
     sys.stdout.flush()
-
-
-def _measured_on(summary: dict[str, Any]) -> str:
-    return (
-        f"{summary['model']}: {summary['neurons_measured']:,} neurons in {summary['layers']} layers, "
-        f"{summary['tokens']:,} tokens of {summary['text']} "
-        f"({summary['windows']} windows of {summary['length']})\n"
-        f"noise floor {summary['noise_floor']:.4f}: what a Gaussian neuron would show on as many "
-        "independent tokens"
-    )
-
-
-def _describe(summary: dict[str, Any]) -> str:
-    log = summary["log"]
-    lines = [
-        _measured_on(summary),
-        f"wasserstein: median {summary['median']:.4f}, 95% below {summary['quantile_95']:.4f}, "
-        f"largest {summary['largest']:.4f} ± {summary['largest_error']:.4f} "
-        f"({summary['largest_neuron']})",
-        *summary["warnings"],
-        f"written to {summary['run']} in {log['seconds']:.0f} s, "
-        f"peak memory {log['peak_memory_bytes'] / 1e9:.2f} GB",
-    ]
-    return "\n".join(lines)
-
-
-def _scored(result: dict[str, Any]) -> str:
-    return (
-        f"{result['model']} on {result['tokens']:,} tokens of {result['text']} "
-        f"({result['windows']} windows of {result['length']} that do not overlap, each scored "
-        "from its own start)\n"
-        f"perplexity {result['perplexity']:.4f} ± {result['perplexity_error']:.4f}, "
-        f"{result['nats']:.5f} ± {result['nats_error']:.5f} nats a token "
-        "(± is the standard error over windows)"
-    )
-
-
-def _sparsified(result: dict[str, Any]) -> str:
-    from entangle.model.layers import say_skipped
-
-    known = [layer for layer in result["layers"] if math.isfinite(layer["error"])]
-    worst = max(known or result["layers"], key=lambda layer: layer["error"])
-    lines = [
-        f"{result['model']}: {len(result['layers'])} layers pruned to {result['sparsity']} by "
-        f"{result['method']} (mask by {result['mask']}, {result['propagate']} propagation) from "
-        f"{result['tokens']:,} tokens of {result['text']} ({result['windows']} windows of "
-        f"{result['length']})",
-        f"{result['realised']:.4%} of their weights are zero; relative squared error of a layer's "
-        f"outputs on these tokens: mean {result['error']:.4g}, "
-        f"largest {worst['error']:.4g} ({worst['layer']})",
-    ]
-    if result["experts"] > 1:
-        clusters = [layer["clusters"] for layer in result["layers"]]
-        lines.append(
-            f"each layer has up to {result['experts']} experts, in the median "
-            f"{statistics.median(clusters):g} and {min(clusters)} at least, where clusters with too "
-            f"few tokens were merged (tokens assigned by {result['assign']}, components "
-            f"{result['components']}, pull {result['pull']:g})"
-        )
-    share = result["model_multiply_adds"] / result["model_dense_multiply_adds"]
-    lines.append(
-        f"a token needs {result['density']:.2%} of these layers' multiply-adds, routers included, "
-        f"and {share:.2%} of those of all linear layers and the output embedding; "
-        f"{result['stored'] / result['dense_multiply_adds']:.3g} times the dense layers' "
-        f"weights are stored, in {result['disk_bytes'] / 1e6:,.1f} MB on disk and "
-        f"{result['memory_bytes'] / 1e6:,.1f} MB in memory"
-    )
-    damped = [layer["layer"] for layer in result["layers"] if layer["damping"] > 0.01]
-    if damped:
-        lines.append(f"{len(damped)} layers needed damping beyond 0.01, first {damped[0]}")
-    lines += say_skipped(result["skipped_parameters"], "pruned")
-    log = result["log"]
-    lines.append(
-        f"written to {result['folder']} in {log['seconds']:.0f} s, "
-        f"peak memory {log['peak_memory_bytes'] / 1e9:.2f} GB"
-    )
-    return "\n".join(lines)
-
-
-def _table(summary: dict[str, Any]) -> str:
-    rows = [
-        {name: value if isinstance(value, str) else f"{value:.4g}" for name, value in row.items()}
-        for row in summary["neurons"]
-    ]
-    lines = [_measured_on(summary), *summary["warnings"], ""]
-    if not rows:
-        return "\n".join([*lines, "no neuron to rank"])
-    rows = [{"rank": str(place)} | row for place, row in enumerate(rows, start=1)]
-    header = {name: name for name in rows[0]}
-    widths = {name: max(len(row[name]) for row in [header, *rows]) for name in header}
-    for row in [header, *rows]:
-        cells = [
-            row[name].ljust(width) if name == "neuron" else row[name].rjust(width)
-            for name, width in widths.items()
-        ]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
 
 
 def command_line(args: argparse.Namespace) -> str:

@@ -17,6 +17,7 @@ ASSIGN = ("kmeans", "random")
 INTERVENTIONS = ("sparsify", "zero", "mean", "negative")
 SETS = ("wasserstein", "bottom", "random", "kurtosis", "weight_norm", "std", "difficulty")
 
+TEXT = "a file, a folder of *.txt, or hub:NAME[/CONFIG][:SPLIT][#COLUMN]"
 SPARSITY = "share of zeros such as 0.8, or n:m, n kept of every m such as 2:4"
 MASK = "row: each neuron has exactly the sparsity; block: chosen per 128 columns [row]"
 CARRIED = "prune a block for the inputs from the pruned blocks before it or the dense ones [sparse]"
@@ -95,25 +96,25 @@ def parser() -> argparse.ArgumentParser:
         "--evaluation-windows", type=int, metavar="N", help="of it, drawn by seed [all]"
     )
 
-    text = argparse.ArgumentParser(add_help=False)
-    text.add_argument(
-        "--text",
-        required=True,
-        help="a file, a folder of *.txt, or hub:NAME[/CONFIG][:SPLIT][#COLUMN]",
+    windows = argparse.ArgumentParser(add_help=False)
+    windows.add_argument(
+        "--windows", type=int, default=128, help="of the text, drawn by seed [128]"
     )
-    text.add_argument("--windows", type=int, default=128, help="of the text, drawn by seed [128]")
-    text.add_argument("--length", type=int, default=512, help="tokens in a window [512]")
-    text.add_argument("--batch-size", type=int, default=4, help="windows at a time [4]")
-    text.add_argument("--seed", type=int, default=0, help="of the draw [0]")
-    text.add_argument(
+    windows.add_argument("--length", type=int, default=512, help="tokens in a window [512]")
+    windows.add_argument("--batch-size", type=int, default=4, help="windows at a time [4]")
+    windows.add_argument("--seed", type=int, default=0, help="of the draw [0]")
+    windows.add_argument(
         "--bos",
         default="auto",
         choices=["auto", "always", "never"],
         help="the token that begins a sequence before each window [auto: as the tokenizer does]",
     )
-    text.add_argument(
+    windows.add_argument(
         "--skip-first", type=int, default=0, help="tokens of each window not counted [0]"
     )
+
+    text = argparse.ArgumentParser(add_help=False, parents=[windows])
+    text.add_argument("--text", required=True, help=TEXT)
 
     writes = argparse.ArgumentParser(add_help=False)
     writes.add_argument("--overwrite", action="store_true", help="replace what is there")
@@ -170,9 +171,10 @@ def parser() -> argparse.ArgumentParser:
 
     ablate = commands.add_parser(
         "ablate",
-        parents=[measured, text, evaluation, layers, writes, always],
+        parents=[measured, windows, evaluation, layers, writes, always],
         help="treat the most entangled neurons, and others, and score: one table and one figure",
     )
+    ablate.add_argument("--text", help=f"to sparsify by: {TEXT}")
     ablate.add_argument("--out", type=Path, required=True, metavar="NEW", help="a new folder")
     numbers = _several(float, "numbers such as 0.01,0.03")
     counts = _several(int, "numbers such as 1,16")

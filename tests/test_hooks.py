@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from entangle.model.hooks import Listener, listening
+from entangle.model.hooks import Listener, intervening, listening
 from entangle.model.layers import LinearLayer, find_layers
 from tests.tiny_models import tiny_model, tiny_vision_model
 
@@ -401,3 +401,95 @@ def test_a_model_that_accelerate_has_wrapped_is_heard_and_an_offloaded_one_is_re
     accelerate.cpu_offload(ear.model, execution_device=torch.device("cpu"))
     with pytest.raises(ValueError, match="weights are offloaded or not loaded: load the whole"):
         ear.start().__enter__()
+
+
+# Layers that are given other outputs.
+
+
+def doubled(layer: LinearLayer, inputs: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:
+    return outputs * 2
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_the_model_goes_on_with_the_outputs_that_it_is_given(name: str) -> None:
+    ear = Listening(name)
+    seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def change(layer: LinearLayer, inputs: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:
+        seen[layer.name] = inputs.clone(), outputs.clone()
+        return outputs * 2
+
+    with torch.no_grad():
+        dense = ear.model(IDS).logits
+        with intervening(ear.layers, change) as fired:
+            assert set(fired.values()) == {0}
+            found = ear.model(IDS).logits
+            assert fired == {layer.name: 1 for layer in ear.layers}
+            ear.model(IDS[:1])
+        assert fired == {layer.name: 2 for layer in ear.layers}
+        assert torch.equal(ear.model(IDS).logits, dense)
+        assert hooks_left(ear.model) == 0
+        for layer in ear.layers:
+            inputs, outputs = seen[layer.name]
+            assert inputs.shape == (1, 12, layer.inputs)
+            assert torch.equal(layer.module(inputs), outputs)
+            for parameter in layer.module.parameters():
+                parameter.mul_(2)
+        torch.testing.assert_close(found, ear.model(IDS).logits)
+    assert not torch.allclose(found, dense, atol=1e-2)
+
+
+def test_only_the_chosen_layers_change_and_inputs_passed_by_name_are_seen(ear: Listening) -> None:
+    layer, other = ear.layers[0], ear.layers[1]
+    rows = torch.randn(2, 3, layer.inputs)
+    seen = []
+
+    def change(_: LinearLayer, inputs: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:
+        seen.append(inputs)
+        return outputs + inputs[..., :1]
+
+    with torch.no_grad():
+        expected, untouched = layer.module(rows) + rows[..., :1], other.module(rows)
+        with intervening([layer], change) as fired:
+            assert torch.equal(layer.module(input=rows), expected)
+            assert torch.equal(layer.module(rows), expected)
+            assert torch.equal(other.module(rows), untouched)
+    assert all(inputs is rows for inputs in seen)
+    assert fired == {layer.name: 2}
+
+
+@pytest.mark.parametrize("error", [ValueError("no"), KeyboardInterrupt(), SystemExit(143)])
+@pytest.mark.parametrize("where", ["in what changes", "beside the model"])
+def test_after_an_error_nothing_intervenes_any_more(
+    ear: Listening, error: BaseException, where: str
+) -> None:
+    def fail() -> None:
+        with intervening(ear.layers, doubled if where == "beside the model" else explode(error)):  # type: ignore[arg-type]
+            assert hooks_left(ear.model) >= len(ear.layers)
+            ear.model(IDS)
+            raise error
+
+    with pytest.raises(type(error)) as caught:
+        fail()
+    assert caught.value is error
+    assert hooks_left(ear.model) == 0
+
+
+def test_nothing_intervenes_if_not_all_hooks_could_be_set(
+    ear: Listening, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(ear.layers[-1].module, "register_forward_hook", fail)
+    with pytest.raises(MemoryError):
+        intervening(ear.layers, doubled).__enter__()
+    assert hooks_left(ear.model) == 0
+
+
+def test_what_is_heard_after_an_intervention_was_set_is_what_it_gave(ear: Listening) -> None:
+    plain = ear.outputs(IDS)
+    with intervening(ear.layers[:1], doubled), torch.no_grad():
+        ear.hear()
+    name = ear.layers[0].name
+    assert torch.equal(ear.heard[name][0], plain[name].flatten(0, 1) * 2)

@@ -34,9 +34,11 @@ ROOMS = {
         "expansion",
         "tables",
         "sweeping",
+        "swapping",
         "interventions",
         "effects",
         "ablation",
+        "held_out",
         "gains",
         "disentangling",
         "contexts",
@@ -47,7 +49,7 @@ ROOMS = {
 ORDER = [f"entangle.{room}.{module}" for room, modules in ROOMS.items() for module in modules]
 MODULES = {name.rpartition(".")[2] for name in ORDER} | set(ROOMS)
 OPTIONAL = {"datasets", "ot", "resource"}
-LAZY = {"entangle", "entangle.__main__", "entangle.arguments"}
+LAZY = {"entangle", "entangle.__main__", "entangle.arguments", "entangle.printed"}
 WRITERS = {"entangle.model.folders", "entangle.model.loading", "entangle.study.runs"}
 WRITERS |= {"entangle.show.report", "entangle.model.packing"}
 VAGUE = {"utils", "util", "helpers", "helper", "misc", "common", "base", "manager", "core"}

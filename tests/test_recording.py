@@ -13,13 +13,16 @@ import torch
 import xarray as xr
 from transformers import PreTrainedModel
 
+import entangle
 from entangle.model.layers import find_layers
 from entangle.model.text import TokenWindows
 from entangle.numerics import wasserstein
+from entangle.numerics.difficulty import mapping_difficulty
 from entangle.study.dataset import from_tree, summary
 from entangle.study.ranking import top_neurons
 from entangle.study.recording import measure, record
 from entangle.study.runs import open_run
+from tests.test_expansion import inputs_of
 from tests.tiny_models import ARCHITECTURES, CONTEXT, VOCABULARY, tiny_model
 
 Array = npt.NDArray[np.float64]
@@ -423,3 +426,98 @@ def test_broken_and_dead_neurons_are_named_and_the_others_are_as_ever() -> None:
         "1 dead (constant), so without a distance: transformer.h.1.mlp.c_proj:3",
     ]
     assert not {*at} & {*top_neurons(run, 1000)["neuron"]}
+
+
+# Mapping difficulty.
+
+
+def by_hand(
+    model: PreTrainedModel, ids: torch.Tensor, skip_first: int = 0, pairs: int = 10_000
+) -> tuple[Array, list[int]]:
+    """Return all layers' difficulties, and pairs, from inputs and outputs that hooks gather."""
+    windows, layers = windows_of(ids), find_layers(model)
+    inputs = inputs_of(model, layers, windows, skip_first)
+    with captured(model) as outputs:
+        for batch in ids.split(2):
+            model(batch)
+    found = []
+    for layer in layers:
+        kept = [part.reshape(-1, ids.shape[1], layer.neurons) for part in outputs[layer.name]]
+        rows = torch.cat(kept)[:, skip_first:].flatten(0, 1)
+        found.append(mapping_difficulty(inputs[layer.name], rows, pairs, seed=0))
+    counted = [one.pairs for one in found for _ in one.difficulty]
+    return np.concatenate([one.difficulty for one in found]), counted
+
+
+@pytest.mark.parametrize("skip_first", [0, 3])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt-neox", "opt", "gemma2", "bloom"])
+def test_difficulty_is_that_of_the_inputs_and_outputs_that_hooks_see(
+    name: str, skip_first: int
+) -> None:
+    model, ids = tiny_model(name), tokens(7)
+    run = measure(model, windows_of(ids), difficulty=99, batch_size=2, skip_first=skip_first)
+    expected, pairs = by_hand(model, ids, skip_first)
+    dataset = run.to_dataset()
+    np.testing.assert_allclose(dataset["difficulty"], expected, rtol=1e-3)
+    assert dataset["difficulty_pairs"].to_numpy().tolist() == pairs
+    together = dataset["difficulty_pairs"] + dataset["difficulty_equal"]
+    assert (together == 7 * (LENGTH - skip_first) // 2).all()
+    if name == "llama":  # whose first layer sees of a token nothing but which one it is
+        first = dataset.isel(
+            neuron=dataset["layer"].to_numpy() == "model.layers.0.self_attn.q_proj"
+        )
+        last = dataset.isel(neuron=dataset["layer"].to_numpy() == "model.layers.2.mlp.up_proj")
+        ids = ids[:, skip_first:].flatten()
+        order = np.random.default_rng(0).permutation(len(ids))
+        half = len(ids) // 2 * 2
+        same_token = int((ids[order[0:half:2]] == ids[order[1:half:2]]).sum())
+        assert (first["difficulty_equal"] == same_token).all()
+        assert (last["difficulty_equal"] == 0).all()
+
+
+def test_difficulty_of_an_expanded_model() -> None:
+    model, ids = tiny_model("llama"), tokens(8)
+    entangle.sparsify(model, windows_of(tokens(12, seed=4)), 0.5, experts=3, layers="*.mlp.*")
+    run = measure(model, windows_of(ids), difficulty=200, batch_size=2)
+    np.testing.assert_allclose(run["difficulty"], by_hand(model, ids)[0], rtol=1e-3)
+
+
+def test_difficulty_changes_nothing_else_and_only_some_layers_have_it(tmp_path: Path) -> None:
+    model, windows = tiny_model("llama"), windows_of(tokens(6))
+    plain = measure(model, windows, layers=["*.1.mlp.*", "*.2.mlp.up_proj"])
+    words: dict[str, Any] = {"layers": ["*.1.mlp.*", "*.2.mlp.up_proj"], "out": tmp_path / "run"}
+    run = measure(model, windows, difficulty=20, **words)
+    assert same(run, plain)
+    names = ["difficulty", "difficulty_pairs", "difficulty_equal"]
+    assert run.to_dataset().drop_vars(names).drop_attrs().identical(plain.to_dataset().drop_attrs())
+    assert run.attrs == plain.attrs | {"difficulty": 20}
+    assert (run["difficulty_pairs"] == 20).all()
+    opened = open_run(tmp_path / "run")
+    assert opened.attrs["difficulty"] == 20
+    assert opened.to_dataset().load().identical(run.to_dataset())
+    assert same(opened, run)
+
+
+def test_the_pairs_do_not_depend_on_the_batches() -> None:
+    model, windows = tiny_model("qwen2"), windows_of(tokens(9))
+    first, second = (
+        measure(model, windows, difficulty=25, batch_size=size)["difficulty"] for size in (2, 5)
+    )
+    np.testing.assert_allclose(first, second, rtol=1e-3)
+    every = measure(model, windows, difficulty=72, batch_size=5)["difficulty"]
+    assert not np.allclose(every, second, rtol=0.01)
+
+
+def test_pairs_are_of_at_most_64_windows_evenly_spread() -> None:
+    model, ids = tiny_model("gpt2"), tokens(70, 4)
+    run = measure(model, windows_of(ids), difficulty=10_000, batch_size=2)
+    places = np.linspace(0, 69, 64).round().astype(int)
+    expected, _ = by_hand(model, ids[torch.from_numpy(places)])
+    np.testing.assert_allclose(run["difficulty"], expected, rtol=1e-3)
+    assert (run["difficulty_pairs"] + run["difficulty_equal"] == 64 * 4 // 2).all()
+    assert (run["count"] == 280).all()
+
+
+def test_a_negative_number_of_pairs_is_refused() -> None:
+    with pytest.raises(ValueError, match="at least one pair of tokens, got -1"):
+        measure(tiny_model(), windows_of(tokens(4)), difficulty=-1)

@@ -70,7 +70,7 @@ def test_mixtures_with_other_inputs_or_no_partner_are_not_compared() -> None:
 def described(results: list[dict[str, Any]]) -> tuple[pd.DataFrame, list[dict[str, str]]]:
     table, _ = tables_of(results)
     table.attrs |= {"model": "m", "layers": ["*"], "tokens": 9, "text": "t", "windows": 2}
-    table.attrs |= {"length": 3, "evaluation": "e", "evaluation_windows": 2}
+    table.attrs |= {"length": 3, "evaluation_length": 3, "evaluation": "e", "evaluation_windows": 2}
     table.attrs |= {"skipped_parameters": []}
     lines = [line for line in markdown(table).splitlines() if line.startswith("|")]
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]

@@ -11,33 +11,30 @@ import xarray as xr
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from entangle.model.blocks import BlockWalk
 from entangle.model.hooks import check_fired, check_hooks, intervening
 from entangle.model.layers import LinearLayer, check_prunable, find_layers, weight_of
 from entangle.model.loading import weights_hash
-from entangle.model.packing import load_tensors, router_from, router_tensors, save_tensors
 from entangle.model.text import TokenWindows, check_disjoint, check_windows
-from entangle.numerics.pruning import Sparsity, check_group, prune
+from entangle.numerics.pruning import check_group
 from entangle.study import runs
-from entangle.study.calibration import ONE, Calibration, Clustering, calibrate, naming, walk_blocks
-from entangle.study.dataset import dataset_of
+from entangle.study.calibration import naming, walk_blocks
+from entangle.study.dataset import dataset_of, trusted
 from entangle.study.effects import effects_of, markdown, table_of
 from entangle.study.interventions import (
     SETS,
     Arm,
-    Outputs,
-    SparseRows,
     arms_of,
     changed_outputs,
     missing_sets,
     neurons_of,
 )
 from entangle.study.perplexity import NotFiniteError, score
-from entangle.study.pruned import PULL
 from entangle.study.ranking import Neurons, matching
 from entangle.study.recording import provenance
+from entangle.study.swapping import Kind, Outputs, SparseRows, load_rows, prune_rows
 
 Row = dict[str, Any]
-Kind = tuple[Clustering, Sparsity]
 
 
 def ablate(
@@ -130,7 +127,15 @@ def ablate(
         files = {folder / "arms" / f"{_name(arm)}.json": arm for arm in (None, *arms)}
         left = {file: arm for file, arm in files.items() if not file.exists()}
         rows = folder / "rows"
-        _prune_rows(bench, [arm for arm in left.values() if arm and arm.sparsity], rows)
+        wanted = _wanted(bench, [arm for arm in left.values() if arm])
+        prune_rows(
+            chosen,
+            wanted,
+            rows,
+            walk=bench.walk,
+            seed=0 if windows is None else windows.seed,
+            progress=progress,
+        )
         for file, arm in tqdm(left.items(), unit="arm", disable=not progress):
             runs.write_json(file, _run_arm(bench, arm, rows))
         results = [runs.read_json(file) for file in files]
@@ -170,10 +175,21 @@ def check_run(
 def layers_of(
     model: PreTrainedModel, run: xr.DataTree | xr.Dataset, patterns: str | Sequence[str]
 ) -> list[LinearLayer]:
-    """Return the model's layers that the run has and that match a pattern."""
+    """Return the model's layers that match a pattern and have neurons that the run can rank.
+
+    Raises:
+        LookupError: a pattern matches no layer of the run.
+        ValueError: there are none.
+    """
     names = dataset_of(run)["layer"].to_numpy().astype(str)
-    wanted = set(names[matching(names, patterns)])
-    return [layer for layer in find_layers(model) if layer.name in wanted]
+    wanted = set(names[matching(names, patterns) & trusted(run)])
+    chosen = [layer for layer in find_layers(model) if layer.name in wanted]
+    if not chosen:
+        raise ValueError(
+            f"no neuron of {patterns} has a distance to be ranked by: all are dead, broken or "
+            "beyond their error bound"
+        )
+    return chosen
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -189,6 +205,22 @@ class _Bench:
     skip_first: int
     progress: bool
 
+    def walk(self) -> BlockWalk:
+        """Return the calibration's windows before the first block."""
+        assert self.windows is not None
+        return walk_blocks(self.model, self.windows, self.batch_size, self.skip_first)
+
+
+def _wanted(bench: _Bench, arms: Sequence[Arm]) -> dict[Kind, dict[str, set[int]]]:
+    """Return the neurons of each layer that any arm sparsifies, for each kind of pruning."""
+    wanted: dict[Kind, dict[str, set[int]]] = {}
+    for arm in arms:
+        if arm.sparsity is not None:
+            rows = wanted.setdefault((arm.clustering, arm.sparsity), {})
+            for name, neurons in neurons_of(bench.run, arm, bench.layers).items():
+                rows.setdefault(name, set()).update(neurons.tolist())
+    return wanted
+
 
 def _name(arm: Arm | None) -> str:
     if arm is None:
@@ -196,98 +228,27 @@ def _name(arm: Arm | None) -> str:
     return "-".join(str(v).replace(":", "of") for v in arm.words().values() if v not in {None, ""})
 
 
-def _prune_rows(bench: _Bench, arms: Sequence[Arm], folder: Path) -> None:
-    """Prune all rows that these arms treat, each once, and save them where that is not done."""
-    union: dict[Kind, dict[str, set[int]]] = {}
-    for arm in arms:
-        assert arm.sparsity is not None
-        rows = union.setdefault((arm.clustering, arm.sparsity), {})
-        for name, neurons in neurons_of(bench.run, arm, bench.layers).items():
-            rows.setdefault(name, set()).update(neurons.tolist())
-    blocks = sorted({layer.block for layer in bench.layers}) if arms else []
-    left = [b for b in blocks if not all(_file(folder, b, kind).exists() for kind in union)]
-    if not left:
-        return
-    assert bench.windows is not None
-    walk = walk_blocks(bench.model, bench.windows, bench.batch_size, bench.skip_first)
-    clusterings = list(dict.fromkeys(clustering for clustering, _ in union))
-    last = left[-1]
-    for block in tqdm(range(last + 1), unit="block", desc="prune", disable=not bench.progress):
-        if block not in left:
-            walk.advance()
-            continue
-        here = [layer for layer in bench.layers if layer.block == block]
-        found = calibrate(walk, here, clusterings, seed=bench.windows.seed, advance=block < last)
-        for (clustering, sparsity), wanted in union.items():
-            tensors: dict[str, torch.Tensor] = {}
-            for layer in here:
-                if layer.name in wanted:
-                    some = torch.tensor(sorted(wanted[layer.name]), dtype=torch.int64)
-                    with naming(layer):
-                        pruned = sparse_rows(layer, found[clustering][layer.name], sparsity, some)
-                    tensors |= _tensors(layer.name, pruned)
-            save_tensors(_file(folder, block, (clustering, sparsity)), tensors)
-
-
-def sparse_rows(
-    layer: LinearLayer, calibration: Calibration, sparsity: Sparsity, neurons: torch.Tensor
-) -> SparseRows:
-    """Prune some rows of a layer's weight, each with its own mask: the same bits as among others."""
-    weight, moments = weight_of(layer), calibration.moments
-    neurons = neurons.to(weight.device)
-    used = moments if calibration.router is None else moments.pulled(PULL)
-    pruned = prune(weight[neurons], used, sparsity)
-    counts = moments.count.reshape(-1).tolist()
-    return SparseRows(neurons, pruned.weight, calibration.router, counts)
-
-
-def _file(folder: Path, block: int, kind: Kind) -> Path:
-    clustering, sparsity = kind
-    return folder / f"{block}-{clustering.experts}-{sparsity}.safetensors".replace(":", "of")
-
-
-def _tensors(name: str, rows: SparseRows) -> dict[str, torch.Tensor]:
-    tensors = {f"{name} neurons": rows.neurons, f"{name} weight": rows.weight}
-    tensors[f"{name} counts"] = torch.tensor(rows.counts)
-    if rows.router is not None:  # cloned: a file holds no tensor twice, and layers may share it
-        tensors |= {key: value.clone() for key, value in router_tensors(name, rows.router).items()}
-    return tensors
-
-
-def _load_rows(
-    folder: Path, layers: Sequence[LinearLayer], kind: Kind, neurons: Mapping[str, torch.Tensor]
-) -> dict[str, SparseRows]:
-    """Read the pruned rows of some neurons of each layer."""
-    found = {}
-    for block in sorted({layer.block for layer in layers}):
-        here = [layer for layer in layers if layer.block == block]
-        device = weight_of(here[0]).device
-        tensors = load_tensors(_file(folder, block, kind), device)
-        for name in (layer.name for layer in here):
-            router = None if kind[0] == ONE else router_from(name, tensors)
-            parts = (tensors[f"{name} neurons"], tensors[f"{name} weight"])
-            rows = SparseRows(*parts, router, tensors[f"{name} counts"].tolist())
-            found[name] = rows.among(neurons[name])
-    return found
-
-
 def _run_arm(bench: _Bench, arm: Arm | None, folder: Path) -> Row:
     """Score the model with an arm's neurons treated.
 
-    A score that is not finite is the arm's result; the dense model's is an error.
+    No neurons to treat, or a score that is not finite, is the arm's result; of the dense model it
+    is an error.
 
     Raises:
         NotFiniteError: the dense model's score is not finite.
     """
     if arm is None:
         return {"intervention": "dense"} | _score(bench, [], None)
-    layers = [layer for layer in bench.layers if arm.block in {None, layer.block}]
-    chosen = neurons_of(bench.run, arm, layers)
+    chosen = neurons_of(bench.run, arm, bench.layers)
+    layers = [layer for layer in bench.layers if layer.name in chosen]
     neurons = {x.name: torch.from_numpy(chosen[x.name]).to(weight_of(x).device) for x in layers}
     result = arm.words() | {"neurons_treated": sum(map(len, neurons.values()))}
+    nothing = {"window_nats": [None] * len(bench.evaluation), "tokens": 0}
+    if not layers:
+        return result | nothing | {"problem": f"no neuron has a {arm.neurons} to be chosen by"}
     sparse: dict[str, Outputs] = {}
     if arm.sparsity is not None:
-        rows = _load_rows(folder, layers, (arm.clustering, arm.sparsity), neurons)
+        rows = load_rows(folder, layers, (arm.clustering, arm.sparsity), neurons)
         sparse = {layer.name: rows[layer.name].outputs(layer) for layer in layers}
         result |= _sparsities(bench.model, layers, rows)
     means = _means(bench.run, chosen) if arm.intervention == "mean" else {}
@@ -295,7 +256,6 @@ def _run_arm(bench: _Bench, arm: Arm | None, folder: Path) -> Row:
     try:
         return result | _score(bench, layers, change)
     except NotFiniteError as error:
-        nothing = {"window_nats": [None] * len(bench.evaluation), "tokens": 0}
         return result | nothing | {"problem": str(error)}
 
 

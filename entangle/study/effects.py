@@ -45,7 +45,8 @@ def effects_of(results: Sequence[Result]) -> pd.DataFrame:
     are standard errors over windows, those of differences paired. Of random neurons all are means
     over seeds, with 95% t-intervals over seeds, ``low`` to ``high``. Against random neurons of the
     same share stand ``over_random``, a difference in nats whose error has a part from windows and
-    one from seeds; ``times_random``, the increase of perplexity over that of random ones; and the
+    one from seeds; ``times_random``, the increase of perplexity over that of random ones, NaN where
+    that is none; and the
     ``equivalent_share`` of random neurons that hurts as much (see `equivalent_share`), between
     those for one error less and more. It is infinite where random neurons of all shares that were
     run hurt less.
@@ -119,6 +120,8 @@ def _interval(values: Array) -> tuple[float, float]:
     n = len(values)
     if n < 2:
         return float(values.mean()), math.nan
+    if not np.isfinite(values).all():
+        return float(values.mean()), math.nan
     half = stats.t.ppf(0.975, n - 1) * values.std(ddof=1) / math.sqrt(n)
     return float(values.mean()), float(half)
 
@@ -146,7 +149,8 @@ def _against_random(
     found |= {"over_random": over.nats, "over_random_error": error}
     before = Score(dense, 0).perplexity
     gains = [Score(one, 0).perplexity - before for one in (nats[0], *seeds)]
-    found["times_random"] = gains[0] / float(np.mean(gains[1:]))
+    if np.mean(gains[1:]) > 0:
+        found["times_random"] = gains[0] / float(np.mean(gains[1:]))
     shares = sorted(random)
     curve = [float((random[one] - dense).mean()) for one in shares]
     difference = float((nats[0] - dense).mean())
@@ -187,7 +191,7 @@ def markdown(table: pd.DataFrame) -> str:
         f"{about['model']}, neurons of {' '.join(about['layers'])} chosen by what "
         f"{run.get('tokens', 0):,} tokens of {run.get('text', '?')} show of them, scored on "
         f"{int(table['tokens'].max()):,} tokens of {about['evaluation']} "
-        f"({about['evaluation_windows']} windows of {about['length']} that do not overlap, each "
+        f"({about['evaluation_windows']} windows of {about['evaluation_length']} that do not overlap, each "
         f"scored from its own start).{pruned} ± is the standard error over windows, that of "
         "differences paired by window; of random neurons the mean over seeds and its 95% t-interval "
         "over seeds. Times random is the increase of perplexity over that of random neurons of the "
@@ -245,7 +249,8 @@ def _numbers(row: Mapping[Any, Any]) -> list[str]:
     if not math.isfinite(row["over_random"]):
         return [*cells, "-", "-", "-"]
     cells += [with_error(row["over_random"], row["over_random_error"])]
-    cells += [f"{row['times_random']:.3g}", _equivalent(row)]
+    times = row["times_random"]
+    cells += [f"{times:.3g}" if math.isfinite(times) else "-", _equivalent(row)]
     return cells
 
 

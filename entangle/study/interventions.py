@@ -11,22 +11,18 @@ from typing import Any
 
 import torch
 import xarray as xr
-from torch.nn import functional
 
-from entangle.model.experts import ExpertLinear
 from entangle.model.layers import LinearLayer
 from entangle.numerics.pruning import Sparsity
-from entangle.numerics.routing import Router
 from entangle.study.calibration import ONE, Clustering
 from entangle.study.dataset import dataset_of
 from entangle.study.ranking import Neurons, matched_random, top_by_layer
+from entangle.study.swapping import Outputs
 
 INTERVENTIONS = ("sparsify", "zero", "mean", "negative")
 RANDOM, BOTTOM = "random", "bottom"
 RIVALS = ("kurtosis", "weight_norm", "std", "difficulty")
 SETS = ("wasserstein", BOTTOM, RANDOM, *RIVALS)
-
-Outputs = Callable[[torch.Tensor], torch.Tensor]  # of chosen neurons, from a layer's inputs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,37 +122,16 @@ def _has(run: xr.DataTree | xr.Dataset, name: str) -> bool:
 
 
 def neurons_of(run: xr.DataTree | xr.Dataset, arm: Arm, layers: Sequence[LinearLayer]) -> Neurons:
-    """Return which neurons of these layers, those of its block if it has one, an arm treats."""
+    """Return which neurons of these layers, those of its block if it has one, an arm treats.
+
+    Layers that have none, since all their neurons are dead, are left out.
+    """
     names = [layer.name for layer in layers if arm.block in {None, layer.block}]
+    by = "wasserstein" if arm.neurons in {RANDOM, BOTTOM} else arm.neurons
+    chosen = top_by_layer(run, arm.share, by=by, lowest=arm.neurons == BOTTOM, layers=names)
     if arm.neurons == RANDOM:
-        top = top_by_layer(run, arm.share, layers=names)
-        return matched_random(run, top, seed=arm.seed or 0)
-    by = "wasserstein" if arm.neurons == BOTTOM else arm.neurons
-    return top_by_layer(run, arm.share, by=by, lowest=arm.neurons == BOTTOM, layers=names)
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class SparseRows:
-    """The pruned weights of some neurons of a layer, for one expert or several."""
-
-    neurons: torch.Tensor  # (some,) int64, ascending
-    weight: torch.Tensor  # ([experts,] some, inputs)
-    router: Router | None
-    counts: list[int]  # the calibration's tokens of each expert
-
-    def among(self, neurons: torch.Tensor) -> "SparseRows":
-        """Return those of fewer neurons, which must be among these."""
-        places = torch.searchsorted(self.neurons, neurons)
-        weight = self.weight.index_select(-2, places)
-        return dataclasses.replace(self, neurons=neurons, weight=weight)
-
-    def outputs(self, layer: LinearLayer) -> Outputs:
-        """Return what gives their outputs (..., some) from the layer's inputs, its bias included."""
-        bias = getattr(layer.module, "bias", None)
-        bias = None if bias is None else bias.detach()[self.neurons]
-        if self.router is not None:
-            return ExpertLinear(self.weight, bias, self.router, self.counts)
-        return lambda inputs: functional.linear(inputs, self.weight, bias)
+        chosen = matched_random(run, chosen, seed=arm.seed or 0)
+    return {name: neurons for name, neurons in chosen.items() if len(neurons)}
 
 
 def changed_outputs(

@@ -229,6 +229,7 @@ def provenance(
             "evaluation": evaluation.text,
             "evaluation_fingerprint": evaluation.fingerprint,
             "evaluation_windows": len(evaluation),
+            "evaluation_length": evaluation.length,
         }
     return {
         "command": command,

@@ -118,7 +118,7 @@ def markdown(table: pd.DataFrame) -> str:
         f"{attributes['tokens']:,} tokens of {attributes['text']} "
         f"({attributes['windows']} windows of {attributes['length']}), scored on {tokens:,} tokens "
         f"of {attributes['evaluation']} ({attributes['evaluation_windows']} windows of "
-        f"{attributes['length']} that do not overlap, each scored from its own start). "
+        f"{attributes['evaluation_length']} that do not overlap, each scored from its own start). "
         "± is the standard error over windows; difference and ratio are to the dense model, "
         "paired by window; layer error is the mean relative squared error of the layers' outputs "
         "on the calibration's inputs, and on held-out inputs. Multiply-adds are those of a token's "

@@ -1,0 +1,106 @@
+"""What commands say of their results."""
+
+import math
+import statistics
+from typing import Any
+
+
+def _measured_on(summary: dict[str, Any]) -> str:
+    return (
+        f"{summary['model']}: {summary['neurons_measured']:,} neurons in {summary['layers']} layers, "
+        f"{summary['tokens']:,} tokens of {summary['text']} "
+        f"({summary['windows']} windows of {summary['length']})\n"
+        f"noise floor {summary['noise_floor']:.4f}: what a Gaussian neuron would show on as many "
+        "independent tokens"
+    )
+
+
+def describe(summary: dict[str, Any]) -> str:
+    """Return what a run measured, in words."""
+    log = summary["log"]
+    lines = [
+        _measured_on(summary),
+        f"wasserstein: median {summary['median']:.4f}, 95% below {summary['quantile_95']:.4f}, "
+        f"largest {summary['largest']:.4f} ± {summary['largest_error']:.4f} "
+        f"({summary['largest_neuron']})",
+        *summary["warnings"],
+        f"written to {summary['run']} in {log['seconds']:.0f} s, "
+        f"peak memory {log['peak_memory_bytes'] / 1e9:.2f} GB",
+    ]
+    return "\n".join(lines)
+
+
+def scored(result: dict[str, Any]) -> str:
+    """Return a score, in words."""
+    return (
+        f"{result['model']} on {result['tokens']:,} tokens of {result['text']} "
+        f"({result['windows']} windows of {result['length']} that do not overlap, each scored "
+        "from its own start)\n"
+        f"perplexity {result['perplexity']:.4f} ± {result['perplexity_error']:.4f}, "
+        f"{result['nats']:.5f} ± {result['nats_error']:.5f} nats a token "
+        "(± is the standard error over windows)"
+    )
+
+
+def sparsified(result: dict[str, Any]) -> str:
+    """Return what pruning made of a model, in words."""
+    from entangle.model.layers import say_skipped
+
+    known = [layer for layer in result["layers"] if math.isfinite(layer["error"])]
+    worst = max(known or result["layers"], key=lambda layer: layer["error"])
+    lines = [
+        f"{result['model']}: {len(result['layers'])} layers pruned to {result['sparsity']} by "
+        f"{result['method']} (mask by {result['mask']}, {result['propagate']} propagation) from "
+        f"{result['tokens']:,} tokens of {result['text']} ({result['windows']} windows of "
+        f"{result['length']})",
+        f"{result['realised']:.4%} of their weights are zero; relative squared error of a layer's "
+        f"outputs on these tokens: mean {result['error']:.4g}, "
+        f"largest {worst['error']:.4g} ({worst['layer']})",
+    ]
+    if result["experts"] > 1:
+        clusters = [layer["clusters"] for layer in result["layers"]]
+        lines.append(
+            f"each layer has up to {result['experts']} experts, in the median "
+            f"{statistics.median(clusters):g} and {min(clusters)} at least, where clusters with too "
+            f"few tokens were merged (tokens assigned by {result['assign']}, components "
+            f"{result['components']}, pull {result['pull']:g})"
+        )
+    share = result["model_multiply_adds"] / result["model_dense_multiply_adds"]
+    lines.append(
+        f"a token needs {result['density']:.2%} of these layers' multiply-adds, routers included, "
+        f"and {share:.2%} of those of all linear layers and the output embedding; "
+        f"{result['stored'] / result['dense_multiply_adds']:.3g} times the dense layers' "
+        f"weights are stored, in {result['disk_bytes'] / 1e6:,.1f} MB on disk and "
+        f"{result['memory_bytes'] / 1e6:,.1f} MB in memory"
+    )
+    damped = [layer["layer"] for layer in result["layers"] if layer["damping"] > 0.01]
+    if damped:
+        lines.append(f"{len(damped)} layers needed damping beyond 0.01, first {damped[0]}")
+    lines += say_skipped(result["skipped_parameters"], "pruned")
+    log = result["log"]
+    lines.append(
+        f"written to {result['folder']} in {log['seconds']:.0f} s, "
+        f"peak memory {log['peak_memory_bytes'] / 1e9:.2f} GB"
+    )
+    return "\n".join(lines)
+
+
+def ranked(summary: dict[str, Any]) -> str:
+    """Return a table of neurons, in words."""
+    rows = [
+        {name: value if isinstance(value, str) else f"{value:.4g}" for name, value in row.items()}
+        for row in summary["neurons"]
+    ]
+    lines = [_measured_on(summary), *summary["warnings"], ""]
+    if not rows:
+        return "\n".join([*lines, "no neuron to rank"])
+    rows = [{"rank": str(place)} | row for place, row in enumerate(rows, start=1)]
+    header = {name: name for name in rows[0]}
+    widths = {name: max(len(row[name]) for row in [header, *rows]) for name in header}
+    for row in [header, *rows]:
+        cells = [
+            row[name].ljust(width) if name == "neuron" else row[name].rjust(width)
+            for name, width in widths.items()
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
