@@ -9,9 +9,9 @@ MODEL ?= data/smollm2-135m
 TEXT ?= data/python-docs
 EVALUATION ?= $(TEXT)
 LAYERS ?= *.mlp.*
-EVIDENCE ?= runs/evidence
 WINDOWS ?= 128
 SCORED ?= 41
+EVIDENCE ?= runs/evidence/$(notdir $(MODEL))
 
 .DEFAULT_GOAL := help
 .PHONY: help install data demo reproduce test check bench clean
@@ -50,21 +50,34 @@ $(DEMO)/run.json: | data
 
 ON = --text '$(TEXT)' --windows $(WINDOWS)
 HELD = $(ON) --evaluation '$(EVALUATION)' --layers '$(LAYERS)' --batch-size 1
+WORDS = MODEL=$(MODEL) TEXT=$(TEXT) EVALUATION=$(EVALUATION) LAYERS=$(LAYERS) WINDOWS=$(WINDOWS) SCORED=$(SCORED)
+STEPS = measured without-first ablation ablation-without-first interventions blocks experts disentangled
 
-reproduce: $(if $(filter data/smollm2-135m,$(MODEL)),data,.venv/installed) ## the thesis's evidence for MODEL= TEXT= EVALUATION=: hours
-	@$(MAKE) --no-print-directory $(EVIDENCE)/measured/run.json $(EVIDENCE)/ablation/run.json \
-		$(EVIDENCE)/blocks/run.json $(EVIDENCE)/experts/run.json $(EVIDENCE)/disentangled/run.json
+reproduce: $(if $(filter data/%,$(MODEL) $(TEXT)),data,.venv/installed) ## the thesis's evidence for MODEL= TEXT= EVALUATION=, in hours
+	@mkdir -p $(EVIDENCE); test -e $(EVIDENCE)/made-of || echo '$(WORDS)' > $(EVIDENCE)/made-of
+	@echo '$(WORDS)' | cmp -s - $(EVIDENCE)/made-of || { echo "$(EVIDENCE) was made of other words: give those in $(EVIDENCE)/made-of, or another EVIDENCE="; exit 2; }
+	@$(MAKE) --no-print-directory $(STEPS:%=$(EVIDENCE)/%/run.json)
 	@for kind in heatmap layers ranks difficulty; do $(BIN)/entangle plot $(EVIDENCE)/measured $$kind || exit; done
-	@echo "the evidence is in $(EVIDENCE): figures/ and tables/ of each run"
+	@echo "the evidence is in $(EVIDENCE): tables/ and figures/ of each run"
 
 $(EVIDENCE)/measured/run.json:
 	$(BIN)/entangle measure '$(MODEL)' $(ON) --difficulty 4096 --out $(@D)
 
-$(EVIDENCE)/ablation/run.json: $(EVIDENCE)/measured/run.json
+$(EVIDENCE)/without-first/run.json:
+	$(BIN)/entangle measure '$(MODEL)' $(ON) --skip-first 1 --out $(@D)
+
+$(EVIDENCE)/ablation/run.json: | $(EVIDENCE)/measured/run.json
 	$(BIN)/entangle ablate $(EVIDENCE)/measured $(HELD) --evaluation-windows $(SCORED) \
 		--share 0.01,0.03,0.1,0.3 --experts 1,16 --out $(@D)
 
-$(EVIDENCE)/blocks/run.json: $(EVIDENCE)/measured/run.json
+$(EVIDENCE)/ablation-without-first/run.json: | $(EVIDENCE)/without-first/run.json
+	$(BIN)/entangle ablate $(EVIDENCE)/without-first $(HELD) --evaluation-windows $(SCORED) --out $(@D)
+
+$(EVIDENCE)/interventions/run.json: | $(EVIDENCE)/measured/run.json
+	$(BIN)/entangle ablate $(EVIDENCE)/measured $(HELD) --evaluation-windows $(SCORED) \
+		--share 0.01,0.02 --intervention negative,zero,mean --sets wasserstein,random --out $(@D)
+
+$(EVIDENCE)/blocks/run.json: | $(EVIDENCE)/measured/run.json
 	$(BIN)/entangle ablate $(EVIDENCE)/measured $(HELD) --evaluation-windows 8 \
 		--sets wasserstein,random --seeds 1 --per-block --out $(@D)
 
@@ -72,7 +85,7 @@ $(EVIDENCE)/experts/run.json:
 	$(BIN)/entangle sweep '$(MODEL)' $(HELD) --evaluation-windows $(SCORED) --propagate dense \
 		--sparsity 0.7,0.8 --experts 1,4,16 --assign kmeans,random --out $(@D)
 
-$(EVIDENCE)/disentangled/run.json: $(EVIDENCE)/measured/run.json
+$(EVIDENCE)/disentangled/run.json: | $(EVIDENCE)/measured/run.json
 	$(BIN)/entangle disentangle $(EVIDENCE)/measured $(HELD) --sparsity 0.7,0.9 --out $(@D)
 
 test: check data ## lint, types and the whole test suite

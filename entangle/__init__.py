@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from entangle.model.text import token_windows
     from entangle.show import plots
     from entangle.study.ablation import ablate
+    from entangle.study.contexts import find_contexts
     from entangle.study.disentangling import disentangle
     from entangle.study.expansion import sparsify
     from entangle.study.perplexity import score
@@ -26,6 +27,7 @@ __version__ = "0.1.0"
 __all__ = [
     "ablate",
     "disentangle",
+    "find_contexts",
     "load_model",
     "load_tokenizer",
     "matched_random",
@@ -46,6 +48,7 @@ __all__ = [
 _HOMES = {
     "ablate": "entangle.study.ablation",
     "disentangle": "entangle.study.disentangling",
+    "find_contexts": "entangle.study.contexts",
     "load_model": "entangle.model.loading",
     "load_tokenizer": "entangle.model.loading",
     "matched_random": "entangle.study.ranking",

@@ -1,6 +1,7 @@
 """The command line: each command a short list of calls to public names, the package's map."""
 
 import argparse
+import dataclasses
 import json
 import os
 import shlex
@@ -51,8 +52,6 @@ def run_measure(args: argparse.Namespace) -> None:
     if args.difficulty:
         from entangle.study import runs
 
-        table = entangle.rank_correlations(run, "wasserstein", ["difficulty"])
-        runs.save_table(table, args.out / "tables" / "difficulty.csv")
         runs.save_figure(entangle.plots.difficulty(run), args.out / "figures" / "difficulty.png")
     log = json.loads((args.out / "log.json").read_text())
     _print(args, dataset.summary(run) | {"run": str(args.out), "log": log}, printed.describe)
@@ -231,12 +230,45 @@ def run_disentangle(args: argparse.Namespace) -> None:
     )
     figures = {}
     for kind in ("improvement", "clusters", "sparse"):
-        figure = getattr(entangle.plots, kind)(found)
+        try:
+            figure = getattr(entangle.plots, kind)(found)
+        except ValueError as error:  # nothing to draw, which costs the others nothing
+            figures[kind] = f"no {kind}.png ({error})"
+            continue
         figures[kind] = str(runs.save_figure(figure, args.out / "figures" / f"{kind}.png"))
-    result = {str(name): value for name, value in found.attrs.items()} | {"figures": figures}
+    result = found.attrs["disentangled"] | {"figures": figures}
     text = (args.out / "tables" / "disentangle.md").read_text(encoding="utf-8")
     drawn = ", ".join(figures.values())
     _print(args, result, lambda _: f"{text}\nwritten to {args.out}, with figures: {drawn}")
+
+
+def run_contexts(args: argparse.Namespace) -> None:
+    """Find the tokens behind neurons' distributions, and add them to the run.
+
+    Raises:
+        ValueError: neither neurons nor how many of the most entangled ones.
+    """
+    if bool(args.neurons) == bool(args.top):
+        raise ValueError("name neurons as LAYER:INDEX, or say --top N for each layer's first ones")
+    run = _measured(args)
+    about, names = run.attrs, args.neurons
+    if args.top:
+        ranked = entangle.top_by_layer(run, count=args.top, layers=args.layers)
+        names = [f"{layer}:{index}" for layer, some in ranked.items() for index in some]
+    tokenizer = entangle.load_tokenizer(args.model, **_source(args))
+    windows = entangle.token_windows(
+        about["text"],
+        tokenizer,
+        windows=about["windows"],
+        length=about["length"],
+        seed=about["seed"],
+        bos=about["bos"],
+    )
+    found = entangle.find_contexts(
+        _model(args), tokenizer, run, windows, names, out=args.run, progress=sys.stderr.isatty()
+    )
+    result = {"neurons": [dataclasses.asdict(one) for one in found]}
+    _print(args, result | {"file": str(args.run / "contexts.json")}, printed.contexts)
 
 
 def run_rank(args: argparse.Namespace) -> None:
@@ -331,7 +363,8 @@ def command_line(args: argparse.Namespace) -> str:
     ignored = {"command", "model", "run", "out", "overwrite", "json", "debug"}
     words = ["entangle", args.command, str(args.run if "run" in args else args.model)]
     for name, value in sorted(vars(args).items()):
-        if name in ignored or value is None or value is False or (name, value) == ("difficulty", 0):
+        unsaid = value is None or value is False or value == []
+        if name in ignored or unsaid or (name, value) == ("difficulty", 0):
             continue
         words.append("--" + name.replace("_", "-"))
         if isinstance(value, tuple):
@@ -348,6 +381,7 @@ COMMANDS = {
     "sweep": run_sweep,
     "ablate": run_ablate,
     "disentangle": run_disentangle,
+    "contexts": run_contexts,
     "rank": run_rank,
     "plot": run_plot,
 }

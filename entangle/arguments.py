@@ -17,6 +17,15 @@ ASSIGN = ("kmeans", "random")
 INTERVENTIONS = ("sparsify", "zero", "mean", "negative")
 SETS = ("wasserstein", "bottom", "random", "kurtosis", "weight_norm", "std", "difficulty")
 
+ABLATE = """Treat a share of each layer's neurons, keep the rest dense, and score the model. Sets:
+wasserstein (the neurons with the largest), bottom (with the smallest), random (with --seeds draws 0,
+1, ...), and those with the largest kurtosis, weight_norm, std and difficulty (if RUN was measured with
+--difficulty). Interventions: sparsify (the weights, by SparseGPT), and of outputs zero, mean (over
+RUN's tokens) and negative (those below zero become zero). --skip-first leaves tokens out of pruning
+and scoring; they are treated like all. A command that was stopped goes on when it is given again."""
+DISENTANGLE = """Measure each neuron within clusters of its layer's inputs, and pruned for them, on at
+most 8,192 held-out tokens from 64 windows of --evaluation; clusters and experts come from --text. A
+command that was stopped goes on when it is given again."""
 TEXT = "a file, a folder of *.txt, or hub:NAME[/CONFIG][:SPLIT][#COLUMN]"
 SPARSITY = "share of zeros such as 0.8, or n:m, n kept of every m such as 2:4"
 MASK = "row: each neuron has exactly the sparsity; block: chosen per 128 columns [row]"
@@ -102,7 +111,7 @@ def parser() -> argparse.ArgumentParser:
     )
     windows.add_argument("--length", type=int, default=512, help="tokens in a window [512]")
     windows.add_argument("--batch-size", type=int, default=4, help="windows at a time [4]")
-    windows.add_argument("--seed", type=int, default=0, help="of the draw [0]")
+    windows.add_argument("--seed", type=int, default=0, help="of the draw, and of clusters [0]")
     windows.add_argument(
         "--bos",
         default="auto",
@@ -173,8 +182,9 @@ def parser() -> argparse.ArgumentParser:
         "ablate",
         parents=[measured, windows, evaluation, layers, writes, always],
         help="treat the most entangled neurons, and others, and score: one table and one figure",
+        description=ABLATE,
     )
-    ablate.add_argument("--text", help=f"to sparsify by: {TEXT}")
+    ablate.add_argument("--text", help=f"to sparsify by, and needed for that alone: {TEXT}")
     ablate.add_argument("--out", type=Path, required=True, metavar="NEW", help="a new folder")
     numbers = _several(float, "numbers such as 0.01,0.03")
     counts = _several(int, "numbers such as 1,16")
@@ -199,6 +209,7 @@ def parser() -> argparse.ArgumentParser:
         "disentangle",
         parents=[measured, text, evaluation, layers, writes, always],
         help="say what clusters and their experts make of each neuron: tables and figures",
+        description=DISENTANGLE,
     )
     disentangle.add_argument("--out", type=Path, required=True, metavar="NEW", help="a new folder")
     disentangle.add_argument(
@@ -208,6 +219,16 @@ def parser() -> argparse.ArgumentParser:
         "--sparsity", default=("0.8",), help=f"or several: {SPARSITY} [0.8]", **lists
     )
     disentangle.add_argument("--neurons", nargs="+", default=[], metavar="LAYER:INDEX", help=KEPT)
+
+    contexts = commands.add_parser(
+        "contexts",
+        parents=[measured, layers, always],
+        help="find the tokens behind neurons' distributions, and add them to the run",
+    )
+    contexts.add_argument("neurons", nargs="*", metavar="LAYER:INDEX", help="which neurons")
+    contexts.add_argument(
+        "--top", type=int, metavar="N", help="or each layer's N most entangled ones"
+    )
 
     rank = commands.add_parser(
         "rank",
@@ -222,11 +243,13 @@ def parser() -> argparse.ArgumentParser:
     plot = commands.add_parser(
         "plot",
         parents=[always],
-        help="draw a run: heatmap, layers, ranks, one neuron, or a sweep",
+        help="draw a run, a sweep, an ablation, or what disentangle wrote",
     )
     plot.add_argument("run", type=Path, metavar="RUN")
     plot.add_argument("kind", choices=PLOTS)
-    plot.add_argument("neuron", nargs="?", metavar="LAYER:INDEX", help="for plot neuron")
+    plot.add_argument(
+        "neuron", nargs="?", metavar="LAYER:INDEX", help="for neuron, clusters and sparse"
+    )
     plot.add_argument(
         "--out", type=Path, metavar="FILE", help="[a PNG in RUN/figures]; its ending is the format"
     )

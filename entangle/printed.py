@@ -1,5 +1,6 @@
 """What commands say of their results."""
 
+import json
 import math
 import statistics
 from typing import Any
@@ -104,3 +105,30 @@ def ranked(summary: dict[str, Any]) -> str:
         ]
         lines.append("  ".join(cells).rstrip())
     return "\n".join(lines)
+
+
+def contexts(result: dict[str, Any]) -> str:
+    """Return the contexts of neurons, in words."""
+    lines = []
+    for one in result["neurons"]:
+        first = sum(one["positions"][:1])
+        lines += [
+            f"{one['neuron']}: W1 {one['wasserstein']:.4f}, 95% interval {one['low']:.4f} to "
+            f"{one['high']:.4f} ({one['tokens']:,} tokens, bootstrap of windows); the windows' first "
+            f"token makes {first:.1%} of it, of the frequent tokens most "
+            + ", ".join(
+                f"{token['token']!r} {token['share']:.1%}" for token in one["frequent"][:5]
+            ),
+        ]
+        why = ""
+        for context in one["contexts"]:
+            lines += [f"  {context['why']}"] if context["why"] != why else []
+            why = context["why"]
+            words = f"{context['before'][-40:]}[[{context['token']}]]{context['after'][:20]}"
+            where = f"{context['window']}:{context['position']}"
+            lines.append(
+                f"    {context['output']:9.3f} {context['deviation']:+6.1f} std {where:>8}  "
+                + json.dumps(words, ensure_ascii=False)
+            )
+        lines.append("")
+    return "\n".join([*lines, f"added to {result['file']}"])

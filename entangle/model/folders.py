@@ -41,7 +41,7 @@ def new_folder(
     if goes_on is None and (partial / KEPT).exists() and not overwrite:
         lock.release()
         raise FileExistsError(
-            f"{partial} holds an unfinished sweep: run its command again to finish it (its run.json "
+            f"{partial} holds unfinished work: run its command again to finish it (its run.json "
             "has it), or say --overwrite to lose it"
         )
     try:

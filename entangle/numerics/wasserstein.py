@@ -202,7 +202,7 @@ def from_samples(
         raise ValueError(f"method must be 'exact', 'pot' or 'scipy', got {method!r}")
     columns = np.sort(rows.T, axis=1)  # (neurons, tokens)
     if method == "exact":
-        return np.asarray(_exact_distance(columns, *_gaussian_bins(columns.shape[1])))
+        return np.asarray(_exact_distance(columns, *gaussian_bins(columns.shape[1])))
     drawn = np.asarray(np.random.default_rng(seed).standard_normal(columns.shape[1]))
     distance: Array = np.full(len(columns), np.nan)
     for i, column in enumerate(columns.astype(np.float64)):
@@ -220,13 +220,26 @@ def between_samples(rows: torch.Tensor, others: torch.Tensor) -> Array:
     Raises:
         ValueError: not as many of both.
     """
-    if rows.shape != others.shape:
+    return between_sorted(sorted_columns(rows), sorted_columns(others))
+
+
+def sorted_columns(rows: torch.Tensor) -> npt.NDArray[np.float32]:
+    """Return each neuron's samples (tokens, neurons) in ascending order (neurons, tokens)."""
+    return np.sort(rows.detach().float().cpu().numpy().T, axis=1)
+
+
+def between_sorted(columns: npt.NDArray[np.float32], others: npt.NDArray[np.float32]) -> Array:
+    """Do as `between_samples`, for samples that are sorted (neurons, tokens).
+
+    Raises:
+        ValueError: not as many of both.
+    """
+    if columns.shape != others.shape:
         raise ValueError(
-            f"expected as many samples, got {tuple(rows.shape)}, {tuple(others.shape)}"
+            f"expected as many samples, got {columns.shape[::-1]} and {others.shape[::-1]}"
         )
-    first, second = (np.sort(x.detach().float().cpu().numpy().T, axis=1) for x in (rows, others))
-    std = first.std(axis=1, dtype=np.float64)
-    distance: Array = np.abs(first - second).mean(axis=1, dtype=np.float64)
+    std = columns.std(axis=1, dtype=np.float64)
+    distance: Array = np.abs(columns - others).mean(axis=1, dtype=np.float64)
     return distance / np.where(std > 0, std, np.nan)
 
 
@@ -239,10 +252,19 @@ def _library_distance(standard: Array, drawn: Array, method: Method) -> float:
 
 
 @functools.lru_cache(maxsize=4)
-def _gaussian_bins(n: int) -> tuple[Array, Array]:
+def gaussian_bins(n: int) -> tuple[Array, Array]:
     """Return the n-quantiles of N(0, 1) and the density there, from u = 0 to 1 (n + 1,)."""
     quantiles: Array = ndtri(np.arange(n + 1) / max(n, 1))
     return quantiles, np.exp(-0.5 * quantiles**2) / _ROOT_2PI
+
+
+@numba.njit(cache=True)
+def integrate_bin(x, k, n, quantiles, densities):  # type: ignore[no-untyped-def]
+    """Return ∫|x - Φ⁻¹(u)| du over the quantile bin from k/n to (k + 1)/n (see `gaussian_bins`)."""
+    if quantiles[k] < x < quantiles[k + 1]:
+        both = densities[k] + densities[k + 1]
+        return x * (2 * _cumulative(x) - (2 * k + 1) / n) + 2 * _density(x) - both
+    return abs(x / n - (densities[k] - densities[k + 1]))
 
 
 @numba.njit(parallel=True, nogil=True, cache=True, fastmath={"contract", "reassoc"})

@@ -148,6 +148,10 @@ def _deed(kind: dict[str, Any]) -> str:
     return ", ".join([*words, *([f"{kind['share']:.3g} of neurons"] if "share" in kind else [])])
 
 
+def _called(name: str) -> str:
+    return f"{said(name)} (95%, seeds)" if name == RANDOM else said(name)
+
+
 def _bars(row: pd.DataFrame) -> "pd.Series[float]":
     """Return what is drawn below and above each difference."""
     error = row["difference_error"]
@@ -160,7 +164,7 @@ def _curves(panel: Axes, part: pd.DataFrame) -> None:
         line = line.sort_values("place")
         style: dict[str, Any] = {
             "color": _SETS[str(name)],
-            "label": said(str(name)),
+            "label": _called(str(name)),
             "linewidth": 1.2,
         }
         style |= {"marker": "o", "markersize": 3, "capsize": 2}
@@ -174,16 +178,19 @@ def _dots(panel: Axes, part: pd.DataFrame) -> None:
     names = [name for name in _SETS if name in {*part["set"]}]
     rows = part.set_index("set").loc[names].reset_index()
     places = np.arange(len(rows))
-    tints = [_SETS[name] for name in names]
-    style: dict[str, Any] = {"fmt": "none", "ecolor": tints, "elinewidth": 1.4, "capsize": 3}
-    panel.errorbar(rows["difference"], places, xerr=_bars(rows), **style)
-    panel.scatter(rows["difference"], places, color=tints, s=22, zorder=3)
-    panel.set_yticks(places, [said(name) for name in names])
+    for name, place, difference, bar in zip(
+        names, places, rows["difference"], _bars(rows), strict=True
+    ):
+        style: dict[str, Any] = {"color": _SETS[name], "marker": "o", "markersize": 4}
+        panel.errorbar(difference, place, xerr=bar, capsize=3, **style)
+    panel.set_yticks(places, [_called(name) for name in names])
     panel.set_ylim(len(rows) - 0.5, -0.5)
     panel.axvline(0, color="0.7", linewidth=0.8)
     panel.grid(axis="x", alpha=0.25)
     both = (np.exp, lambda ratio: np.log(np.maximum(ratio, 1e-9)))
-    panel.secondary_xaxis("top", functions=both).tick_params(labelsize=7)
+    top = panel.secondary_xaxis("top", functions=both)
+    top.tick_params(labelsize=7)
+    top.set_xlabel("ratio of perplexities", fontsize=7)
 
 
 def _line(panel: Axes, part: pd.DataFrame, label: str, dashes: str, style: dict[str, Any]) -> None:

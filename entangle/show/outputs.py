@@ -8,7 +8,7 @@ import seaborn as sns
 import xarray as xr
 from matplotlib.figure import Figure
 
-from entangle.show.panels import BAND, FIT, INK, STYLE, Floats, Picture, subject_of
+from entangle.show.panels import BAND, FIT, INK, STYLE, Floats, Picture, held_out_subject, place_of
 
 _BARS = 80
 
@@ -45,7 +45,7 @@ def clusters(run: xr.DataTree, name: str | None = None) -> Figure:
             f"{len(parts)} clusters: W1 within {within:.3f}, within random ones {random:.3f}"
         )
     whole = float(row["held_out_wasserstein"])
-    title = f"{name}, W1 {whole:.3f} on {len(dense):,} held-out tokens\n{subject_of(data)}"
+    title = f"{name}, W1 {whole:.3f}\n{held_out_subject(data)}"
     figure.suptitle(title, x=0.01, ha="left")
     figure.supxlabel(f"output of the neuron (output units){_beyond(dense, edges)}")
     figure.supylabel("density")
@@ -64,11 +64,8 @@ def sparse(run: xr.DataTree, name: str | None = None, *, sparsity: str | None = 
             such sparsity.
     """
     data, kept, name = _kept(run, name)
-    known = [str(one) for one in data["sparsity"].to_numpy()]
-    sparsity = known[-1] if sparsity is None else sparsity
-    if sparsity not in known:
-        raise LookupError(f"no sparsity {sparsity!r}: the run has {', '.join(known)}")
-    place = known.index(sparsity)
+    place = place_of(data, sparsity)
+    sparsity = str(data["sparsity"].to_numpy()[place])
     dense, pruned = kept["dense"].to_numpy(), kept["sparse"].to_numpy()[place]  # (arms, tokens)
     experts = data["experts"].to_numpy()
     row = _row(data, name)
@@ -88,8 +85,7 @@ def sparse(run: xr.DataTree, name: str | None = None, *, sparsity: str | None = 
         if arm:
             words += f"\n(at random {distance[arm + 1]:.3f}, {gain[arm + 1]:.2f})"
         ax.set_title(f"{experts[arm]} expert{'s' if arm else ''}\n{words}")
-    title = f"{name} · {len(dense):,} held-out tokens · {subject_of(data)}"
-    figure.suptitle(title, x=0.01, ha="left")
+    figure.suptitle(f"{name}\n{held_out_subject(data)}", x=0.01, ha="left")
     figure.supxlabel(f"output of the neuron (output units){_beyond(dense, edges)}")
     figure.supylabel("density")
     figure.legend(*grid[0].get_legend_handles_labels(), loc="outside upper right", ncols=2)

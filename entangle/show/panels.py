@@ -59,6 +59,28 @@ def subject_of(data: xr.Dataset) -> str:
     return " · ".join(filter(None, [*names, tokens]))
 
 
+def held_out_subject(data: xr.Dataset) -> str:
+    """Return the model and the held-out tokens that `disentangle` measured on."""
+    about = data.attrs.get("disentangled", {})
+    names = [
+        "/".join(PurePath(str(about.get(key, ""))).parts[-2:]) for key in ("model", "evaluation")
+    ]
+    tokens = f"{about.get('held_out_tokens', 0):,} held-out tokens"
+    return " · ".join(filter(None, [names[0], names[1].removesuffix(".txt"), tokens]))
+
+
+def place_of(data: xr.Dataset, sparsity: str | None) -> int:
+    """Return the place of a sparsity among those of a run of `disentangle`, None being the last.
+
+    Raises:
+        LookupError: there is no such sparsity.
+    """
+    known = [str(one) for one in data["sparsity"].to_numpy()]
+    if sparsity is not None and sparsity not in known:
+        raise LookupError(f"no sparsity {sparsity!r}: the run has {', '.join(known)}")
+    return len(known) - 1 if sparsity is None else known.index(sparsity)
+
+
 def frame_of(run: Run, variable: str, layers: Names) -> tuple[pd.DataFrame, Counts]:
     """Return a row per chosen neuron, `value` NaN where there is none to trust, and the blocks.
 

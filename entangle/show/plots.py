@@ -7,7 +7,6 @@ empty figure, or one of its subfigures, to draw into; the whole figure is return
 """
 
 from collections.abc import Sequence
-from difflib import get_close_matches
 from typing import Any, overload
 
 import matplotlib as mpl
@@ -45,7 +44,7 @@ from entangle.show.panels import (
     subject_of,
 )
 from entangle.show.relations import difficulty, improvement
-from entangle.study.dataset import TRUSTED_ERROR
+from entangle.study.dataset import TRUSTED_ERROR, position_of
 
 __all__ = [
     "ablation",
@@ -182,7 +181,7 @@ def neuron(run: xr.DataTree, name: str, *, ax: Axes | None = None) -> Figure | A
     if not isinstance(run, xr.DataTree) or "histogram" not in run.children:
         raise ValueError("no histograms: pass the whole tree that measure and open_run return")
     data = run.to_dataset()
-    at = {"neuron": _position(data, name)}
+    at = {"neuron": position_of(data, name)}
     row = data.isel(at).load()
     mean, std = float(row["mean"]), float(row["std"])
     if not (np.isfinite(mean) and 0 < std < np.inf):
@@ -254,26 +253,6 @@ def _mark_references(panels: Sequence[Axes]) -> None:
             if ax is (ends or panels)[0] and low < values[0] < high:
                 ax.text(1.03, float(np.mean(values)), name, fontsize=7, va="center", **place)
         ax.set_ylim(low, high)
-
-
-def _position(data: xr.Dataset, name: str) -> int:
-    """Return the row of the neuron LAYER:INDEX.
-
-    Raises:
-        LookupError: if there is none.
-    """
-    layer, _, index = name.rpartition(":")
-    names = data["layer"].to_numpy().astype(str)
-    rows = np.flatnonzero(names == layer)
-    if not len(rows):
-        near = get_close_matches(layer or name, {*names}, 3, 0.3) or names[:1]
-        close = " or ".join(f"{one}:0" for one in near)
-        raise LookupError(f"no neuron {name!r}: expected LAYER:INDEX, such as {close}")
-    indices = data["index"].to_numpy()[rows]
-    if not (hit := rows[indices.astype(str) == index]).size:
-        has = f"{len(rows):,} neurons, {indices.min()} to {indices.max()}"
-        raise LookupError(f"no neuron {name!r}: {layer} has {has}")
-    return int(hit[0])
 
 
 def _histogram(held: xr.Dataset) -> tuple[Floats, Counts]:

@@ -21,8 +21,9 @@ from entangle.show.panels import (
     Run,
     Sheet,
     frame_of,
+    held_out_subject,
     panels_of,
-    subject_of,
+    place_of,
 )
 from entangle.study.dataset import dataset_of
 from entangle.study.ranking import matching, rank_correlations
@@ -82,37 +83,38 @@ def improvement(
 
     Raises:
         LookupError: if the run is not one of disentangle, or has no such sparsity.
+        ValueError: if no neuron has an improvement.
     """
     data = dataset_of(run)
     if "improvement" not in data:
         raise LookupError("this run knows no improvement: draw one that disentangle wrote")
-    known = [str(one) for one in data["sparsity"].to_numpy()]
-    sparsity = known[-1] if sparsity is None else sparsity
-    if sparsity not in known:
-        raise LookupError(f"no sparsity {sparsity!r}: the run has {', '.join(known)}")
+    place = place_of(data, sparsity)
     frame, _ = frame_of(run, "wasserstein", layers)
     chosen = matching(data["layer"].to_numpy(), layers or "*")
-    values = data["improvement"].to_numpy()[chosen, known.index(sparsity)]  # (neurons, arms)
+    values = data["improvement"].to_numpy()[chosen, place]  # (neurons, arms)
     experts = data["experts"].to_numpy()
     arms = range(1, len(experts), 2)
     sheet = figure or Picture(figsize=(8.5, 3.4), layout="constrained")
     grid = sheet.subplots(1, len(arms), sharex=True, sharey=True, squeeze=False)[0]
     distance = frame["value"].to_numpy()
     shown = values[np.isfinite(distance)][:, 1:]
-    low, high = np.nanquantile(shown, [0.0005, 0.9995])
+    shown = shown[np.isfinite(shown)]
+    if not len(shown):
+        raise ValueError("no neuron has an improvement to draw: nothing is lost")
+    low, high = np.quantile(shown, [0.0005, 0.9995])
     for arm, ax in zip(arms, grid, strict=True):
         _cloud(ax, distance, values[:, arm], label="experts of k-means")
         line = _medians(distance, values[:, arm + 1])
         ax.plot(line.index, line, color=FIT, linewidth=1.4, label="experts at random")
         ax.axhline(1, label="one expert", **DASHES | {"color": "0.4"})
-        ax.set(title=f"{experts[arm]} experts", xscale="log", ylim=(low, high))
+        ax.set(title=f"{experts[arm]} experts", xscale="log", ylim=(low - 0.01, high + 0.01))
         ax.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5), numticks=8))
         ax.xaxis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
         ax.xaxis.set_minor_locator(ticker.NullLocator())
-    held = data.attrs.get("held_out_tokens", 0)
-    sheet.suptitle(f"{subject_of(data)} · {sparsity} sparse", x=0.01, ha="left")
+    sparsity = str(data["sparsity"].to_numpy()[place])
+    sheet.suptitle(f"{held_out_subject(data)}\n{sparsity} sparse", x=0.01, ha="left")
     sheet.supxlabel(DISTANCE.replace("\n", " "))
-    sheet.supylabel(f"relative improvement\n({held:,} held-out tokens)")
+    sheet.supylabel("relative improvement")
     sheet.legend(*grid[0].get_legend_handles_labels(), loc="outside upper right", ncols=3)
     return sheet.figure
 

@@ -1,7 +1,8 @@
 """Ablate: treat the most entangled neurons, and others of the same number, and score each."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,6 @@ from transformers import PreTrainedModel
 from entangle.model.blocks import BlockWalk
 from entangle.model.hooks import check_fired, check_hooks, intervening
 from entangle.model.layers import LinearLayer, check_prunable, find_layers, weight_of
-from entangle.model.loading import weights_hash
 from entangle.model.text import TokenWindows, check_disjoint, check_windows
 from entangle.numerics.pruning import check_group
 from entangle.study import runs
@@ -31,7 +31,7 @@ from entangle.study.interventions import (
 )
 from entangle.study.perplexity import NotFiniteError, score
 from entangle.study.ranking import Neurons, matching
-from entangle.study.recording import provenance
+from entangle.study.recording import check_weights, provenance
 from entangle.study.swapping import Kind, Outputs, SparseRows, load_rows, prune_rows
 
 Row = dict[str, Any]
@@ -81,9 +81,8 @@ def ablate(
         LookupError: a pattern matches no layer of the run.
         RuntimeError: a layer did not run once in each batch, a model that cannot be run block by
             block, or whose dense score is not finite.
-        ValueError: the run is of other weights, or measured on the evaluation itself; windows of
-            the evaluation that are among ``windows``; a number or word out of range; or inputs that
-            no pruning can be made of.
+        ValueError: the run is of other weights, or measured on windows of the evaluation; some of
+            these are among ``windows``; or a number or word out of range.
     """
     chosen = layers_of(model, run, layers)
     blocks = sorted({layer.block for layer in chosen}) if per_block else [None]
@@ -119,6 +118,8 @@ def ablate(
         command=command,
         evaluation=evaluation,
     )
+    if windows is None:
+        attributes |= {"text": None, "fingerprint": None, "windows": 0, "tokens": 0}
     attributes |= {"pruned": sparsified, "run": dict(dataset_of(run).attrs)}
     attributes |= {"missing_sets": missing_sets(run, sets), "arms": [arm.words() for arm in arms]}
     bench = _Bench(model, run, windows, evaluation, chosen, batch_size, skip_first, progress)
@@ -127,17 +128,10 @@ def ablate(
         files = {folder / "arms" / f"{_name(arm)}.json": arm for arm in (None, *arms)}
         left = {file: arm for file, arm in files.items() if not file.exists()}
         rows = folder / "rows"
-        wanted = _wanted(bench, [arm for arm in left.values() if arm])
-        prune_rows(
-            chosen,
-            wanted,
-            rows,
-            walk=bench.walk,
-            seed=0 if windows is None else windows.seed,
-            progress=progress,
-        )
+        prune = _pruner(bench, [arm for arm in left.values() if arm], rows)
         for file, arm in tqdm(left.items(), unit="arm", disable=not progress):
-            runs.write_json(file, _run_arm(bench, arm, rows))
+            problem = prune() if arm and arm.sparsity else ""
+            runs.write_json(file, _run_arm(bench, arm, rows, problem))
         results = [runs.read_json(file) for file in files]
         table = effects_of(results)
         table.attrs.update(attributes)
@@ -157,18 +151,15 @@ def check_run(
     Raises:
         ValueError: if not.
     """
-    attributes = dataset_of(run).attrs
-    weights = weights_hash(model)
-    if attributes.get("weights") != weights:
+    check_weights(model, run)
+    about = dataset_of(run).attrs
+    known = set(about.get("window_hashes", []))
+    shared = sum(one in known for one in evaluation.hashes)
+    if shared or about.get("fingerprint") == evaluation.fingerprint:
         raise ValueError(
-            f"the run was measured on other weights ({attributes.get('model', '?')}, "
-            f"{str(attributes.get('weights'))[:12]}) than this model has ({model.name_or_path}, "
-            f"{weights[:12]}): measure this model, or load the one that was measured"
-        )
-    if attributes.get("fingerprint") == evaluation.fingerprint:
-        raise ValueError(
-            f"the run was measured on the very windows that are to be scored ({evaluation.text}): "
-            "its neurons would be chosen by what is scored, evaluate on another text"
+            f"the run was measured on {shared or len(evaluation)} of the {len(evaluation)} windows "
+            f"that are to be scored ({evaluation.text}): its neurons would be chosen by what is "
+            "scored, evaluate on another text"
         )
 
 
@@ -205,10 +196,37 @@ class _Bench:
     skip_first: int
     progress: bool
 
+    @functools.cached_property
+    def zeros(self) -> tuple[int, int]:
+        """How many of the dense model's weights are zero, and how many there are."""
+        weights = list(self.model.parameters())
+        return sum(int((one == 0).sum()) for one in weights), sum(one.numel() for one in weights)
+
     def walk(self) -> BlockWalk:
         """Return the calibration's windows before the first block."""
         assert self.windows is not None
         return walk_blocks(self.model, self.windows, self.batch_size, self.skip_first)
+
+
+def _pruner(bench: _Bench, arms: Sequence[Arm], folder: Path) -> Callable[[], str]:
+    """Return what prunes the rows of all arms once it is needed, and says why if it cannot."""
+
+    @functools.cache
+    def prune() -> str:
+        try:
+            prune_rows(
+                bench.layers,
+                _wanted(bench, arms),
+                folder,
+                walk=bench.walk,
+                seed=0 if bench.windows is None else bench.windows.seed,
+                progress=bench.progress,
+            )
+        except ValueError as error:
+            return str(error)
+        return ""
+
+    return prune
 
 
 def _wanted(bench: _Bench, arms: Sequence[Arm]) -> dict[Kind, dict[str, set[int]]]:
@@ -228,11 +246,11 @@ def _name(arm: Arm | None) -> str:
     return "-".join(str(v).replace(":", "of") for v in arm.words().values() if v not in {None, ""})
 
 
-def _run_arm(bench: _Bench, arm: Arm | None, folder: Path) -> Row:
+def _run_arm(bench: _Bench, arm: Arm | None, folder: Path, problem: str) -> Row:
     """Score the model with an arm's neurons treated.
 
-    No neurons to treat, or a score that is not finite, is the arm's result; of the dense model it
-    is an error.
+    No neurons to treat, a problem with pruning them, or a score that is not finite, is the arm's
+    result; the dense model's is an error.
 
     Raises:
         NotFiniteError: the dense model's score is not finite.
@@ -245,12 +263,14 @@ def _run_arm(bench: _Bench, arm: Arm | None, folder: Path) -> Row:
     result = arm.words() | {"neurons_treated": sum(map(len, neurons.values()))}
     nothing = {"window_nats": [None] * len(bench.evaluation), "tokens": 0}
     if not layers:
-        return result | nothing | {"problem": f"no neuron has a {arm.neurons} to be chosen by"}
+        problem = f"no neuron has a {arm.neurons} to be chosen by"
+    if problem:
+        return result | nothing | {"problem": problem}
     sparse: dict[str, Outputs] = {}
     if arm.sparsity is not None:
         rows = load_rows(folder, layers, (arm.clustering, arm.sparsity), neurons)
         sparse = {layer.name: rows[layer.name].outputs(layer) for layer in layers}
-        result |= _sparsities(bench.model, layers, rows)
+        result |= _sparsities(bench, layers, rows)
     means = _means(bench.run, chosen) if arm.intervention == "mean" else {}
     change = changed_outputs(arm.intervention, neurons, means=means, sparse=sparse)
     try:
@@ -281,14 +301,13 @@ def _means(run: xr.DataTree | xr.Dataset, chosen: Neurons) -> dict[str, torch.Te
 
 
 def _sparsities(
-    model: PreTrainedModel, layers: Sequence[LinearLayer], rows: Mapping[str, SparseRows]
+    bench: _Bench, layers: Sequence[LinearLayer], rows: Mapping[str, SparseRows]
 ) -> Row:
     """Return the share of zeros in the treated rows, and in the model with them.
 
     Of several experts the mean: each has as many.
     """
-    zeros = sum(int((parameter == 0).sum()) for parameter in model.parameters())
-    size = sum(parameter.numel() for parameter in model.parameters())
+    zeros, size = bench.zeros
     treated = sparse = dense = 0.0
     for layer in layers:
         found = rows[layer.name]

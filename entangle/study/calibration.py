@@ -85,7 +85,7 @@ def sample_inputs(
     Which of the counted tokens is decided by a hash of the seed and the token's place, so that
     another batch size chooses the same. Layers that have the same inputs share the tensor.
     """
-    chosen = _choose(walk, size, seed)
+    chosen = _choose(walk, size, seed)[1]
     heard: dict[str, list[torch.Tensor]] = {}
 
     def on_inputs(layer: LinearLayer, rows: torch.Tensor) -> None:
@@ -97,16 +97,23 @@ def sample_inputs(
     return {layer.name: rows[first[layer.name]] for layer in layers}
 
 
-def _choose(walk: BlockWalk, size: int, seed: int) -> list[torch.Tensor]:
-    """Return, for each batch, which of its counted tokens are among the ``size`` chosen."""
+def sampled_places(walk: BlockWalk, size: int, seed: int) -> torch.Tensor:
+    """Return the place in the text of each token that `sample_inputs` chooses (tokens,)."""
+    return _choose(walk, size, seed)[0]
+
+
+def _choose(walk: BlockWalk, size: int, seed: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Return the places of ``size`` tokens, and for each batch which of its counted ones they are."""
     place, places = 0, []
     for batch in walk.counted:
         keep = torch.ones(batch.size, dtype=torch.bool) if batch.keep is None else batch.keep.cpu()
         places.append(place + keep.nonzero().flatten())
         place += batch.size
-    hashes = _hash(torch.cat(places).numpy().astype(np.uint64), seed)
+    every = torch.cat(places)
+    hashes = _hash(every.numpy().astype(np.uint64), seed)
     limit = np.sort(hashes)[min(size, len(hashes)) - 1]
-    return list(torch.from_numpy(hashes <= limit).split([len(part) for part in places]))
+    chosen = torch.from_numpy(hashes <= limit)
+    return every[chosen], list(chosen.split([len(part) for part in places]))
 
 
 def _hash(numbers: npt.NDArray[np.uint64], seed: int) -> npt.NDArray[np.uint64]:

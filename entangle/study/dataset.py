@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from typing import Any
 
 import numpy as np
@@ -36,9 +37,17 @@ UNITS = {
     "held_out_difficulty": ("mapping difficulty on held-out tokens", "1"),
     "wasserstein_within": ("mean distance to a Gaussian within clusters of tokens", "std"),
     "difficulty_within": ("mean mapping difficulty within clusters of tokens", "1"),
+    "wasserstein_share": (
+        "share of held-out tokens whose clusters count in the mean distance",
+        "1",
+    ),
+    "difficulty_share": (
+        "share of held-out tokens whose clusters count in the mean difficulty",
+        "1",
+    ),
     "distance_to_dense": ("1-Wasserstein distance of sparse outputs to dense ones", "std"),
     "improvement": ("relative improvement: RMSE with one expert over that with several", "1"),
-    "improvement_halves": ("relative improvement on even and on odd tokens", "1"),
+    "improvement_halves": ("relative improvement on even and on odd windows", "1"),
 }
 """Each variable's long name and unit."""
 
@@ -198,3 +207,23 @@ def _warnings(dataset: xr.Dataset, distance: Array, error: Array) -> list[str]:
 def neuron_name(dataset: xr.Dataset, position: int) -> str:
     """Return ``LAYER:INDEX`` of the neuron at a position of the dataset."""
     return f"{dataset['layer'].to_numpy()[position]}:{dataset['index'].to_numpy()[position]}"
+
+
+def position_of(data: xr.Dataset, name: str) -> int:
+    """Return the row of the neuron LAYER:INDEX.
+
+    Raises:
+        LookupError: if there is none.
+    """
+    layer, _, index = name.rpartition(":")
+    names = data["layer"].to_numpy().astype(str)
+    rows = np.flatnonzero(names == layer)
+    if not len(rows):
+        near = get_close_matches(layer or name, {*names}, 3, 0.3) or names[:1]
+        close = " or ".join(f"{one}:0" for one in near)
+        raise LookupError(f"no neuron {name!r}: expected LAYER:INDEX, such as {close}")
+    indices = data["index"].to_numpy()[rows]
+    if not (hit := rows[indices.astype(str) == index]).size:
+        has = f"{len(rows):,} neurons, {indices.min()} to {indices.max()}"
+        raise LookupError(f"no neuron {name!r}: {layer} has {has}")
+    return int(hit[0])

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from entangle.model.hooks import check_hooks
 from entangle.model.layers import LinearLayer, check_prunable, find_layers
 from entangle.model.packing import load_tensors, save_tensors
-from entangle.model.text import TokenWindows, check_disjoint, check_windows
+from entangle.model.text import TokenWindows, check_disjoint, check_windows, some_windows
 from entangle.numerics.pruning import Sparsity, check_group
 from entangle.study import runs
 from entangle.study.ablation import check_run, layers_of
@@ -29,6 +29,7 @@ from entangle.study.calibration import (
     calibrate,
     naming,
     sample_inputs,
+    sampled_places,
     walk_blocks,
 )
 from entangle.study.dataset import dataset_of, labelled
@@ -38,11 +39,15 @@ from entangle.study.ranking import top_by_layer
 from entangle.study.recording import provenance
 
 Array = npt.NDArray[np.float64]
+HELD_OUT_WINDOWS = 64  # that the held-out tokens are drawn from
+
 Tensors = dict[str, torch.Tensor]
 
 ARMS = {  # of a variable that has a value for each way to cluster: with sparse weights, or without
     "wasserstein_within": False,
     "difficulty_within": False,
+    "wasserstein_share": False,
+    "difficulty_share": False,
     "distance_to_dense": True,
     "improvement": True,
     "improvement_halves": True,
@@ -69,7 +74,7 @@ def disentangle(
     """Measure each neuron within clusters and pruned for them, on at most 8,192 held-out tokens.
 
     ``run`` is what `measure` returned for this model. Routers and Grams come from ``windows``, the
-    held-out tokens from ``evaluation``, both through the dense model. Arms are one expert, and for
+    held-out tokens from at most 64 windows of ``evaluation``, both through the dense model. Arms are one expert, and for
     each number of ``experts`` clusters by k-means and at random.
 
     Returns the run's dataset with these variables more, and as child ``outputs`` those of each
@@ -77,11 +82,12 @@ def disentangle(
 
     * ``held_out_wasserstein``, ``held_out_difficulty``: of the dense outputs of all tokens.
     * ``wasserstein_within``, ``difficulty_within`` (neuron, arm): the mean of those within clusters,
-      weighted by tokens. Random clusters are those of k-means with the tokens shuffled.
+      weighted by tokens. Random clusters are those of k-means with the tokens shuffled. A cluster in
+      which a neuron is constant counts in neither; ``wasserstein_share`` of the tokens does.
     * ``distance_to_dense`` (neuron, sparsity, arm): 1-Wasserstein distance between the outputs of
       the pruned weights and the dense ones, in std of the dense ones.
     * ``improvement`` (neuron, sparsity, arm): RMSE of the outputs with one expert, over that with
-      these; ``improvement_halves`` on the even and the odd tokens.
+      these; ``improvement_halves`` on the even and the odd windows.
 
     The model is not changed. With ``out`` all is written to that folder, with tables; a run that was
     killed goes on where it was.
@@ -94,6 +100,7 @@ def disentangle(
         ValueError: as `ablate` says.
     """
     parsed, arms = check_words(experts, sparsities)
+    evaluation = some_windows(evaluation, HELD_OUT_WINDOWS)
     chosen = layers_of(model, run, layers)
     names = [layer.name for layer in chosen]
     kept = _kept(run, names, neurons)
@@ -117,6 +124,8 @@ def disentangle(
     )
     attributes |= {"experts": list(experts), "sparsities": list(map(str, parsed))}
     attributes |= {"neurons": list(neurons), "run": dict(dataset_of(run).attrs)}
+    tokens = len(evaluation) * (evaluation.length - skip_first)
+    attributes |= {"held_out_tokens": min(tokens, HELD_OUT)}
     stopwatch = runs.Stopwatch()
     with runs.resumed_run(out, attributes, overwrite=overwrite) as folder:
         parts = folder / "blocks"
@@ -129,21 +138,21 @@ def disentangle(
             walks=lambda: [
                 walk_blocks(model, text, batch_size, skip_first) for text in (windows, evaluation)
             ],
+            length=evaluation.length,
             seed=windows.seed,
             progress=progress,
         )
         found: Tensors = {}
         for block in sorted({layer.block for layer in chosen}):
             found |= load_tensors(_file(parts, block))
-        tokens = len(found[f"{names[0]} clusters"][0])
         tree = _tree(run, names, kept, arms, parsed, found)
-        tree.attrs = attributes | {"held_out_tokens": tokens}
+        tree.attrs |= {"disentangled": attributes}  # beside the run's own, of whose text most are
         per_layer, by_quantile = layers_table(tree), quantiles_table(tree)
         runs.save_table(per_layer, folder / "tables" / "layers.csv")
         runs.save_table(by_quantile, folder / "tables" / "quantiles.csv")
-        words = markdown(tree.attrs, per_layer, by_quantile)
+        words = markdown(attributes, per_layer, by_quantile)
         runs.save_text(words, folder / "tables" / "disentangle.md")
-        runs.write_run(folder, tree, stopwatch.log())
+        runs.write_run(folder, tree, stopwatch.log(), attributes)
         runs.remove_folder(parts)
     return tree
 
@@ -177,8 +186,7 @@ def _kept(
     Raises:
         LookupError: there is no such neuron.
     """
-    least = np.finfo(float).tiny  # of a share, of which one neuron is taken
-    kept = {name: top.tolist() for name, top in top_by_layer(run, least, layers=layers).items()}
+    kept = {name: top.tolist() for name, top in top_by_layer(run, count=1, layers=layers).items()}
     data = dataset_of(run)
     known = {name: int((data["layer"] == name).sum()) for name in kept}
     for neuron in neurons:
@@ -206,6 +214,7 @@ def _measure_blocks(
     folder: Path,
     *,
     walks: Callable[[], Sequence[Any]],
+    length: int,
     seed: int,
     progress: bool,
 ) -> None:
@@ -214,6 +223,7 @@ def _measure_blocks(
     if not left:
         return
     walk, held_out = walks()
+    halves = sampled_places(held_out, HELD_OUT, seed) // length % 2  # of whole windows
     for block in tqdm(range(left[-1] + 1), unit="block", desc="disentangle", disable=not progress):
         if block not in left:
             walk.advance()
@@ -226,8 +236,15 @@ def _measure_blocks(
         for layer in here:
             calibrations = [found[arm][layer.name] for arm in arms]
             with naming(layer), torch.inference_mode():
+                inputs = rows[layer.name]
                 measured = measure_layer(
-                    layer, calibrations, sparsities, rows[layer.name], kept[layer.name], seed
+                    layer,
+                    calibrations,
+                    sparsities,
+                    inputs,
+                    halves.to(inputs.device),
+                    kept[layer.name],
+                    seed,
                 )
             tensors |= {f"{layer.name} {name}": value for name, value in measured.items()}
         save_tensors(_file(folder, block), tensors)

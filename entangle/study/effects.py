@@ -18,11 +18,14 @@ from entangle.study.tables import table_lines, with_error
 Array = npt.NDArray[np.float64]
 Result = Mapping[str, Any]
 
+_DRAWS = 500  # of a bootstrap
 KIND = ("intervention", "sparsity", "experts", "block")  # what is done, and where
 _AGAINST_RANDOM = (
     "over_random",
     "over_random_error",
     "times_random",
+    "times_low",
+    "times_high",
     "equivalent_share",
     "equivalent_low",
     "equivalent_high",
@@ -43,13 +46,13 @@ def effects_of(results: Sequence[Result]) -> pd.DataFrame:
 
     ``difference`` is in nats a token against the dense model and ``ratio`` its exponential; errors
     are standard errors over windows, those of differences paired. Of random neurons all are means
-    over seeds, with 95% t-intervals over seeds, ``low`` to ``high``. Against random neurons of the
-    same share stand ``over_random``, a difference in nats whose error has a part from windows and
-    one from seeds; ``times_random``, the increase of perplexity over that of random ones, NaN where
-    that is none; and the
-    ``equivalent_share`` of random neurons that hurts as much (see `equivalent_share`), between
-    those for one error less and more. It is infinite where random neurons of all shares that were
-    run hurt less.
+    over seeds, with 95% t-intervals over seeds, ``low`` to ``high``.
+
+    Against random neurons of the same share stand ``over_random``, a difference in nats whose error
+    has a part from windows and one from seeds; ``times_random``, the increase of perplexity over
+    that of random ones, NaN where that is none; and the ``equivalent_share`` of random neurons that
+    hurts as much (see `equivalent_share`), infinite where random neurons of all shares that were run
+    hurt less. Both with 95% intervals of a bootstrap of windows and seeds.
     """
     dense = _nats(results[0])
     groups: dict[tuple[Any, ...], list[Result]] = {}
@@ -96,6 +99,7 @@ def _scored(nats: Array, dense: Array, result: Result) -> dict[str, Any]:
     change = Score(mean - dense, tokens)
     perplexities = np.array([Score(one, tokens).perplexity for one in nats])
     perplexity, perplexity_half = _interval(perplexities)
+    ratio = float(np.exp((nats - dense).mean(axis=1)).mean())
     difference, difference_half = _interval((nats - dense).mean(axis=1))
     scored = Score(mean, tokens)
     return {
@@ -103,8 +107,8 @@ def _scored(nats: Array, dense: Array, result: Result) -> dict[str, Any]:
         "perplexity_error": perplexity * scored.nats_error,
         "perplexity_low": perplexity - perplexity_half,
         "perplexity_high": perplexity + perplexity_half,
-        "ratio": change.perplexity,
-        "ratio_error": change.perplexity_error,
+        "ratio": ratio,
+        "ratio_error": ratio * change.nats_error,
         "difference": difference,
         "difference_error": change.nats_error,
         "difference_low": difference - difference_half,
@@ -147,16 +151,46 @@ def _against_random(
     spread = seeds.mean(axis=1).std(ddof=1) / math.sqrt(len(seeds)) if len(seeds) > 1 else math.nan
     error = math.hypot(over.nats_error, spread)
     found |= {"over_random": over.nats, "over_random_error": error}
+    curve = {one: random[one] for one in sorted(random)}
+    found["times_random"] = _times(nats[0], seeds, dense)
+    found["equivalent_share"] = _equivalent_to(nats[0], curve, dense)
+    return found | _bootstrap(nats[0], share, curve, dense)
+
+
+def _times(nats: Array, random: Array, dense: Array) -> float:
+    """Return the increase of perplexity over that of random neurons (seeds, windows)."""
     before = Score(dense, 0).perplexity
-    gains = [Score(one, 0).perplexity - before for one in (nats[0], *seeds)]
-    if np.mean(gains[1:]) > 0:
-        found["times_random"] = gains[0] / float(np.mean(gains[1:]))
-    shares = sorted(random)
-    curve = [float((random[one] - dense).mean()) for one in shares]
-    difference = float((nats[0] - dense).mean())
-    for end, value in (("share", 0.0), ("low", -error), ("high", error)):
-        found[f"equivalent_{end}"] = equivalent_share(difference + value, shares, curve)
-    return found
+    increase, *others = (Score(one, 0).perplexity - before for one in (nats, *random))
+    mean = float(np.mean(others))
+    return increase / mean if mean > 0 else math.nan
+
+
+def _equivalent_to(nats: Array, curve: Mapping[float, Array], dense: Array) -> float:
+    differences = [float((random - dense).mean()) for random in curve.values()]
+    return equivalent_share(float((nats - dense).mean()), list(curve), differences)
+
+
+def _bootstrap(
+    nats: Array, share: float, curve: Mapping[float, Array], dense: Array
+) -> dict[str, float]:
+    """Return 95% intervals: windows are drawn with replacement, for all alike, and so are seeds."""
+    generator = np.random.default_rng(0)
+    found: dict[str, list[float]] = {"times": [], "equivalent": []}
+    for _ in range(_DRAWS):
+        windows = generator.integers(len(dense), size=len(dense))
+        seeds = generator.integers(len(curve[share]), size=len(curve[share]))
+        drawn = {one: random[seeds % len(random)][:, windows] for one, random in curve.items()}
+        arguments = nats[windows], dense[windows]
+        found["times"].append(_times(arguments[0], drawn[share], arguments[1]))
+        found["equivalent"].append(_equivalent_to(arguments[0], drawn, arguments[1]))
+    ends = {}
+    for name, values in found.items():
+        known = np.array(values)
+        known = known[~np.isnan(known)]
+        for end, quantile in (("low", 0.025), ("high", 0.975)):
+            value = np.quantile(known, quantile, method="nearest") if len(known) else math.nan
+            ends[f"{name}_{end}"] = float(value)
+    return ends
 
 
 def equivalent_share(
@@ -196,7 +230,8 @@ def markdown(table: pd.DataFrame) -> str:
         "differences paired by window; of random neurons the mean over seeds and its 95% t-interval "
         "over seeds. Times random is the increase of perplexity over that of random neurons of the "
         "same share; the equivalent share is that of random neurons which hurt as much, "
-        "interpolated between the shares that were run, in brackets for one error less and more.",
+        "interpolated between the shares that were run; both with 95% intervals of a bootstrap of "
+        "windows and seeds.",
         *say_skipped(about["skipped_parameters"], "treated"),
     ]
     if about["missing_sets"]:
@@ -249,8 +284,9 @@ def _numbers(row: Mapping[Any, Any]) -> list[str]:
     if not math.isfinite(row["over_random"]):
         return [*cells, "-", "-", "-"]
     cells += [with_error(row["over_random"], row["over_random_error"])]
-    times = row["times_random"]
-    cells += [f"{times:.3g}" if math.isfinite(times) else "-", _equivalent(row)]
+    times, low, high = row["times_random"], row["times_low"], row["times_high"]
+    said_ = f"{times:.3g} [{low:.3g}, {high:.3g}]" if math.isfinite(times) else "-"
+    cells += [said_, _equivalent(row)]
     return cells
 
 
@@ -264,6 +300,4 @@ def _with_interval(row: Mapping[Any, Any], name: str) -> str:
 def _equivalent(row: Mapping[Any, Any]) -> str:
     ends = [row[f"equivalent_{end}"] for end in ("share", "low", "high")]
     words = ["not reached" if math.isinf(end) else f"{end:.2%}" for end in ends]
-    if any(map(math.isnan, ends[1:])):
-        return words[0]
-    return words[0] if words[0] == words[1] else f"{words[0]} [{words[1]}, {words[2]}]"
+    return words[0] if len({*words}) == 1 else f"{words[0]} [{words[1]}, {words[2]}]"

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -45,9 +45,10 @@ def _kinds(tree: xr.DataTree) -> Iterator[tuple[dict[str, Any], dict[str, Array]
                 found[f"{name}_random"] = values[f"{name}_within"][:, arm + 1]
                 differ = found[f"{name}_random"] - found[f"{name}_within"]
                 found[f"{name}_less"] = np.where(np.isnan(differ), np.nan, differ > 0)
-            found["improvement"] = values["improvement"][:, place, arm]
-            found["improvement_random"] = values["improvement"][:, place, arm + 1]
-            found["improvement_halves"] = values["improvement_halves"][:, place, arm]
+            # Without a loss in experts an improvement is infinite, and is left out.
+            found["improvement"] = _finite(values["improvement"][:, place, arm])
+            found["improvement_random"] = _finite(values["improvement"][:, place, arm + 1])
+            found["improvement_halves"] = _finite(values["improvement_halves"][:, place, arm])
             for name, other in (("one", 0), ("experts", arm), ("random", arm + 1)):
                 found[f"distance_{name}"] = values["distance_to_dense"][:, place, other]
             yield {"experts": int(experts[arm]), "sparsity": str(sparsity)}, found
@@ -58,7 +59,7 @@ def layers_table(tree: xr.DataTree) -> pd.DataFrame:
 
     Medians, but of ``less``, which are shares of neurons: that have a lower distance (difficulty)
     within clusters than within random ones. ``reliability`` is the rank correlation of the
-    improvements on the even and the odd tokens; ``with_`` are those of the improvement with a
+    improvements on the even and the odd windows: of half of the tokens; ``with_`` are those of the improvement with a
     measure of the neuron.
     """
     data = dataset_of(tree)
@@ -102,7 +103,7 @@ def quantiles_table(tree: xr.DataTree) -> pd.DataFrame:
     ranges = [(QUANTILES[0], QUANTILES[-1]), *itertools.pairwise(QUANTILES)]
     table = []
     for kind, found in _kinds(tree):
-        del found["improvement_halves"]
+        halves = found.pop("improvement_halves")
         for low, high in ranges:
             here = {
                 layer: rows[(ranks[layer] >= low) & (ranks[layer] < high)]
@@ -116,6 +117,8 @@ def quantiles_table(tree: xr.DataTree) -> pd.DataFrame:
             for name, values in found.items():
                 means = np.array([_nanmean(values[rows]) for rows in here.values()])
                 row |= dict(zip((name, f"{name}_error"), _mean_error(means), strict=True))
+            same = np.array([_correlation(*halves[rows].T) for rows in here.values()])
+            row |= dict(zip(("reliability", "reliability_error"), _mean_error(same), strict=True))
             table.append(row)
     return pd.DataFrame(table)
 
@@ -125,6 +128,10 @@ def _layers(data: xr.Dataset) -> dict[str, npt.NDArray[np.int64]]:
     known = np.flatnonzero(trusted(data))
     groups = pd.Series(known).groupby(data["layer"].to_numpy()[known], sort=False)
     return {str(name): rows.to_numpy() for name, rows in groups}
+
+
+def _finite(values: Array) -> Array:
+    return np.where(np.isfinite(values), values, np.nan)
 
 
 def _nanmean(values: Array) -> float:
@@ -158,7 +165,7 @@ def markdown(about: Mapping[Any, Any], layers: pd.DataFrame, quantiles: pd.DataF
         "",
         "Relative improvement of a neuron (RMSE with one expert over that with several): its median "
         "and standard deviation over a layer's neurons, its reliability (rank correlation between "
-        "the even and the odd held-out tokens), and its rank correlations with measures of the "
+        "the even and the odd held-out windows: that of half of the tokens), and its rank correlations with measures of the "
         f"neuron (`wasserstein`, `kurtosis` and `std` on {run.get('tokens', 0):,} tokens of "
         f"{run.get('text', '?')}, mapping difficulty on the held-out ones); means over layers.",
         "",
@@ -169,27 +176,41 @@ def markdown(about: Mapping[Any, Any], layers: pd.DataFrame, quantiles: pd.DataF
     names += [f"with_{name}" for name in MEASURES]
     rows = [heads]
     for (experts, sparsity), part in layers.groupby(["experts", "sparsity"], sort=False):
-        cells = [with_error(*_mean_error(part[name].to_numpy())) for name in names]
+        cells = [_cell(*_mean_error(part[name].to_numpy())) for name in names]
         rows.append([str(experts), str(sparsity), *cells])
     lines += [
         *table_lines(rows),
         "",
         "By how entangled a neuron is in its layer: distance to a Gaussian of the dense outputs, of "
         "all held-out tokens and within clusters (mean weighted by tokens), within random clusters "
-        "of the same sizes, and the share of neurons that have less within clusters than within "
-        "random ones; relative improvement; distance between sparse and dense outputs with one "
+        "of the same sizes (those of k-means with the tokens shuffled), and the share of neurons that have less within clusters than within "
+        "random ones; relative improvement and its reliability; distance between sparse and dense outputs with one "
         "expert, with several, and with several at random.",
         "",
     ]
     names = ["wasserstein", "wasserstein_within", "wasserstein_random", "wasserstein_less"]
-    names += ["improvement", "improvement_random"]
+    names += ["improvement", "improvement_random", "reliability"]
     names += ["distance_one", "distance_experts", "distance_random"]
     heads = ["experts", "sparsity", "neurons of a layer", "distance", "within clusters"]
-    heads += ["within random ones", "less", "improvement", "at random"]
+    heads += ["within random ones", "less", "improvement", "at random", "reliability"]
     heads += ["to dense, one", "several", "at random"]
-    rows = [heads]
+    lines += [*_by_quantile(quantiles, heads, names), "", "The same for mapping difficulty.", ""]
+    names = ["difficulty", "difficulty_within", "difficulty_random", "difficulty_less"]
+    heads = ["experts", "sparsity", "neurons of a layer", "difficulty", "within clusters"]
+    heads += ["within random ones", "less"]
+    once = quantiles[quantiles["sparsity"] == quantiles["sparsity"].iloc[0]].assign(sparsity="any")
+    return "\n".join([*lines, *_by_quantile(once, heads, names)]) + "\n"
+
+
+def _by_quantile(quantiles: pd.DataFrame, heads: Sequence[str], names: Sequence[str]) -> list[str]:
+    """Return the lines of a table with a row per range of quantiles."""
+    rows = [list(heads)]
     for row in quantiles.to_dict(orient="records"):
         span = "all" if row["to"] - row["from"] == 1 else f"{row['from']:.0%} to {row['to']:.0%}"
-        cells = [with_error(row[name], row[f"{name}_error"]) for name in names]
+        cells = [_cell(row[name], row[f"{name}_error"]) for name in names]
         rows.append([str(row["experts"]), row["sparsity"], f"{span} ({row['neurons']:,})", *cells])
-    return "\n".join([*lines, *table_lines(rows)]) + "\n"
+    return table_lines(rows)
+
+
+def _cell(value: float, error: float) -> str:
+    return with_error(value, error) if math.isfinite(value) else "-"

@@ -51,30 +51,35 @@ def top_neurons(
 
 def top_by_layer(
     run: xr.DataTree | xr.Dataset,
-    share: float,
+    share: float | None = None,
     *,
+    count: int | None = None,
     by: str = "wasserstein",
     lowest: bool = False,
     layers: str | Sequence[str] = ("*",),
 ) -> Neurons:
-    """Return the ``share`` of each matching layer's neurons with the largest (or lowest) ``by``.
+    """Return a share of each matching layer's neurons, those with the largest (or lowest) ``by``.
 
-    At least one neuron of each layer. Neurons without a distance, or with one whose bound is above
+    Or so many of them; of a share at least one of each layer. Neurons without a distance, or with one whose bound is above
     0.1, or without a value of ``by``, are left out; of ties the first are taken.
 
     Raises:
         LookupError: the run has no such variable, or a pattern matches none of its layers.
-        ValueError: a share that is not above 0 and at most 1.
+        ValueError: not one of share and count, or a share that is not above 0 and at most 1.
     """
-    if not 0 < share <= 1:
+    if (share is None) == (count is None):
+        raise ValueError("expected a share of each layer's neurons, or a count of them")
+    if share is not None and not 0 < share <= 1:
         raise ValueError(f"expected a share of neurons above 0 and at most 1, got {share}")
     dataset = dataset_of(run)
     values = _variable(dataset, by) * (1 if lowest else -1)
+    ranked, indices = trusted(dataset) & np.isfinite(values), dataset["index"].to_numpy()
     chosen = {}
     for name, rows in _rows_by_layer(dataset, layers).items():
-        known = rows[trusted(dataset)[rows] & np.isfinite(values[rows])]
-        best = known[np.argsort(values[known], kind="stable")][: max(1, round(share * len(rows)))]
-        chosen[name] = np.sort(dataset["index"].to_numpy()[best])
+        known = rows[ranked[rows]]
+        size = count if share is None else max(1, round(share * len(rows)))
+        best = known[np.argsort(values[known], kind="stable")][:size]
+        chosen[name] = np.sort(indices[best])
     return chosen
 
 
@@ -90,9 +95,10 @@ def matched_random(
     """
     dataset = dataset_of(run)
     places = {name: place for place, name in enumerate(dict.fromkeys(dataset["layer"].to_numpy()))}
+    ranked, indices = trusted(dataset), dataset["index"].to_numpy()
     drawn = {}
     for name, rows in _rows_by_layer(dataset, list(neurons)).items():
-        known = dataset["index"].to_numpy()[rows[trusted(dataset)[rows]]]
+        known = indices[rows[ranked[rows]]]
         order = np.random.default_rng([seed, places[name]]).permutation(known)
         drawn[name] = np.sort(order[: len(np.asarray(neurons[name]))])
     return drawn
@@ -117,9 +123,10 @@ def rank_correlations(
     dataset = dataset_of(run)
     variables = {name: _variable(dataset, name) for name in (by, *others)}
     blocks, roles = dataset["block"].to_numpy(), dataset["role"].to_numpy()
+    ranked = trusted(dataset) & np.isfinite(variables[by])
     table = []
     for name, every in _rows_by_layer(dataset, layers).items():
-        rows = every[trusted(dataset)[every] & np.isfinite(variables[by][every])]
+        rows = every[ranked[every]]
         row = {"layer": name, "block": int(blocks[every[0]]), "role": str(roles[every[0]])}
         row |= {"neurons": len(rows)}
         for other in others:

@@ -19,6 +19,7 @@ from entangle.numerics.difficulty import Difficulty, mapping_difficulty
 from entangle.numerics.histograms import Histograms
 from entangle.study import dataset, runs
 from entangle.study.calibration import sample_inputs, walk_blocks
+from entangle.study.ranking import rank_correlations
 
 DIFFICULTY_WINDOWS = (
     64  # of which the pairs of tokens are drawn: what they hold of memory is bounded
@@ -123,7 +124,8 @@ def measure(
     ``out`` it is also written to that folder, whole or not at all. ``command`` is noted in it.
 
     With ``difficulty`` the mapping difficulty is measured too, over so many pairs of tokens of at
-    most 64 of the windows, which run through the model once more, block by block.
+    most 64 of the windows, which run through the model once more, block by block, and its rank
+    correlation with the distance is in tables/difficulty.csv.
 
     Raises:
         FileExistsError: ``out`` exists, and ``overwrite`` is false.
@@ -138,6 +140,9 @@ def measure(
     stopwatch = runs.Stopwatch()
     with folders.new_folder(out, overwrite=overwrite) as folder:  # first: it may be impossible
         tree = _measure(model, windows, *arguments)
+        if difficulty:
+            table = rank_correlations(tree, "wasserstein", ["difficulty"])
+            runs.save_table(table, folder / "tables" / "difficulty.csv")
         runs.write_run(folder, tree, stopwatch.log())
     return tree
 
@@ -180,6 +185,7 @@ def _measure(
         command=command,
     )
     recorder.attributes |= {"difficulty": difficulty} if difficulty else {}
+    recorder.attributes |= {"window_hashes": windows.hashes}
     tree = recorder.tree()
     return dataset.with_difficulty(tree, difficulties) if difficulties else tree
 
@@ -209,6 +215,21 @@ def _difficulties(
                 outputs = layer.module(inputs)
             found[layer.name] = mapping_difficulty(inputs, outputs, pairs, seed=windows.seed)
     return found
+
+
+def check_weights(model: PreTrainedModel, run: xr.DataTree | xr.Dataset) -> None:
+    """See that a run is of this model.
+
+    Raises:
+        ValueError: it was measured on other weights.
+    """
+    attributes, weights = dataset.dataset_of(run).attrs, weights_hash(model)
+    if attributes.get("weights") != weights:
+        raise ValueError(
+            f"the run was measured on other weights ({attributes.get('model', '?')}, "
+            f"{str(attributes.get('weights'))[:12]}) than this model has ({model.name_or_path}, "
+            f"{weights[:12]}): measure this model, or load the one that was measured"
+        )
 
 
 def provenance(

@@ -67,8 +67,16 @@ def _peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
 
 
-def write_run(folder: Path, tree: xr.DataTree, log: Mapping[str, Any]) -> None:
-    """Write a tree and its log into a run's folder (see `folders.new_folder`)."""
+def write_run(
+    folder: Path,
+    tree: xr.DataTree,
+    log: Mapping[str, Any],
+    attributes: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a tree and its log into a run's folder (see `folders.new_folder`).
+
+    Its run.json holds the attributes, those of the tree unless told otherwise.
+    """
     compressor = Blosc(cname="zstd", clevel=3, shuffle=Blosc.BITSHUFFLE)
     encoding: dict[str, dict[str, dict[str, Any]]] = {}
     for node in tree.subtree:
@@ -79,7 +87,8 @@ def write_run(folder: Path, tree: xr.DataTree, log: Mapping[str, Any]) -> None:
     tree.to_zarr(
         folder / "neurons.zarr", mode="w", zarr_format=2, encoding=encoding, consolidated=True
     )
-    write_json(folder / "run.json", {str(name): value for name, value in tree.attrs.items()})
+    about = tree.attrs if attributes is None else attributes
+    write_json(folder / "run.json", {str(name): value for name, value in about.items()})
     write_json(folder / "log.json", {**log, "files": _count_files(folder / "neurons.zarr")})
 
 

@@ -117,9 +117,23 @@ def load_rows(
         here = [layer for layer in layers if layer.block == block]
         device = weight_of(here[0]).device
         tensors = load_tensors(_file(folder, block, kind), device)
+        routers: list[Router] = []  # layers with the same inputs share one, and so its routes
         for name in (layer.name for layer in here):
-            router = None if kind[0] == ONE else router_from(name, tensors)
+            router = None if kind[0] == ONE else _shared(router_from(name, tensors), routers)
             parts = (tensors[f"{name} neurons"], tensors[f"{name} weight"])
             rows = SparseRows(*parts, router, tensors[f"{name} counts"].tolist())
             found[name] = rows.among(neurons[name])
     return found
+
+
+def _shared(router: Router, known: list[Router]) -> Router:
+    """Return the equal one among those known, to which it is added if there is none."""
+    state = router.state_dict()
+    for other in known:
+        same = other.state_dict()
+        if same.keys() == state.keys() and all(
+            torch.equal(value, same[name]) for name, value in state.items()
+        ):
+            return other
+    known.append(router)
+    return router

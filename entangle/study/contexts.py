@@ -1,0 +1,250 @@
+"""The tokens behind a neuron's distribution: at its ends, at its modes and in between.
+
+A second pass over the run's own windows. Of its outputs only those of the neurons asked for are
+kept, and of so many neurons at a time that memory is bounded.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import xarray as xr
+from scipy.ndimage import gaussian_filter1d
+from scipy.signal import find_peaks
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from entangle.model.hooks import backbone_of, listening
+from entangle.model.layers import LinearLayer, find_layers
+from entangle.model.text import TokenWindows
+from entangle.numerics.contributions import bootstrap, contributions
+from entangle.study import runs
+from entangle.study.dataset import dataset_of, position_of
+from entangle.study.recording import check_weights
+
+Floats = npt.NDArray[np.float32]
+Array = npt.NDArray[np.float64]
+
+ENDS = 8  # tokens shown at either end
+NEAR = 4  # tokens shown at a mode
+QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
+FREQUENT = 200  # kinds of tokens whose share is looked at, the most frequent ones
+SHOWN = 20  # of these, those with the largest share
+DRAWS = 200  # of the bootstrap
+VALUES = 2**27  # outputs held at a time
+BEFORE, AFTER = 24, 8  # tokens of text around one
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """A token in its text, and what the neuron says to it."""
+
+    why: str  # lowest, highest, mode at X, quantile Q
+    window: int
+    position: int  # in the window
+    before: str
+    token: str
+    after: str
+    output: float
+    deviation: float  # from the mean, in std
+    share: float  # of the distance
+
+
+@dataclasses.dataclass(frozen=True)
+class NeuronContexts:
+    """What is behind the distribution of one neuron."""
+
+    neuron: str  # LAYER:INDEX
+    tokens: int
+    wasserstein: float  # exact, of the outputs themselves
+    low: float  # its 95% interval, by a bootstrap of whole windows
+    high: float
+    modes: list[float]  # in output units
+    contexts: list[Context]
+    positions: list[float]  # each window position's share of the distance
+    frequent: list[dict[str, Any]]  # token, count, share of the distance, mean output
+
+
+def find_contexts(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    run: xr.DataTree | xr.Dataset,
+    windows: TokenWindows,
+    neurons: Sequence[str],
+    *,
+    out: str | Path | None = None,
+    progress: bool = False,
+) -> list[NeuronContexts]:
+    """Find the tokens behind the distributions of neurons, written LAYER:INDEX.
+
+    ``windows`` are those that ``run`` was measured on. A token's share of the distance is the
+    integral over its own quantile bin (see `contributions`); the interval is a basic bootstrap
+    interval of 200 draws of whole windows. With ``out``, the run's folder, they are written into its
+    contexts.json, beside what is there.
+
+    Raises:
+        LookupError: the run has no such neuron.
+        ValueError: the run is of other weights or of other windows, or a neuron has no distance.
+    """
+    data = dataset_of(run)
+    rows = {name: position_of(data, name) for name in dict.fromkeys(neurons)}
+    for name, row in rows.items():
+        if not np.isfinite(float(data["wasserstein"][row])):
+            raise ValueError(f"{name} is dead or broken: it has no distribution to look at")
+    check_weights(model, run)
+    if data.attrs.get("fingerprint") != windows.fingerprint:
+        raise ValueError(
+            f"the run was measured on other windows than these ({windows.text}): its text is "
+            f"{data.attrs.get('text')}, {data.attrs.get('windows')} windows of "
+            f"{data.attrs.get('length')}, seed {data.attrs.get('seed')}"
+        )
+    skip, batch_size = int(data.attrs["skip_first"]), int(data.attrs["batch_size"])
+    decode = functools.lru_cache(None)(lambda token: tokenizer.decode([token]))
+    found = []
+    names = list(rows)
+    tokens = len(windows) * (windows.length - skip)
+    size = max(1, VALUES // tokens)
+    groups = [names[first : first + size] for first in range(0, len(names), size)]
+    bar = tqdm(groups, unit="pass", disable=not progress)
+    for group in bar:
+        outputs = _outputs(model, windows, group, skip, batch_size)  # (tokens, neurons)
+        parts = contributions(outputs)
+        draws = bootstrap(outputs, windows.length - skip, draws=DRAWS, seed=windows.seed)
+        for place, name in enumerate(group):
+            found.append(
+                _describe(
+                    name, outputs[:, place], parts[:, place], draws[:, place], windows, skip, decode
+                )
+            )
+    if out is not None:
+        file = Path(out) / "contexts.json"
+        kept = runs.read_json(file) if file.is_file() else {}
+        kept |= {one.neuron: dataclasses.asdict(one) for one in found}
+        runs.write_json(file, kept)
+    return found
+
+
+def _outputs(
+    model: PreTrainedModel,
+    windows: TokenWindows,
+    neurons: Sequence[str],
+    skip_first: int,
+    batch_size: int,
+) -> Floats:
+    """Run the model and return the outputs (tokens, neurons) of some neurons."""
+    wanted: dict[str, list[int]] = {}
+    for neuron in neurons:
+        layer, _, index = neuron.rpartition(":")
+        wanted.setdefault(layer, []).append(int(index))
+    layers = [layer for layer in find_layers(model) if layer.name in wanted]
+    kept: dict[str, list[torch.Tensor]] = {layer.name: [] for layer in layers}
+
+    def on_outputs(layer: LinearLayer, rows: torch.Tensor) -> None:
+        kept[layer.name].append(rows[:, wanted[layer.name]].float().cpu())
+
+    device = next(model.parameters()).device
+    with torch.inference_mode(), listening(model, layers, on_outputs, skip_first=skip_first):
+        for batch in windows.batches(batch_size):
+            backbone_of(model)(input_ids=batch.to(device), use_cache=False)
+    columns = {
+        f"{name}:{index}": rows[:, place]
+        for name, parts in kept.items()
+        for rows in [torch.cat(parts)]
+        for place, index in enumerate(wanted[name])
+    }
+    return torch.stack([columns[neuron] for neuron in neurons], dim=1).numpy()
+
+
+def _describe(
+    name: str,
+    outputs: Floats,
+    parts: Array,
+    draws: Array,
+    windows: TokenWindows,
+    skip_first: int,
+    decode: Any,
+) -> NeuronContexts:
+    """Describe a neuron by its outputs (tokens,) and their parts of its distance."""
+    distance = float(parts.sum())
+    mean, std = float(outputs.mean(dtype=np.float64)), float(outputs.std(dtype=np.float64))
+    low, high = 2 * distance - np.nanquantile(draws, [0.975, 0.025])
+    length = windows.length - skip_first
+    shares = parts / distance
+    text = windows.tokens.numpy()
+
+    def context(why: str, row: int) -> Context:
+        window, position = row // length, row % length + skip_first
+        line = text[window]
+        return Context(
+            why=why,
+            window=int(window),
+            position=int(position),
+            before="".join(map(decode, line[max(position - BEFORE, 0) : position].tolist())),
+            token=decode(int(line[position])),
+            after="".join(map(decode, line[position + 1 : position + 1 + AFTER].tolist())),
+            output=float(outputs[row]),
+            deviation=(float(outputs[row]) - mean) / std,
+            share=float(shares[row]),
+        )
+
+    modes = _modes(outputs, mean, std)
+    contexts = [context(why, row) for why, row in _chosen(outputs, modes)]
+    return NeuronContexts(
+        neuron=name,
+        tokens=len(outputs),
+        wasserstein=distance,
+        low=max(float(low), 0.0),
+        high=float(high),
+        modes=modes,
+        contexts=contexts,
+        positions=shares.reshape(-1, length).sum(axis=0).tolist(),
+        frequent=_frequent(text[:, skip_first:].ravel(), outputs, shares, decode),
+    )
+
+
+def _chosen(outputs: Floats, modes: Sequence[float]) -> Iterator[tuple[str, int]]:
+    """Give the tokens to show, and why."""
+    order = np.argsort(outputs, kind="stable")
+    count = min(ENDS, len(order))
+    yield from (("lowest", int(row)) for row in order[:count])
+    yield from (("highest", int(row)) for row in order[: -count - 1 : -1])
+    for mode in modes:
+        near = np.argsort(np.abs(outputs - mode), kind="stable")[:NEAR]
+        yield from ((f"mode at {mode:.3g}", int(row)) for row in near)
+    for quantile in QUANTILES:
+        yield f"quantile {quantile:g}", int(order[round(quantile * (len(order) - 1))])
+
+
+def _modes(outputs: Floats, mean: float, std: float) -> list[float]:
+    """Return where the modes are: the peaks that `Histograms.modes` counts (see there)."""
+    edges = mean + std * np.linspace(-8, 8, 321)
+    counts = np.histogram(outputs, edges)[0].astype(np.float64)
+    smooth = np.pad(gaussian_filter1d(counts, sigma=4, mode="constant"), 1)
+    peaks, _ = find_peaks(smooth, prominence=0.05 * smooth.max())
+    middles = (edges[1:] + edges[:-1]) / 2
+    return [float(middles[peak - 1]) for peak in peaks]
+
+
+def _frequent(
+    tokens: npt.NDArray[np.int64], outputs: Floats, shares: Array, decode: Any
+) -> list[dict[str, Any]]:
+    """Return the frequent tokens that have the largest shares of the distance."""
+    kinds, places, counts = np.unique(tokens, return_inverse=True, return_counts=True)
+    share = np.bincount(places, weights=shares)
+    total = np.bincount(places, weights=outputs.astype(np.float64))
+    usual = np.argsort(-counts, kind="stable")[:FREQUENT]
+    largest = usual[np.argsort(-share[usual], kind="stable")[:SHOWN]]
+    return [
+        {
+            "token": decode(int(kinds[kind])),
+            "count": int(counts[kind]),
+            "share": float(share[kind]),
+            "mean_output": float(total[kind] / counts[kind]),
+        }
+        for kind in largest
+    ]
