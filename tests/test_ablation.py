@@ -444,7 +444,7 @@ def test_what_cannot_be_ablated_is_refused_before_anything_runs(
 
     refused("measured on other weights .* than this model has", model, other, windows(), held_out())
     refused(
-        r"measured on the very windows that are to be scored \(random\)",
+        r"measured on 5 of the 5 windows that are to be scored \(random\)",
         model,
         on_evaluation,
         windows(),
@@ -653,7 +653,7 @@ def test_killed_while_scoring_it_goes_on_and_prunes_nothing_again(
     with pytest.raises(KeyboardInterrupt):
         run(model, out=tmp_path / "run", **words)
     assert untouched(model)
-    assert len(pruned) == 21 * 2
+    assert len(pruned) == (21 * 2 if killed_at > 1 else 0)  # the dense model is scored first
     assert len(list((tmp_path / "run.partial" / "arms").glob("*.json"))) == killed_at - 1
     assert not (tmp_path / "run").exists()
     with pytest.raises(FileExistsError, match=r"unfinished run with other settings.*skip_first 0"):

@@ -109,10 +109,10 @@ def test_a_set_is_scored_paired_by_window_and_against_random_ones(name: str) -> 
         (math.exp(top.mean()) - math.exp(before.mean())) / gains.mean()
     )
     curve = [0.0, *((nats(found, "random", share) - before).mean() for share in (0.03, 0.1))]
-    for end, sign in (("share", 0), ("low", -1), ("high", 1)):
-        difference = (top - before).mean() + sign * error
-        expected = np.interp(difference, curve, [0, 0.03, 0.1])
-        assert row[f"equivalent_{end}"] == pytest.approx(expected), end
+    expected = np.interp((top - before).mean(), curve, [0, 0.03, 0.1])
+    assert row["equivalent_share"] == pytest.approx(expected)
+    assert row["equivalent_low"] < row["equivalent_share"] < row["equivalent_high"]
+    assert row["times_low"] < row["times_random"] < row["times_high"]
     assert row["equivalent_low"] <= row["equivalent_share"] < row["equivalent_high"]
 
 
@@ -131,7 +131,7 @@ def test_random_ones_have_means_and_t_intervals_over_seeds() -> None:
             assert row[f"{name}_low"] == pytest.approx(low)
             assert row[f"{name}_high"] == pytest.approx(high)
         assert row["difference_error"] == pytest.approx(stats.sem(change.mean(axis=0)))
-        assert row["ratio"] == pytest.approx(math.exp(change.mean()))
+        assert row["ratio"] == pytest.approx(np.exp(change.mean(axis=1)).mean())
         assert np.isnan(
             row[["over_random", "times_random", "equivalent_share"]].astype(float)
         ).all()
@@ -327,7 +327,9 @@ def test_the_markdown_says_what_the_numbers_are_and_what_on() -> None:
         value, error = map(float, top[cell].split(" ± "))
         assert value == pytest.approx(expected[name], abs=0.06 * expected[f"{name}_error"])
         assert error == pytest.approx(expected[f"{name}_error"], rel=0.06)
-    assert float(top["times random"]) == pytest.approx(expected["times_random"], rel=0.01)
+    times = [float(word.strip("[],")) for word in top["times random"].split()]
+    names = ("times_random", "times_low", "times_high")
+    assert times == pytest.approx([expected[name] for name in names], rel=0.01)
     ends = [float(word.strip("[],%")) / 100 for word in top["equivalent share"].split()]
     names = ("equivalent_share", "equivalent_low", "equivalent_high")
     assert ends == pytest.approx([expected[name] for name in names], abs=1e-4)
@@ -358,3 +360,19 @@ def test_blocks_have_a_column_where_there_are_some() -> None:
     found = [dense(), *(arm("wasserstein", 0.03, 0.1, block=block) for block in (0, 11))]
     _, rows = written(found)
     assert [row["block"] for row in rows] == ["-", "0", "11"]
+
+
+def test_the_bootstrap_draws_windows_and_seeds_together() -> None:
+    found = results()
+    row = row_of(effects_of(found), "wasserstein")
+    generator = np.random.default_rng(5)
+    before, (top,) = np.array(found[0]["window_nats"]), nats(found, "wasserstein")
+    times = []
+    for _ in range(4000):
+        windows, seeds = generator.integers(WINDOWS, size=WINDOWS), generator.integers(4, size=4)
+        dense_ = math.exp(before[windows].mean())
+        random = np.exp(nats(found, "random")[seeds][:, windows].mean(axis=1))
+        times.append((math.exp(top[windows].mean()) - dense_) / (random - dense_).mean())
+    low, high = np.quantile(times, [0.025, 0.975])
+    assert row["times_low"] == pytest.approx(low, rel=0.1)
+    assert row["times_high"] == pytest.approx(high, rel=0.1)

@@ -227,7 +227,7 @@ def test_another_command_does_not_lose_what_is_to_be_gone_on_with(tmp_path: Path
 
     with pytest.raises(RuntimeError, match="stop"):
         break_off()
-    with pytest.raises(FileExistsError, match=r"run\.partial holds an unfinished sweep"):
+    with pytest.raises(FileExistsError, match=r"run\.partial holds unfinished work"):
         take(overwrite=False)
     assert (tmp_path / "run.partial" / "done").exists()
     with pytest.raises(RuntimeError, match="other"):  # it was lent, so what was there is gone

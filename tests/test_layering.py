@@ -15,6 +15,7 @@ ROOMS = {
     "numerics": (
         "histograms",
         "wasserstein",
+        "contributions",
         "difficulty",
         "moments",
         "pruning",
@@ -25,9 +26,9 @@ ROOMS = {
     "study": (
         "dataset",
         "runs",
+        "ranking",
         "calibration",
         "recording",
-        "ranking",
         "perplexity",
         "costs",
         "pruned",

@@ -10,7 +10,7 @@ from entangle.numerics.wasserstein import gaussian_bins, integrate_bin
 Array = npt.NDArray[np.float64]
 
 
-def contributions(samples: npt.ArrayLike | torch.Tensor) -> Array:
+def distance_parts(samples: npt.ArrayLike | torch.Tensor) -> Array:
     """Return each token's part of each neuron's distance (tokens, neurons), in std.
 
     A token's part is ∫|x₍ᵢ₎ - Φ⁻¹(u)| du over its own quantile bin, x standardised, averaged over

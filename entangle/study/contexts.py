@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from entangle.model.hooks import backbone_of, listening
 from entangle.model.layers import LinearLayer, find_layers
 from entangle.model.text import TokenWindows
-from entangle.numerics.contributions import bootstrap, contributions
+from entangle.numerics.contributions import bootstrap, distance_parts
 from entangle.study import runs
 from entangle.study.dataset import dataset_of, position_of
 from entangle.study.recording import check_weights
@@ -83,7 +83,7 @@ def find_contexts(
     """Find the tokens behind the distributions of neurons, written LAYER:INDEX.
 
     ``windows`` are those that ``run`` was measured on. A token's share of the distance is the
-    integral over its own quantile bin (see `contributions`); the interval is a basic bootstrap
+    integral over its own quantile bin (see `distance_parts`); the interval is a basic bootstrap
     interval of 200 draws of whole windows. With ``out``, the run's folder, they are written into its
     contexts.json, beside what is there.
 
@@ -113,7 +113,7 @@ def find_contexts(
     bar = tqdm(groups, unit="pass", disable=not progress)
     for group in bar:
         outputs = _outputs(model, windows, group, skip, batch_size)  # (tokens, neurons)
-        parts = contributions(outputs)
+        parts = distance_parts(outputs)
         draws = bootstrap(outputs, windows.length - skip, draws=DRAWS, seed=windows.seed)
         for place, name in enumerate(group):
             found.append(

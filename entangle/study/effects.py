@@ -173,7 +173,12 @@ def _equivalent_to(nats: Array, curve: Mapping[float, Array], dense: Array) -> f
 def _bootstrap(
     nats: Array, share: float, curve: Mapping[float, Array], dense: Array
 ) -> dict[str, float]:
-    """Return 95% intervals: windows are drawn with replacement, for all alike, and so are seeds."""
+    """Return 95% intervals: windows are drawn with replacement, for all alike, and so are seeds.
+
+    With one seed there are none.
+    """
+    if min(map(len, curve.values())) < 2:
+        return {}
     generator = np.random.default_rng(0)
     found: dict[str, list[float]] = {"times": [], "equivalent": []}
     for _ in range(_DRAWS):
@@ -285,8 +290,9 @@ def _numbers(row: Mapping[Any, Any]) -> list[str]:
         return [*cells, "-", "-", "-"]
     cells += [with_error(row["over_random"], row["over_random_error"])]
     times, low, high = row["times_random"], row["times_low"], row["times_high"]
-    said_ = f"{times:.3g} [{low:.3g}, {high:.3g}]" if math.isfinite(times) else "-"
-    cells += [said_, _equivalent(row)]
+    words = f"{times:.3g}" if math.isfinite(times) else "-"
+    words += f" [{low:.3g}, {high:.3g}]" if math.isfinite(low) else ""
+    cells += [words, _equivalent(row)]
     return cells
 
 
@@ -300,4 +306,6 @@ def _with_interval(row: Mapping[Any, Any], name: str) -> str:
 def _equivalent(row: Mapping[Any, Any]) -> str:
     ends = [row[f"equivalent_{end}"] for end in ("share", "low", "high")]
     words = ["not reached" if math.isinf(end) else f"{end:.2%}" for end in ends]
+    if math.isnan(ends[1]):
+        return words[0]
     return words[0] if len({*words}) == 1 else f"{words[0]} [{words[1]}, {words[2]}]"
