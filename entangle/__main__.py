@@ -302,7 +302,7 @@ def run_plot(args: argparse.Namespace) -> None:
         run = entangle.open_run(args.run)
     arguments = [run] if args.neuron is None else [run, args.neuron]
     figure = getattr(entangle.plots, args.kind)(*arguments)
-    name = args.kind if args.neuron is None else f"neuron-{args.neuron.replace(':', '-')}"
+    name = args.kind if args.neuron is None else f"{args.kind}-{args.neuron.replace(':', '-')}"
     file = runs.save_figure(figure, args.out or args.run / "figures" / f"{name}.png")
     _print(args, {"figure": str(file)}, lambda result: str(result["figure"]))
 

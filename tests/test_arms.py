@@ -1,11 +1,14 @@
-"""The picture of a sweep shows the numbers of its table."""
+"""The pictures of sweeps and ablations show the numbers of their tables."""
 
+import itertools
+from io import BytesIO
 from typing import Any
 
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from entangle import plots
@@ -117,3 +120,166 @@ def test_it_draws_onto_given_axes() -> None:
 def test_no_arm_with_a_score_is_an_error() -> None:
     with pytest.raises(ValueError, match="no arm of this sweep has a score"):
         plots.sweep(table(("wanda", "row", "sparse", "0.5", 0.5, np.nan, np.nan)))
+
+
+# Ablations.
+
+
+SETS = ("wasserstein", "random", "bottom", "std")
+
+
+def ablated(
+    shares: tuple[float, ...] = (0.03,),
+    blocks: tuple[str, ...] = ("",),
+    kinds: tuple[tuple[str, str, int], ...] = (("sparsify", "0.9", 1),),
+    sets: tuple[str, ...] = SETS,
+) -> pd.DataFrame:
+    """Return a table such as `effects_of` makes; random sets have intervals twice their errors."""
+    rng = np.random.default_rng(0)
+    dense: dict[str, Any] = dict.fromkeys(("sparsity", "block", "set"), "")
+    dense |= {"intervention": "dense", "experts": 1, "share": 0.0, "perplexity": 15.25}
+    rows = [dense | {"difference": 0.0, "difference_error": 0.0}]
+    for (deed, sparsity, experts), share, block, name in itertools.product(
+        kinds, shares, blocks, sets
+    ):
+        row: dict[str, Any] = {"intervention": deed, "sparsity": sparsity, "experts": experts}
+        row |= {"block": block, "set": name, "share": share}
+        difference, error = rng.uniform(-0.2, 3), rng.uniform(0.01, 0.1)
+        row |= {"perplexity": 15.25 * np.exp(difference), "difference": difference}
+        rows.append(row | {"difference_error": error})
+    frame = pd.DataFrame(rows).assign(tokens=20_951, windows=41)
+    random = frame["set"] == "random"
+    half = (2 * frame["difference_error"]).where(random)
+    frame["difference_low"] = frame["difference"] - half
+    frame["difference_high"] = frame["difference"] + half
+    frame.attrs = {"model": "data/tiny", "evaluation": "data/docs", "layers": ["*.mlp.*"]}
+    return frame
+
+
+def bar_of(container: Any) -> tuple[list[tuple[float, float]], Any, str]:
+    """Return points with their bars: the marks, the bars' segments and the colour."""
+    line, _, (bars,) = container.lines
+    colours = {mpl.colors.to_hex(one) for one in (line.get_color(), *bars.get_colors())}
+    assert len(colours) == 1
+    points = [(float(x), float(y)) for x, y in line.get_xydata()]
+    return points, np.array(bars.get_segments()), colours.pop()
+
+
+def drawn_of(ax: Axes) -> dict[str, tuple[list[tuple[float, float]], Any]]:
+    """Return the points of each line and its bars' segments, by label."""
+    return {str(bars.get_label()): bar_of(bars)[:2] for bars in ax.containers}
+
+
+def saved(figure: Figure) -> Figure:
+    """Draw it in full: a warning is an error."""
+    figure.savefig(BytesIO(), format="png")
+    return figure
+
+
+RANDOM = "random (95%, seeds)"
+LABELS = {"top wasserstein": "wasserstein", RANDOM: "random", "bottom wasserstein": "bottom"}
+LABELS["top std"] = "std"
+
+
+def bars_are(segments: Any, part: pd.DataFrame, axis: int) -> bool:
+    """See that bars are one error either way, of random sets the interval."""
+    low, high = (part[f"difference_{end}"] for end in ("low", "high"))
+    error = part["difference_error"]
+    low, high = low.fillna(part["difference"] - error), high.fillna(part["difference"] + error)
+    np.testing.assert_allclose(segments[:, 0, axis], low, rtol=1e-12)
+    np.testing.assert_allclose(segments[:, 1, axis], high, rtol=1e-12)
+    return len(segments) == len(part)
+
+
+def test_one_share_is_drawn_set_by_set_below_a_scale_of_ratios() -> None:
+    kinds = (("sparsify", "0.9", 1), ("sparsify", "0.9", 16), ("zero", "", 1))
+    table = ablated(kinds=kinds)
+    figure = saved(plots.ablation(table))
+    titles = ["0.9 sparse, dense model", "0.9 sparse, 16 experts", "zero"]
+    assert [ax.get_title() for ax in figure.axes] == titles
+    order = ["wasserstein", "std", "random", "bottom"]
+    for ax, kind in zip(figure.axes, kinds, strict=True):
+        chosen = table.set_index(["intervention", "sparsity", "experts"]).loc[[kind]]
+        part = chosen.set_index("set").loc[order].reset_index()
+        points, segments, colours = zip(*map(bar_of, ax.containers), strict=True)
+        assert [list(one) for one in points] == [
+            [(difference, place)] for place, difference in enumerate(part["difference"])
+        ]
+        assert bars_are(np.concatenate(segments), part, axis=0)
+        assert len(set(colours)) == 4
+        assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == [
+            *("top wasserstein", "top std", RANDOM, "bottom wasserstein")
+        ]
+        (top,) = ax.child_axes
+        figure.canvas.draw()
+        assert top.get_xlim() == pytest.approx(np.exp(ax.get_xlim()))
+    assert figure.axes[0].get_ylim() == (3.5, -0.5)  # the first on top
+    assert figure.get_supxlabel() == "difference to the dense model (nats a token)"
+    assert figure.get_suptitle() == (
+        "data/tiny · *.mlp.* · data/docs\n20,951 tokens, dense perplexity 15.25"
+    )
+    assert not figure.legends
+
+
+def test_several_shares_are_drawn_as_lines_from_the_smallest() -> None:
+    shares = (0.1, 0.01, 0.3)
+    kinds = tuple(("sparsify", sparsity, 1) for sparsity in ("0.5", "0.9", "2:4", "1:4"))
+    table = ablated(shares=shares, kinds=kinds)
+    figure = saved(plots.ablation(table))
+    assert len(figure.axes) == 4  # three in a row, and no empty ones
+    for ax, (_, sparsity, _) in zip(figure.axes, kinds, strict=True):
+        assert ax.get_title() == f"{sparsity} sparse, dense model"
+        drawn = drawn_of(ax)
+        assert list(drawn) == list(LABELS)
+        for label, (points, segments) in drawn.items():
+            part = table[(table["sparsity"] == sparsity) & (table["set"] == LABELS[label])]
+            part = part.sort_values("share")
+            assert points == list(zip(part["share"], part["difference"], strict=True))
+            assert bars_are(segments, part, axis=1)
+        assert (ax.get_xscale(), ax.get_yscale()) == ("log", "symlog")
+        assert list(ax.get_xticks()) == [0.01, 0.1, 0.3]
+    figure.canvas.draw()
+    ticks = [text.get_text() for text in figure.axes[3].get_xticklabels()]
+    assert [float(tick.removesuffix("%")) for tick in ticks] == [1, 10, 30]
+    styles = {bars.get_label(): bars.lines[0].get_linestyle() for bars in figure.axes[0].containers}  # type: ignore[attr-defined]
+    assert styles == dict.fromkeys(LABELS, "-") | {RANDOM: "--", "bottom wasserstein": "--"}
+    assert figure.get_supxlabel() == "share of each layer's neurons treated"
+    assert figure.get_supylabel() == "difference to the dense model (nats a token)"
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == list(LABELS)
+
+
+def test_a_block_at_a_time_has_a_panel_for_each_share() -> None:
+    table = ablated(shares=(0.03, 0.1), blocks=("0", "2", "10"))
+    figure = saved(plots.ablation(table))
+    titles = [f"0.9 sparse, dense model, {share} of neurons" for share in ("0.03", "0.1")]
+    assert [ax.get_title() for ax in figure.axes] == titles
+    for ax, share in zip(figure.axes, (0.03, 0.1), strict=True):
+        for label, (points, segments) in drawn_of(ax).items():
+            part = table[(table["share"] == share) & (table["set"] == LABELS[label])]
+            # As numbers: 10 is after 2.
+            assert points == list(zip([0, 2, 10], part["difference"], strict=True))
+            assert bars_are(segments, part, axis=1)
+        assert (ax.get_xscale(), ax.get_yscale()) == ("linear", "linear")
+    assert figure.get_supxlabel() == "block that is treated"
+
+
+def test_random_neurons_of_one_seed_have_the_error_over_windows() -> None:
+    for shares in ((0.03,), (0.03, 0.1)):
+        table = ablated(shares=shares, sets=("random",))
+        table[["difference_low", "difference_high"]] = np.nan
+        (container,) = saved(plots.ablation(table)).axes[0].containers
+        assert bars_are(bar_of(container)[1], table[1:], axis=0 if len(shares) == 1 else 1)
+
+
+def test_arms_without_a_score_are_left_out_and_none_is_an_error() -> None:
+    table = ablated()
+    broken = table["set"] == "bottom"
+    table.loc[broken, ["perplexity", "difference", "difference_error"]] = np.nan
+    figure = saved(plots.ablation(table))
+    assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == [
+        *("top wasserstein", "top std", RANDOM)
+    ]
+    table.loc[1:, "perplexity"] = np.nan
+    with pytest.raises(ValueError, match="no arm of this ablation has a score to draw"):
+        plots.ablation(table)

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -564,3 +565,252 @@ def test_words_that_are_no_numbers_are_told(
         main(_pruning(place, "sweep", tmp_path / "out", option, word))
     assert stopped.value.code == 2
     assert f"argument {option}: {message}" in capsys.readouterr().err
+
+
+# Ablations, and what clusters make of neurons.
+
+
+def _treating(place: Path, command: str, out: Path, *options: str) -> list[str]:
+    (place / "other.txt").write_text(WORDS[::-1] * 30)
+    words = [command, str(place / "run"), "--evaluation", str(place / "other.txt"), "--out"]
+    words += [str(out), "--evaluation-windows", "7", "--length", "32", "--windows", "20"]
+    if "--text" not in options:
+        words += ["--text", str(place / "text.txt")]
+    return [*words, "--layers", "*.mlp.*", *options]
+
+
+def _repeated(out: Path, again: Path) -> bool:
+    """Run the command that run.json notes, and see that the same is written."""
+    noted = json.loads((out / "run.json").read_text())["command"]
+    assert noted.startswith("entangle ")
+    assert "--out" not in noted
+    assert main([*shlex.split(noted)[1:], "--out", str(again)]) == 0
+    both = [_contents(folder) for folder in (out, again)]
+    for files in both:
+        assert files.pop("log.json")
+    assert both[0] == both[1]
+    return True
+
+
+def test_measure_with_difficulty_writes_its_table_and_its_figure(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    words = ["measure", str(place / "model"), "--text", str(place / "text.txt"), "--length", "32"]
+    assert main([*words, "--windows", "20", "--difficulty", "50", "--out", str(out), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["run"] == str(out)
+    run = entangle.open_run(out)
+    written = pd.read_csv(out / "tables" / "difficulty.csv")
+    expected = entangle.rank_correlations(run, "wasserstein", ["difficulty"])
+    pd.testing.assert_frame_equal(written, expected, check_dtype=False, rtol=1e-14)
+    assert len(written) == 21
+    assert set(run["difficulty_pairs"].to_numpy() + run["difficulty_equal"].to_numpy()) == {50}
+    picture = (out / "figures" / "difficulty.png").read_bytes()
+    assert main(["plot", str(out), "difficulty"]) == 0
+    assert Path(capsys.readouterr().out.strip()) == out / "figures" / "difficulty.png"
+    assert (out / "figures" / "difficulty.png").read_bytes() == picture
+    assert "--difficulty 50" in json.loads((out / "run.json").read_text())["command"]
+    assert _repeated(out, tmp_path / "again")
+    plain = json.loads((place / "run" / "run.json").read_text())["command"]
+    assert "--difficulty" not in plain
+    assert main(["plot", str(place / "run"), "difficulty"]) == 2
+    assert "measure it with --difficulty PAIRS" in capsys.readouterr().err
+
+
+def test_ablate_prints_its_table_and_draws_it(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, options = tmp_path / "out", ["--share", "0.1,0.3", "--sets", "wasserstein,random"]
+    options += ["--seeds", "2", "--intervention", "sparsify,negative", "--experts", "1,3"]
+    assert main(_treating(place, "ablate", out, *options, "--sparsity", "0.6")) == 0
+    said = capsys.readouterr().out
+    assert said.startswith((out / "tables" / "ablation.md").read_text())
+    assert f"written to {out}, with a figure: {out / 'figures' / 'ablation.png'}" in said
+    assert "scored on 217 tokens" in said  # 7 windows of 32, the first token of each not scored
+    table = runs.open_table(out, "ablation")
+    kinds = [("sparsify", "0.6", 1), ("sparsify", "0.6", 3), ("negative", "", 1)]
+    arms = [(*kind, share, name) for kind in kinds for share in (0.1, 0.3) for name in
+            ("wasserstein", "random")]  # fmt: skip
+    names = ["intervention", "sparsity", "experts", "share", "set"]
+    assert list(table[names][1:].itertuples(index=False, name=None)) == arms
+    tokenizer = entangle.load_tokenizer(place / "model")
+    text = entangle.token_windows(place / "text.txt", tokenizer, windows=20, length=32)
+    scored = entangle.token_windows(
+        place / "other.txt", tokenizer, windows=7, length=32, purpose="evaluation"
+    )
+    found = entangle.ablate(
+        entangle.load_model(place / "model"), entangle.open_run(place / "run"), text, scored,
+        shares=[0.1, 0.3], sparsities=[0.6], experts=[1, 3], layers=["*.mlp.*"], seeds=2,
+        interventions=["sparsify", "negative"], sets=["wasserstein", "random"],
+    )  # fmt: skip
+    assert table["perplexity"].tolist() == found["perplexity"].tolist()
+    picture = (out / "figures" / "ablation.png").read_bytes()
+    assert main(["plot", str(out), "ablation", "--json"]) == 0
+    file = str(out / "figures" / "ablation.png")
+    assert json.loads(capsys.readouterr().out) == {"figure": file}
+    assert Path(file).read_bytes() == picture
+    assert _repeated(out, tmp_path / "again")
+    assert main(["rank", str(out)]) == 2
+    assert "is no measured run, but holds tables" in capsys.readouterr().err
+
+
+def test_ablate_without_a_text_a_block_at_a_time_as_json(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    words = ["ablate", str(place / "run"), "--evaluation", str(place / "other.txt")]
+    (place / "other.txt").write_text(WORDS[::-1] * 30)
+    words += ["--intervention", "zero", "--sets", "bottom", "--per-block", "--length", "32"]
+    assert main([*words, "--out", str(out), "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert [row["block"] for row in printed["table"]] == ["", "0", "1", "2"]
+    assert printed["figure"] == str(out / "figures" / "ablation.png")
+    assert printed["table"][1]["realised"] is None  # a NaN, which JSON does not have
+    assert not printed["pruned"]
+    assert _repeated(out, tmp_path / "again")
+
+
+def test_disentangle_writes_a_run_with_tables_and_figures(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, name = tmp_path / "out", "model.layers.1.mlp.up_proj:5"
+    options = ["--experts", "2,3", "--sparsity", "0.5,0.8"]
+    assert main(_treating(place, "disentangle", out, *options, "--neurons", name)) == 0
+    said = capsys.readouterr().out
+    assert said.startswith((out / "tables" / "disentangle.md").read_text())
+    kinds = ["improvement", "clusters", "sparse"]
+    files = [out / "figures" / f"{kind}.png" for kind in kinds]
+    assert f"written to {out}, with figures: {', '.join(map(str, files))}" in said
+    assert "measured on 224 held-out tokens" in said
+    pictures = [file.read_bytes() for file in files]
+    for kind, file, picture in zip(kinds, files, pictures, strict=True):
+        assert main(["plot", str(out), kind]) == 0
+        assert Path(capsys.readouterr().out.strip()) == file
+        assert file.read_bytes() == picture
+    drawn = []
+    for kind in ("clusters", "sparse"):
+        assert main(["plot", str(out), kind, name]) == 0
+        drawn.append(Path(capsys.readouterr().out.strip()))
+        assert drawn[-1].read_bytes() not in pictures  # which are of another neuron
+    assert main(["plot", str(out), "heatmap"]) == 0  # it is a run
+    drawn.append(Path(capsys.readouterr().out.strip()))
+    assert len(set(drawn)) == 3  # none over another
+    assert main(["rank", str(out), "--by", "held_out_wasserstein", "--json"]) == 0
+    ranked = json.loads(capsys.readouterr().out)["neurons"]
+    assert {row["neuron"].split(".")[3] for row in ranked} == {"mlp"}
+    for file in drawn:
+        file.unlink()
+    assert _repeated(out, tmp_path / "again")
+
+
+def test_disentangle_with_no_neurons_named_can_be_repeated(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    words = _treating(place, "disentangle", out, "--experts", "2", "--layers", "*.1.mlp.up_proj")
+    assert main([*words, "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert list(printed.pop("figures")) == ["improvement", "clusters", "sparse"]
+    about = json.loads((out / "run.json").read_text())
+    assert (about["held_out_tokens"], about["experts"], about["sparsities"]) == (224, [2], ["0.8"])
+    assert printed == about
+    assert _repeated(out, tmp_path / "again")
+
+
+def test_disentangle_where_nothing_is_lost_draws_what_can_be_drawn(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--experts", "2", "--layers", "*.1.mlp.up_proj", "--sparsity", "0"]
+    assert main(_treating(place, "disentangle", tmp_path / "out", *options)) == 0
+    assert "no improvement.png (no neuron has an improvement to draw" in capsys.readouterr().out
+    drawn = sorted(file.name for file in (tmp_path / "out" / "figures").iterdir())
+    assert drawn == ["clusters.png", "sparse.png"]
+    assert main(["plot", str(tmp_path / "out"), "improvement"]) == 2
+    assert "no neuron has an improvement to draw" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "options", "message"),
+    [
+        ("ablate", ["--intervention", "luck"], "expected one of sparsify, zero, mean, negative"),
+        ("ablate", ["--sets", "beauty"], "expected one of wasserstein, bottom, random"),
+        ("ablate", ["--share", "0"], "a share of neurons above 0 and at most 1, got 0.0"),
+        ("ablate", ["--share", "0.1,2"], "a share of neurons above 0 and at most 1, got 2.0"),
+        ("ablate", ["--share", ","], "an ablation needs at least one of shares"),
+        ("ablate", ["--sparsity", "80"], "expected a sparsity from 0 to 1, or n:m"),
+        ("ablate", ["--sparsity", "2:4"], "down_proj: 2:4 needs groups of 4, but there are 37"),
+        ("ablate", ["--experts", "0"], "a layer needs at least 1 expert, got 0"),
+        ("ablate", ["--seeds", "0"], "random neurons need at least 1 seed, got 0"),
+        ("ablate", ["--text", "NONE"], "needs a text to prune by: give one with --text"),
+        ("ablate", ["--evaluation", "TEXT", "--evaluation-windows", "20"], "20 of the 20 windows"),
+        ("ablate", ["--evaluation", "nowhere"], "there is no text at nowhere"),
+        ("ablate", ["--layers", "*.mlp.up_prj"], "no layer of this run matches '*.mlp.up_prj'"),
+        ("disentangle", ["--experts", "1"], "numbers of experts of which one is above 1, got 0.8"),
+        ("disentangle", ["--sparsity", "1.5"], "expected a sparsity from 0 to 1, or n:m"),
+        ("disentangle", ["--neurons", "a:1"], "no neuron 'a:1' in these layers of the run"),
+        ("disentangle", ["--skip-first", "32"], "leaves none"),
+        ("disentangle", ["--text", "OTHER", "--windows", "7"], "are calibration windows too"),
+    ],
+)
+def test_what_cannot_be_treated_gets_one_message_and_leaves_nothing(
+    place: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    command: str,
+    options: list[str],
+    message: str,
+) -> None:
+    words = _treating(place, command, tmp_path / "out", *options)
+    if "NONE" in words:
+        at = words.index("NONE")
+        del words[at - 1 : at + 1]
+    files = {"TEXT": str(place / "text.txt"), "OTHER": str(place / "other.txt")}
+    assert main([files.get(word, word) for word in words]) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.startswith("entangle: ")
+    assert "Traceback" not in said.err
+    assert message in said.err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("command", ["ablate", "disentangle"])
+def test_a_run_of_other_weights_or_none_is_told(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    save_tiny(tmp_path / "model", "llama")
+    (tmp_path / "text.txt").write_text(WORDS * 60)
+    assert main(_measure(tmp_path, "run")) == 0
+    save_tiny(tmp_path / "model", "llama", seed=1)
+    capsys.readouterr()
+    assert main(_treating(tmp_path, command, tmp_path / "out")) == 2
+    assert "the run was measured on other weights" in capsys.readouterr().err
+    for name, message in (("model", "holds no run.json"), ("nowhere", "is not there")):
+        words = _treating(place, command, tmp_path / "out")
+        words[1] = str(place / name)
+        assert main(words) == 2
+        assert message in capsys.readouterr().err
+    assert main(_treating(place, command, place / "run")) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["difficulty", "a:1"], "plot difficulty takes no neuron, got 'a:1'"),
+        (["ablation", "a:1"], "plot ablation takes no neuron, got 'a:1'"),
+        (["improvement", "a:1"], "plot improvement takes no neuron, got 'a:1'"),
+        (["ablation"], "holds no tables/ablation.csv: expected the folder of an ablation"),
+        (["improvement"], "this run knows no improvement: draw one that disentangle wrote"),
+        (["clusters"], "this run kept no outputs: draw one that disentangle wrote"),
+        (["sparse", "model.layers.1.mlp.up_proj:5"], "this run kept no outputs"),
+    ],
+)
+def test_pictures_that_a_run_has_not_are_told(
+    place: Path, capsys: pytest.CaptureFixture[str], words: list[str], message: str
+) -> None:
+    assert main(["plot", str(place / "run"), *words]) == 2
+    said = capsys.readouterr()
+    assert (said.out, "Traceback" in said.err) == ("", False)
+    assert message in said.err

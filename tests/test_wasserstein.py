@@ -15,6 +15,7 @@ from scipy.special import ndtr, ndtri
 
 from entangle.numerics.histograms import Histograms
 from entangle.numerics.wasserstein import (
+    between_samples,
     from_histograms,
     from_samples,
     noise_floor,
@@ -172,6 +173,37 @@ def test_the_libraries_agree_to_the_distance_of_their_own_drawn_sample(law: Dist
 def test_the_mean_distance_of_a_drawn_sample() -> None:
     limit, _ = integrate.quad(lambda x: math.sqrt(ndtr(x) * ndtr(-x)), -12, 12)
     assert math.sqrt(2 / math.pi) * limit == pytest.approx(1.3, abs=0.02)  # as its docstring says
+
+
+# --- between two samples
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_between_samples_is_scipys_distance_in_std_of_the_first(dtype: torch.dtype) -> None:
+    rng = np.random.default_rng(0)
+    rows = torch.from_numpy(rng.gamma(2, 20, (300, 4)) * [1, -1, 2, 0.05] + 3).to(dtype)
+    others = torch.from_numpy(rng.standard_t(3, (300, 4)) * [9, 9, 1, 1]).to(dtype)
+    found = between_samples(rows.requires_grad_(), others)
+    for distance, a, b in zip(found, rows.detach().double().T, others.double().T, strict=True):
+        truth = stats.wasserstein_distance(a.numpy(), b.numpy()) / a.numpy().std()
+        assert distance == pytest.approx(truth, rel=1e-6)
+    assert found[0] != pytest.approx(between_samples(others, rows)[0], rel=0.1)  # whose std matters
+
+
+def test_between_samples_a_shift_is_its_size_and_order_is_nothing() -> None:
+    rows = torch.from_numpy(np.stack([law.sample(200) for law in DISTRIBUTIONS[:4]], axis=1))
+    shift = torch.tensor([0.0, 0.5, -2.0, 40.0])
+    found = between_samples(rows, (rows + shift).flip(0))
+    assert found == pytest.approx((shift.abs() / rows.std(dim=0, correction=0)).numpy(), abs=1e-6)
+
+
+def test_between_samples_constant_rows_give_nan_and_constant_others_do_not() -> None:
+    rows = torch.tensor([[7.0, 1.0, 7.0], [7.0, 3.0, 7.0]])
+    found = between_samples(rows, torch.tensor([[1.0, 4.0, 7.0], [2.0, 4.0, 7.0]]))
+    assert np.isnan(found).tolist() == [True, False, True]
+    assert found[1] == 2  # (3 + 1) / 2 over a std of 1
+    with pytest.raises(ValueError, match=r"as many samples, got \(2, 3\).* \(1, 3\)"):
+        between_samples(rows, rows[:1])
 
 
 # --- from histograms

@@ -25,7 +25,7 @@ def clusters(run: xr.DataTree, name: str | None = None) -> Figure:
         LookupError: if the run is not one of disentangle, or did not keep this neuron.
     """
     data, kept, name = _kept(run, name)
-    dense = kept["dense"].to_numpy()
+    dense = kept["dense"].to_numpy().astype(float)
     groups = run.children["outputs"].to_dataset(inherit=False)["clusters"]
     labels = groups.sel(clustered=name.rpartition(":")[0]).to_numpy()  # (arms, tokens)
     arms = range(1, len(labels), 2)
@@ -66,7 +66,8 @@ def sparse(run: xr.DataTree, name: str | None = None, *, sparsity: str | None = 
     data, kept, name = _kept(run, name)
     place = place_of(data, sparsity)
     sparsity = str(data["sparsity"].to_numpy()[place])
-    dense, pruned = kept["dense"].to_numpy(), kept["sparse"].to_numpy()[place]  # (arms, tokens)
+    dense = kept["dense"].to_numpy().astype(float)
+    pruned = kept["sparse"].to_numpy()[place]  # (arms, tokens)
     experts = data["experts"].to_numpy()
     row = _row(data, name)
     arms = [0, *range(1, len(experts), 2)]
@@ -104,7 +105,8 @@ def _kept(run: xr.DataTree, name: str | None) -> tuple[xr.Dataset, xr.Dataset, s
     outputs = run.children["outputs"].to_dataset(inherit=False)
     names = [str(one) for one in outputs["kept"].to_numpy()]
     if name is None:
-        name = max(names, key=lambda one: float(_row(data, one)["wasserstein"]))
+        distances = [float(_row(data, one)["wasserstein"]) for one in names]
+        name = names[int(np.nanargmax(distances))]
     if name not in names:
         near = get_close_matches(name, names, 3, 0.3) or names[:1]
         raise LookupError(

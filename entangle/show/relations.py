@@ -41,6 +41,7 @@ def difficulty(run: Run, *, layers: Names = None, figure: Sheet = None) -> Figur
 
     Raises:
         LookupError: if the run was measured without it.
+        ValueError: if no neuron has one.
     """
     if "difficulty" not in dataset_of(run):
         raise LookupError(
@@ -50,6 +51,8 @@ def difficulty(run: Run, *, layers: Names = None, figure: Sheet = None) -> Figur
     data = dataset_of(run)
     chosen = matching(data["layer"].to_numpy(), layers or "*")
     frame["other"] = data["difficulty"].to_numpy()[chosen]
+    if not np.isfinite(frame[["value", "other"]]).all(axis=1).any():
+        raise ValueError("no neuron has a mapping difficulty to draw")
     frame["other"] /= frame.groupby("layer")["other"].transform("median")
     rho = rank_correlations(run, "wasserstein", ["difficulty"], layers=layers or "*")
     rhos = rho.groupby("role", sort=False)["difficulty"].median()

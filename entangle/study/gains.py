@@ -76,9 +76,8 @@ def layers_table(tree: xr.DataTree) -> pd.DataFrame:
                 elif name != "improvement_halves":
                     row[name] = float(np.nanmedian(here)) if np.isfinite(here).any() else math.nan
             improvement = found["improvement"][rows]
-            row["improvement_sd"] = (
-                float(np.nanstd(improvement, ddof=1)) if len(rows) > 1 else math.nan
-            )
+            known = improvement[np.isfinite(improvement)]
+            row["improvement_sd"] = float(known.std(ddof=1)) if len(known) > 1 else math.nan
             row["reliability"] = _correlation(*found["improvement_halves"][rows].T)
             for name, variable in MEASURES.items():
                 measure = data[variable].to_numpy()[rows]
