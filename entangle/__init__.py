@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from entangle.model.text import token_windows
     from entangle.show import plots
     from entangle.study.ablation import ablate
+    from entangle.study.comparing import compare_runs
     from entangle.study.contexts import find_contexts
     from entangle.study.disentangling import disentangle
     from entangle.study.expansion import sparsify
@@ -26,6 +27,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ablate",
+    "compare_runs",
     "disentangle",
     "find_contexts",
     "load_model",
@@ -47,6 +49,7 @@ __all__ = [
 # Looked up when first asked for, so that `import entangle` and `--help` do not import torch.
 _HOMES = {
     "ablate": "entangle.study.ablation",
+    "compare_runs": "entangle.study.comparing",
     "disentangle": "entangle.study.disentangling",
     "find_contexts": "entangle.study.contexts",
     "load_model": "entangle.model.loading",

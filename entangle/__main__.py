@@ -283,6 +283,27 @@ def run_rank(args: argparse.Namespace) -> None:
     _print(args, dataset.summary(run) | {"neurons": rows}, printed.ranked)
 
 
+def run_diff(args: argparse.Namespace) -> None:
+    """Compare two runs."""
+    from entangle.study import dataset, runs
+
+    pair = [entangle.open_run(folder) for folder in (args.run, args.other)]
+    found = entangle.compare_runs(*pair, layers=args.layers)
+    if args.csv:
+        runs.save_table(found.neurons, args.csv)
+    figure = None
+    if args.out:
+        drawn = entangle.plots.comparison(*pair, layers=args.layers)
+        figure = str(runs.save_figure(drawn, args.out))
+    result = {
+        "runs": [dataset.summary(run) for run in pair],
+        "layers": found.layers.to_dict(orient="records"),
+        "neurons": found.neurons.head(max(args.top, 0)).to_dict(orient="records"),
+        "figure": figure,
+    }
+    _print(args, result, printed.compared)
+
+
 def run_plot(args: argparse.Namespace) -> None:
     """Draw a run, a sweep, an ablation or what disentangle wrote.
 
@@ -383,6 +404,7 @@ COMMANDS = {
     "disentangle": run_disentangle,
     "contexts": run_contexts,
     "rank": run_rank,
+    "diff": run_diff,
     "plot": run_plot,
 }
 

@@ -240,6 +240,17 @@ def parser() -> argparse.ArgumentParser:
     rank.add_argument("--by", default="wasserstein", help="which variable [wasserstein]")
     rank.add_argument("--csv", type=Path, metavar="FILE", help="write the table, numbers in full")
 
+    diff = commands.add_parser(
+        "diff",
+        parents=[layers, always],
+        help="compare two runs: how the neurons' distances moved",
+    )
+    diff.add_argument("run", type=Path, metavar="RUN", help="the first")
+    diff.add_argument("other", type=Path, metavar="RUN", help="another")
+    diff.add_argument("--top", type=int, default=20, help="how many neurons that moved [20]")
+    diff.add_argument("--csv", type=Path, metavar="FILE", help="write all neurons, numbers in full")
+    diff.add_argument("--out", type=Path, metavar="FILE", help="draw them into a picture")
+
     plot = commands.add_parser(
         "plot",
         parents=[always],

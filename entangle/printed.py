@@ -3,6 +3,7 @@
 import json
 import math
 import statistics
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 
@@ -88,23 +89,48 @@ def sparsified(result: dict[str, Any]) -> str:
 
 def ranked(summary: dict[str, Any]) -> str:
     """Return a table of neurons, in words."""
-    rows = [
-        {name: value if isinstance(value, str) else f"{value:.4g}" for name, value in row.items()}
-        for row in summary["neurons"]
-    ]
     lines = [_measured_on(summary), *summary["warnings"], ""]
-    if not rows:
+    if not summary["neurons"]:
         return "\n".join([*lines, "no neuron to rank"])
-    rows = [{"rank": str(place)} | row for place, row in enumerate(rows, start=1)]
-    header = {name: name for name in rows[0]}
-    widths = {name: max(len(row[name]) for row in [header, *rows]) for name in header}
-    for row in [header, *rows]:
-        cells = [
-            row[name].ljust(width) if name == "neuron" else row[name].rjust(width)
-            for name, width in widths.items()
-        ]
-        lines.append("  ".join(cells).rstrip())
+    rows = [{"rank": place} | row for place, row in enumerate(summary["neurons"], start=1)]
+    return "\n".join([*lines, *_columns(rows)])
+
+
+def compared(result: dict[str, Any]) -> str:
+    """Return how two runs differ, in words."""
+    first, other = result["runs"]
+    rows = [
+        {name: row[name] for name in row if name not in {"block", "role"}}
+        for row in result["layers"]
+    ]
+    known = [row["correlation"] for row in rows if math.isfinite(row["correlation"])]
+    median = statistics.median(known) if known else math.nan
+    neurons = sum(row["neurons"] for row in rows)
+    lines = ["first: " + _measured_on(first), "other: " + _measured_on(other), ""]
+    lines += [*_columns(rows), ""]
+    lines.append(
+        f"{neurons:,} neurons in both; rank correlation of the distances in a layer: median "
+        f"{median:.3f}; moved most, and how far beyond the bounds of both runs' errors:"
+    )
+    lines += ["", *_columns(result["neurons"])] if result["neurons"] else []
+    lines += [f"drawn into {result['figure']}"] if result["figure"] else []
     return "\n".join(lines)
+
+
+def _columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the lines of a table of numbers; names of neurons and layers stand on the left."""
+    texts = [
+        {k: f"{v:.4g}" if isinstance(v, float) else str(v) for k, v in row.items()} for row in rows
+    ]
+    header = {name: name for name in rows[0]}
+    widths = {name: max(len(row[name]) for row in [header, *texts]) for name in header}
+    return [
+        "  ".join(
+            row[name].ljust(width) if name in {"neuron", "layer"} else row[name].rjust(width)
+            for name, width in widths.items()
+        ).rstrip()
+        for row in [header, *texts]
+    ]
 
 
 def contexts(result: dict[str, Any]) -> str:

@@ -43,12 +43,13 @@ from entangle.show.panels import (
     panels_of,
     subject_of,
 )
-from entangle.show.relations import difficulty, improvement
+from entangle.show.relations import comparison, difficulty, improvement
 from entangle.study.dataset import TRUSTED_ERROR, position_of
 
 __all__ = [
     "ablation",
     "clusters",
+    "comparison",
     "difficulty",
     "heatmap",
     "improvement",

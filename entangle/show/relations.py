@@ -24,7 +24,9 @@ from entangle.show.panels import (
     held_out_subject,
     panels_of,
     place_of,
+    subject_of,
 )
+from entangle.study.comparing import compare_runs
 from entangle.study.dataset import dataset_of
 from entangle.study.ranking import matching, rank_correlations
 
@@ -119,6 +121,40 @@ def improvement(
     sheet.supxlabel(DISTANCE.replace("\n", " "))
     sheet.supylabel("relative improvement")
     sheet.legend(*grid[0].get_legend_handles_labels(), loc="outside upper right", ncols=3)
+    return sheet.figure
+
+
+@mpl.rc_context(STYLE)
+def comparison(run: Run, other: Run, *, layers: Names = None, figure: Sheet = None) -> Figure:
+    """Draw each neuron's distance in another run against that in the first: one panel per role.
+
+    The number is the median of the layers' rank correlations, the dashed line where nothing moved;
+    the line is the median of a tenth of the neurons. Both axes are logarithmic.
+
+    Raises:
+        LookupError: if the runs share no neuron with a distance.
+    """
+    found = compare_runs(run, other, layers=layers or "*")
+    data, place = dataset_of(run), found.layers.set_index("layer")
+    neurons = found.neurons.assign(layer=found.neurons["neuron"].str.rpartition(":")[0])
+    frame = neurons.join(place[["block", "role"]], on="layer")
+    order = frame["layer"].map({layer: number for number, layer in enumerate(place.index)})
+    frame = frame.iloc[np.argsort(order.to_numpy(), kind="stable")]
+    first, second = subject_of(data), subject_of(dataset_of(other))
+    frame.attrs = {"notes": f"across: {first}; up: {second}", "subject": first}
+    panels, sheet = panels_of(frame, figure, most=4, height=2.0, labels=(DISTANCE, DISTANCE))
+    sheet.suptitle("")
+    ends = [frame[["first", "other"]].min().min(), frame[["first", "other"]].max().max()]
+    for role, ax in panels.items():
+        part = frame[frame["role"] == role]
+        _cloud(ax, part["first"].to_numpy(), part["other"].to_numpy())
+        ax.plot(ends, ends, **DASHES)
+        ax.set_xscale("log")
+        ax.xaxis.set_major_locator(ticker.LogLocator(subs=(1,), numticks=6))
+        ax.xaxis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
+        ax.xaxis.set_minor_locator(ticker.NullLocator())
+        rho = found.layers.loc[found.layers["role"] == role, "correlation"].median()
+        ax.text(0.04, 0.93, f"rank correlation {rho:.2f}", transform=ax.transAxes)
     return sheet.figure
 
 
