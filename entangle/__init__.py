@@ -71,6 +71,8 @@ _HOMES = {
 def __getattr__(name: str) -> Any:
     if name == "plots":
         return importlib.import_module("entangle.show.plots")
+    if name in {"measure", "open_run", "record"}:  # they return trees, which get an accessor
+        importlib.import_module("entangle.show.notebook")
     if name not in _HOMES:
         raise AttributeError(f"module 'entangle' has no attribute {name!r}")
     return getattr(importlib.import_module(_HOMES[name]), name)

@@ -27,6 +27,7 @@ ROOMS = {
         "dataset",
         "runs",
         "ranking",
+        "comparing",
         "calibration",
         "recording",
         "perplexity",
@@ -45,7 +46,7 @@ ROOMS = {
         "contexts",
         "plan",
     ),
-    "show": ("panels", "arms", "relations", "outputs", "plots", "neuron", "report"),
+    "show": ("panels", "arms", "relations", "outputs", "plots", "notebook", "report"),
 }
 ORDER = [f"entangle.{room}.{module}" for room, modules in ROOMS.items() for module in modules]
 MODULES = {name.rpartition(".")[2] for name in ORDER} | set(ROOMS)

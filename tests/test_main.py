@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ import xarray as xr
 
 import entangle
 from entangle.__main__ import main
+from entangle.numerics.wasserstein import from_samples
 from entangle.study import runs
 from tests.tiny_models import ARCHITECTURES, CONTEXT, save_tiny
 
@@ -814,3 +816,176 @@ def test_pictures_that_a_run_has_not_are_told(
     said = capsys.readouterr()
     assert (said.out, "Traceback" in said.err) == ("", False)
     assert message in said.err
+
+
+# Tokens behind neurons.
+
+
+@pytest.fixture
+def run(place: Path, tmp_path: Path) -> Path:
+    """A copy of the run, to add to."""
+    return Path(shutil.copytree(place / "run", tmp_path / "run"))
+
+
+def _exact_distance(place: Path, neuron: str) -> float:
+    """Return the exact distance of a neuron's outputs, heard with a hook of this test's own."""
+    layer, _, index = neuron.rpartition(":")
+    tokenizer = entangle.load_tokenizer(place / "model")
+    windows = entangle.token_windows(place / "text.txt", tokenizer, windows=20, length=32)
+    model = entangle.load_model(place / "model")
+    outputs: list[torch.Tensor] = []
+    model.get_submodule(layer).register_forward_hook(
+        lambda _, __, output: outputs.append(output.flatten(0, -2)[:, int(index)])
+    )
+    with torch.no_grad():
+        model(windows.tokens)
+    return float(from_samples(outputs[0][:, None])[0])
+
+
+def test_contexts_are_printed_and_added_to_the_run(
+    place: Path, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = _contents(run)
+    names = ["model.layers.2.mlp.up_proj:36", "model.layers.0.self_attn.q_proj:0"]
+    assert main(["contexts", str(run), *names]) == 0
+    said = capsys.readouterr().out
+    lines = said.splitlines()
+    heads = [line for line in lines if ": W1 " in line]
+    for head, name in zip(heads, names, strict=True):
+        assert head.startswith(f"{name}: W1 {_exact_distance(place, name):.4f}, 95% interval ")
+        assert "(640 tokens, bootstrap of windows)" in head
+    assert [lines.count(f"  {why}") for why in ("lowest", "highest", "quantile 0.5")] == [2, 2, 2]
+    assert lines[-1] == f"added to {run / 'contexts.json'}"
+
+    assert main(["contexts", str(run), *names, "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["file"] == str(run / "contexts.json")
+    assert [one["neuron"] for one in printed["neurons"]] == names
+    written = json.loads((run / "contexts.json").read_text())
+    assert list(written.values()) == printed["neurons"]
+    for one, head in zip(printed["neurons"], heads, strict=True):
+        assert f"95% interval {one['low']:.4f} to {one['high']:.4f} " in head
+        lowest = one["contexts"][0]
+        assert f"{lowest['output']:9.3f} {lowest['deviation']:+6.1f} std" in said
+        text = lowest["before"] + lowest["token"] + lowest["after"]
+        assert text in WORDS * 2
+        assert f"[[{lowest['token']}]]" in said
+
+    assert main(["contexts", str(run), "model.layers.1.mlp.up_proj:5"]) == 0
+    assert set(json.loads((run / "contexts.json").read_text())) == {
+        *names,
+        "model.layers.1.mlp.up_proj:5",
+    }
+    after = _contents(run)
+    assert after.pop("contexts.json")
+    assert after == before
+    assert main(["rank", str(run)]) == 0  # it is still a run
+
+
+def test_contexts_of_each_layers_most_entangled_neurons(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["contexts", str(run), "--top", "2", "--layers", "*.up_proj", "*.q_proj"]
+    assert main([*words, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["neurons"]
+    frame = entangle.open_run(run).to_dataset().to_dataframe()
+    expected = set()
+    for layer, some in frame.groupby("layer"):
+        if str(layer).endswith((".up_proj", ".q_proj")):
+            expected |= {f"{layer}:{i}" for i in some.nlargest(2, "wasserstein")["index"]}
+    assert len(found) == len(expected) == 12
+    assert {one["neuron"] for one in found} == expected
+    assert set(json.loads((run / "contexts.json").read_text())) == expected
+
+
+def test_contexts_of_a_run_on_a_folder_of_two_texts(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "calibration.txt").write_text(WORDS * 20)
+    (tmp_path / "texts" / "evaluation.txt").write_text(WORDS[::-1] * 20)
+    words = ["measure", str(place / "model"), "--text", str(tmp_path / "texts"), "--length", "32"]
+    words += ["--windows", "9", "--seed", "3", "--bos", "always", "--skip-first", "1"]
+    run = tmp_path / "run"
+    assert main([*words, "--layers", "*.1.mlp.up_proj", "--out", str(run)]) == 0
+    text = json.loads((run / "run.json").read_text())["text"]
+    assert text == str(tmp_path / "texts" / "calibration.txt")
+    capsys.readouterr()
+    assert main(["contexts", str(run), "model.layers.1.mlp.up_proj:5", "--json"]) == 0
+    (found,) = json.loads(capsys.readouterr().out)["neurons"]
+    assert found["tokens"] == 9 * 31
+    assert all(one["before"].startswith("<s>") or one["position"] > 24 for one in found["contexts"])
+
+
+@pytest.mark.parametrize(
+    ("words", "messages"),
+    [
+        ([], ["name neurons as LAYER:INDEX, or say --top N"]),
+        (["--top", "0"], ["name neurons as LAYER:INDEX, or say --top N"]),
+        (["UP:5", "--top", "2"], ["name neurons as LAYER:INDEX, or say --top N"]),
+        (["UP:5", "UP:37"], ["no neuron", "model.layers.1.mlp.up_proj has 37 neurons, 0 to 36"]),
+        (["model.layers.1.mlp.up_prj:5"], ["such as model.layers.1.mlp.up_proj:0"]),
+        (["--top", "2", "--layers", "*.nothing"], ["no layer of this run matches '*.nothing'"]),
+        (["UP:5", "--device", "cuda:7"], ["cuda:7"]),
+        pytest.param(
+            ["--top", "-1"],
+            ["-1"],
+            marks=pytest.mark.xfail(reason="takes all but one neuron of each layer"),
+        ),
+    ],
+)
+def test_a_slip_in_the_words_of_contexts_gets_one_message(
+    run: Path, capsys: pytest.CaptureFixture[str], words: list[str], messages: list[str]
+) -> None:
+    words = [word.replace("UP:", "model.layers.1.mlp.up_proj:") for word in words]
+    assert main(["contexts", str(run), *words]) == 2
+    _one_message(capsys, messages)
+    assert not (run / "contexts.json").exists()
+
+
+def _one_message(capsys: pytest.CaptureFixture[str], messages: list[str]) -> None:
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.startswith("entangle: ")
+    assert "Traceback" not in said.err
+    for message in messages:
+        assert message in said.err
+
+
+def test_contexts_need_the_text_and_the_weights_that_were_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_tiny(tmp_path / "model", "llama")
+    (tmp_path / "text.txt").write_text(WORDS * 60)
+    assert main(_measure(tmp_path, "run", "--layers", "*.1.mlp.up_proj")) == 0
+    capsys.readouterr()
+    run, text = tmp_path / "run", tmp_path / "text.txt"
+    words = ["contexts", str(run), "--top", "1"]
+
+    text.rename(tmp_path / "away.txt")
+    assert main(words) == 2
+    _one_message(capsys, [f"there is no text at {text}"])
+    text.write_text(WORDS.upper() * 60)
+    assert main(words) == 2
+    _one_message(capsys, ["the run was measured on other windows than these", str(text)])
+    (tmp_path / "away.txt").rename(text)
+    assert not (run / "contexts.json").exists()
+
+    assert main(words) == 0
+    capsys.readouterr()
+    written = (run / "contexts.json").read_bytes()
+    (run / "contexts.json").write_bytes(written[:50])
+    assert main(words) == 2
+    _one_message(capsys, ["contexts.json is damaged, delete it and run again"])
+    (run / "contexts.json").unlink()
+    assert main(words) == 0
+    assert (run / "contexts.json").read_bytes() == written
+    capsys.readouterr()
+
+    save_tiny(tmp_path / "model", "llama", seed=1)
+    assert main(words) == 2
+    _one_message(capsys, ["the run was measured on other weights"])
+    for name, message in (("model", "holds no run.json"), ("nowhere", "is not there")):
+        assert main(["contexts", str(tmp_path / name), "--top", "1"]) == 2
+        _one_message(capsys, [message])
+    assert (run / "contexts.json").read_bytes() == written

@@ -268,9 +268,9 @@ def test_a_variable_with_negative_values_is_coloured_around_zero() -> None:
 
 def test_any_other_variable_is_named_by_its_attributes() -> None:
     run = make_run({(0, "mlp.up"): [0.1, 0.2]})
-    run["difficulty"] = "neuron", [1.0, 2.0], {"long_name": "mapping difficulty", "units": "pairs"}
-    figure = plots.heatmap(run, variable="difficulty")
-    assert colour_bar(figure).get_ylabel().replace("\n", " ") == "mapping difficulty (pairs)"
+    run["oddity"] = "neuron", [1.0, 2.0], {"long_name": "oddity of it", "units": "pairs"}
+    figure = plots.heatmap(run, variable="oddity")
+    assert colour_bar(figure).get_ylabel().replace("\n", " ") == "oddity of it (pairs)"
 
 
 # layers

@@ -15,6 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 from numpy.typing import NDArray
 
+from entangle.numerics.histograms import HALF_RANGE
 from entangle.numerics.wasserstein import noise_floor
 from entangle.study.dataset import TRUSTED_ERROR, UNITS, dataset_of, trusted
 from entangle.study.ranking import matching
@@ -155,3 +156,19 @@ def panels_of(
     sheet.supxlabel(f"{labels[0]}\n{frame.attrs['notes']}".strip())
     sheet.supylabel(labels[1])
     return panels, sheet
+
+
+def histogram_of(held: xr.Dataset) -> tuple[Floats, Counts]:
+    """Return the edges of a neuron's fine bins and the tokens below each; last, all tokens."""
+    counts, tails = held["counts"].to_numpy().astype(np.int64), held["tail_count"].to_numpy()
+    places = np.linspace(-HALF_RANGE, HALF_RANGE, len(counts) + 1)
+    edges = float(held["center"]) + float(held["scale"]) * places
+    return edges, np.cumsum([tails[0], *counts, tails[1]])
+
+
+def quantiles_of(edges: Floats, below: Counts, shares: list[float]) -> Floats:
+    """Return quantiles; those beyond the histogram are its outermost output."""
+    filled = np.diff(below[:-1]) > 0
+    rims = np.append(filled, False) | np.append(False, filled) | ~filled.any()
+    quantiles: Floats = np.interp(np.multiply(shares, below[-1]), below[:-1][rims], edges[rims])
+    return quantiles

@@ -18,7 +18,6 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
 
-from entangle.numerics.histograms import HALF_RANGE
 from entangle.numerics.wasserstein import noise_floor
 from entangle.show.arms import ablation, sweep
 from entangle.show.outputs import clusters, sparse
@@ -39,8 +38,10 @@ from entangle.show.panels import (
     Sheet,
     colours_of,
     frame_of,
+    histogram_of,
     label_of,
     panels_of,
+    quantiles_of,
     subject_of,
 )
 from entangle.show.relations import comparison, difficulty, improvement
@@ -187,8 +188,8 @@ def neuron(run: xr.DataTree, name: str, *, ax: Axes | None = None) -> Figure | A
     mean, std = float(row["mean"]), float(row["std"])
     if not (np.isfinite(mean) and 0 < std < np.inf):
         raise ValueError(f"{name} is dead or broken (mean {mean:g}, std {std:g}): nothing to draw")
-    edges, below = _histogram(run.children["histogram"].to_dataset(inherit=False).isel(at).load())
-    low, high = _quantiles(edges, below, [0.0005, 0.9995])
+    edges, below = histogram_of(run.children["histogram"].to_dataset(inherit=False).isel(at).load())
+    low, high = quantiles_of(edges, below, [0.0005, 0.9995])
     span = min(mean - 3.5 * std, low), max(mean + 3.5 * std, high)
     figure = Picture(figsize=(8.5, 3.6), layout="constrained")
     panel = ax or figure.add_subplot()
@@ -214,7 +215,7 @@ def _draw_density(
 ) -> int:
     """Draw bars of whole fine bins and the Gaussian over a range; return the tokens in the bars."""
     low, high = span
-    quarters = _quantiles(edges, below, [0.25, 0.75])
+    quarters = quantiles_of(edges, below, [0.25, 0.75])
     width = 2 * (quarters[1] - quarters[0]) / np.cbrt(below[-1])
     fine = edges[1] - edges[0]
     step = max(1, round(width / fine), round((high - low) / fine / 240))
@@ -254,22 +255,6 @@ def _mark_references(panels: Sequence[Axes]) -> None:
             if ax is (ends or panels)[0] and low < values[0] < high:
                 ax.text(1.03, float(np.mean(values)), name, fontsize=7, va="center", **place)
         ax.set_ylim(low, high)
-
-
-def _histogram(held: xr.Dataset) -> tuple[Floats, Counts]:
-    """Return the edges of a neuron's fine bins and the tokens below each; last, all tokens."""
-    counts, tails = held["counts"].to_numpy().astype(np.int64), held["tail_count"].to_numpy()
-    places = np.linspace(-HALF_RANGE, HALF_RANGE, len(counts) + 1)
-    edges = float(held["center"]) + float(held["scale"]) * places
-    return edges, np.cumsum([tails[0], *counts, tails[1]])
-
-
-def _quantiles(edges: Floats, below: Counts, shares: list[float]) -> Floats:
-    """Return quantiles; those beyond the histogram are its outermost output."""
-    filled = np.diff(below[:-1]) > 0
-    rims = np.append(filled, False) | np.append(False, filled) | ~filled.any()
-    quantiles: Floats = np.interp(np.multiply(shares, below[-1]), below[:-1][rims], edges[rims])
-    return quantiles
 
 
 def _number(value: Any) -> str:

@@ -51,7 +51,7 @@ def compare_runs(
             f"the runs share no neuron with a distance: the first has layers such as {names[0]}, "
             f"the other such as {dataset_of(other)['layer'].to_numpy()[0]}"
         )
-    both = both.rename(columns={"wasserstein_first": "first", "wasserstein": "other"})
+    both["first"], both["other"] = both["wasserstein_first"], both["wasserstein"]
     both["change"] = both["other"] - both["first"]
     both["bound"] = both["wasserstein_error_first"] + both["wasserstein_error"]
     both["beyond"] = (both["change"].abs() - both["bound"]).clip(lower=0)

@@ -1,0 +1,177 @@
+"""One neuron in Jupyter: ``run.entangle.neuron("LAYER:INDEX")`` on the tree of a run."""
+
+import html
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from entangle.numerics.wasserstein import from_samples, noise_floor
+from entangle.show import plots
+from entangle.show.panels import histogram_of, quantiles_of, subject_of
+from entangle.study.dataset import position_of
+
+_BARS = 72
+_FACTS = ("mean", "std", "skewness", "kurtosis", "modes", "min", "max", "weight_norm", "count")
+
+
+@xr.register_datatree_accessor("entangle")  # type: ignore[no-untyped-call]
+class Entangle:
+    """What a run's tree can be asked in a notebook."""
+
+    def __init__(self, run: xr.DataTree) -> None:
+        """Take the tree that ``measure`` and ``open_run`` return."""
+        self._run = run
+
+    def neuron(self, name: str) -> "Neuron":
+        """Return one neuron, written LAYER:INDEX.
+
+        Raises:
+            LookupError: the run has no such neuron.
+        """
+        return Neuron(self._run, name)
+
+
+class Neuron:
+    """One neuron of a run: its numbers, its distribution, its tokens, its clusters."""
+
+    def __init__(self, run: xr.DataTree, name: str) -> None:
+        """Find it.
+
+        Raises:
+            LookupError: the run has no such neuron.
+        """
+        data = run.to_dataset()
+        self.name = name
+        self._run = run
+        self._place = position_of(data, name)
+        self.values: xr.Dataset = data.isel(neuron=self._place).load()
+
+    def plot(self, *, ax: Axes | None = None) -> Figure | Axes:
+        """Draw its distribution over its fitted Gaussian (see ``plots.neuron``)."""
+        return (
+            plots.neuron(self._run, self.name, ax=ax) if ax else plots.neuron(self._run, self.name)
+        )
+
+    @property
+    def contexts(self) -> pd.DataFrame:
+        """The tokens behind its distribution, a row each: why, text, output, share of the distance.
+
+        What is known of all of them, such as the exact distance and its interval, is in ``attrs``.
+
+        Raises:
+            LookupError: they were not found yet.
+        """
+        source = self._run.encoding.get("source")
+        file = Path(source).parent / "contexts.json" if source else None
+        kept: dict[str, Any] = json.loads(file.read_text()) if file and file.is_file() else {}
+        if self.name not in kept:
+            folder = file.parent if file else "RUN"
+            raise LookupError(
+                f"the contexts of {self.name} were not found yet: run entangle contexts {folder} "
+                f"{self.name}"
+            )
+        found = kept[self.name]
+        table = pd.DataFrame(found.pop("contexts"))
+        table.attrs = found
+        return table
+
+    @property
+    def by_cluster(self) -> pd.DataFrame:
+        """Its dense outputs on held-out tokens, a row per cluster of each number of experts.
+
+        Raises:
+            LookupError: the run is not one of ``disentangle``, or did not keep this neuron.
+        """
+        if "outputs" not in self._run.children:
+            raise LookupError("clusters are known to a run that disentangle wrote: open that one")
+        data, outputs = (
+            self._run.to_dataset(),
+            self._run.children["outputs"].to_dataset(inherit=False),
+        )
+        if self.name not in outputs["kept"].to_numpy().astype(str):
+            raise LookupError(
+                f"the outputs of {self.name} were not kept: tell disentangle by --neurons {self.name}"
+            )
+        dense = outputs["dense"].sel(kept=self.name).to_numpy()
+        clusters = outputs["clusters"].sel(clustered=self.name.rpartition(":")[0]).to_numpy()
+        rows = []
+        for labels, experts, assign in zip(
+            clusters, data["experts"].to_numpy(), data["assign"].to_numpy(), strict=True
+        ):
+            for cluster in np.unique(labels):
+                part = dense[labels == cluster]
+                rows.append(
+                    {
+                        "experts": int(experts),
+                        "assign": str(assign),
+                        "cluster": int(cluster),
+                        "tokens": len(part),
+                        "mean": float(part.mean()),
+                        "std": float(part.std()),
+                        "wasserstein": float(from_samples(part[:, None])[0]),
+                        "noise_floor": noise_floor(len(part)),
+                    }
+                )
+        return pd.DataFrame(rows)
+
+    def __repr__(self) -> str:
+        """Return its distance in a line."""
+        values = self.values
+        return (
+            f"{self.name}: W1 {float(values['wasserstein']):.4f} "
+            f"± {float(values['wasserstein_error']):.4f} std"
+        )
+
+    def _repr_html_(self) -> str:
+        values = self.values
+        cells = {"W1 (std)": f"{float(values['wasserstein']):.4f}"}
+        cells["error bound"] = f"{float(values['wasserstein_error']):.4f}"
+        cells["noise floor"] = f"{noise_floor(int(values['count'])):.4f}"
+        cells |= {name: f"{float(values[name]):.4g}" for name in _FACTS if name in values}
+        rows = "".join(
+            f"<tr><th style='text-align:left'>{name}</th><td>{cell}</td></tr>"
+            for name, cell in cells.items()
+        )
+        subject = html.escape(subject_of(self._run.to_dataset()))
+        return (
+            f"<div><b>{html.escape(self.name)}</b><br><small>{subject}</small>"
+            f"<div style='display:flex;gap:1.5em;align-items:flex-start'>"
+            f"<table>{rows}</table>{self._sketch()}</div></div>"
+        )
+
+    def _sketch(self) -> str:
+        """Return its histogram over its fitted Gaussian as a small picture in SVG."""
+        mean, std = float(self.values["mean"]), float(self.values["std"])
+        if "histogram" not in self._run.children or not 0 < std < np.inf:
+            return ""
+        held = self._run.children["histogram"].to_dataset(inherit=False)
+        edges, below = histogram_of(held.isel(neuron=self._place).load())
+        low, high = quantiles_of(edges, below, [0.001, 0.999])
+        rims = np.linspace(min(low, mean - 3.5 * std), max(high, mean + 3.5 * std), _BARS + 1)
+        cumulative = np.interp(rims, edges, below[:-1])
+        heights = np.diff(cumulative) / below[-1] / np.diff(rims)
+        middles = (rims[1:] + rims[:-1]) / 2
+        gaussian = np.exp(-0.5 * ((middles - mean) / std) ** 2) / (std * np.sqrt(2 * np.pi))
+        top = max(heights.max(), gaussian.max())
+        bars = "".join(
+            f"<rect x='{4 * place}' y='{100 - 100 * height / top:.1f}' width='3.6' "
+            f"height='{100 * height / top:.1f}' fill='#3f8fc5'/>"
+            for place, height in enumerate(heights)
+        )
+        line = " ".join(
+            f"{4 * place + 2},{100 - 100 * height / top:.1f}"
+            for place, height in enumerate(gaussian)
+        )
+        return (
+            f"<figure style='margin:0'><svg width='{4 * _BARS}' height='104' role='img' "
+            f"aria-label='histogram of the outputs over the fitted Gaussian'>{bars}"
+            f"<polyline points='{line}' fill='none' stroke='#d55e00' stroke-width='1.5'/></svg>"
+            f"<figcaption><small>outputs from {rims[0]:.3g} to {rims[-1]:.3g}, over the fitted "
+            f"Gaussian</small></figcaption></figure>"
+        )
