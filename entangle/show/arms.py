@@ -27,6 +27,7 @@ _SETS = {  # in the order in which they are drawn
     "random": "0.45",
     "bottom": "#3f8fc5",
 }
+_NEAR_ZERO = {"linthresh": 0.01}  # nats
 _KINDS = [*_COLOURED, "assign", "mask", "propagate"]
 
 
@@ -117,9 +118,11 @@ def ablation(table: pd.DataFrame) -> Figure:
         elif several:
             _curves(panel, part.assign(place=part["share"]))
             panel.set_xscale("log")
-            panel.set_yscale("symlog", linthresh=0.01)
-            panel.xaxis.set_major_formatter(ticker.PercentFormatter(1, decimals=None))
-            panel.set_xticks(sorted(part["share"].unique()))
+            positive = bool((arms["difference"] - _bars(arms) > 0).all())
+            panel.set_yscale("log" if positive else "symlog", **({} if positive else _NEAR_ZERO))
+            panel.yaxis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
+            shares = sorted(part["share"].unique())
+            panel.set_xticks(shares, [f"{100 * share:g}%" for share in shares])
             panel.xaxis.set_minor_locator(ticker.NullLocator())
         else:
             _dots(panel, part)
@@ -170,7 +173,8 @@ def _curves(panel: Axes, part: pd.DataFrame) -> None:
         style |= {"marker": "o", "markersize": 3, "capsize": 2}
         style |= {"linestyle": "--"} if name in {RANDOM, "bottom"} else {}
         panel.errorbar(line["place"], line["difference"], yerr=_bars(line), **style)
-    panel.axhline(0, color="0.7", linewidth=0.8)
+    if (part["difference"] - _bars(part) <= 0).any():
+        panel.axhline(0, color="0.7", linewidth=0.8)
     panel.grid(axis="y", alpha=0.25)
 
 
