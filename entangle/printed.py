@@ -140,8 +140,8 @@ def contexts(result: dict[str, Any]) -> str:
         first = sum(one["positions"][:1])
         lines += [
             f"{one['neuron']}: W1 {one['wasserstein']:.4f}, 95% interval {one['low']:.4f} to "
-            f"{one['high']:.4f} ({one['tokens']:,} tokens, bootstrap of windows); the windows' first "
-            f"token makes {first:.1%} of it, of the frequent tokens most "
+            f"{one['high']:.4f} ({one['tokens']:,} tokens, bootstrap of windows); the first token "
+            f"that counts in a window makes {first:.1%} of it, of the frequent tokens most "
             + ", ".join(
                 f"{token['token']!r} {token['share']:.1%}" for token in one["frequent"][:5]
             ),

@@ -927,11 +927,7 @@ def test_contexts_of_a_run_on_a_folder_of_two_texts(
         (["model.layers.1.mlp.up_prj:5"], ["such as model.layers.1.mlp.up_proj:0"]),
         (["--top", "2", "--layers", "*.nothing"], ["no layer of this run matches '*.nothing'"]),
         (["UP:5", "--device", "cuda:7"], ["cuda:7"]),
-        pytest.param(
-            ["--top", "-1"],
-            ["-1"],
-            marks=pytest.mark.xfail(reason="takes all but one neuron of each layer"),
-        ),
+        (["--top", "-1"], ["at least 1 neuron of each layer, got -1"]),
     ],
 )
 def test_a_slip_in_the_words_of_contexts_gets_one_message(

@@ -6,6 +6,7 @@ kept, and of so many neurons at a time that memory is bounded.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from entangle.model.hooks import backbone_of, listening
 from entangle.model.layers import LinearLayer, find_layers
-from entangle.model.text import TokenWindows
+from entangle.model.text import TokenWindows, check_windows
 from entangle.numerics.contributions import bootstrap, distance_parts
 from entangle.study import runs
 from entangle.study.dataset import dataset_of, position_of
@@ -75,7 +76,7 @@ def find_contexts(
     tokenizer: PreTrainedTokenizerBase,
     run: xr.DataTree | xr.Dataset,
     windows: TokenWindows,
-    neurons: Sequence[str],
+    neurons: str | Sequence[str],
     *,
     out: str | Path | None = None,
     progress: bool = False,
@@ -83,19 +84,24 @@ def find_contexts(
     """Find the tokens behind the distributions of neurons, written LAYER:INDEX.
 
     ``windows`` are those that ``run`` was measured on. A token's share of the distance is the
-    integral over its own quantile bin (see `distance_parts`); the interval is a basic bootstrap
-    interval of 200 draws of whole windows. With ``out``, the run's folder, they are written into its
+    integral over its own quantile bin (see `distance_parts`). The interval is a basic bootstrap
+    interval of 200 draws of whole windows: since noise only adds to a distance, it may lie below it;
+    of one window there is none. With ``out``, the run's folder, they are written into its
     contexts.json, beside what is there.
 
     Raises:
         LookupError: the run has no such neuron.
-        ValueError: the run is of other weights or of other windows, or a neuron has no distance.
+        ValueError: the run is of other weights or of other windows, a neuron has no distance, or the
+            model is in training mode.
     """
+    neurons = [neurons] if isinstance(neurons, str) else neurons
     data = dataset_of(run)
     rows = {name: position_of(data, name) for name in dict.fromkeys(neurons)}
     for name, row in rows.items():
         if not np.isfinite(float(data["wasserstein"][row])):
             raise ValueError(f"{name} is dead or broken: it has no distribution to look at")
+    skip, batch_size = int(data.attrs["skip_first"]), int(data.attrs["batch_size"])
+    check_windows(model, windows, skip)
     check_weights(model, run)
     if data.attrs.get("fingerprint") != windows.fingerprint:
         raise ValueError(
@@ -103,8 +109,7 @@ def find_contexts(
             f"{data.attrs.get('text')}, {data.attrs.get('windows')} windows of "
             f"{data.attrs.get('length')}, seed {data.attrs.get('seed')}"
         )
-    skip, batch_size = int(data.attrs["skip_first"]), int(data.attrs["batch_size"])
-    decode = functools.lru_cache(None)(lambda token: tokenizer.decode([token]))
+    decode = functools.partial(tokenizer.decode, clean_up_tokenization_spaces=False)
     found = []
     names = list(rows)
     tokens = len(windows) * (windows.length - skip)
@@ -172,21 +177,24 @@ def _describe(
     """Describe a neuron by its outputs (tokens,) and their parts of its distance."""
     distance = float(parts.sum())
     mean, std = float(outputs.mean(dtype=np.float64)), float(outputs.std(dtype=np.float64))
-    low, high = 2 * distance - np.nanquantile(draws, [0.975, 0.025])
+    low = high = math.nan
+    if len(windows) > 1:
+        low, high = (2 * distance - np.nanquantile(draws, [0.975, 0.025])).tolist()
     length = windows.length - skip_first
     shares = parts / distance
     text = windows.tokens.numpy()
 
     def context(why: str, row: int) -> Context:
         window, position = row // length, row % length + skip_first
-        line = text[window]
+        line = text[window].tolist()
+        before, token, after = _texts(line, position, decode)
         return Context(
             why=why,
             window=int(window),
             position=int(position),
-            before="".join(map(decode, line[max(position - BEFORE, 0) : position].tolist())),
-            token=decode(int(line[position])),
-            after="".join(map(decode, line[position + 1 : position + 1 + AFTER].tolist())),
+            before=before,
+            token=token,
+            after=after,
             output=float(outputs[row]),
             deviation=(float(outputs[row]) - mean) / std,
             share=float(shares[row]),
@@ -198,13 +206,28 @@ def _describe(
         neuron=name,
         tokens=len(outputs),
         wasserstein=distance,
-        low=max(float(low), 0.0),
-        high=float(high),
+        low=low if math.isnan(low) else max(low, 0.0),
+        high=high,
         modes=modes,
         contexts=contexts,
         positions=shares.reshape(-1, length).sum(axis=0).tolist(),
         frequent=_frequent(text[:, skip_first:].ravel(), outputs, shares, decode),
     )
+
+
+def _texts(line: list[int], position: int, decode: Any) -> tuple[str, str, str]:
+    """Return a token's text and that around it, cut out of the text of all of them.
+
+    A token alone may be half a character, or lack its space. Where the texts do not lie in each
+    other, as where one ends within a character, each is decoded by itself.
+    """
+    first, last = max(position - BEFORE, 0), position + 1 + AFTER
+    parts = line[first:position], line[position : position + 1], line[position + 1 : last]
+    before, both, whole = (decode(line[first:end]) for end in (position, position + 1, last))
+    if both.startswith(before) and whole.startswith(both):
+        return before, both[len(before) :], whole[len(both) :]
+    before, token, after = map(decode, parts)
+    return before, token, after
 
 
 def _chosen(outputs: Floats, modes: Sequence[float]) -> Iterator[tuple[str, int]]:
@@ -241,7 +264,7 @@ def _frequent(
     largest = usual[np.argsort(-share[usual], kind="stable")[:SHOWN]]
     return [
         {
-            "token": decode(int(kinds[kind])),
+            "token": decode([int(kinds[kind])]),
             "count": int(counts[kind]),
             "share": float(share[kind]),
             "mean_output": float(total[kind] / counts[kind]),

@@ -65,10 +65,13 @@ def top_by_layer(
 
     Raises:
         LookupError: the run has no such variable, or a pattern matches none of its layers.
-        ValueError: not one of share and count, or a share that is not above 0 and at most 1.
+        ValueError: not one of share and count, a share that is not above 0 and at most 1, or a count
+            below 1.
     """
     if (share is None) == (count is None):
         raise ValueError("expected a share of each layer's neurons, or a count of them")
+    if count is not None and count < 1:
+        raise ValueError(f"expected a count of at least 1 neuron of each layer, got {count}")
     if share is not None and not 0 < share <= 1:
         raise ValueError(f"expected a share of neurons above 0 and at most 1, got {share}")
     dataset = dataset_of(run)
