@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from entangle.show.panels import BAND, FIT, INK, STYLE, Floats, Picture, held_out_subject, place_of
 
 _BARS = 80
+_MASSIVE = 20  # excess kurtosis: above, a few tokens make all of the distance
 
 
 @mpl.rc_context(STYLE)
@@ -19,7 +20,7 @@ def clusters(run: xr.DataTree, name: str | None = None) -> Figure:
 
     Bars are stacked, a colour for each cluster of k-means, from the one with the lowest mean output
     to that with the highest; the line is the Gaussian fitted to all. The neuron, LAYER:INDEX, is
-    the most entangled one unless one is named.
+    the most entangled one without massive activations (excess kurtosis below 20) unless one is named.
 
     Raises:
         LookupError: if the run is not one of disentangle, or did not keep this neuron.
@@ -56,8 +57,8 @@ def clusters(run: xr.DataTree, name: str | None = None) -> Figure:
 def sparse(run: xr.DataTree, name: str | None = None, *, sparsity: str | None = None) -> Figure:
     """Draw a neuron's sparse outputs over its dense ones: one panel for each number of experts.
 
-    The neuron, LAYER:INDEX, is the most entangled one unless one is named; of several sparsities the
-    last is drawn.
+    The neuron, LAYER:INDEX, is the most entangled one without massive activations (excess kurtosis
+    below 20) unless one is named; of several sparsities the last is drawn.
 
     Raises:
         LookupError: if the run is not one of disentangle, or did not keep this neuron, or has no
@@ -105,8 +106,10 @@ def _kept(run: xr.DataTree, name: str | None) -> tuple[xr.Dataset, xr.Dataset, s
     outputs = run.children["outputs"].to_dataset(inherit=False)
     names = [str(one) for one in outputs["kept"].to_numpy()]
     if name is None:
-        distances = [float(_row(data, one)["wasserstein"]) for one in names]
-        name = names[int(np.nanargmax(distances))]
+        rows = [_row(data, one) for one in names]
+        distances = np.array([float(row["wasserstein"]) for row in rows])
+        usual = np.array([float(row["kurtosis"]) < _MASSIVE for row in rows])
+        name = names[int(np.nanargmax(np.where(usual, distances, distances - 10)))]
     if name not in names:
         near = get_close_matches(name, names, 3, 0.3) or names[:1]
         raise LookupError(
@@ -123,12 +126,13 @@ def _row(data: xr.Dataset, name: str) -> xr.Dataset:
 
 
 def _edges(dense: Floats) -> Floats:
-    """Return the edges of bars over the central 99.8% of outputs, and at least 3.5 std either way."""
-    low, high = np.quantile(dense, [0.001, 0.999])
-    reach = 3.5 * dense.std()
-    edges: Floats = np.linspace(
-        min(low, dense.mean() - reach), max(high, dense.mean() + reach), _BARS + 1
-    )
+    """Return the edges of bars over the central 99% of outputs, and 3.5 std either way.
+
+    The std is that of a Gaussian with their quartiles: a massive activation does not squeeze it.
+    """
+    low, first, middle, third, high = np.quantile(dense, [0.005, 0.25, 0.5, 0.75, 0.995])
+    reach = 3.5 * ((third - first) / 1.349 or dense.std())
+    edges: Floats = np.linspace(min(low, middle - reach), max(high, middle + reach), _BARS + 1)
     return edges
 
 
