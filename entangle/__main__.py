@@ -308,7 +308,8 @@ def run_plot(args: argparse.Namespace) -> None:
     """Draw a run, a sweep, an ablation or what disentangle wrote.
 
     Raises:
-        ValueError: a neuron for a plot of all, or none for that of one.
+        ValueError: a neuron for a plot of all, or none for that of one, or a sparsity for a plot
+            that has none.
     """
     from entangle.study import runs
 
@@ -322,7 +323,10 @@ def run_plot(args: argparse.Namespace) -> None:
     else:
         run = entangle.open_run(args.run)
     arguments = [run] if args.neuron is None else [run, args.neuron]
-    figure = getattr(entangle.plots, args.kind)(*arguments)
+    if args.sparsity is not None and args.kind not in {"improvement", "sparse"}:
+        raise ValueError(f"plot {args.kind} takes no sparsity, got {args.sparsity!r}")
+    options = {} if args.sparsity is None else {"sparsity": args.sparsity}
+    figure = getattr(entangle.plots, args.kind)(*arguments, **options)
     name = args.kind if args.neuron is None else f"{args.kind}-{args.neuron.replace(':', '-')}"
     file = runs.save_figure(figure, args.out or args.run / "figures" / f"{name}.png")
     _print(args, {"figure": str(file)}, lambda result: str(result["figure"]))
@@ -453,7 +457,10 @@ def _in_destructor(frame: FrameType | None) -> bool:
 def _left(args: argparse.Namespace) -> str:
     """Say what a stopped command leaves on disk."""
     partial = Path(f"{getattr(args, 'out', None)}.partial")
-    if args.command in {"sweep", "ablate", "disentangle"} and partial.exists():
+    kept = {"sweep", "ablate", "disentangle", "measure"}
+    if args.command in kept and not partial.exists() and (args.out / "run.json").is_file():
+        return f"{args.out} is whole, but for figures that entangle plot draws"
+    if args.command in kept - {"measure"} and partial.exists():
         return f"what is done is kept in {partial}, and the same command goes on from there"
     return "nothing is written"
 

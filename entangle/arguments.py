@@ -261,6 +261,7 @@ def parser() -> argparse.ArgumentParser:
     plot.add_argument(
         "neuron", nargs="?", metavar="LAYER:INDEX", help="for neuron, clusters and sparse"
     )
+    plot.add_argument("--sparsity", metavar="S", help="for improvement and sparse [the last]")
     plot.add_argument(
         "--out", type=Path, metavar="FILE", help="[a PNG in RUN/figures]; its ending is the format"
     )

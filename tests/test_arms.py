@@ -195,7 +195,7 @@ def test_one_share_is_drawn_set_by_set_below_a_scale_of_ratios() -> None:
     kinds = (("sparsify", "0.9", 1), ("sparsify", "0.9", 16), ("zero", "", 1))
     table = ablated(kinds=kinds)
     figure = saved(plots.ablation(table))
-    titles = ["0.9 sparse, dense model", "0.9 sparse, 16 experts", "zero"]
+    titles = ["0.9 sparse, one expert", "0.9 sparse, 16 experts", "zero"]
     assert [ax.get_title() for ax in figure.axes] == titles
     order = ["wasserstein", "std", "random", "bottom"]
     for ax, kind in zip(figure.axes, kinds, strict=True):
@@ -214,7 +214,10 @@ def test_one_share_is_drawn_set_by_set_below_a_scale_of_ratios() -> None:
         figure.canvas.draw()
         assert top.get_xlim() == pytest.approx(np.exp(ax.get_xlim()))
     assert figure.axes[0].get_ylim() == (3.5, -0.5)  # the first on top
-    assert figure.get_supxlabel() == "difference to the dense model (nats a token)"
+    assert (
+        figure.get_supxlabel()
+        == "difference to the dense model (nats a token)\nbars: one standard error"
+    )
     assert figure.get_suptitle() == (
         "data/tiny · *.mlp.* · data/docs\n20,951 tokens, dense perplexity 15.25"
     )
@@ -228,7 +231,7 @@ def test_several_shares_are_drawn_as_lines_from_the_smallest() -> None:
     figure = saved(plots.ablation(table))
     assert len(figure.axes) == 4  # three in a row, and no empty ones
     for ax, (_, sparsity, _) in zip(figure.axes, kinds, strict=True):
-        assert ax.get_title() == f"{sparsity} sparse, dense model"
+        assert ax.get_title() == f"{sparsity} sparse, one expert"
         drawn = drawn_of(ax)
         assert list(drawn) == list(LABELS)
         for label, (points, segments) in drawn.items():
@@ -244,7 +247,10 @@ def test_several_shares_are_drawn_as_lines_from_the_smallest() -> None:
     styles = {bars.get_label(): bars.lines[0].get_linestyle() for bars in figure.axes[0].containers}  # type: ignore[attr-defined]
     assert styles == dict.fromkeys(LABELS, "-") | {RANDOM: "--", "bottom wasserstein": "--"}
     assert figure.get_supxlabel() == "share of each layer's neurons treated"
-    assert figure.get_supylabel() == "difference to the dense model (nats a token)"
+    assert (
+        figure.get_supylabel()
+        == "difference to the dense model (nats a token)\nbars: one standard error"
+    )
     (legend,) = figure.legends
     assert [text.get_text() for text in legend.get_texts()] == list(LABELS)
 
@@ -252,7 +258,7 @@ def test_several_shares_are_drawn_as_lines_from_the_smallest() -> None:
 def test_a_block_at_a_time_has_a_panel_for_each_share() -> None:
     table = ablated(shares=(0.03, 0.1), blocks=("0", "2", "10"))
     figure = saved(plots.ablation(table))
-    titles = [f"0.9 sparse, dense model, {share} of neurons" for share in ("0.03", "0.1")]
+    titles = [f"0.9 sparse, one expert, {share} of neurons" for share in ("3%", "10%")]
     assert [ax.get_title() for ax in figure.axes] == titles
     for ax, share in zip(figure.axes, (0.03, 0.1), strict=True):
         for label, (points, segments) in drawn_of(ax).items():

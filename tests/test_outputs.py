@@ -128,7 +128,7 @@ def test_bars_of_clusters_are_stacked_shares_of_the_tokens(
         f"{name or UP + ':1'}, W1 {whole:.3f}",
         "data/SmolLM2-135M · docs/other · 3,000 held-out tokens",
     ]
-    assert figure.get_supylabel() == "density"
+    assert figure.get_supylabel() == "density, a colour for each cluster"
 
 
 def steps_of(ax: Axes) -> dict[str, tuple[Array, Array]]:
@@ -185,7 +185,7 @@ def test_what_was_not_kept_is_told(draw: Callable[..., Figure]) -> None:
     with pytest.raises(LookupError, match=rf"outputs of '{UP}:2' were not kept, but .*{UP}:0"):
         draw(tree, f"{UP}:2")
     for run in (tree.to_dataset(), xr.DataTree(tree.to_dataset())):
-        with pytest.raises(LookupError, match="draw one that disentangle wrote, as a tree"):
+        with pytest.raises(LookupError, match="draw one that disentangle wrote"):
             draw(run)
     with pytest.raises(LookupError, match=r"no sparsity '0.9': the run has 0.5, 2:4"):
         plots.sparse(tree, sparsity="0.9")

@@ -122,7 +122,7 @@ def test_difficulty_is_drawn_over_its_layers_median_and_without_untrusted_neuron
     assert drawn_panels["up"].get_title() == "up\n300 neurons"
     assert drawn_panels["down"].get_title() == "down\n30 to 40 neurons"
     assert "1 dead or broken, 1 left out: error bound above 0.1" in figure.get_supxlabel()
-    assert figure.get_supylabel() == "mapping difficulty, over the layer's median"
+    assert figure.get_supylabel() == "mapping difficulty\nover the layer's median"
     assert figure.get_suptitle().strip() == "SmolLM2-135M · data/python-docs · 65,536 tokens"
 
 

@@ -115,6 +115,7 @@ def ablation(table: pd.DataFrame) -> Figure:
         panel.set_title(_deed(dict(zip(by, kind, strict=True))))
         if alone:
             _curves(panel, part.assign(place=part["block"].astype(int)))
+            panel.xaxis.set_major_locator(ticker.MaxNLocator(integer=True, min_n_ticks=1))
         elif several:
             _curves(panel, part.assign(place=part["share"]))
             panel.set_xscale("log")
@@ -126,9 +127,11 @@ def ablation(table: pd.DataFrame) -> Figure:
             panel.xaxis.set_minor_locator(ticker.NullLocator())
         else:
             _dots(panel, part)
+    for place, panel in enumerate(grid[: len(parts)]):
+        panel.tick_params(labelbottom=place + columns >= len(parts))
     for spare in grid[len(parts) :]:
         spare.remove()
-    nats = "difference to the dense model (nats a token)"
+    nats = "difference to the dense model (nats a token)\nbars: one standard error"
     across = {True: "block that is treated", False: "share of each layer's neurons treated"}[alone]
     if alone or several:
         figure.supxlabel(across)
@@ -147,12 +150,16 @@ def _deed(kind: dict[str, Any]) -> str:
     words = [kind["intervention"]]
     if kind["sparsity"]:
         words = [f"{kind['sparsity']} sparse", f"{kind['experts']} experts"]
-        words[1] = words[1] if kind["experts"] > 1 else "dense model"
-    return ", ".join([*words, *([f"{kind['share']:.3g} of neurons"] if "share" in kind else [])])
+        words[1] = words[1] if kind["experts"] > 1 else "one expert"
+    return ", ".join(
+        [*words, *([f"{100 * kind['share']:.3g}% of neurons"] if "share" in kind else [])]
+    )
 
 
-def _called(name: str) -> str:
-    return f"{said(name)} (95%, seeds)" if name == RANDOM else said(name)
+def _called(name: str, part: pd.DataFrame) -> str:
+    """Return what a set is called, and what its bar is where that is no standard error."""
+    over_seeds = part.loc[part["set"] == name, "difference_low"].notna().any()
+    return f"{said(name)} (95%, seeds)" if name == RANDOM and over_seeds else said(name)
 
 
 def _bars(row: pd.DataFrame) -> "pd.Series[float]":
@@ -167,7 +174,7 @@ def _curves(panel: Axes, part: pd.DataFrame) -> None:
         line = line.sort_values("place")
         style: dict[str, Any] = {
             "color": _SETS[str(name)],
-            "label": _called(str(name)),
+            "label": _called(str(name), part),
             "linewidth": 1.2,
         }
         style |= {"marker": "o", "markersize": 3, "capsize": 2}
@@ -187,7 +194,7 @@ def _dots(panel: Axes, part: pd.DataFrame) -> None:
     ):
         style: dict[str, Any] = {"color": _SETS[name], "marker": "o", "markersize": 4}
         panel.errorbar(difference, place, xerr=bar, capsize=3, **style)
-    panel.set_yticks(places, [_called(name) for name in names])
+    panel.set_yticks(places, [_called(name, part) for name in names])
     panel.set_ylim(len(rows) - 0.5, -0.5)
     panel.axvline(0, color="0.7", linewidth=0.8)
     panel.grid(axis="x", alpha=0.25)

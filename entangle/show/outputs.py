@@ -40,7 +40,7 @@ def clusters(run: xr.DataTree, name: str | None = None) -> Figure:
         weights = [np.full(len(part), 1 / len(dense) / np.diff(edges)[0]) for part in parts]
         tints = sns.color_palette("Spectral_r", len(parts))
         ax.hist(parts, edges, weights=weights, stacked=True, color=tints, linewidth=0)
-        ax.plot(*_gaussian(dense, edges), color=INK, linewidth=1.4)
+        ax.plot(*_gaussian(dense, edges), color=INK, linewidth=1.4, label="fitted Gaussian")
         within, random = (float(row["wasserstein_within"][one]) for one in (arm, arm + 1))
         ax.set_title(
             f"{len(parts)} clusters: W1 within {within:.3f}, within random ones {random:.3f}"
@@ -49,7 +49,8 @@ def clusters(run: xr.DataTree, name: str | None = None) -> Figure:
     title = f"{name}, W1 {whole:.3f}\n{held_out_subject(data)}"
     figure.suptitle(title, x=0.01, ha="left")
     figure.supxlabel(f"output of the neuron (output units){_beyond(dense, edges)}")
-    figure.supylabel("density")
+    figure.supylabel("density, a colour for each cluster")
+    figure.legend(*grid[0].get_legend_handles_labels(), loc="outside upper right")
     return figure
 
 
@@ -101,7 +102,7 @@ def _kept(run: xr.DataTree, name: str | None) -> tuple[xr.Dataset, xr.Dataset, s
         LookupError: there are none.
     """
     if not isinstance(run, xr.DataTree) or "outputs" not in run.children:
-        raise LookupError("this run kept no outputs: draw one that disentangle wrote, as a tree")
+        raise LookupError("this run kept no outputs: draw one that disentangle wrote")
     data = run.to_dataset()
     outputs = run.children["outputs"].to_dataset(inherit=False)
     names = [str(one) for one in outputs["kept"].to_numpy()]

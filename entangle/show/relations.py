@@ -58,15 +58,15 @@ def difficulty(run: Run, *, layers: Names = None, figure: Sheet = None) -> Figur
     frame["other"] /= frame.groupby("layer")["other"].transform("median")
     rho = rank_correlations(run, "wasserstein", ["difficulty"], layers=layers or "*")
     rhos = rho.groupby("role", sort=False)["difficulty"].median()
-    down = "mapping difficulty, over the layer's median"
+    down = "mapping difficulty\nover the layer's median"
     panels, sheet = panels_of(frame, figure, most=4, height=2.0, labels=(DISTANCE, down))
     for role, ax in panels.items():
         part = frame[frame["role"] == role].dropna()
         _cloud(ax, part["value"].to_numpy(), part["other"].to_numpy())
         ax.set_xscale("log")
         ax.set_yscale("log")
-        for axis, subs in ((ax.xaxis, (1,)), (ax.yaxis, (1, 1.5, 2, 3, 5, 7))):
-            axis.set_major_locator(ticker.LogLocator(subs=subs, numticks=6))
+        for axis, subs in ((ax.xaxis, (1, 3)), (ax.yaxis, (1, 1.2, 1.5, 2, 3, 5, 8))):
+            axis.set_major_locator(ticker.LogLocator(subs=subs, numticks=9))
             axis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
             axis.set_minor_locator(ticker.NullLocator())
         ax.text(0.04, 0.93, f"rank correlation {rhos[role]:.2f}", transform=ax.transAxes)
@@ -148,13 +148,14 @@ def comparison(run: Run, other: Run, *, layers: Names = None, figure: Sheet = No
     for role, ax in panels.items():
         part = frame[frame["role"] == role]
         _cloud(ax, part["first"].to_numpy(), part["other"].to_numpy())
-        ax.plot(ends, ends, **DASHES)
+        ax.plot(ends, ends, label="where nothing moved", **DASHES)
         ax.set_xscale("log")
         ax.xaxis.set_major_locator(ticker.LogLocator(subs=(1,), numticks=6))
         ax.xaxis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
         ax.xaxis.set_minor_locator(ticker.NullLocator())
         rho = found.layers.loc[found.layers["role"] == role, "correlation"].median()
         ax.text(0.04, 0.93, f"rank correlation {rho:.2f}", transform=ax.transAxes)
+    sheet.legend(*ax.get_legend_handles_labels(), loc="outside upper right", ncols=2)
     return sheet.figure
 
 

@@ -256,7 +256,9 @@ def _run_arm(bench: _Bench, arm: Arm | None, folder: Path, problem: str) -> Row:
         NotFiniteError: the dense model's score is not finite.
     """
     if arm is None:
-        return {"intervention": "dense"} | _score(bench, [], None)
+        zeros, size = bench.zeros
+        dense = {"intervention": "dense", "model_sparsity": zeros / size}
+        return dense | _score(bench, [], None)
     chosen = neurons_of(bench.run, arm, bench.layers)
     layers = [layer for layer in bench.layers if layer.name in chosen]
     neurons = {x.name: torch.from_numpy(chosen[x.name]).to(weight_of(x).device) for x in layers}

@@ -14,7 +14,7 @@ from entangle.study.ranking import correlation, matching
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Comparison:
-    """What moved: a row per layer, and a row per neuron, those first that moved most."""
+    """What moved: ``layers`` has a row each, ``neurons`` too, those first that moved most."""
 
     layers: pd.DataFrame
     neurons: pd.DataFrame
@@ -26,7 +26,7 @@ def compare_runs(
     *,
     layers: str | Sequence[str] = ("*",),
 ) -> Comparison:
-    """Compare the distances of the neurons that both runs have.
+    """Compare the distances of the neurons that both runs have; return tables of both.
 
     ``correlation`` is Spearman's over a layer's neurons, with its standard error for independent
     neurons. A neuron's ``change`` is from the first run to the other, ``bound`` the sum of the

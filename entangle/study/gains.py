@@ -180,10 +180,10 @@ def markdown(about: Mapping[Any, Any], layers: pd.DataFrame, quantiles: pd.DataF
     lines += [
         *table_lines(rows),
         "",
-        "By how entangled a neuron is in its layer: distance to a Gaussian of the dense outputs, of "
+        "By how entangled a neuron is in its layer, means over its neurons: distance to a Gaussian of the dense outputs, of "
         "all held-out tokens and within clusters (mean weighted by tokens), within random clusters "
         "of the same sizes (those of k-means with the tokens shuffled), and the share of neurons that have less within clusters than within "
-        "random ones; relative improvement and its reliability; distance between sparse and dense outputs with one "
+        "random ones, which alone says how much a small cluster's noise adds; relative improvement and its reliability; distance between sparse and dense outputs with one "
         "expert, with several, and with several at random.",
         "",
     ]

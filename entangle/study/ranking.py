@@ -91,6 +91,8 @@ def matched_random(
 ) -> Neurons:
     """Return as many neurons of each layer, drawn at random by ``seed`` from those with a distance.
 
+    ``neurons`` are those of each layer, as `top_by_layer` returns them.
+
     Of one seed a smaller draw is part of a larger one.
 
     Raises:
@@ -110,7 +112,7 @@ def matched_random(
 def rank_correlations(
     run: xr.DataTree | xr.Dataset,
     by: str = "wasserstein",
-    others: Sequence[str] = ("difficulty", "kurtosis", "weight_norm", "std"),
+    others: str | Sequence[str] = ("difficulty", "kurtosis", "weight_norm", "std"),
     *,
     layers: str | Sequence[str] = ("*",),
 ) -> pd.DataFrame:
@@ -123,7 +125,7 @@ def rank_correlations(
     Raises:
         LookupError: the run has no such variable, or a pattern matches none of its layers.
     """
-    dataset = dataset_of(run)
+    dataset, others = dataset_of(run), [others] if isinstance(others, str) else others
     variables = {name: _variable(dataset, name) for name in (by, *others)}
     blocks, roles = dataset["block"].to_numpy(), dataset["role"].to_numpy()
     ranked = trusted(dataset) & np.isfinite(variables[by])
