@@ -9,8 +9,10 @@ import torch
 import xarray as xr
 from torch import nn
 
+from entangle import arguments
 from entangle.model.layers import LinearLayer
 from entangle.numerics.pruning import Sparsity
+from entangle.study import interventions
 from entangle.study.interventions import (
     INTERVENTIONS,
     SETS,
@@ -221,3 +223,8 @@ def test_without_chosen_neurons_nothing_changes() -> None:
         means = {"h.0.up": torch.zeros(0)}
         change = changed_outputs(name, none, means=means, sparse={})
         assert torch.equal(change(layer_of(nn.Linear(3, 6)), torch.randn(4, 3), outputs), outputs)
+
+
+def test_the_words_of_the_command_line_are_those_of_the_code() -> None:
+    assert arguments.SETS == interventions.SETS
+    assert arguments.INTERVENTIONS == interventions.INTERVENTIONS
