@@ -10,7 +10,7 @@ import entangle
 from benchmarks.timing import machine, side_by_side
 
 DATA = Path(__file__).parents[1] / "data"
-WINDOWS, EVALUATION = 8, 2  # windows of 512 tokens
+WINDOWS, EVALUATION = 8, 4  # windows of 512 tokens
 LAYERS = ["*.mlp.*"]
 SHARE = 0.03
 FEW, MANY = 2, 20  # arms
