@@ -251,7 +251,7 @@ def test_stopped_by_a_signal_it_leaves_nothing(
     time.sleep(1)
     process.send_signal(number)
     _, said = process.communicate(timeout=60)
-    assert process.returncode == code
+    assert process.returncode == code, said
     assert "nothing is written" in said
     assert "Traceback" not in said
     assert [path.name for path in tmp_path.iterdir()] == ["long.txt"]
