@@ -251,7 +251,10 @@ def test_stopped_by_a_signal_it_leaves_nothing(
     time.sleep(1)
     process.send_signal(number)
     _, said = process.communicate(timeout=60)
-    assert process.returncode == code, said
+    # Python itself ends by the signal, which shells show as 130, if it came while code in a string
+    # ran, as dataclasses do when they are imported: on a busy machine imports take that long.
+    ends = {code, -number} if number == signal.SIGINT else {code}
+    assert process.returncode in ends, said
     assert "nothing is written" in said
     assert "Traceback" not in said
     assert [path.name for path in tmp_path.iterdir()] == ["long.txt"]
