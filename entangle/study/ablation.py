@@ -202,6 +202,17 @@ class _Bench:
         weights = list(self.model.parameters())
         return sum(int((one == 0).sum()) for one in weights), sum(one.numel() for one in weights)
 
+    @functools.cached_property
+    def _chosen(self) -> dict[Arm, Neurons]:
+        return {}
+
+    def neurons(self, arm: Arm) -> Neurons:
+        """Return which neurons an arm treats, chosen once for all that is done to them."""
+        key = dataclasses.replace(arm, intervention="", sparsity=None, experts=1)
+        if key not in self._chosen:
+            self._chosen[key] = neurons_of(self.run, arm, self.layers)
+        return self._chosen[key]
+
     def walk(self) -> BlockWalk:
         """Return the calibration's windows before the first block."""
         assert self.windows is not None
@@ -235,7 +246,7 @@ def _wanted(bench: _Bench, arms: Sequence[Arm]) -> dict[Kind, dict[str, set[int]
     for arm in arms:
         if arm.sparsity is not None:
             rows = wanted.setdefault((arm.clustering, arm.sparsity), {})
-            for name, neurons in neurons_of(bench.run, arm, bench.layers).items():
+            for name, neurons in bench.neurons(arm).items():
                 rows.setdefault(name, set()).update(neurons.tolist())
     return wanted
 
@@ -259,7 +270,7 @@ def _run_arm(bench: _Bench, arm: Arm | None, folder: Path, problem: str) -> Row:
         zeros, size = bench.zeros
         dense = {"intervention": "dense", "model_sparsity": zeros / size}
         return dense | _score(bench, [], None)
-    chosen = neurons_of(bench.run, arm, bench.layers)
+    chosen = bench.neurons(arm)
     layers = [layer for layer in bench.layers if layer.name in chosen]
     neurons = {x.name: torch.from_numpy(chosen[x.name]).to(weight_of(x).device) for x in layers}
     result = arm.words() | {"neurons_treated": sum(map(len, neurons.values()))}
