@@ -14,13 +14,13 @@ from transformers import PreTrainedModel
 
 from entangle.model.blocks import BlockWalk
 from entangle.model.hooks import check_fired, check_hooks, intervening
-from entangle.model.layers import LinearLayer, check_prunable, find_layers, weight_of
+from entangle.model.layers import LinearLayer, find_layers, weight_of
 from entangle.model.text import TokenWindows, check_disjoint, check_windows
-from entangle.numerics.pruning import check_group
 from entangle.study import runs
-from entangle.study.calibration import naming, walk_blocks
+from entangle.study.calibration import walk_blocks
 from entangle.study.dataset import dataset_of, trusted
 from entangle.study.effects import effects_of, markdown, table_of
+from entangle.study.expansion import check_layers
 from entangle.study.interventions import (
     SETS,
     Arm,
@@ -105,10 +105,7 @@ def ablate(
             raise ValueError("sparsifying neurons needs windows of a text to prune by")
         check_windows(model, windows, skip_first)
         check_disjoint(windows, evaluation)
-        check_prunable(chosen, find_layers(model))
-        for layer, sparsity in ((x, arm.sparsity) for x in chosen for arm in arms if arm.sparsity):
-            with naming(layer):
-                check_group(layer.inputs, sparsity)
+        check_layers(model, chosen, [arm.sparsity for arm in arms if arm.sparsity])
     attributes = provenance(
         model,
         evaluation if windows is None else windows,

@@ -16,10 +16,10 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from entangle.model.hooks import check_hooks
-from entangle.model.layers import LinearLayer, check_prunable, find_layers
+from entangle.model.layers import LinearLayer
 from entangle.model.packing import load_tensors, save_tensors
 from entangle.model.text import TokenWindows, check_disjoint, check_windows, some_windows
-from entangle.numerics.pruning import Sparsity, check_group
+from entangle.numerics.pruning import Sparsity
 from entangle.study import runs
 from entangle.study.ablation import check_run, layers_of
 from entangle.study.calibration import (
@@ -33,6 +33,7 @@ from entangle.study.calibration import (
     walk_blocks,
 )
 from entangle.study.dataset import dataset_of, labelled
+from entangle.study.expansion import check_layers
 from entangle.study.gains import layers_table, markdown, quantiles_table
 from entangle.study.held_out import measure_layer
 from entangle.study.ranking import top_by_layer
@@ -109,10 +110,7 @@ def disentangle(
         check_windows(model, text, skip_first)
     check_hooks(model, skip_first)
     check_disjoint(windows, evaluation)
-    check_prunable(chosen, find_layers(model))
-    for layer, sparsity in ((layer, one) for layer in chosen for one in parsed):
-        with naming(layer):
-            check_group(layer.inputs, sparsity)
+    check_layers(model, chosen, parsed)
     attributes = provenance(
         model,
         windows,

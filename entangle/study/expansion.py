@@ -20,7 +20,7 @@ from entangle.model.hooks import check_hooks
 from entangle.model.layers import LinearLayer, check_prunable, find_layers
 from entangle.model.loading import save_model
 from entangle.model.text import TokenWindows, check_windows
-from entangle.numerics.pruning import check_group
+from entangle.numerics.pruning import Sparsity, check_group
 from entangle.study import costs, runs
 from entangle.study.calibration import (
     HELD_OUT,
@@ -156,12 +156,23 @@ def prunable_layers(
     check_windows(model, windows, skip_first)
     check_hooks(model, skip_first)
     chosen = find_layers(model, [patterns] if isinstance(patterns, str) else patterns)
-    check_prunable(chosen, find_layers(model))
-    for layer in chosen:
-        for pruning in prunings:
-            with naming(layer):
-                check_group(layer.inputs, pruning.sparsity)
+    check_layers(model, chosen, [pruning.sparsity for pruning in prunings])
     return chosen
+
+
+def check_layers(
+    model: PreTrainedModel, layers: Sequence[LinearLayer], sparsities: Sequence[Sparsity]
+) -> None:
+    """See that layers can be pruned to sparsities, before minutes are spent.
+
+    Raises:
+        ValueError: a layer is quantised or expanded, shares its weight, or has no such groups.
+    """
+    check_prunable(layers, find_layers(model))
+    for layer in layers:
+        for sparsity in dict.fromkeys(sparsities):
+            with naming(layer):
+                check_group(layer.inputs, sparsity)
 
 
 def prune_model(
