@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from entangle.model.loading import load_model, load_tokenizer
     from entangle.model.text import token_windows
     from entangle.show import plots
+    from entangle.show.report import write_report
     from entangle.study.ablation import ablate
     from entangle.study.comparing import compare_runs
     from entangle.study.contexts import find_contexts
@@ -44,6 +45,7 @@ __all__ = [
     "token_windows",
     "top_by_layer",
     "top_neurons",
+    "write_report",
 ]
 
 # Looked up when first asked for, so that `import entangle` and `--help` do not import torch.
@@ -65,6 +67,7 @@ _HOMES = {
     "token_windows": "entangle.model.text",
     "top_by_layer": "entangle.study.ranking",
     "top_neurons": "entangle.study.ranking",
+    "write_report": "entangle.show.report",
 }
 
 

@@ -332,6 +332,13 @@ def run_plot(args: argparse.Namespace) -> None:
     _print(args, {"figure": str(file)}, lambda result: str(result["figure"]))
 
 
+def run_report(args: argparse.Namespace) -> None:
+    """Write what runs hold into one HTML file."""
+    file = entangle.write_report(args.run, args.out or args.run[0] / "report.html")
+    result = {"report": str(file), "bytes": file.stat().st_size}
+    _print(args, result, lambda result: f"{result['report']} ({result['bytes'] / 1e6:.1f} MB)")
+
+
 def _source(args: argparse.Namespace) -> dict[str, Any]:
     return {"revision": args.revision, "trust_remote_code": args.trust_remote_code}
 
@@ -410,6 +417,7 @@ COMMANDS = {
     "rank": run_rank,
     "diff": run_diff,
     "plot": run_plot,
+    "report": run_report,
 }
 
 

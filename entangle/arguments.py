@@ -265,4 +265,12 @@ def parser() -> argparse.ArgumentParser:
     plot.add_argument(
         "--out", type=Path, metavar="FILE", help="[a PNG in RUN/figures]; its ending is the format"
     )
+
+    report = commands.add_parser(
+        "report",
+        parents=[always],
+        help="write runs of any kind into one HTML file that needs no network",
+    )
+    report.add_argument("run", type=Path, nargs="+", metavar="RUN", help="in this order")
+    report.add_argument("--out", type=Path, metavar="FILE", help="[report.html in the first RUN]")
     return top

@@ -137,11 +137,15 @@ def contexts(result: dict[str, Any]) -> str:
     """Return the contexts of neurons, in words."""
     lines = []
     for one in result["neurons"]:
-        first = sum(one["positions"][:1])
         lines += [
             f"{one['neuron']}: W1 {one['wasserstein']:.4f}, 95% interval {one['low']:.4f} to "
-            f"{one['high']:.4f} ({one['tokens']:,} tokens, bootstrap of windows); the first token "
-            f"that counts in a window makes {first:.1%} of it, of the frequent tokens most "
+            f"{one['high']:.4f} ({one['tokens']:,} tokens, bootstrap of windows)",
+            *(
+                f"  W1 {rest['wasserstein']:.4f} without {rest['what']}: {rest['tokens']:,} tokens "
+                f"with {rest['variance']:.1%} of the variance"
+                for rest in one["without"]
+            ),
+            "  of the distance, frequent tokens make "
             + ", ".join(
                 f"{token['token']!r} {token['share']:.1%}" for token in one["frequent"][:5]
             ),

@@ -338,6 +338,66 @@ def test_frequent_tokens_are_those_of_a_group_by(
             assert left_out.empty
 
 
+# --- what the distribution is without some tokens
+
+
+def test_left_out_are_the_position_and_the_token_with_too_much_of_the_variance(case: Case) -> None:
+    for found in case.find(neurons_of(case)):
+        column = case.column(found.neuron)
+        ids = case.windows.tokens[:, case.skip_first :].numpy()
+        frame = pd.DataFrame(
+            {
+                "position": np.tile(np.arange(case.skip_first, LENGTH), len(column)),
+                "token": [TOKENIZER.decode([one]) for one in ids.ravel().tolist()],
+                "output": column.ravel(),
+            }
+        )
+        frame["square"] = (frame["output"] - frame["output"].mean()) ** 2
+        far = found.without[0]
+        frame = frame.sort_values("square", kind="stable", ascending=False)
+        assert far.what == "the 1% farthest from the mean"
+        assert far.tokens == round(len(frame) / 100)
+        share = frame["square"].head(far.tokens).sum() / frame["square"].sum()
+        assert far.variance == pytest.approx(share, rel=1e-4)
+        near = frame["output"].tail(-far.tokens).to_numpy()
+        assert far.wasserstein == pytest.approx(from_samples(near[:, None])[0], rel=1e-4)
+        for left, kind in zip(found.without[1:], ("position", "token"), strict=True):
+            groups = frame.groupby(kind)["square"].agg(["sum", "size"]) / [
+                frame["square"].sum(),
+                len(frame),
+            ]
+            worst = (groups["sum"] - groups["size"]).idxmax()
+            assert left.what == f"{kind} {worst if kind == 'position' else repr(worst)}"
+            assert left.variance == pytest.approx(groups["sum"].to_dict()[worst], rel=1e-4)
+            others = frame.loc[frame[kind] != worst, "output"].to_numpy()
+            assert left.tokens == len(frame) - len(others) > 0
+            assert left.wasserstein == pytest.approx(from_samples(others[:, None])[0], rel=1e-4)
+
+
+def test_a_massive_first_token_explains_the_distance() -> None:
+    """All windows begin with a token of their own, to which alone the neuron says something else."""
+    model = two_groups(tiny_model("llama"))
+    windows = some_windows(32)
+    tokens = windows.tokens.clone()
+    tokens[:, 1:] |= 1  # odd
+    tokens[:, 0] = 100
+    query: Any = model.get_submodule("model.layers.0.self_attn.q_proj")
+    norm: Any = model.get_submodule("model.layers.0.input_layernorm")
+    with torch.no_grad():
+        query.weight[0, 0] = 100
+        norm.weight[0] = 3
+    case = measured(model, dataclasses.replace(windows, tokens=tokens), 0)
+    (found,) = case.find(["model.layers.0.self_attn.q_proj:0"])
+    _, position, token = found.without
+    assert (position.what, position.tokens) == ("position 0", 32)
+    assert (token.what, token.tokens) == (f"token {TOKENIZER.decode([100])!r}", 32)
+    column = case.column(found.neuron)
+    first = ((column[:, 0] - column.mean()) ** 2).sum() / ((column - column.mean()) ** 2).sum()
+    assert position.variance == token.variance == pytest.approx(first, rel=1e-4)
+    assert first > 0.5
+    assert position.wasserstein < found.wasserstein / 2
+
+
 # --- how it is run
 
 

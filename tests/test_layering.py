@@ -46,7 +46,7 @@ ROOMS = {
         "contexts",
         "plan",
     ),
-    "show": ("panels", "arms", "relations", "outputs", "plots", "notebook", "report"),
+    "show": ("panels", "arms", "relations", "outputs", "plots", "sketches", "notebook", "report"),
 }
 ORDER = [f"entangle.{room}.{module}" for room, modules in ROOMS.items() for module in modules]
 MODULES = {name.rpartition(".")[2] for name in ORDER} | set(ROOMS)

@@ -13,7 +13,8 @@ from matplotlib.figure import Figure
 
 from entangle.numerics.wasserstein import from_samples, noise_floor
 from entangle.show import plots
-from entangle.show.panels import histogram_of, quantiles_of, subject_of
+from entangle.show.panels import subject_of
+from entangle.show.sketches import sketch
 from entangle.study.dataset import position_of
 
 _BARS = 72
@@ -151,11 +152,10 @@ class Neuron:
         if "histogram" not in self._run.children or not 0 < std < np.inf:
             return ""
         held = self._run.children["histogram"].to_dataset(inherit=False)
-        edges, below = histogram_of(held.isel(neuron=self._place).load())
-        low, high = quantiles_of(edges, below, [0.001, 0.999])
-        rims = np.linspace(min(low, mean - 3.5 * std), max(high, mean + 3.5 * std), _BARS + 1)
-        cumulative = np.interp(rims, edges, below[:-1])
-        heights = np.diff(cumulative) / below[-1] / np.diff(rims)
+        held = held.isel(neuron=[self._place]).load()
+        drawn = sketch(held, np.array([mean]), np.array([std]), bars=_BARS)
+        rims = np.linspace(drawn.low[0], drawn.high[0], _BARS + 1)
+        heights = drawn.shares[0] / np.diff(rims)
         middles = (rims[1:] + rims[:-1]) / 2
         gaussian = np.exp(-0.5 * ((middles - mean) / std) ** 2) / (std * np.sqrt(2 * np.pi))
         top = max(heights.max(), gaussian.max())

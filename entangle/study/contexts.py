@@ -24,6 +24,7 @@ from entangle.model.hooks import backbone_of, listening
 from entangle.model.layers import LinearLayer, find_layers
 from entangle.model.text import TokenWindows, check_windows
 from entangle.numerics.contributions import bootstrap, distance_parts
+from entangle.numerics.wasserstein import from_samples
 from entangle.study import runs
 from entangle.study.dataset import dataset_of, position_of
 from entangle.study.recording import check_weights
@@ -34,6 +35,7 @@ Array = npt.NDArray[np.float64]
 ENDS = 8  # tokens shown at either end
 NEAR = 4  # tokens shown at a mode
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
+FARTHEST = 0.01  # share of the tokens that are left out as the farthest from the mean
 FREQUENT = 200  # kinds of tokens whose share is looked at, the most frequent ones
 SHOWN = 20  # of these, those with the largest share
 DRAWS = 200  # of the bootstrap
@@ -57,6 +59,16 @@ class Context:
 
 
 @dataclasses.dataclass(frozen=True)
+class LeftOut:
+    """What a distribution is without some of its tokens."""
+
+    what: str
+    tokens: int  # left out
+    variance: float  # their share of the sum of squared deviations
+    wasserstein: float  # exact, of the others; NaN where they are constant
+
+
+@dataclasses.dataclass(frozen=True)
 class NeuronContexts:
     """What is behind the distribution of one neuron."""
 
@@ -69,6 +81,7 @@ class NeuronContexts:
     contexts: list[Context]
     positions: list[float]  # each window position's share of the distance
     frequent: list[dict[str, Any]]  # token, count, share of the distance, mean output
+    without: list[LeftOut]  # the farthest tokens; the position and the token of most variance
 
 
 def find_contexts(
@@ -86,7 +99,8 @@ def find_contexts(
     ``windows`` are those that ``run`` was measured on. A token's share of the distance is the
     integral over its own quantile bin (see `distance_parts`). The interval is a basic bootstrap
     interval of 200 draws of whole windows: since noise only adds to a distance, it may lie below it;
-    of one window there is none. With ``out``, the run's folder, they are written into its
+    of one window there is none. A few massive outputs raise the distance by squeezing all others,
+    which then have the shares: what the distance is `without` them says so. With ``out``, the run's folder, they are written into its
     contexts.json, beside what is there.
 
     Raises:
@@ -212,6 +226,7 @@ def _describe(
         contexts=contexts,
         positions=shares.reshape(-1, length).sum(axis=0).tolist(),
         frequent=_frequent(text[:, skip_first:].ravel(), outputs, shares, decode),
+        without=_without(text[:, skip_first:], outputs, skip_first, decode),
     )
 
 
@@ -270,4 +285,37 @@ def _frequent(
             "mean_output": float(total[kind] / counts[kind]),
         }
         for kind in largest
+    ]
+
+
+def _without(
+    text: npt.NDArray[np.int64], outputs: Floats, skip_first: int, decode: Any
+) -> list[LeftOut]:
+    """Leave out the 1% farthest from the mean, then a window position, then a frequent token.
+
+    Those two are the ones whose share of the squared deviations exceeds their share of the tokens
+    most.
+    """
+    deviations = np.square(outputs - outputs.mean(dtype=np.float64))
+    kinds, token_of, counts = np.unique(text.ravel(), return_inverse=True, return_counts=True)
+    usual = np.argsort(-counts, kind="stable")[:FREQUENT]
+    positions = np.arange(text.shape[1])
+    far = np.zeros(len(outputs), dtype=bool)
+    far[np.argsort(-deviations, kind="stable")[: round(FARTHEST * len(outputs))]] = True
+    groups = {f"the {FARTHEST:.0%} farthest from the mean": far}
+    for group, candidates in ((np.tile(positions, len(text)), positions), (token_of, usual)):
+        variance = np.bincount(group, weights=deviations) / deviations.sum()
+        excess = variance - np.bincount(group) / len(group)
+        worst = int(candidates[np.argmax(excess[candidates])])
+        place = f"position {worst + skip_first}"
+        what = f"token {decode([int(kinds[worst])])!r}" if group is token_of else place
+        groups[what] = group == worst
+    return [
+        LeftOut(
+            what=what,
+            tokens=int(left.sum()),
+            variance=float(deviations[left].sum() / deviations.sum()),
+            wasserstein=math.nan if left.all() else float(from_samples(outputs[~left, None])[0]),
+        )
+        for what, left in groups.items()
     ]
