@@ -11,10 +11,12 @@ EVALUATION ?= $(TEXT)
 LAYERS ?= *.mlp.*
 WINDOWS ?= 128
 SCORED ?= 41
+SHARES ?= 0.01,0.03,0.1,0.3
 EVIDENCE ?= runs/evidence/$(notdir $(MODEL))
+FIGURES ?= figures
 
 .DEFAULT_GOAL := help
-.PHONY: help install data demo reproduce test check bench clean
+.PHONY: help install data demo reproduce figures test check bench clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -50,7 +52,7 @@ $(DEMO)/run.json: | data
 
 ON = --text '$(TEXT)' --windows $(WINDOWS)
 HELD = $(ON) --evaluation '$(EVALUATION)' --layers '$(LAYERS)' --batch-size 1
-WORDS = MODEL=$(MODEL) TEXT=$(TEXT) EVALUATION=$(EVALUATION) LAYERS=$(LAYERS) WINDOWS=$(WINDOWS) SCORED=$(SCORED)
+WORDS = MODEL=$(MODEL) TEXT=$(TEXT) EVALUATION=$(EVALUATION) LAYERS=$(LAYERS) WINDOWS=$(WINDOWS) SCORED=$(SCORED) SHARES=$(SHARES)
 STEPS = measured without-first ablation ablation-without-first interventions blocks experts disentangled
 
 reproduce: $(if $(filter data/%,$(MODEL) $(TEXT)),data,.venv/installed) ## the thesis's evidence for MODEL= TEXT= EVALUATION=, in hours
@@ -68,7 +70,7 @@ $(EVIDENCE)/without-first/run.json:
 
 $(EVIDENCE)/ablation/run.json: | $(EVIDENCE)/measured/run.json
 	$(BIN)/entangle ablate $(EVIDENCE)/measured $(HELD) --evaluation-windows $(SCORED) \
-		--share 0.01,0.03,0.1,0.3 --experts 1,16 --out $(@D)
+		--share $(SHARES) --experts 1,16 --out $(@D)
 
 $(EVIDENCE)/ablation-without-first/run.json: | $(EVIDENCE)/without-first/run.json
 	$(BIN)/entangle ablate $(EVIDENCE)/without-first $(HELD) --evaluation-windows $(SCORED) --out $(@D)
@@ -87,6 +89,25 @@ $(EVIDENCE)/experts/run.json:
 
 $(EVIDENCE)/disentangled/run.json: | $(EVIDENCE)/measured/run.json
 	$(BIN)/entangle disentangle $(EVIDENCE)/measured $(HELD) --sparsity 0.7,0.9 --out $(@D)
+
+# The README's ablation has one share, and so a folder of its own.
+DRAWN = runs/figures
+draw = $(BIN)/entangle plot $(DRAWN)/$(1) $(2) --out $(FIGURES)/$(or $(3),$(firstword $(2))).png
+
+figures: data ## the pictures of README and docs/, measured anew, in hours
+	@$(MAKE) --no-print-directory EVIDENCE=$(DRAWN) SHARES=0.03 \
+		$(patsubst %,$(DRAWN)/%/run.json,measured ablation blocks experts disentangled)
+	@$(call draw,measured,heatmap)
+	@$(call draw,measured,layers)
+	@$(call draw,measured,ranks)
+	@$(call draw,measured,difficulty)
+	@$(call draw,measured,neuron model.layers.5.mlp.up_proj:501 model.layers.5.mlp.up_proj:816,neurons)
+	@$(call draw,ablation,ablation)
+	@$(call draw,blocks,ablation,depth)
+	@$(call draw,experts,sweep,experts)
+	@$(call draw,disentangled,improvement)
+	@$(call draw,disentangled,clusters)
+	@$(call draw,disentangled,sparse)
 
 test: check data ## lint, types and the whole test suite
 	$(BIN)/python -m pytest

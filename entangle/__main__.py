@@ -313,21 +313,26 @@ def run_plot(args: argparse.Namespace) -> None:
     """
     from entangle.study import runs
 
-    if args.kind == "neuron" and args.neuron is None:
+    names, kind = args.neurons, args.kind
+    if kind == "neuron" and not names:
         raise ValueError("plot neuron needs a neuron, written LAYER:INDEX as in the output of rank")
-    if args.neuron is not None and args.kind not in {"neuron", "clusters", "sparse"}:
-        raise ValueError(f"plot {args.kind} takes no neuron, got {args.neuron!r}")
+    if names and kind not in {"neuron", "clusters", "sparse"}:
+        raise ValueError(f"plot {kind} takes no neuron, got {names[0]!r}")
+    if names[1:] and kind != "neuron":
+        raise ValueError(f"plot {kind} takes one neuron, got {' '.join(names)}")
     run: Any = None
-    if args.kind in {"sweep", "ablation"}:
-        run = runs.open_table(args.run, args.kind)
+    if kind in {"sweep", "ablation"}:
+        run = runs.open_table(args.run, kind)
     else:
         run = entangle.open_run(args.run)
-    arguments = [run] if args.neuron is None else [run, args.neuron]
-    if args.sparsity is not None and args.kind not in {"improvement", "sparse"}:
-        raise ValueError(f"plot {args.kind} takes no sparsity, got {args.sparsity!r}")
+    if args.sparsity is not None and kind not in {"improvement", "sparse"}:
+        raise ValueError(f"plot {kind} takes no sparsity, got {args.sparsity!r}")
     options = {} if args.sparsity is None else {"sparsity": args.sparsity}
-    figure = getattr(entangle.plots, args.kind)(*arguments, **options)
-    name = args.kind if args.neuron is None else f"{args.kind}-{args.neuron.replace(':', '-')}"
+    if names[1:]:
+        figure, name = entangle.plots.neurons(run, names), "neurons"
+    else:
+        figure = getattr(entangle.plots, kind)(run, *names, **options)
+        name = "-".join([kind, *names]).replace(":", "-")
     file = runs.save_figure(figure, args.out or args.run / "figures" / f"{name}.png")
     _print(args, {"figure": str(file)}, lambda result: str(result["figure"]))
 

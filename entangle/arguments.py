@@ -259,7 +259,10 @@ def parser() -> argparse.ArgumentParser:
     plot.add_argument("run", type=Path, metavar="RUN")
     plot.add_argument("kind", choices=PLOTS)
     plot.add_argument(
-        "neuron", nargs="?", metavar="LAYER:INDEX", help="for neuron, clusters and sparse"
+        "neurons",
+        nargs="*",
+        metavar="LAYER:INDEX",
+        help="one for clusters and sparse, one or several for neuron",
     )
     plot.add_argument("--sparsity", metavar="S", help="for improvement and sparse [the last]")
     plot.add_argument(

@@ -149,6 +149,11 @@ def test_plots_are_written_into_the_run(place: Path, capsys: pytest.CaptureFixtu
         assert picture[..., :3].std() > 0.01  # something is on it
     assert main(["plot", run, "neuron", "model.layers.1.mlp.up_proj:5"]) == 0
     assert Path(capsys.readouterr().out.strip()).is_file()
+    several = [f"model.layers.1.mlp.up_proj:{index}" for index in (5, 6, 7)]
+    assert main(["plot", run, "neuron", *several]) == 0
+    file = Path(capsys.readouterr().out.strip())
+    assert file.name == "neurons.png"
+    assert matplotlib.image.imread(file)[..., :3].std() > 0.01
     assert main(["plot", run, "layers", "--out", str(place / "a.svg")]) == 0
     assert (place / "a.svg").read_text().startswith("<?xml")
 
@@ -177,6 +182,7 @@ def test_plots_are_written_into_the_run(place: Path, capsys: pytest.CaptureFixtu
         (["plot", "RUN", "neuron", "model.layers.1.mlp.up_prj:5"], ["model.layers.1.mlp.up_proj"]),
         (["plot", "RUN", "neuron", "model.layers.1.mlp.up_proj:99"], ["99", "37"]),
         (["plot", "RUN", "layers", "--out", "x.wrong"], ["wrong"]),
+        (["plot", "RUN", "clusters", "a:1", "b:2"], ["clusters takes one neuron, got a:1 b:2"]),
     ],
 )
 def test_bad_input_gets_one_message(

@@ -18,6 +18,7 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle, StepPatch
 from matplotlib.text import Text
+from scipy import stats
 
 from entangle.numerics.histograms import Histograms
 from entangle.numerics.wasserstein import noise_floor
@@ -465,6 +466,41 @@ def test_tokens_outside_the_picture_and_the_histogram_are_counted() -> None:
     assert heights @ np.diff(edges) == pytest.approx(0.998)
     inside = plots.neuron(make_tree(two_humps()[:, None]), f"{LAYER}:0")
     assert "all 20,000 tokens lie within the picture" in words(inside)
+
+
+def test_neurons_side_by_side_are_each_in_their_own_std() -> None:
+    """In its std a neuron looks the same whatever its scale and its place."""
+    outputs = np.random.default_rng(0).normal(size=20_000).astype("float32")
+    both = np.stack([outputs * 30 - 100, two_humps()], axis=1)
+    names = [f"{LAYER}:1", f"{LAYER}:0"]
+    figure = plots.neurons(make_tree(both), names)
+    assert len(figure.axes) == 2
+    for ax, name, column in zip(figure.axes, names, both.T[::-1], strict=True):
+        assert ax.get_title(loc="left").startswith(f"{name}\nW1 ")
+        heights, edges = bars_of(ax)
+        standard = (column - column.mean()) / column.std()
+        assert edges[0] == pytest.approx(min(-3.5, np.quantile(standard, 0.001)), abs=0.02)
+        assert edges[-1] == pytest.approx(max(3.5, np.quantile(standard, 0.999)), abs=0.02)
+        truth, _ = np.histogram(standard, edges)
+        np.testing.assert_allclose(heights, truth / 20_000 / np.diff(edges), atol=0.02)
+        (line,) = ax.lines
+        x, density = np.asarray(line.get_xdata()), np.asarray(line.get_ydata())
+        np.testing.assert_allclose(density, stats.norm.pdf(x), rtol=1e-12)
+    assert figure.axes[0].get_ylim() == figure.axes[1].get_ylim()
+    assert figure.axes[0].get_xlim() == figure.axes[1].get_xlim()
+
+
+def test_neurons_that_cannot_be_drawn_are_named() -> None:
+    constant = np.stack([two_humps(), np.full(20_000, 3.0, "float32")], axis=1)
+    tree = make_tree(constant)
+    with pytest.raises(ValueError, match=f"{LAYER}:1 is dead or broken"):
+        plots.neurons(tree, [f"{LAYER}:0", f"{LAYER}:1"])
+    with pytest.raises(ValueError, match="name at least one as LAYER:INDEX"):
+        plots.neurons(tree, [])
+    with pytest.raises(ValueError, match="pass the whole tree"):
+        plots.neurons(tree.to_dataset(), [f"{LAYER}:0"])  # type: ignore[arg-type]
+    with pytest.raises(LookupError, match=f"no neuron '{LAYER}:9'"):
+        plots.neurons(tree, [f"{LAYER}:9"])
 
 
 def test_a_pilot_that_saw_nothing_of_the_neuron_still_gives_a_picture() -> None:

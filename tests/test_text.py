@@ -143,6 +143,22 @@ def test_the_fingerprint_is_of_the_tokens_and_their_cut() -> None:
     assert len({windows.fingerprint, *(other.fingerprint for other in others)}) == 4
 
 
+def test_slices_are_windows_of_the_same_text() -> None:
+    whole = windows_of(windows=None)
+    halves = whole[::2], whole[1::2]
+    assert len(halves[0]) + len(halves[1]) == len(whole) > 4
+    for first, half in enumerate(halves):
+        assert half.tokens.tolist() == whole.tokens.tolist()[first::2]
+        assert half.hashes == whole.hashes[first::2]
+        assert (half.text, half.available) == (whole.text, whole.available)
+    assert not {*halves[0].hashes} & {*halves[1].hashes}
+    assert len({whole.fingerprint, *(half.fingerprint for half in halves)}) == 3
+    with pytest.raises(ValueError, match=f"leaves none of the {len(whole)} windows"):
+        whole[len(whole) :]
+    with pytest.raises(TypeError, match="taken by slices such as"):
+        whole[0]  # type: ignore[index]
+
+
 def test_batches_are_the_windows_in_order_the_last_one_shorter() -> None:
     windows = windows_of()
     batches = windows.batches(5)

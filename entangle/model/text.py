@@ -40,6 +40,20 @@ class TokenWindows:
     def __len__(self) -> int:
         return len(self.tokens)
 
+    def __getitem__(self, which: slice) -> "TokenWindows":
+        """Return some of the windows: ``windows[::2]`` and ``windows[1::2]`` are disjoint halves.
+
+        Raises:
+            TypeError: ``which`` is no slice.
+            ValueError: it leaves none, or its step is not positive.
+        """
+        if not isinstance(which, slice):
+            raise TypeError(f"windows are taken by slices such as windows[:8], got {which!r}")
+        tokens = self.tokens[which]
+        if not len(tokens):
+            raise ValueError(f"{which} leaves none of the {len(self)} windows")
+        return dataclasses.replace(self, tokens=tokens)
+
     @property
     def length(self) -> int:
         """The tokens in a window."""

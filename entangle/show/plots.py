@@ -45,6 +45,7 @@ from entangle.show.panels import (
     subject_of,
 )
 from entangle.show.relations import comparison, difficulty, improvement
+from entangle.show.sketches import sketch
 from entangle.study.dataset import TRUSTED_ERROR, position_of
 
 __all__ = [
@@ -56,10 +57,13 @@ __all__ = [
     "improvement",
     "layers",
     "neuron",
+    "neurons",
     "ranks",
     "sparse",
     "sweep",
 ]
+
+_BARS = 64  # of each of several neurons
 
 REFERENCES = {  # exact W1 of known distributions to their fitted Gaussians, std
     "two equal points": [0.53538],
@@ -208,6 +212,49 @@ def neuron(run: xr.DataTree, name: str, *, ax: Axes | None = None) -> Figure | A
     panel.legend(loc="upper left", bbox_to_anchor=(1.01, 1))
     panel.text(1.025, 0, _facts(row), transform=panel.transAxes, family="monospace")
     return ax or figure
+
+
+@mpl.rc_context(STYLE)
+def neurons(run: xr.DataTree, names: Sequence[str]) -> Figure:
+    """Draw the distributions of neurons, LAYER:INDEX, side by side, each in its own std over N(0, 1).
+
+    Panels share their axes. They hold the central 99.8% of each neuron's tokens, 3.5 std either way
+    and at most 8.
+
+    Raises:
+        ValueError: if the run has no histograms, there is no neuron, or one is dead or broken.
+    """
+    if not isinstance(run, xr.DataTree) or "histogram" not in run.children:
+        raise ValueError("no histograms: pass the whole tree that measure and open_run return")
+    data = run.to_dataset()
+    rows = [position_of(data, name) for name in names]
+    if not rows:
+        raise ValueError("no neuron to draw: name at least one as LAYER:INDEX")
+    part = data.isel(neuron=rows).load()
+    held = run.children["histogram"].to_dataset(inherit=False).isel(neuron=rows).load()
+    mean, std = part["mean"].to_numpy(), part["std"].to_numpy()
+    drawn = sketch(held, mean, std, bars=_BARS)
+    figure = Picture(figsize=(8.5, 3.0), layout="constrained")
+    grid = figure.subplots(1, len(rows), sharex=True, sharey=True, squeeze=False)[0]
+    for place, ax in enumerate(grid):
+        if not np.isfinite(drawn.low[place]):
+            raise ValueError(f"{names[place]} is dead or broken: nothing to draw")
+        ends = (np.array([drawn.low[place], drawn.high[place]]) - mean[place]) / std[place]
+        rims = np.linspace(ends[0], ends[1], _BARS + 1)
+        heights = drawn.shares[place] / np.diff(rims)
+        ax.stairs(heights, rims, fill=True, color=BAND, alpha=0.6, label="outputs")
+        x = np.linspace(max(ends[0], -8), min(ends[1], 8), 401)
+        ax.plot(x, np.exp(-(x**2) / 2) / np.sqrt(2 * np.pi), color=FIT, label="N(0, 1)")
+        row = part.isel(neuron=place)
+        words = f"W1 {row['wasserstein']:.4f}, excess kurtosis {_number(row['kurtosis'])}"
+        ax.set_title(f"{names[place]}\n{words}", loc="left")
+    low, high = grid[0].get_xlim()
+    grid[0].set_xlim(max(low, -8), min(high, 8))
+    figure.supxlabel("output of the neuron, in its std from its mean")
+    figure.supylabel("density (share of tokens per std)")
+    figure.suptitle(subject_of(data), x=0.01, ha="left")
+    figure.legend(*grid[0].get_legend_handles_labels(), loc="outside upper right", ncols=2)
+    return figure
 
 
 def _draw_density(
