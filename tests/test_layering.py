@@ -19,6 +19,7 @@ ROOMS = {
         "difficulty",
         "moments",
         "pruning",
+        "budgets",
         "routing",
         "products",
     ),
@@ -46,7 +47,7 @@ ROOMS = {
         "contexts",
         "plan",
     ),
-    "show": ("panels", "arms", "relations", "outputs", "plots", "sketches", "notebook", "report"),
+    "show": ("panels", "arms", "relations", "outputs", "sketches", "plots", "notebook", "report"),
 }
 ORDER = [f"entangle.{room}.{module}" for room, modules in ROOMS.items() for module in modules]
 MODULES = {name.rpartition(".")[2] for name in ORDER} | set(ROOMS)

@@ -1,5 +1,7 @@
 """Pruning: against definitions written naively, and optimal brain surgeon by brute force."""
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -86,9 +88,9 @@ def test_it_is_over_several_blocks_and_groups_that_cross_them(
     sparsity = Sparsity.parse(text)
     if solver == "torch":  # as on a GPU
 
-        def on_torch(block, pruned, factor, count, kept, group):  # type: ignore[no-untyped-def]
-            tensors = [torch.from_numpy(array) for array in (block, pruned, factor)]
-            _solve_torch(tensors[0], tensors[1], tensors[2], count, sparsity)
+        def on_torch(*arrays: Any) -> None:
+            block, pruned, square, counts = map(torch.from_numpy, arrays[:4])
+            _solve_torch(block, pruned, square, counts, sparsity)
 
         monkeypatch.setattr(pruning, "_solve_numba", on_torch)
     found = sparse_gpt(weight, moments, sparsity).weight.numpy()
@@ -231,9 +233,9 @@ def test_the_torch_columns_do_as_the_numba_ones(monkeypatch: pytest.MonkeyPatch)
         sparsity = Sparsity.parse(text)
         expected = sparse_gpt(weight, moments, sparsity).weight
 
-        def on_torch(block, pruned, factor, count, kept, group, s=sparsity):  # type: ignore[no-untyped-def]
-            tensors = [torch.from_numpy(array) for array in (block, pruned, factor)]
-            _solve_torch(tensors[0], tensors[1], tensors[2], count, s)
+        def on_torch(*arrays: Any, s: Sparsity = sparsity) -> None:
+            block, pruned, square, counts = map(torch.from_numpy, arrays[:4])
+            _solve_torch(block, pruned, square, counts, s)
 
         with monkeypatch.context() as patch:
             patch.setattr(pruning, "_solve_numba", on_torch)
@@ -250,7 +252,73 @@ def test_the_lowest_are_a_stable_sort_s_first(count: int) -> None:
     first = scores.argsort(dim=-1, stable=True)[..., :count]
     expected = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, first, value=True)
     assert torch.equal(_lowest(scores, count), expected)
-    assert torch.equal(_lowest_torch(scores, count), expected)
+    assert torch.equal(_lowest_torch(scores, torch.full((5, 3), count)), expected)
+
+
+def test_the_lowest_of_each_row_are_as_many_as_it_is_told() -> None:
+    scores = torch.randint(0, 9, (7, 50), generator=torch.Generator().manual_seed(0)).float()
+    counts = torch.tensor([0, 1, 50, 25, 0, 49, 3])
+    order = scores.argsort(dim=-1, stable=True)
+    expected = torch.zeros_like(scores, dtype=torch.bool)
+    for row, count in enumerate(counts.tolist()):
+        expected[row, order[row, :count]] = True
+    assert torch.equal(_lowest(scores, counts), expected)
+    assert torch.equal(_lowest_torch(scores, counts), expected)
+    assert torch.equal(_lowest(scores, 0), torch.zeros_like(expected))
+
+
+@pytest.mark.parametrize("solver", ["numba", "torch"])
+def test_each_row_has_its_zeros_and_is_pruned_as_if_all_had_as_many(
+    solver: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Inside a budget a row's bits are those that it has in a layer of its own sparsity."""
+    from entangle.numerics import pruning
+
+    weight, _, moments = problem(neurons=70, inputs=300, tokens=900)
+    zeros = torch.randint(0, 301, (70,), generator=torch.Generator().manual_seed(1))
+    zeros[:3] = torch.tensor([0, 300, 299])
+    if solver == "torch":
+
+        def on_torch(*arrays: Any) -> None:
+            block, pruned, square, counts = map(torch.from_numpy, arrays[:4])
+            _solve_torch(block, pruned, square, counts, Sparsity(0))
+
+        monkeypatch.setattr(pruning, "_solve_numba", on_torch)
+    methods: tuple[pruning.Method, ...] = ("sparsegpt", "wanda", "magnitude")
+    for method in methods:
+        found = pruning.prune(weight, moments, zeros, method=method).weight
+        assert (found == 0).sum(dim=1).tolist() == zeros.tolist()
+        for row in (0, 1, 2, 33, 64, 69):
+            alike = torch.full((70,), int(zeros[row]))
+            same = pruning.prune(weight, moments, alike, method=method).weight
+            assert torch.equal(found[row], same[row])
+        uniform = pruning.prune(weight, moments, torch.full((70,), 210), method=method)
+        share = pruning.prune(weight, moments, Sparsity(0.7), method=method)
+        assert torch.equal(uniform.weight, share.weight)
+
+
+def test_a_budget_of_rows_inside_experts_is_each_experts() -> None:
+    weight, _, first = problem(neurons=10, inputs=40, tokens=200)
+    _, _, second = problem(neurons=10, inputs=40, tokens=150, seed=5)
+    zeros = torch.arange(0, 40, 4)
+    both = sparse_gpt(weight, InputMoments.stack([first, second]), zeros).weight
+    for one, moments in zip(both, (first, second), strict=True):
+        assert (one == 0).sum(dim=1).tolist() == zeros.tolist()
+        assert torch.equal(one, sparse_gpt(weight, moments, zeros).weight)
+
+
+def test_what_is_no_budget_of_rows_is_refused() -> None:
+    weight, _, moments = problem(neurons=4, inputs=12, tokens=50)
+    zeros = torch.tensor([1, 2, 3, 4])
+    for function in (sparse_gpt, wanda):
+        with pytest.raises(ValueError, match="takes no budget of rows: use mask row"):
+            function(weight, moments, zeros, mask="block")
+        with pytest.raises(ValueError, match="each of 4 rows, got \\(3,\\)"):
+            function(weight, moments, zeros[:3])
+        with pytest.raises(ValueError, match=r"each of 4 rows, got .* of torch.float32"):
+            function(weight, moments, zeros.float())
+        with pytest.raises(ValueError, match="a row has 12 weights, got -1 to 13 zeros"):
+            function(weight, moments, torch.tensor([-1, 2, 13, 4]))
 
 
 def test_sparse_gpt_reconstructs_better_than_wanda_and_wanda_than_magnitude() -> None:

@@ -4,9 +4,11 @@ The data come first and without weights (`InputMoments`), then the weights witho
 serves every method, sparsity and subset of rows. Weights are ``(neurons, inputs)``; moments of
 several experts give as many pruned copies ``(experts, neurons, inputs)``.
 
+A sparsity is one for all rows, or says how many weights of each are pruned: ``zeros`` (neurons,).
+
 Guarantees (``tests/test_pruning.py`` holds them): the pruned count is exact, on ties too; with
 ``mask="row"`` a neuron's result is the same bits whatever other neurons, or experts, are pruned
-with it.
+with it, and however many of their weights.
 
 Sources: Wanda, arXiv 2306.11695, eq. 1; SparseGPT, arXiv 2301.00774, section 3 and algorithm 1.
 """
@@ -72,12 +74,14 @@ class Pruned:
 def prune(
     weight: torch.Tensor,
     moments: InputMoments,
-    sparsity: Sparsity,
+    sparsity: Sparsity | torch.Tensor,
     *,
     method: Method = "sparsegpt",
     mask: Mask = "row",
 ) -> Pruned:
     """Prune a weight (neurons, inputs) by a method's name.
+
+    ``sparsity`` is one for all rows, or the number of weights of each row to prune (neurons,).
 
     Raises:
         ValueError: as the method's own function does, or an unknown name of method or mask.
@@ -96,33 +100,48 @@ def prune(
     return Pruned(pruned, (0.0,) * (experts[0] if experts else 1))
 
 
-def magnitude(weight: torch.Tensor, sparsity: Sparsity, *, mask: Mask = "row") -> torch.Tensor:
+def magnitude(
+    weight: torch.Tensor, sparsity: Sparsity | torch.Tensor, *, mask: Mask = "row"
+) -> torch.Tensor:
     """Return the weight (neurons, inputs) without its smallest entries.
 
     Raises:
-        ValueError: weights that are not finite, or inputs that n:m does not divide.
+        ValueError: weights that are not finite, or inputs that n:m does not divide, or counts of
+            zeros that are not those of rows.
     """
     _check_finite(weight, "weights")
     return _without_lowest(weight, weight.abs().float(), sparsity, mask)
 
 
 def wanda(
-    weight: torch.Tensor, moments: InputMoments, sparsity: Sparsity, *, mask: Mask = "row"
+    weight: torch.Tensor,
+    moments: InputMoments,
+    sparsity: Sparsity | torch.Tensor,
+    *,
+    mask: Mask = "row",
 ) -> torch.Tensor:
-    """Return the weight without the entries of smallest |w| · ‖x‖, ‖x‖ its input's norm.
+    """Return the weight without the entries of smallest |w| · ‖x‖ (see `wanda_scores`).
 
     Raises:
-        ValueError: moments of other inputs or not finite, or inputs that n:m does not divide.
+        ValueError: moments of other inputs or not finite, or inputs that n:m does not divide, or
+            counts of zeros that are not those of rows.
     """
     _check(weight, moments)
-    scores = weight.abs().float() * moments.squares.sqrt().unsqueeze(-2)
-    return _without_lowest(weight, scores, sparsity, mask)
+    return _without_lowest(weight, wanda_scores(weight, moments.squares), sparsity, mask)
+
+
+def wanda_scores(weight: torch.Tensor, squares: torch.Tensor) -> torch.Tensor:
+    """Return |w| · ‖x‖ of each weight, ‖x‖² being the sums of squares (inputs,) of its inputs."""
+    return weight.abs().float() * squares.sqrt().unsqueeze(-2)
 
 
 def _without_lowest(
-    weight: torch.Tensor, scores: torch.Tensor, sparsity: Sparsity, mask: Mask
+    weight: torch.Tensor, scores: torch.Tensor, sparsity: Sparsity | torch.Tensor, mask: Mask
 ) -> torch.Tensor:
     neurons, inputs = weight.shape
+    if isinstance(sparsity, torch.Tensor):
+        pruned = _lowest(scores, _check_zeros(sparsity, weight, mask))
+        return weight.masked_fill(pruned, 0)
     check_group(inputs, sparsity)
     if sparsity.group:
         groups = scores.unflatten(-1, (-1, sparsity.group))
@@ -137,36 +156,42 @@ def _without_lowest(
     return weight.masked_fill(pruned, 0)
 
 
-def _lowest(scores: torch.Tensor, count: int) -> torch.Tensor:
+def _lowest(scores: torch.Tensor, count: int | torch.Tensor) -> torch.Tensor:
     """Return where the ``count`` lowest scores along the last axis are, of ties the first.
 
-    Scores are float32 and not negative.
+    The count is one for all rows, or one for each (rows,). Scores are float32 and not negative.
     """
-    if count == 0:
-        return torch.zeros_like(scores, dtype=torch.bool)
+    counts = torch.as_tensor(count, device=scores.device).expand(scores.shape[:-1])
     if scores.device.type == "cpu":
         flat = scores.detach().reshape(-1, scores.shape[-1]).contiguous()
         lowest = torch.empty_like(flat, dtype=torch.bool)
-        _lowest_numba(flat.numpy(), lowest.numpy(), count)
+        _lowest_numba(flat.numpy(), lowest.numpy(), counts.reshape(-1).numpy())
         return lowest.view_as(scores)
-    return _lowest_torch(scores, count)
+    return _lowest_torch(scores, counts)
 
 
-def _lowest_torch(scores: torch.Tensor, count: int) -> torch.Tensor:
-    highest = scores.kthvalue(count, dim=-1, keepdim=True).values
+def _lowest_torch(scores: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    counts = counts.unsqueeze(-1)
+    last = (counts - 1).clamp(min=0)
+    highest = scores.sort(dim=-1).values.gather(-1, last)
     below, ties = scores < highest, scores == highest
-    spare = count - below.sum(dim=-1, keepdim=True)
-    return below | (ties & (ties.cumsum(dim=-1, dtype=torch.int32) <= spare))
+    spare = counts - below.sum(dim=-1, keepdim=True)
+    chosen = below | (ties & (ties.cumsum(dim=-1, dtype=torch.int32) <= spare))
+    return chosen & (counts > 0)
 
 
 @numba.njit(parallel=True, nogil=True, cache=True)
-def _lowest_numba(scores, lowest, count):  # type: ignore[no-untyped-def]
+def _lowest_numba(scores, lowest, counts):  # type: ignore[no-untyped-def]
     """Do as `_lowest_torch`, for the rows of a matrix.
 
     Floats that are not negative are ordered as their bits are: the highest of the lowest is found
     bit by bit, many times faster than by a partial sort.
     """
     for row in numba.prange(len(scores)):
+        count = counts[row]
+        if count == 0:
+            lowest[row] = False
+            continue
         bits = scores[row].view(np.int32)
         highest = np.int32(0)
         for shift in range(30, -1, -1):
@@ -204,11 +229,15 @@ def _block_counts(rows: int, inputs: int, sparsity: Sparsity) -> list[tuple[int,
 
 
 def sparse_gpt(
-    weight: torch.Tensor, moments: InputMoments, sparsity: Sparsity, *, mask: Mask = "row"
+    weight: torch.Tensor,
+    moments: InputMoments,
+    sparsity: Sparsity | torch.Tensor,
+    *,
+    mask: Mask = "row",
 ) -> Pruned:
     """Prune by optimal brain surgeon, column after column, as SparseGPT does.
 
-    ``mask="row"`` gives every neuron exactly the sparsity, its count carried over the blocks of
+    ``mask="row"`` gives every neuron exactly its sparsity, its count carried over the blocks of
     128 columns; ``"block"``, as published, chooses in each block among the weights of all rows.
     n:m chooses in each row and group of m columns, as published.
 
@@ -218,19 +247,23 @@ def sparse_gpt(
 
     Raises:
         ValueError: moments of other inputs or not finite, a Gram that no damping makes regular,
-            or inputs that n:m does not divide.
+            inputs that n:m does not divide, or counts of zeros that are not those of rows.
     """
     _check(weight, moments)
-    check_group(weight.shape[1], sparsity)
     neurons, inputs = weight.shape
+    if isinstance(sparsity, torch.Tensor):
+        zeros, sparsity = _check_zeros(sparsity, weight, mask), Sparsity(0)
+    else:
+        check_group(inputs, sparsity)
+        zeros = torch.full((neurons,), round(sparsity.share * inputs))
     factors = [inverse_factor(lower) for lower in moments.lower.reshape(-1, inputs, inputs)]
     # Columns first, so that a column's neurons lie side by side.
     columns = torch.zeros(inputs, -(-neurons // _TILE) * _TILE, device=weight.device)
     columns[:, :neurons] = weight.detach().float().T
     solved = columns.new_zeros(len(factors), *columns.shape)  # D·R in blocks not yet solved
-    for (first, end, count), (_, _, joint) in zip(
-        _block_counts(1, inputs, sparsity), _block_counts(neurons, inputs, sparsity), strict=True
-    ):
+    for first, end, joint in _block_counts(neurons, inputs, sparsity):
+        counts = torch.zeros(columns.shape[1], dtype=torch.int64)  # of the rows in this block
+        counts[:neurons] = _on_line(zeros, end, inputs) - _on_line(zeros, first, inputs)
         square = torch.stack([factor.square(first, end) for factor in factors])
         block = columns[first:end].repeat(len(factors), 1, 1)  # (experts, columns, padded)
         finite = square.nan_to_num(posinf=0.0)  # nothing is carried to an input always zero
@@ -241,12 +274,12 @@ def sparse_gpt(
             diagonal = square.diagonal(dim1=1, dim2=2).unsqueeze(-1)
             scores = (block[:, :, :neurons] / diagonal).abs()
             pruned[:, :, :neurons] = _lowest(scores.flatten(1), joint).view_as(scores)
-            count = 0  # nothing is left to choose
+            counts.zero_()  # nothing is left to choose
         if block.device.type == "cpu":
-            arrays = (tensor.numpy() for tensor in (block, pruned, square))
-            _solve_numba(*arrays, count, sparsity.kept, sparsity.group)  # type: ignore[call-arg]
+            arrays = (tensor.numpy() for tensor in (block, pruned, square, counts))
+            _solve_numba(*arrays, sparsity.kept, sparsity.group)  # type: ignore[call-arg]
         else:
-            _solve_torch(block, pruned, square, count, sparsity)
+            _solve_torch(block, pruned, square, counts.to(block.device), sparsity)
         solved[:, first:end] = block
         for later, factor, one in zip(solved[:, end:], factors, block, strict=True):
             later.addmm_(factor.root[first:end, end:].T, columns[first:end] - one)
@@ -255,6 +288,34 @@ def sparse_gpt(
         result.reshape(*moments.lower.shape[:-2], neurons, inputs),
         tuple(factor.damping for factor in factors),
     )
+
+
+def _on_line(zeros: torch.Tensor, column: int, inputs: int) -> torch.Tensor:
+    """Return how many of its zeros each row has left of a column."""
+    return (zeros.double() * column / inputs).round().long()
+
+
+def _check_zeros(zeros: torch.Tensor, weight: torch.Tensor, mask: Mask) -> torch.Tensor:
+    """See that there is a whole number of weights to prune for each row; return them as int64.
+
+    Raises:
+        ValueError: there is not, or the mask is by block.
+    """
+    neurons, inputs = weight.shape
+    if mask == "block":
+        raise ValueError(
+            "a mask by block chooses among all rows, so it takes no budget of rows: use mask row"
+        )
+    if zeros.shape != (neurons,) or zeros.is_floating_point():
+        raise ValueError(
+            f"expected a whole number of zeros for each of {neurons} rows, got "
+            f"{tuple(zeros.shape)} of {zeros.dtype}"
+        )
+    if bool(((zeros < 0) | (zeros > inputs)).any()):
+        raise ValueError(
+            f"a row has {inputs} weights, got {int(zeros.min())} to {int(zeros.max())} zeros"
+        )
+    return zeros.long().cpu()
 
 
 def _check(weight: torch.Tensor, moments: InputMoments) -> None:
@@ -290,10 +351,11 @@ def check_group(inputs: int, sparsity: Sparsity) -> None:
 
 
 @numba.njit(parallel=True, nogil=True, cache=True)
-def _solve_numba(block, pruned, factor, count, kept, group):  # type: ignore[no-untyped-def]
+def _solve_numba(block, pruned, factor, counts, kept, group):  # type: ignore[no-untyped-def]
     """Solve a block (experts, columns, rows) in place, 64 rows at a time.
 
-    A row's ``count`` lowest weights are chosen first, or those of a group when it is reached.
+    A row's lowest weights, ``counts`` of them, are chosen first, or those of a group when it is
+    reached.
     A row is alone with its mask and its errors: what lies beside it changes no bit.
     """
     experts, columns, rows = block.shape
@@ -304,11 +366,12 @@ def _solve_numba(block, pruned, factor, count, kept, group):  # type: ignore[no-
         w = block[expert, :, begin : begin + _TILE].copy()  # else its columns share cache sets
         p = pruned[expert, :, begin : begin + _TILE].copy()
         error = np.empty(_TILE, np.float32)
-        if count > 0 and group == 0:
-            _choose(w, p, u, 0, columns, count)
+        if group == 0:
+            _choose(w, p, u, 0, columns, counts[begin : begin + _TILE])
+        alike = np.full(_TILE, group - kept)
         for j in range(columns):
             if group > 0 and j % group == 0:
-                _choose(w, p, u, j, j + group, group - kept)
+                _choose(w, p, u, j, j + group, alike)
             for r in range(_TILE):
                 error[r] = w[j, r] / u[j, j] if p[j, r] else np.float32(0)
                 w[j, r] = np.float32(0) if p[j, r] else w[j, r]
@@ -319,13 +382,13 @@ def _solve_numba(block, pruned, factor, count, kept, group):  # type: ignore[no-
 
 
 @numba.njit(cache=True)
-def _choose(w, p, u, first, last, count):  # type: ignore[no-untyped-def]
-    """Mark in each row the ``count`` lowest of some columns by |w| / U_jj, of ties the first.
+def _choose(w, p, u, first, last, counts):  # type: ignore[no-untyped-def]
+    """Mark in each row the lowest of some columns by |w| / U_jj, ``counts`` of them, of ties the first.
 
-    Floats that are not negative are ordered as their bits are, so that the ``count``th lowest is
-    found bit by bit, in all rows at once.
+    Floats that are not negative are ordered as their bits are, so that the highest of the lowest
+    is found bit by bit, in all rows at once.
     """
-    if count == 0:
+    if counts.max() == 0:
         return
     scores = np.empty((last - first, _TILE), np.float32)
     for j in range(first, last):
@@ -340,15 +403,15 @@ def _choose(w, p, u, first, last, count):  # type: ignore[no-untyped-def]
             for r in range(_TILE):
                 below[r] += np.int32(bits[j, r] < highest[r] + bit)
         for r in range(_TILE):
-            highest[r] += bit if below[r] < count else np.int32(0)
+            highest[r] += bit if below[r] < counts[r] else np.int32(0)
     below[:] = 0
     for j in range(last - first):
         for r in range(_TILE):
             below[r] += np.int32(bits[j, r] < highest[r])
     for j in range(last - first):
         for r in range(_TILE):
-            tie = bits[j, r] == highest[r] and below[r] < count
-            p[first + j, r] = bits[j, r] < highest[r] or tie
+            tie = bits[j, r] == highest[r] and below[r] < counts[r]
+            p[first + j, r] = counts[r] > 0 and (bits[j, r] < highest[r] or tie)
             below[r] += np.int32(tie)
 
 
@@ -356,13 +419,13 @@ def _solve_torch(
     block: torch.Tensor,
     pruned: torch.Tensor,
     factor: torch.Tensor,
-    count: int,
+    counts: torch.Tensor,
     sparsity: Sparsity,
 ) -> None:
     """Do as `_solve_numba` with torch, on any device."""
     diagonal = factor.diagonal(dim1=1, dim2=2).unsqueeze(-1)  # (experts, columns, 1)
-    if count and not sparsity.group:
-        pruned.copy_(_lowest((block / diagonal).abs().mT, count).mT)
+    if not sparsity.group and bool(counts.any()):
+        pruned.copy_(_lowest((block / diagonal).abs().mT, counts).mT)
     for j in range(block.shape[1]):
         if sparsity.group and j % sparsity.group == 0:
             part = slice(j, j + sparsity.group)
