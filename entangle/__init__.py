@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from entangle.show import plots
     from entangle.show.report import write_report
     from entangle.study.ablation import ablate
+    from entangle.study.choosing import choose_budget
     from entangle.study.comparing import compare_runs
     from entangle.study.contexts import find_contexts
     from entangle.study.disentangling import disentangle
@@ -28,6 +29,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ablate",
+    "choose_budget",
     "compare_runs",
     "disentangle",
     "find_contexts",
@@ -51,6 +53,7 @@ __all__ = [
 # Looked up when first asked for, so that `import entangle` and `--help` do not import torch.
 _HOMES = {
     "ablate": "entangle.study.ablation",
+    "choose_budget": "entangle.study.choosing",
     "compare_runs": "entangle.study.comparing",
     "disentangle": "entangle.study.disentangling",
     "find_contexts": "entangle.study.contexts",

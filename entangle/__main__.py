@@ -26,7 +26,10 @@ if TYPE_CHECKING:
     from entangle.model.text import Purpose, TokenWindows
 
 
-_PRUNING = ("method", "mask", "propagate", "experts", "assign", "components", "pull")
+_PRUNING = (
+    *("method", "mask", "propagate", "experts", "assign", "components", "pull"),
+    *("budget", "strength", "across"),
+)
 
 
 def run_measure(args: argparse.Namespace) -> None:
@@ -77,7 +80,11 @@ def run_perplexity(args: argparse.Namespace) -> None:
 
 
 def run_sparsify(args: argparse.Namespace) -> None:
-    """Prune a model and save it."""
+    """Prune a model and save it.
+
+    Raises:
+        ValueError: a strength to be chosen, and no run to choose by.
+    """
     from entangle.model import folders
 
     folders.check_target(args.out, args.overwrite)  # before torch is imported, which takes seconds
@@ -85,14 +92,38 @@ def run_sparsify(args: argparse.Namespace) -> None:
 
     # A slip is told before a model is loaded.
     words = {name: getattr(args, name) for name in _PRUNING}
+    (words["budget"],), folder = _budgets([args.budget])
+    auto = args.strength == "auto"
+    words["strength"] = 0.25 if auto else args.strength
     Pruning.of(args.sparsity, **words)
+    if auto and folder is None:
+        raise ValueError("--strength auto chooses a budget of a measured run: give --budget RUN")
+    run = None if folder is None else entangle.open_run(folder)
     windows, tokenizer = _text(args, "calibration")
     model = _model(args)
+    chosen = None
+    if auto:
+        assert run is not None
+        named = {"budgets": [words["budget"]]} if ":" in Path(args.budget).name else {}
+        chosen = entangle.choose_budget(
+            model,
+            windows,
+            args.sparsity,
+            run,
+            **named,
+            across=[args.across],
+            layers=args.layers,
+            batch_size=args.batch_size,
+            skip_first=args.skip_first,
+            progress=sys.stderr.isatty(),
+        )
+        words |= {"budget": chosen.budget, "strength": chosen.strength}
     found = entangle.sparsify(
         model,
         windows,
         args.sparsity,
         **words,
+        run=run,
         layers=args.layers,
         batch_size=args.batch_size,
         skip_first=args.skip_first,
@@ -121,7 +152,9 @@ def run_sweep(args: argparse.Namespace) -> None:
 
     # A slip in these words is told before a model is loaded.
     words = {name: getattr(args, name) for name in _PRUNING}
+    words["budget"], folder = _budgets(args.budget)
     arms_of(args.sparsity, **words)
+    run = None if folder is None else entangle.open_run(folder)
     windows, tokenizer = _text(args, "calibration")
     evaluation = _windows(args, tokenizer, "evaluation")
     model = _model(args)
@@ -132,7 +165,10 @@ def run_sweep(args: argparse.Namespace) -> None:
         args.sparsity,
         methods=words.pop("method"),
         masks=words.pop("mask"),
+        budgets=words.pop("budget"),
+        strengths=words.pop("strength"),
         **words,
+        run=run,
         layers=args.layers,
         batch_size=args.batch_size,
         skip_first=args.skip_first,
@@ -142,6 +178,29 @@ def run_sweep(args: argparse.Namespace) -> None:
         command=args.command_line,
     )
     _print_table(args, table, "sweep")
+
+
+def _budgets(texts: Sequence[str]) -> tuple[tuple[str, ...], Path | None]:
+    """Return the budgets of rows, and the folder of the run that they are made from.
+
+    Raises:
+        ValueError: they name several runs.
+    """
+    from entangle.study.budgeting import BUDGET, ROWS, TRIM, UNIFORM
+
+    budgets: list[str] = []
+    folders: dict[str, None] = {}
+    for text in texts:
+        folder, _, variable = text.rpartition(":")
+        if text in {UNIFORM, TRIM}:
+            folder, variable = "", text
+        elif not folder or (variable not in ROWS and Path(text).exists()):
+            folder, variable = text, BUDGET
+        budgets.append(variable)
+        folders |= {folder: None} if folder else {}
+    if len(folders) > 1:
+        raise ValueError(f"budgets are made from one run, got {' and '.join(folders)}")
+    return tuple(budgets), Path(*folders) if folders else None
 
 
 def _print_table(args: argparse.Namespace, table: "pd.DataFrame", name: str) -> None:

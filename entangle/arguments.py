@@ -14,6 +14,7 @@ METHODS = ("sparsegpt", "wanda", "magnitude")
 MASKS = ("row", "block")
 PROPAGATE = ("sparse", "dense")
 ASSIGN = ("kmeans", "random")
+ACROSS_BLOCKS = ("uniform", "entanglement", "shuffled", "depth", "owl")
 INTERVENTIONS = ("sparsify", "zero", "mean", "negative")
 SETS = ("wasserstein", "bottom", "random", "kurtosis", "weight_norm", "std", "difficulty")
 
@@ -37,6 +38,13 @@ COPIES = "pruned copies of each layer, one for each cluster of its inputs [4,16]
 SHARE = "or several: of each layer's neurons to treat [0.03]"
 KEPT = "whose outputs to keep, beside each layer's most entangled neuron"
 PAIRS = "of tokens over which to measure the mapping difficulty too [none]"
+BUDGET = """rows alike (uniform), or graded by what RUN measured of their neurons, as RUN[:VARIABLE] with
+wasserstein*std (default), wasserstein, std, ranks (the sum of both's), kurtosis, weight_norm, shuffled
+(the control) or uniform; or trim, TRIM's rule [uniform]"""
+STRENGTH = "how much graded rows differ, from 0 to 1 [0.25]"
+AUTO = f"{STRENGTH}; auto chooses it, and the variable if none is named, on windows set aside"
+ACROSS = """blocks alike (uniform), or denser by their share of entangled neurons in --budget's RUN
+(entanglement), by shares shuffled over blocks, by depth or by OWL's rule [uniform]"""
 PULL = "an expert's Gram is pulled towards all tokens' by so many times its width in tokens [0.5]"
 
 
@@ -54,6 +62,13 @@ def _several(kind: Callable[[str], Any], what: str) -> Callable[[str], tuple[Any
             raise argparse.ArgumentTypeError(f"expected {what}, got {text!r}") from error
 
     return read
+
+
+def _strength(text: str) -> float | str:
+    try:
+        return text if text == "auto" else float(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"expected a number or auto, got {text!r}") from error
 
 
 def _components(text: str) -> int | None:
@@ -153,6 +168,9 @@ def parser() -> argparse.ArgumentParser:
     sparsify.add_argument("--assign", default="kmeans", choices=ASSIGN, help=ASSIGNED)
     sparsify.add_argument("--components", type=_components, metavar="N", help=COMPONENTS)
     sparsify.add_argument("--pull", type=float, default=0.5, metavar="X", help=PULL)
+    sparsify.add_argument("--budget", default="uniform", metavar="RUN[:VARIABLE]", help=BUDGET)
+    sparsify.add_argument("--strength", type=_strength, default=0.25, metavar="X", help=AUTO)
+    sparsify.add_argument("--across", default="uniform", choices=ACROSS_BLOCKS, help=ACROSS)
 
     sweep = commands.add_parser(
         "sweep",
@@ -168,10 +186,13 @@ def parser() -> argparse.ArgumentParser:
     sweep.add_argument("--mask", default=("row",), help=f"or several: {MASK}", **lists)
     sweep.add_argument("--propagate", default=("sparse",), help=f"or several: {CARRIED}", **lists)
     sweep.add_argument("--assign", default=("kmeans",), help=f"or several: {ASSIGNED}", **lists)
+    sweep.add_argument("--budget", default=("uniform",), help=f"or several: {BUDGET}", **lists)
+    sweep.add_argument("--across", default=("uniform",), help=f"or several: {ACROSS}", **lists)
     several: list[tuple[str, Any, Any, str]] = [
         ("--experts", _several(int, "numbers such as 1,16"), (1,), EXPERTS),
         ("--components", _several(_components, "numbers or auto"), (None,), COMPONENTS),
         ("--pull", _several(float, "numbers such as 0,0.5"), (0.5,), PULL),
+        ("--strength", _several(float, "numbers such as 0.1,0.25"), (0.25,), STRENGTH),
     ]
     for name, kind, default, words in several:
         sweep.add_argument(

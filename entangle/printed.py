@@ -59,6 +59,15 @@ def sparsified(result: dict[str, Any]) -> str:
         f"outputs on these tokens: mean {result['error']:.4g}, "
         f"largest {worst['error']:.4g} ({worst['layer']})",
     ]
+    if "budget" in result:
+        rows = result["layers"]
+        strength = f", strength {result['strength']:g}" if result["strength"] != "" else ""
+        lines.append(
+            f"budget of rows {result['budget']}{strength}, of blocks {result['across']}: "
+            f"{min(row['least'] for row in rows):.1%} to {max(row['most'] for row in rows):.1%} of a "
+            f"row is zero, {min(row['realised'] for row in rows):.1%} to "
+            f"{max(row['realised'] for row in rows):.1%} of a layer"
+        )
     if result["experts"] > 1:
         clusters = [layer["clusters"] for layer in result["layers"]]
         lines.append(

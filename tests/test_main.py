@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -11,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import matplotlib.image
 import pandas as pd
@@ -22,6 +24,7 @@ import entangle
 from entangle.__main__ import main
 from entangle.numerics.wasserstein import from_samples
 from entangle.study import runs
+from entangle.study.choosing import STRENGTHS, VARIABLES
 from tests.tiny_models import ARCHITECTURES, CONTEXT, save_tiny
 
 WORDS = "The quick brown fox jumps over the lazy dog; a wizard's job is to vex chumps quickly. "
@@ -359,6 +362,101 @@ def test_sparsify_writes_a_model_that_every_command_takes(
     assert main([*_pruning(place, "sparsify", out, *options), "--overwrite", "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
     assert (printed["realised"], len(printed["layers"])) == (0.5, 12)
+
+
+def test_sparsify_takes_a_budget_of_a_run(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, out = place / "run", tmp_path / "pruned"
+    layers = ["--layers", "*.mlp.*"]
+    options = ["--budget", f"{run}:ranks", "--strength", "0.4", "--across", "entanglement"]
+    assert main([*_pruning(place, "sparsify", out, *layers), *options]) == 0
+    said = capsys.readouterr().out
+    rows = json.loads((out / "sparsity.json").read_text())["layers"]
+    low, high = min(row["least"] for row in rows), max(row["most"] for row in rows)
+    assert "budget of rows ranks, strength 0.4, of blocks entanglement" in said
+    assert f"{low:.1%} to {high:.1%} of a row is zero" in said
+    noted = json.loads((out / "run.json").read_text())
+    assert (noted["budget"], noted["strength"], noted["across"]) == ("ranks", 0.4, "entanglement")
+    alone = entangle.load_model(place / "model")
+    tokenizer = entangle.load_tokenizer(place / "model")
+    windows = entangle.token_windows(place / "text.txt", tokenizer, windows=20, length=32)
+    words: dict[str, Any] = {"budget": "ranks", "strength": 0.4, "across": "entanglement"}
+    opened = entangle.open_run(run)
+    entangle.sparsify(alone, windows, 0.5, layers="*.mlp.*", run=opened, **words)
+    written = entangle.load_model(out).state_dict()
+    assert all(torch.equal(tensor, written[name]) for name, tensor in alone.state_dict().items())
+    # Without a variable it is the distance in output units; auto chooses a strength for it.
+    auto = ["--budget", str(run), "--strength", "auto", "--overwrite"]
+    assert main([*_pruning(place, "sparsify", out, *layers), *auto]) == 0
+    chosen = json.loads((out / "run.json").read_text())
+    assert chosen["budget"] in VARIABLES
+    assert chosen["strength"] in STRENGTHS
+    assert "--strength auto" in chosen["command"]
+    named = ["--budget", f"{run}:std", "--strength", "auto", "--overwrite"]
+    assert main([*_pruning(place, "sparsify", out, *layers), *named]) == 0
+    assert json.loads((out / "run.json").read_text())["budget"] == "std"
+
+
+def test_a_sweep_has_a_line_for_each_budget(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, out = place / "run", tmp_path / "sweep"
+    options = ["--layers", "*.mlp.*", "--method", "sparsegpt", "--propagate", "dense"]
+    options += ["--budget", f"uniform,{run},{run}:shuffled,trim", "--across", "uniform,depth"]
+    assert main(_pruning(place, "sweep", out, *options)) == 0
+    said = capsys.readouterr().out
+    table = pd.read_csv(out / "tables" / "sweep.csv", dtype={"budget": str})
+    assert table["budget"][1:].tolist() == [
+        *["uniform"] * 2, *["wasserstein*std"] * 2, *["shuffled"] * 2, *["trim"] * 2
+    ]  # fmt: skip
+    assert table["realised"][1:].nunique() == 1
+    for row in table[1:].to_dict(orient="records"):
+        assert f"{row['least']:.3f} to {row['most']:.3f}" in said
+        assert f"{row['least_layer']:.3f} to {row['most_layer']:.3f}" in said
+    assert (out / "figures" / "sweep.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--budget", "RUN:std", "--mask", "block"], "use a mask by row and a share of zeros"),
+        (["--budget", "RUN:std", "--sparsity", "2:4"], "2:4 fixes every row's zeros"),
+        (["--budget", "RUN:std", "--strength", "1.5"], "strength must be from 0 to 1, got 1.5"),
+        (["--budget", "RUN:std", "--strength", "much"], "expected a number or auto, got 'much'"),
+        (["--budget", "uniform", "--strength", "auto"], "give --budget RUN"),
+        (["--across", "entanglement"], "needs a measured run"),
+        (["--budget", "nowhere:std"], "nowhere is not there"),
+        (["--budget", "RUN:beauty"], "budget must be one of uniform, .* got 'beauty'"),
+        (["--budget", "OTHER"], "measured on other weights"),
+    ],
+)
+def test_what_is_no_budget_is_told(
+    place: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    options: list[str],
+    message: str,
+) -> None:
+    if "OTHER" in options:
+        save_tiny(tmp_path / "other", seed=3)
+        words = _measure(place, str(tmp_path / "OTHER"))
+        words[1] = str(tmp_path / "other")
+        assert main(words) == 0
+        capsys.readouterr()
+    (tmp_path / "RUN").symlink_to(place / "run")
+    options = [
+        str(tmp_path / word) if word.split(":")[0] in {"RUN", "OTHER"} else word for word in options
+    ]
+    try:
+        code = main([*_pruning(place, "sparsify", tmp_path / "out"), *options])
+    except SystemExit as error:  # of the grammar
+        code = int(error.code or 0)
+    said = capsys.readouterr().err
+    assert code == 2
+    assert re.search(message, said)
+    assert "Traceback" not in said
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_mixture_is_made_told_of_and_taken_as_a_model(

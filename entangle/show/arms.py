@@ -14,10 +14,11 @@ from matplotlib.figure import Figure
 from entangle.show.panels import DASHES, STYLE, Picture
 from entangle.study.effects import said
 from entangle.study.interventions import RANDOM
+from entangle.study.tables import BUDGETED
 
 _MARKS = {"sparsegpt": "o", "wanda": "s", "magnitude": "^"}
 _RIVALS = ("#b8306b", "#8c6d31")
-_COLOURED = ["method", "experts", "components", "pull"]
+_COLOURED = ["method", "experts", "components", "pull", "budget", "strength", "across"]
 _SETS = {  # in the order in which they are drawn
     "wasserstein": "#0b3c5d",
     "kurtosis": "#b8306b",
@@ -48,7 +49,8 @@ def sweep(table: pd.DataFrame, *, ax: Axes | None = None) -> Figure | Axes:
     Raises:
         ValueError: if no arm has a score.
     """
-    arms = table[(table["method"] != "dense") & np.isfinite(table["perplexity"])]
+    older = {name: word for name, word in BUDGETED.items() if name not in table}
+    arms = table[(table["method"] != "dense") & np.isfinite(table["perplexity"])].assign(**older)
     if arms.empty:
         raise ValueError("no arm of this sweep has a score to draw")
     figure = Picture(figsize=(8.5, 4.2), layout="constrained")
@@ -242,6 +244,10 @@ def _label(said: dict[str, Any], arms: pd.DataFrame) -> str:
     if said["experts"] > 1:
         words += ["at random"] if said["assign"] == "random" else []
         words += [f"{n} {said[n]}" for n in ("components", "pull") if n in several]
+    for name in ("budget", "across"):
+        if arms[name].nunique() > 1:
+            strength = f" {said['strength']}" if name == "budget" and said["strength"] else ""
+            words.append(f"{'rows' if name == 'budget' else 'blocks'} {said[name]}{strength}")
     words += [f"mask by {said['mask']}"] if arms["mask"].nunique() > 1 else []
     words += [f"{said['propagate']} propagation"] if arms["propagate"].nunique() > 1 else []
     return ", ".join(words)

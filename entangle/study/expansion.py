@@ -5,12 +5,13 @@ its inputs. One expert is plain one-shot pruning.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
+import xarray as xr
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -22,6 +23,7 @@ from entangle.model.loading import save_model
 from entangle.model.text import TokenWindows, check_windows
 from entangle.numerics.pruning import Sparsity, check_group
 from entangle.study import costs, runs
+from entangle.study.budgeting import STRENGTH, UNIFORM, Zeros, block_outliers, needs_run, zeros_of
 from entangle.study.calibration import (
     HELD_OUT,
     calibrate,
@@ -29,8 +31,9 @@ from entangle.study.calibration import (
     sample_inputs,
     walk_blocks,
 )
+from entangle.study.dataset import dataset_of
 from entangle.study.pruned import PULL, PrunedLayer, Pruning, prune_layer
-from entangle.study.recording import provenance
+from entangle.study.recording import check_weights, provenance
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -63,6 +66,10 @@ def sparsify(
     assign: str = "kmeans",
     components: int | None = None,
     pull: float = PULL,
+    budget: str = UNIFORM,
+    strength: float = STRENGTH,
+    across: str = UNIFORM,
+    run: xr.DataTree | xr.Dataset | None = None,
     layers: str | Sequence[str] = ("*",),
     batch_size: int = 4,
     skip_first: int = 0,
@@ -84,6 +91,9 @@ def sparsify(
     ``assign="random"`` tokens go to experts at random, the control. Each cluster's Gram is pulled
     towards the pooled one as by ``pull * inputs`` average tokens; as published, ``pull=0``.
 
+    A ``budget`` of rows or ``across`` blocks keeps more weights where neurons are entangled, at the
+    same total (see `zeros_of`), by a measured ``run`` of this model.
+
     With ``out`` the model, and the tokenizer, are also written to that folder: an ordinary Hugging
     Face one, or with several experts one that `load_model` loads, with run.json, log.json and
     sparsity.json. After an error the model may be pruned in part.
@@ -94,8 +104,8 @@ def sparsify(
         RuntimeError: a model that cannot be run block by block, or a layer that did not run once
             in each batch.
         ValueError: windows longer than the model's context, a model in training mode, compiled,
-            quantised or expanded, a number or word out of range, or inputs that no pruning can be
-            made of; the message names the layer.
+            quantised or expanded, a number or word out of range, a run of other weights, or inputs
+            that no pruning can be made of; the message names the layer.
     """
     pruning = Pruning.of(
         sparsity,
@@ -106,10 +116,14 @@ def sparsify(
         assign=assign,
         components=components,
         pull=pull,
+        budget=budget,
+        strength=strength,
+        across=across,
     )
     chosen = prunable_layers(model, windows, layers, [pruning], skip_first)
+    evidence = budget_run(model, [pruning], run)
 
-    def run() -> Sparsified:
+    def prune_all() -> Sparsified:
         attributes = provenance(
             model,
             windows,
@@ -118,18 +132,24 @@ def sparsify(
             skip_first=skip_first,
             command=command,
         )
-        attributes |= pruning.words()
+        attributes |= pruning.words() | evidence
+        outliers = None
+        if pruning.across == "owl":
+            outliers = block_outliers(walk_blocks(model, windows, batch_size, skip_first), chosen)
+        zeros = budget_of(chosen, pruning, run, outliers, windows.seed)
         walk = walk_blocks(model, windows, batch_size, skip_first)
-        pruned = prune_model(walk, chosen, pruning, seed=windows.seed, progress=progress)
+        pruned = prune_model(
+            walk, chosen, pruning, seed=windows.seed, zeros=zeros, progress=progress
+        )
         rows = pd.DataFrame([layer.row for layer in pruned])
         return Sparsified(rows, attributes | {"tokens": walk.tokens})
 
     if out is None:
-        return run()
+        return prune_all()
     stopwatch = runs.Stopwatch()
     dense = costs.model_multiply_adds(model)
     with folders.new_folder(out, overwrite=overwrite) as folder:
-        found = run()
+        found = prune_all()
         save_model(model, tokenizer, folder)
         rows: list[Any] = found.layers.to_dict(orient="records")
         whole = {"sparsity": found.sparsity, "error": found.error}
@@ -138,6 +158,48 @@ def sparsify(
         runs.write_json(folder / "run.json", found.attributes)
         runs.write_json(folder / "log.json", stopwatch.log())
     return found
+
+
+def budget_run(
+    model: PreTrainedModel,
+    prunings: Sequence[Pruning],
+    run: xr.DataTree | xr.Dataset | None,
+) -> dict[str, Any]:
+    """See that there is a run of this model where a budget needs one; return what names it.
+
+    Raises:
+        ValueError: there is none, or one of other weights.
+    """
+    needed = [one for one in prunings if needs_run(one.budget, one.across)]
+    if not needed:
+        return {}
+    if run is None:
+        raise ValueError(
+            f"budget {needed[0].budget} across {needed[0].across} needs a measured run of the model"
+        )
+    check_weights(model, run)
+    about = dataset_of(run).attrs
+    return {"budget_run": {name: about.get(name) for name in ("text", "tokens", "fingerprint")}}
+
+
+def budget_of(
+    layers: Sequence[LinearLayer],
+    pruning: Pruning,
+    run: xr.DataTree | xr.Dataset | None,
+    outliers: Mapping[int, float] | None,
+    seed: int,
+) -> Zeros:
+    """Return the zeros of each layer's rows (see `zeros_of`)."""
+    return zeros_of(
+        layers,
+        pruning.sparsity,
+        budget=pruning.budget,
+        strength=pruning.strength,
+        across=pruning.across,
+        run=run,
+        outliers=outliers,
+        seed=seed,
+    )
 
 
 def prunable_layers(
@@ -182,6 +244,7 @@ def prune_model(
     *,
     seed: int = 0,
     held_out: BlockWalk | None = None,
+    zeros: Zeros | None = None,
     progress: bool = False,
 ) -> list[PrunedLayer]:
     """Prune layers in place, block by block, and measure the error on inputs from other text too.
@@ -204,7 +267,8 @@ def prune_model(
                 calibrations = found[pruning.clustering]
                 for layer in here:
                     calibration, rows = calibrations[layer.name], unseen.get(layer.name)
-                    pruned.append(prune_layer(walk.model, layer, calibration, pruning, rows))
+                    count = (zeros or {}).get(layer.name)
+                    pruned.append(prune_layer(walk.model, layer, calibration, pruning, rows, count))
             for one in walks:
                 if one.block == block < last:
                     one.advance()

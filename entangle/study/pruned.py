@@ -11,10 +11,12 @@ from transformers import PreTrainedModel
 
 from entangle.model.experts import ExpertLinear
 from entangle.model.layers import LinearLayer, replace_layer, weight_of, write_weight
+from entangle.numerics.budgets import even_quality, largest_remainder
 from entangle.numerics.moments import output_energy
 from entangle.numerics.pruning import Mask, Method, Sparsity, prune
 from entangle.numerics.routing import Router
 from entangle.study import costs
+from entangle.study.budgeting import ACROSS, ROWS, STRENGTH, TRIM, UNIFORM
 from entangle.study.calibration import ONE, Assign, Calibration, Clustering, naming
 
 Propagate = Literal["sparse", "dense"]
@@ -24,9 +26,12 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "mask": ("row", "block"),
     "propagate": ("sparse", "dense"),
     "assign": ("kmeans", "random"),
+    "budget": ROWS,
+    "across": ACROSS,
 }
 _ROUTED = ("assign", "components", "pull")
-_ORDER = ("propagate", "method", "mask", "experts", *_ROUTED)
+_BUDGETED = ("budget", "strength", "across")
+_ORDER = ("propagate", "method", "mask", "experts", *_ROUTED, *_BUDGETED)
 PULL = 0.5  # times the number of inputs: the average tokens that each expert's Gram is pulled by
 
 
@@ -42,6 +47,9 @@ class Pruning:
     assign: Assign = "kmeans"
     components: int | None = None
     pull: float = PULL
+    budget: str = UNIFORM
+    strength: float = STRENGTH
+    across: str = UNIFORM
 
     @classmethod
     def of(cls, sparsity: str | float | Sparsity, **words: Any) -> Self:
@@ -68,7 +76,21 @@ class Pruning:
                 f"experts are pruned by sparsegpt, got {pruning.experts} experts and "
                 f"{pruning.method}: use one expert or method sparsegpt"
             )
+        if not isinstance(pruning.strength, int | float) or not 0 <= pruning.strength <= 1:
+            raise ValueError(f"strength must be from 0 to 1, got {pruning.strength!r}")
+        if pruning.budgeted and (pruning.mask == "block" or pruning.sparsity.group):
+            why = "a mask by block chooses among all rows"
+            why = f"{pruning.sparsity} fixes every row's zeros" if pruning.sparsity.group else why
+            raise ValueError(
+                f"budget {pruning.budget} across {pruning.across} says how many weights each row "
+                f"keeps, but {why}: use a mask by row and a share of zeros"
+            )
         return pruning
+
+    @property
+    def budgeted(self) -> bool:
+        """Whether rows or blocks differ in how much of them is pruned."""
+        return (self.budget, self.across) != (UNIFORM, UNIFORM)
 
     @property
     def clustering(self) -> Clustering:
@@ -83,6 +105,9 @@ class Pruning:
         if self.experts > 1:
             components = "auto" if self.components is None else self.components
             words |= {"assign": self.assign, "components": components, "pull": self.pull}
+        if self.budgeted:
+            strength = "" if self.budget in {UNIFORM, TRIM} else self.strength
+            words |= {"budget": self.budget, "strength": strength, "across": self.across}
         return words | {"sparsity": str(self.sparsity)}
 
 
@@ -109,6 +134,12 @@ def arms_of(sparsities: Sequence[str | float], **words: Sequence[Any]) -> list[P
             arm["experts"] = 1
         if arm.get("experts", 1) == 1:  # and so no router
             arm = {name: word for name, word in arm.items() if name not in _ROUTED}
+        unstructured = any(not Sparsity.parse(one).group for one in map(str, sparsities))
+        fixed = bool(Sparsity.parse(str(combination[-1])).group) and unstructured
+        if fixed or (arm.get("mask") == "block" and "row" in words["mask"]):  # the arm as published
+            arm = {name: word for name, word in arm.items() if name not in _BUDGETED}
+        if arm.get("budget", UNIFORM) in {UNIFORM, TRIM}:
+            arm.pop("strength", None)
         pruning = Pruning.of(combination[-1], **arm)
         if pruning.sparsity.group:  # groups lie in a row
             pruning = dataclasses.replace(pruning, mask="row")
@@ -131,9 +162,13 @@ def prune_layer(
     calibration: Calibration,
     pruning: Pruning,
     held_out: torch.Tensor | None = None,
+    zeros: torch.Tensor | int | None = None,
 ) -> PrunedLayer:
     """Prune a layer in place, or put a mixture of experts in its place.
 
+    ``zeros`` are those of its rows (neurons,), or the layer's, which TRIM's rule hands to the rows;
+    without them each row has the sparsity. `least` and `most` are the smallest and the largest share
+    of zeros of a row.
     ``error`` is ‖(W - Ŵ)X‖² / ‖WX‖² over the calibration's inputs X, each with the Ŵ of its expert;
     NaN for a layer without output. ``held_out_error`` is the same over the inputs (tokens, inputs)
     ``held_out``. ``zeros`` are counted in the weights themselves.
@@ -143,10 +178,15 @@ def prune_layer(
     """
     weight, moments, router = weight_of(layer), calibration.moments, calibration.router
     with naming(layer):
+        if isinstance(zeros, int):
+            pooled = moments if router is None else moments.pooled()
+            shares = even_quality(weight, pooled, zeros / weight.numel())
+            sizes = [layer.inputs] * layer.neurons
+            zeros = torch.from_numpy(largest_remainder(shares, sizes, zeros))
         pruned = prune(
             weight,
             moments if router is None else moments.pulled(pruning.pull),
-            pruning.sparsity,
+            pruning.sparsity if zeros is None else zeros,
             method=pruning.method,
             mask=pruning.mask,
         )
@@ -164,7 +204,8 @@ def prune_layer(
         mixture = ExpertLinear(pruned.weight, bias, router, experts)
         layer = replace_layer(model, layer, mixture)
     first = router is None or router.layers == 1  # of the layers that share it
-    zeros = int((weight_of(layer) == 0).sum())
+    missing = (weight_of(layer) == 0).sum(dim=-1).double() / layer.inputs
+    total = int((weight_of(layer) == 0).sum())
     row = {
         "layer": layer.name,
         "block": layer.block,
@@ -175,8 +216,10 @@ def prune_layer(
         "smallest_cluster": min(experts),
         "largest_cluster": max(experts),
         "weights": weight_of(layer).numel(),
-        "zeros": zeros,
-        "realised": zeros / weight_of(layer).numel(),
+        "zeros": total,
+        "realised": total / weight_of(layer).numel(),
+        "least": float(missing.min()),
+        "most": float(missing.max()),
         "error": _ratio(float(lost.sum()), calibration.energy),
         "held_out_error": _ratio(float(unseen.sum()), unseen_energy),
         "damping": max(pruned.damping),

@@ -24,7 +24,14 @@ from entangle.model import folders
 
 CHUNK = 4096  # neurons
 _WORDS = {"method", "mask", "propagate", "assign", "components", "pull", "sparsity", "problem"}
-_WORDS |= {"intervention", "block", "set"}  # columns of text, where an empty one is no NaN
+_WORDS |= {
+    "intervention",
+    "block",
+    "set",
+    "budget",
+    "strength",
+    "across",
+}  # columns of text, where an empty one is no NaN
 PACKAGES = ("entangle", "torch", "transformers", "numpy", "numba", "scikit-learn")
 
 

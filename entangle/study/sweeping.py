@@ -1,6 +1,7 @@
 """Sweep over prunings of one model: prune, score, put the weights back, and make one table."""
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 
 import pandas as pd
 import torch
+import xarray as xr
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
@@ -16,6 +18,7 @@ from entangle.model.layers import LinearLayer, find_layers, replace_layer, weigh
 from entangle.model.packing import load_tensors, save_tensors
 from entangle.model.text import TokenWindows, check_disjoint, check_windows
 from entangle.study import costs, runs
+from entangle.study.budgeting import STRENGTH, UNIFORM, block_outliers
 from entangle.study.calibration import (
     HELD_OUT,
     Clustering,
@@ -27,7 +30,7 @@ from entangle.study.calibration import (
     save_rows,
     walk_blocks,
 )
-from entangle.study.expansion import prunable_layers, prune_model
+from entangle.study.expansion import budget_of, budget_run, prunable_layers, prune_model
 from entangle.study.perplexity import NotFiniteError, score
 from entangle.study.pruned import PULL, PrunedLayer, Pruning, arms_of, prune_layer
 from entangle.study.recording import provenance
@@ -51,6 +54,10 @@ def sweep(
     assign: Sequence[str] = ("kmeans",),
     components: Sequence[int | None] = (None,),
     pull: Sequence[float] = (PULL,),
+    budgets: Sequence[str] = (UNIFORM,),
+    strengths: Sequence[float] = (STRENGTH,),
+    across: Sequence[str] = (UNIFORM,),
+    run: xr.DataTree | xr.Dataset | None = None,
     layers: str | Sequence[str] = ("*",),
     batch_size: int = 4,
     skip_first: int = 0,
@@ -69,7 +76,8 @@ def sweep(
     of the relative improvement, the RMSE of their outputs with one expert over that with several.
     Costs are those of `costs.totals`. Wanda and magnitude are run with one expert only. Arms that
     would be the same are run once: n:m is a mask by row, magnitude sees no inputs, and one expert
-    has no router. Arms with ``propagate="dense"`` share one pass over the calibration. Afterwards
+    has no router. ``budgets`` of rows and ``across`` blocks (see `zeros_of`) are made from a measured
+    ``run`` of the model; beside others n:m and masks by block are run uniform, as published. Arms with ``propagate="dense"`` share one pass over the calibration. Afterwards
     the model is as it was.
 
     With ``out`` tables are written to that folder. A sweep that was killed goes on where it was
@@ -81,7 +89,7 @@ def sweep(
         LookupError: a pattern matches no layer.
         RuntimeError: a model that cannot be run block by block, or whose dense score is not
             finite.
-        ValueError: as `sparsify` says, or a window of the evaluation is one of the calibration.
+        ValueError: as `sparsify` says, a run of other weights, or a window of the evaluation is one of the calibration.
     """
     prunings = arms_of(
         sparsities,
@@ -92,6 +100,9 @@ def sweep(
         assign=assign,
         components=components,
         pull=pull,
+        budget=budgets,
+        strength=strengths,
+        across=across,
     )
     chosen = prunable_layers(model, windows, layers, prunings, skip_first)
     check_windows(model, evaluation, skip_first)
@@ -106,7 +117,8 @@ def sweep(
         evaluation=evaluation,
     )
     attributes |= {"arms": [pruning.words() for pruning in prunings]}
-    bench = _Bench(model, windows, evaluation, chosen, batch_size, skip_first, progress)
+    attributes |= budget_run(model, prunings, run)
+    bench = _Bench(model, windows, evaluation, chosen, run, batch_size, skip_first, progress)
     clusterings = list(dict.fromkeys(p.clustering for p in prunings if p.propagate == "dense"))
     stopwatch = runs.Stopwatch()
     with runs.resumed_run(out, attributes, overwrite=overwrite) as folder:
@@ -140,9 +152,15 @@ class _Bench:
     windows: TokenWindows
     evaluation: TokenWindows
     layers: Sequence[LinearLayer]
+    run: xr.DataTree | xr.Dataset | None  # that budgets are made from
     batch_size: int
     skip_first: int
     progress: bool
+
+    @functools.cached_property
+    def outliers(self) -> dict[int, float]:
+        """Each block's outlier ratio, of the dense model."""
+        return block_outliers(self.walk(), self.layers)
 
     @property
     def blocks(self) -> range:
@@ -159,7 +177,7 @@ class _Bench:
 
 
 def _name(pruning: Pruning) -> str:
-    return "-".join(map(str, pruning.words().values())).replace(":", "of")
+    return "-".join(map(str, pruning.words().values())).replace(":", "of").replace("*", "x")
 
 
 def _calibrate_dense(bench: _Bench, clusterings: Sequence[Clustering], folder: Path) -> None:
@@ -260,13 +278,17 @@ def _share_of_zeros(weights: Iterable[torch.Tensor]) -> float:
 
 def _prune(bench: _Bench, pruning: Pruning, grams: Path) -> list[PrunedLayer]:
     """Prune the model in place: dense propagation from what is saved, sparse from the text."""
+    seed = bench.windows.seed
+    outliers = bench.outliers if pruning.across == "owl" else None
+    zeros = budget_of(bench.layers, pruning, bench.run, outliers, seed)
     if pruning.propagate == "sparse":
         return prune_model(
             bench.walk(),
             bench.layers,
             pruning,
-            seed=bench.windows.seed,
+            seed=seed,
             held_out=bench.held_out_walk(),
+            zeros=zeros,
             progress=bench.progress,
         )
     pruned = []
@@ -278,7 +300,14 @@ def _prune(bench: _Bench, pruning: Pruning, grams: Path) -> list[PrunedLayer]:
         found = load_calibrations(files[pruning.clustering], device)
         rows = load_rows(files[None], device)
         pruned += [
-            prune_layer(bench.model, layer, found[layer.name], pruning, rows[layer.name])
+            prune_layer(
+                bench.model,
+                layer,
+                found[layer.name],
+                pruning,
+                rows[layer.name],
+                zeros.get(layer.name),
+            )
             for layer in here
         ]
     return pruned

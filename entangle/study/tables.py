@@ -24,7 +24,9 @@ COSTS = (
 )
 
 
-WORDS = ("method", "mask", "propagate", "experts", "assign", "components", "pull", "sparsity")
+BUDGETED = {"budget": "uniform", "strength": "", "across": "uniform"}
+WORDS = ("method", "mask", "propagate", "experts", "assign", "components", "pull", *BUDGETED)
+WORDS += ("sparsity",)
 USUAL = {"assign": "kmeans", "components": "auto", "pull": "0.5"}  # what need not be said
 
 Losses = npt.NDArray[np.float64]
@@ -35,7 +37,7 @@ def tables_of(results: Sequence[Mapping[str, Any]]) -> tuple[pd.DataFrame, pd.Da
     nats = [np.array(result["window_nats"], dtype=np.float64) for result in results]
     rows, layers = [], []
     for result, found in zip(results, nats, strict=True):
-        arm = {name: str(result.get(name, "")) for name in WORDS}
+        arm = {name: str(result.get(name, BUDGETED.get(name, ""))) for name in WORDS}
         arm["experts"] = result.get("experts", 1)
         scored, change = Score(found, result["tokens"]), Score(found - nats[0], result["tokens"])
         pruned = pd.DataFrame(result["layers"])
@@ -43,9 +45,14 @@ def tables_of(results: Sequence[Mapping[str, Any]]) -> tuple[pd.DataFrame, pd.Da
             ("error", "held_out_error"), 0.0 if result is results[0] else math.nan
         )
         damping, improvements = 0.0 if result is results[0] else math.nan, {}
+        ranges = dict.fromkeys(("least", "most", "least_layer", "most_layer"), math.nan)
         if len(pruned):
             means = {name: float(pruned[name].astype(float).mean()) for name in means}
             damping = pruned["damping"].max()
+            if "least" in pruned:
+                ranges = {"least": pruned["least"].min(), "most": pruned["most"].max()}
+                ranges["least_layer"] = pruned["realised"].min()
+                ranges["most_layer"] = pruned["realised"].max()
             improvements = _improvements(result, results)
             for name, values in improvements.items():
                 pruned[name] = _medians(values, result["layers"])
@@ -53,6 +60,7 @@ def tables_of(results: Sequence[Mapping[str, Any]]) -> tuple[pd.DataFrame, pd.Da
         row = arm | {
             "realised": result.get("realised", math.nan),
             "model_sparsity": result.get("model_sparsity", math.nan),
+            **ranges,
             "perplexity": scored.perplexity,
             "perplexity_error": scored.perplexity_error,
             "ratio": change.perplexity,  # exp of the mean difference: a ratio of perplexities
@@ -86,7 +94,7 @@ def _improvements(
     if result["experts"] == 1 or result["propagate"] == "sparse":  # which has other inputs
         return {}
     for one in results:
-        if one.get("experts") == 1 and all(one[name] == result[name] for name in same):
+        if one.get("experts") == 1 and all(one.get(name) == result.get(name) for name in same):
             break
     else:
         return {}
@@ -131,10 +139,20 @@ def markdown(table: pd.DataFrame) -> str:
     arms = table[table["method"] != "dense"]
     mixtures = arms[arms["experts"] > 1]
     words = [name for name in WORDS if name not in USUAL or {*mixtures[name]} - {USUAL[name]}]
+    words = [name for name in words if name not in BUDGETED or _differs(arms, name)]
+    budgeted = any(name in words for name in BUDGETED)
     if not len(mixtures):
         words.remove("experts")
     improved = table["held_out_improvement"].notna().any()
-    heads = ["realised", "perplexity", "ratio", "difference (nats)", "layer error", "held out"]
+    heads = [
+        "realised",
+        *(["of rows", "of layers"] if budgeted else []),
+        "perplexity",
+        "ratio",
+        "difference (nats)",
+        "layer error",
+        "held out",
+    ]
     heads += ["improvement"] if improved else []
     heads += ["multiply-adds", "stored", "disk", "memory"]
     rows = [[*words, *heads]]
@@ -146,6 +164,7 @@ def markdown(table: pd.DataFrame) -> str:
             continue
         cells += [
             f"{row['realised']:.4f}",
+            *([_range(row, ""), _range(row, "_layer")] if budgeted else []),
             with_error(row["perplexity"], row["perplexity_error"]),
             f"{row['ratio']:.4g}",
             with_error(row["difference"], row["difference_error"]),
@@ -163,6 +182,16 @@ def markdown(table: pd.DataFrame) -> str:
         rows.append(cells)
     lines += [*table_lines(rows), *_remarks(table, words)]
     return "\n".join(lines) + "\n"
+
+
+def _differs(arms: pd.DataFrame, name: str) -> bool:
+    return bool({*arms[name].astype(str)} - {BUDGETED[name]})
+
+
+def _range(row: Mapping[Any, Any], of: str) -> str:
+    """Return the smallest and the largest share of zeros, of rows or of layers."""
+    ends = row[f"least{of}"], row[f"most{of}"]
+    return "-" if not math.isfinite(ends[0]) else f"{ends[0]:.3f} to {ends[1]:.3f}"
 
 
 def table_lines(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -1,0 +1,73 @@
+"""Choose a budget's strength, and its variable, on calibration windows set aside."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import pandas as pd
+import torch
+import xarray as xr
+from transformers import PreTrainedModel
+
+from entangle.model.text import TokenWindows
+from entangle.study.budgeting import BUDGET
+from entangle.study.sweeping import sweep
+
+STRENGTHS = (0.1, 0.25, 0.4)
+VARIABLES = (BUDGET, "ranks", "wasserstein")
+_EVERY = 4  # a window in so many is set aside
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ChosenBudget:
+    """What was chosen, and the table that says why."""
+
+    budget: str
+    strength: float
+    table: pd.DataFrame  # as `sweep` returns it, scored on the windows set aside
+
+
+def choose_budget(
+    model: PreTrainedModel,
+    windows: TokenWindows,
+    sparsity: str | float,
+    run: xr.DataTree | xr.Dataset,
+    *,
+    budgets: Sequence[str] = VARIABLES,
+    strengths: Sequence[float] = STRENGTHS,
+    **options: Any,
+) -> ChosenBudget:
+    """Return the budget of rows with the lowest perplexity on a fourth of the calibration windows.
+
+    The other windows are pruned by, with one expert and dense propagation, so that a candidate
+    costs a pruning and a score. ``options`` are those of `sweep`. The evaluation text is not seen.
+
+    Raises:
+        ValueError: as `sweep` does, fewer than four windows, or no candidate has a score.
+    """
+    if len(windows) < _EVERY:
+        raise ValueError(
+            f"strength auto sets a window in {_EVERY} aside, but there are {len(windows)}: give "
+            "more windows, or a strength"
+        )
+    aside = torch.arange(len(windows)) % _EVERY == 0
+    rest, scored = (
+        dataclasses.replace(windows, tokens=windows.tokens[which]) for which in (~aside, aside)
+    )
+    table = sweep(
+        model,
+        rest,
+        scored,
+        (sparsity,),
+        budgets=budgets,
+        strengths=strengths,
+        run=run,
+        methods=["sparsegpt"],
+        propagate=["dense"],
+        **options,
+    )
+    arms = table[table["budget"].isin(budgets)].dropna(subset="nats").sort_values("nats")
+    if arms.empty:
+        raise ValueError(f"no budget has a score: {'; '.join(table['problem'].unique())}")
+    best = arms.to_dict(orient="records")[0]
+    return ChosenBudget(str(best["budget"]), float(best["strength"]), table)

@@ -1,0 +1,47 @@
+"""The chosen budget is the one with the best score on the windows set aside, and on no others."""
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+
+import entangle
+from entangle.study import choosing
+from tests.test_expansion import random_windows
+from tests.tiny_models import tiny_model
+
+OPTIONS: dict[str, Any] = {"layers": "*.mlp.*", "across": ["depth"]}
+
+
+def test_it_is_the_best_of_a_sweep_on_a_fourth_of_the_windows() -> None:
+    model, windows = tiny_model("llama"), random_windows(22)
+    run = entangle.measure(model, windows)
+    found = entangle.choose_budget(model, windows, 0.6, run, **OPTIONS)
+    aside = torch.arange(22) % 4 == 0
+    rest, scored = (
+        dataclasses.replace(windows, tokens=windows.tokens[which]) for which in (~aside, aside)
+    )
+    assert found.table["windows"][0] == 6
+    nats = {}
+    for budget in choosing.VARIABLES:
+        for strength in choosing.STRENGTHS:
+            pruned = tiny_model("llama")
+            words: Any = {"budget": budget, "strength": strength, "across": "depth", "run": run}
+            entangle.sparsify(pruned, rest, 0.6, propagate="dense", layers="*.mlp.*", **words)
+            nats[budget, strength] = entangle.score(pruned, scored).nats
+    best = min(nats, key=lambda key: nats[key])
+    assert (found.budget, found.strength) == best
+    assert len(found.table) == 1 + len(nats)
+    assert model.state_dict()["model.layers.0.mlp.up_proj.weight"].ne(0).all()
+
+
+def test_a_named_variable_is_kept() -> None:
+    model, windows = tiny_model("llama"), random_windows(8)
+    run = entangle.measure(model, windows)
+    found = entangle.choose_budget(model, windows, 0.6, run, budgets=["std"], **OPTIONS)
+    assert found.budget == "std"
+    assert found.strength in choosing.STRENGTHS
+    assert {*found.table["budget"][1:]} == {"std"}
+    with pytest.raises(ValueError, match="sets a window in 4 aside, but there are 3"):
+        entangle.choose_budget(model, random_windows(3), 0.6, run, **OPTIONS)
