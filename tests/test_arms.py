@@ -289,3 +289,28 @@ def test_arms_without_a_score_are_left_out_and_none_is_an_error() -> None:
     table.loc[1:, "perplexity"] = np.nan
     with pytest.raises(ValueError, match="no arm of this ablation has a score to draw"):
         plots.ablation(table)
+
+
+def test_budgets_of_one_sparsity_stand_one_below_the_other_the_best_first() -> None:
+    words = [("uniform", "", "uniform"), ("std", "0.25", "uniform"), ("std", "0.25", "depth")]
+    frame = table(*(("sparsegpt", "row", "dense", "0.7", 0.3, 40.0 - p, 1.0) for p in range(3)))
+    frame[["budget", "strength", "across"]] = [("uniform", "", "uniform"), *words]
+    frame["difference"] = [0.0, 0.9, 0.8, 0.7]
+    frame["difference_error"] = [0.0, 0.01, 0.02, 0.03]
+    figure = plots.sweep(frame)
+    (panel,) = figure.axes
+    labels = [label.get_text() for label in panel.get_yticklabels()]
+    assert labels == [
+        "sparsegpt, rows std 0.25, blocks depth",
+        "sparsegpt, rows std 0.25, blocks uniform",
+        "sparsegpt, rows uniform, blocks uniform",
+    ]
+    drawn = {}
+    for container in panel.containers:
+        parts: Any = container
+        line, _, (bars,) = parts.lines
+        for x, y, bar in zip(*line.get_data(), bars.get_segments(), strict=True):
+            drawn[labels[int(y)]] = float(x), float(np.ptp(bar[:, 0]) / 2)
+    for place, label in enumerate(labels[::-1]):
+        assert drawn[label] == pytest.approx((0.9 - 0.1 * place, 0.01 * (place + 1)))
+    assert panel.get_ylim()[0] > panel.get_ylim()[1]

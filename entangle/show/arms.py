@@ -44,7 +44,8 @@ def sweep(table: pd.DataFrame, *, ax: Axes | None = None) -> Figure | Axes:
     Multiply-adds are those of a token in the pruned layers, routers included, over the dense ones:
     with one expert one less the realised sparsity. Bars are one standard error over windows; n:m
     sparsities are single marks, named beside them; the dashed line is the dense model. The
-    perplexity's axis is logarithmic.
+    perplexity's axis is logarithmic. Budgets of one sparsity, which all have as many weights, are
+    drawn one below the other, by what they cost in nats above dense, paired by window.
 
     Raises:
         ValueError: if no arm has a score.
@@ -53,6 +54,8 @@ def sweep(table: pd.DataFrame, *, ax: Axes | None = None) -> Figure | Axes:
     arms = table[(table["method"] != "dense") & np.isfinite(table["perplexity"])].assign(**older)
     if arms.empty:
         raise ValueError("no arm of this sweep has a score to draw")
+    if arms["sparsity"].nunique() == 1 and len(arms[[*BUDGETED]].drop_duplicates()) > 1:
+        return _budgets(table, arms, ax)
     figure = Picture(figsize=(8.5, 4.2), layout="constrained")
     panel = ax or figure.add_subplot()
     tints = _tints(arms)
@@ -204,6 +207,30 @@ def _dots(panel: Axes, part: pd.DataFrame) -> None:
     top = panel.secondary_xaxis("top", functions=both)
     top.tick_params(labelsize=7)
     top.set_xlabel("ratio of perplexities", fontsize=7)
+
+
+def _budgets(table: pd.DataFrame, arms: pd.DataFrame, ax: Axes | None) -> Figure | Axes:
+    """Draw arms of one sparsity by their difference to the dense model, the best first."""
+    arms = arms.sort_values("difference", kind="stable")
+    figure = Picture(figsize=(8.5, 1.2 + 0.24 * len(arms)), layout="constrained")
+    panel = ax or figure.add_subplot()
+    places = np.arange(len(arms))
+    uniform = (arms[[*BUDGETED]].astype(str) == [*BUDGETED.values()]).all(axis=1).to_numpy()
+    for kind, tint in ((uniform, "0.45"), (~uniform, _SETS["wasserstein"])):
+        style: dict[str, Any] = {"color": tint, "fmt": "o", "markersize": 4, "capsize": 3}
+        part = arms[kind]
+        panel.errorbar(part["difference"], places[kind], xerr=part["difference_error"], **style)
+    kinds = arms[_KINDS].itertuples(index=False, name=None)
+    labels = [_label(dict(zip(_KINDS, kind, strict=True)), arms) for kind in kinds]
+    panel.set_yticks(places, labels)
+    panel.set_ylim(len(arms) - 0.5, -0.5)
+    panel.grid(axis="x", alpha=0.25)
+    tokens = f"{int(table['tokens'].max()):,} tokens, bars: one standard error, paired by window"
+    panel.set_xlabel(f"difference to the dense model (nats a token)\n{tokens}")
+    dense = table.loc[table["method"] == "dense", "perplexity"].iloc[0]
+    words = f"{arms['sparsity'].iloc[0]} sparse, dense perplexity {dense:.4g}"
+    panel.set_title(f"{_subject(table)}\n{words}", loc="left")
+    return ax or figure
 
 
 def _line(panel: Axes, part: pd.DataFrame, label: str, dashes: str, style: dict[str, Any]) -> None:
