@@ -244,7 +244,7 @@ def test_a_full_disk_is_told_and_what_is_done_stays(
 def test_words_are_the_same_on_the_command_line_and_in_python() -> None:
     assert arguments.METHODS == CHOICES["method"] == get_args(Method)
     assert set(arguments.MASKS) == set(CHOICES["mask"]) == set(get_args(Mask))
-    assert arguments.ACROSS_BLOCKS == CHOICES["across"]
+    assert CHOICES["across"] == arguments.ACROSS_BLOCKS
     assert set(arguments.PROPAGATE) == set(CHOICES["propagate"]) == set(get_args(Propagate))
 
 

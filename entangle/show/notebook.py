@@ -135,6 +135,7 @@ class Neuron:
         cells["error bound"] = f"{float(values['wasserstein_error']):.4f}"
         cells["noise floor"] = f"{noise_floor(int(values['count'])):.4f}"
         cells |= {name: f"{float(values[name]):.4g}" for name in _FACTS if name in values}
+        cells["count"] = f"{int(values['count']):,}"
         rows = "".join(
             f"<tr><th style='text-align:left'>{name}</th><td>{cell}</td></tr>"
             for name, cell in cells.items()
