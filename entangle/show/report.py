@@ -97,8 +97,7 @@ def _section(folder: Path) -> Section:
         about, subject = run.attrs["disentangled"], held_out_subject(run.to_dataset())
         return _tabled(folder, "disentangle", run, about, subject)
     found = summary(run)
-    file = folder / "contexts.json"
-    data, left_out = _touchable(run, runs.read_json(file) if file.is_file() else {})
+    data, left_out = _touchable(run, _contexts(folder / "contexts.json"))
     figures, not_drawn = _drawn(run, "measure")
     return Section(
         name=folder.resolve().name,
@@ -236,7 +235,7 @@ def _touchable(run: xr.DataTree, contexts: Mapping[str, Any]) -> tuple[dict[str,
         "bars": _BARS,
         "levels": _LEVELS,
         "tokens": int(data["count"].max()),
-        "contexts": {name: _shortened(one) for name, one in contexts.items()},
+        "contexts": contexts,
     }
     packed = {"header": _packed(_json(header))}
     packed |= {name: _packed(_three_bytes(values)) for name, values in columns.items()}
@@ -256,6 +255,22 @@ def _most_of_each(counts: Sequence[int]) -> int:
     while np.minimum(counts, most).sum() > MOST:
         most = int(most * 0.98)
     return most
+
+
+def _contexts(file: Path) -> dict[str, Any]:
+    """Return what was found of neurons, with as much text as the page shows.
+
+    Raises:
+        ValueError: the file is not one that this version wrote.
+    """
+    found = runs.read_json(file) if file.is_file() else {}
+    try:
+        return {name: _shortened(one) for name, one in found.items()}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{file} is not what this version of entangle contexts writes ({error!r}): delete it and "
+            "find the contexts again"
+        ) from error
 
 
 def _shortened(found: Mapping[str, Any]) -> dict[str, Any]:

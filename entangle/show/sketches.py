@@ -45,7 +45,9 @@ def sketch(held: xr.Dataset, mean: Floats, std: Floats, *, bars: int) -> Sketche
     reached = np.take_along_axis(below, whole, axis=1) + (places - whole) * np.take_along_axis(
         counts, whole, axis=1
     )
-    shares = np.where(spread[:, None], np.diff(reached, axis=1) / tokens[:, None], np.nan)
+    shares = np.where(
+        spread[:, None], np.diff(reached, axis=1) / np.maximum(tokens, 1)[:, None], np.nan
+    )
     return Sketches(low, high, shares)
 
 

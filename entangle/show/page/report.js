@@ -301,7 +301,7 @@ class Heatmap {
       explorer.select(rowOf(event));
     });
     this.plot.addEventListener("keydown", (event) => this.move(event));
-    this.plot.addEventListener("focus", () => { this.mark(this.row(this.place)); explorer.tell(this.row(this.place)); });
+    this.plot.addEventListener("focus", () => this.point(this.row(this.place)));
   }
 
   layout() {
@@ -318,6 +318,13 @@ class Heatmap {
 
   row([place, rank]) {
     return this.layers[place].first + rank;
+  }
+
+  // Mark a neuron and say which it is; a layer may have none to show.
+  point(row) {
+    if (!this.layers[this.place[0]].shown) return;
+    this.mark(row);
+    this.explorer.tell(row);
   }
 
   mark(row) {
@@ -339,15 +346,14 @@ class Heatmap {
     }[event.key];
     if (event.key === "Enter" || event.key === " ") {
       event.preventDefault();
-      this.explorer.select(this.row(this.place));
+      if (this.layers[this.place[0]].shown) this.explorer.select(this.row(this.place));
     }
     if (!to) return;
     event.preventDefault();
     const layer = this.layers[Math.max(0, Math.min(to[0], this.layers.length - 1))];
     if (!layer.shown) return;
     const row = layer.first + Math.max(0, Math.min(to[1], layer.shown - 1));
-    this.mark(row);
-    this.explorer.tell(row);
+    this.point(row);
   }
 
   recolour() {
@@ -428,6 +434,14 @@ class Table {
   }
 }
 
+function neuronOf(hash) {
+  try {
+    return decodeURIComponent(hash);
+  } catch {
+    return hash; // no link of ours
+  }
+}
+
 (async () => {
   const boxes = [...document.querySelectorAll(".explorer")];
   try {
@@ -435,7 +449,7 @@ class Table {
     document.head.append(Object.assign(make("script"), { textContent: library }));
     const explorers = [];
     for (const box of boxes) explorers.push(await Explorer.open(box));
-    const wanted = decodeURIComponent(location.hash.slice(1));
+    const wanted = neuronOf(location.hash.slice(1));
     for (const explorer of explorers) {
       const row = explorer.names.indexOf(wanted);
       let first = 0;
