@@ -1146,6 +1146,26 @@ def test_arrows_move_enter_opens_and_escape_goes_back(page: Page, site: Site) ->
     assert plot.evaluate("plot => plot === document.activeElement")
 
 
+def test_the_arrows_pass_over_a_layer_without_neurons(
+    browser: Browser, site: Site, tmp_path: Path
+) -> None:
+    tree = entangle.open_run(site.small)
+    dead = "model.layers.1.mlp.down_proj"
+    distance = tree["wasserstein"].where(tree["layer"] != dead)
+    run = changed(site.small, tmp_path / "run", wasserstein=distance.to_numpy())
+    down = distance.to_dataframe()["wasserstein"].groupby(tree["layer"].to_numpy()).max()
+    with visit(browser, entangle.write_report([run], tmp_path / "a.html")) as page:
+        heatmap(page, "mlp.down_proj").focus()
+        page.keyboard.press("ArrowUp")
+        page.keyboard.press("ArrowUp")
+        for key, block in (("ArrowDown", 2), ("ArrowDown", 2), ("ArrowUp", 0)):
+            page.keyboard.press(key)
+            said = status(page).inner_text()
+            layer = f"model.layers.{block}.mlp.down_proj"
+            assert said.startswith(f"{layer}:")
+            assert f"W1 {down[layer]:.4f} std" in said
+
+
 def test_a_panel_without_any_neuron_tells_and_opens_none(
     browser: Browser, site: Site, tmp_path: Path
 ) -> None:

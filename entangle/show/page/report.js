@@ -340,9 +340,14 @@ class Heatmap {
 
   move(event) {
     const [place, rank] = this.place, far = event.shiftKey ? Math.ceil(this.wide / 10) : 1;
+    const beside = (step) => { // the next layer that has neurons to show, or this one
+      let next = place + step;
+      while (this.layers[next] && !this.layers[next].shown) next += step;
+      return this.layers[next] ? next : place;
+    };
     const to = {
-      ArrowLeft: [place, rank - far], ArrowRight: [place, rank + far], ArrowUp: [place - 1, rank],
-      ArrowDown: [place + 1, rank], Home: [place, 0], End: [place, this.wide],
+      ArrowLeft: [place, rank - far], ArrowRight: [place, rank + far], ArrowUp: [beside(-1), rank],
+      ArrowDown: [beside(1), rank], Home: [place, 0], End: [place, this.wide],
     }[event.key];
     if (event.key === "Enter" || event.key === " ") {
       event.preventDefault();
@@ -350,7 +355,7 @@ class Heatmap {
     }
     if (!to) return;
     event.preventDefault();
-    const layer = this.layers[Math.max(0, Math.min(to[0], this.layers.length - 1))];
+    const layer = this.layers[to[0]];
     if (!layer.shown) return;
     const row = layer.first + Math.max(0, Math.min(to[1], layer.shown - 1));
     this.point(row);
@@ -450,11 +455,13 @@ function neuronOf(hash) {
     const explorers = [];
     for (const box of boxes) explorers.push(await Explorer.open(box));
     const wanted = neuronOf(location.hash.slice(1));
+    let linked = null;
     for (const explorer of explorers) {
       const row = explorer.names.indexOf(wanted);
+      linked ??= row >= 0 ? explorer : null;
       let first = 0;
       for (let i = 1; i < explorer.count; i++) if (explorer.wasserstein[i] > explorer.wasserstein[first]) first = i;
-      explorer.select(row >= 0 ? row : first, row >= 0 && explorer === explorers[0]);
+      explorer.select(row >= 0 ? row : first, explorer === linked);
     }
     matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => explorers.forEach((one) => one.recolour()));
     document.documentElement.dataset.ready = "true";
