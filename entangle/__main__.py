@@ -83,21 +83,22 @@ def run_sparsify(args: argparse.Namespace) -> None:
     """Prune a model and save it.
 
     Raises:
-        ValueError: a strength to be chosen, and no run to choose by.
+        ValueError: a strength, and no run whose budget it is of.
     """
     from entangle.model import folders
 
     folders.check_target(args.out, args.overwrite)  # before torch is imported, which takes seconds
+    from entangle.study import runs
     from entangle.study.pruned import Pruning
 
     # A slip is told before a model is loaded.
     words = {name: getattr(args, name) for name in _PRUNING}
     (words["budget"],), folder = _budgets([args.budget])
     auto = args.strength == "auto"
-    words["strength"] = 0.25 if auto else args.strength
+    if args.strength is not None and folder is None:
+        raise ValueError("--strength is of a budget of a measured run: give one with --budget RUN")
+    words["strength"] = 0.25 if auto or args.strength is None else args.strength
     Pruning.of(args.sparsity, **words)
-    if auto and folder is None:
-        raise ValueError("--strength auto chooses a budget of a measured run: give --budget RUN")
     run = None if folder is None else entangle.open_run(folder)
     windows, tokenizer = _text(args, "calibration")
     model = _model(args)
@@ -133,11 +134,15 @@ def run_sparsify(args: argparse.Namespace) -> None:
         progress=sys.stderr.isatty(),
         command=args.command_line,
     )
+    if chosen is not None:
+        runs.save_table(chosen.table, args.out / "budget.csv")
     log = json.loads((args.out / "log.json").read_text())
     rows = found.layers.to_dict(orient="records")
     numbers = {"realised": found.sparsity, "error": found.error, "layers": rows}
     whole = json.loads((args.out / "sparsity.json").read_text())
     numbers |= {name: whole[name] for name in whole if name not in {"sparsity", *numbers}}
+    numbers["set_aside"] = 0 if chosen is None else int(chosen.table["windows"].max())
+    numbers["candidates"] = 0 if chosen is None else len(chosen.table) - 1
     _print(
         args, found.attributes | numbers | {"folder": str(args.out), "log": log}, printed.sparsified
     )
@@ -153,6 +158,7 @@ def run_sweep(args: argparse.Namespace) -> None:
     # A slip in these words is told before a model is loaded.
     words = {name: getattr(args, name) for name in _PRUNING}
     words["budget"], folder = _budgets(args.budget)
+    words["strength"] = words["strength"] or (0.25,)
     arms_of(args.sparsity, **words)
     run = None if folder is None else entangle.open_run(folder)
     windows, tokenizer = _text(args, "calibration")
@@ -308,7 +314,10 @@ def run_contexts(args: argparse.Namespace) -> None:
         ValueError: neither neurons nor how many of the most entangled ones.
     """
     if bool(args.neurons) == bool(args.top):
-        raise ValueError("name neurons as LAYER:INDEX, or say --top N for each layer's first ones")
+        both = ", and not both" if args.top else ""
+        raise ValueError(
+            f"name neurons as LAYER:INDEX, or say --top N for each layer's first ones{both}"
+        )
     run = _measured(args)
     about, names = run.attrs, args.neurons
     if args.top:
@@ -487,7 +496,12 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return 0, 2 for bad input, 1 for another error, 130 or 143 if stopped."""
-    args = parser().parse_args(argv)
+    grammar = parser()
+    args, rest = grammar.parse_known_args(argv)
+    if rest and ("neurons" not in args or any(word.startswith("-") for word in rest)):
+        grammar.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:  # names behind options, where argparse no longer looks for them
+        args.neurons += rest
     if args.command in {"measure", "sparsify", "sweep", "ablate", "disentangle"}:
         args.command_line = command_line(args)
 

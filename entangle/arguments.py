@@ -42,7 +42,8 @@ BUDGET = """rows alike (uniform), or graded by what RUN measured of their neuron
 wasserstein*std (default), wasserstein, std, ranks (the sum of both's), kurtosis, weight_norm, shuffled
 (the control) or uniform; or trim, TRIM's rule [uniform]"""
 STRENGTH = "how much graded rows differ, from 0 to 1 [0.25]"
-AUTO = f"{STRENGTH}; auto chooses it, and the variable if none is named, on windows set aside"
+AUTO = f"""{STRENGTH}; auto chooses it, and the variable if none is named, on a fourth of the calibration
+windows set aside"""
 ACROSS = """blocks alike (uniform), or denser by their share of entangled neurons in --budget's RUN
 (entanglement), by shares shuffled over blocks, by depth or by OWL's rule [uniform]"""
 PULL = "an expert's Gram is pulled towards all tokens' by so many times its width in tokens [0.5]"
@@ -169,7 +170,7 @@ def parser() -> argparse.ArgumentParser:
     sparsify.add_argument("--components", type=_components, metavar="N", help=COMPONENTS)
     sparsify.add_argument("--pull", type=float, default=0.5, metavar="X", help=PULL)
     sparsify.add_argument("--budget", default="uniform", metavar="RUN[:VARIABLE]", help=BUDGET)
-    sparsify.add_argument("--strength", type=_strength, default=0.25, metavar="X", help=AUTO)
+    sparsify.add_argument("--strength", type=_strength, metavar="X", help=AUTO)
     sparsify.add_argument("--across", default="uniform", choices=ACROSS_BLOCKS, help=ACROSS)
 
     sweep = commands.add_parser(
@@ -192,7 +193,7 @@ def parser() -> argparse.ArgumentParser:
         ("--experts", _several(int, "numbers such as 1,16"), (1,), EXPERTS),
         ("--components", _several(_components, "numbers or auto"), (None,), COMPONENTS),
         ("--pull", _several(float, "numbers such as 0,0.5"), (0.5,), PULL),
-        ("--strength", _several(float, "numbers such as 0.1,0.25"), (0.25,), STRENGTH),
+        ("--strength", _several(float, "numbers such as 0.1,0.25"), None, STRENGTH),
     ]
     for name, kind, default, words in several:
         sweep.add_argument(

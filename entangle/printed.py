@@ -68,6 +68,11 @@ def sparsified(result: dict[str, Any]) -> str:
             f"row is zero, {min(row['realised'] for row in rows):.1%} to "
             f"{max(row['realised'] for row in rows):.1%} of a layer"
         )
+    if result["candidates"]:
+        lines.append(
+            f"the budget of rows was chosen of {result['candidates']} on {result['set_aside']} "
+            f"calibration windows set aside: {result['folder']}/budget.csv has what each scored"
+        )
     if result["experts"] > 1:
         clusters = [layer["clusters"] for layer in result["layers"]]
         lines.append(
@@ -126,6 +131,9 @@ def compared(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+FEW = 5  # neurons whose tokens are printed
+
+
 def _columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return the lines of a table of numbers; names of neurons and layers stand on the left."""
     texts = [
@@ -145,6 +153,12 @@ def _columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 def contexts(result: dict[str, Any]) -> str:
     """Return the contexts of neurons, in words."""
     lines = []
+    brief = len(result["neurons"]) > FEW
+    if not brief:
+        lines += [
+            "output, its distance from the mean, window:position, and the text, [[token]]",
+            "",
+        ]
     for one in result["neurons"]:
         lines += [
             f"{one['neuron']}: W1 {one['wasserstein']:.4f}, 95% interval {one['low']:.4f} to "
@@ -160,7 +174,7 @@ def contexts(result: dict[str, Any]) -> str:
             ),
         ]
         why = ""
-        for context in one["contexts"]:
+        for context in () if brief else one["contexts"]:
             lines += [f"  {context['why']}"] if context["why"] != why else []
             why = context["why"]
             words = f"{context['before'][-40:]}[[{context['token']}]]{context['after'][:20]}"
@@ -170,4 +184,6 @@ def contexts(result: dict[str, Any]) -> str:
                 + json.dumps(words, ensure_ascii=False)
             )
         lines.append("")
+    if brief:
+        lines.append(f"the tokens of more than {FEW} neurons are not printed: a report shows them")
     return "\n".join([*lines, f"added to {result['file']}"])

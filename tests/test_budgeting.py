@@ -186,6 +186,12 @@ def test_groups_fix_the_zeros_of_every_row(run: xr.DataTree) -> None:
         zeros_of(LAYERS, Sparsity.parse("2:4"), budget="std", run=run)
 
 
+def test_one_block_has_none_to_trade_with() -> None:
+    here = [layer for layer in LAYERS if layer.block == 1]
+    with pytest.raises(ValueError, match="but all layers are of block 1: choose more layers"):
+        zeros_of(here, Sparsity(0.7), across="depth")
+
+
 # --- in sparsify and sweep
 
 

@@ -390,7 +390,7 @@ def test_a_massive_first_token_explains_the_distance() -> None:
     (found,) = case.find(["model.layers.0.self_attn.q_proj:0"])
     _, position, token = found.without
     assert (position.what, position.tokens) == ("position 0", 32)
-    assert (token.what, token.tokens) == (f"token {TOKENIZER.decode([100])!r}", 32)
+    assert (token.what, token.tokens) == (f"token {str(TOKENIZER.decode([100])) + '<100>'!r}", 32)
     column = case.column(found.neuron)
     first = ((column[:, 0] - column.mean()) ** 2).sum() / ((column - column.mean()) ** 2).sum()
     assert position.variance == token.variance == pytest.approx(first, rel=1e-4)
@@ -558,3 +558,14 @@ def test_contexts_are_added_to_the_run(tmp_path: Path) -> None:
     (out / "contexts.json").write_text('{"model.layers')
     with pytest.raises(ValueError, match=r"contexts.json is damaged, delete it and run again"):
         find_contexts(model, TOKENIZER, run, windows, names, out=out)
+
+
+def test_parts_of_characters_are_told_apart_by_their_numbers() -> None:
+    text = ["你好世界" * 200]
+    windows = token_windows(text, TOKENIZER, windows=4, length=LENGTH)
+    case = measured(tiny_model("llama"), windows, 0)
+    (found,) = case.find(NEURONS["llama"][:1])
+    names = [row["token"] for row in found.frequent]
+    assert len({*names}) == len(names) > 5
+    ids = {int(token) for token in windows.tokens.unique()}
+    assert {*names} <= {f"\ufffd<{token}>" for token in ids}

@@ -393,6 +393,10 @@ def test_sparsify_takes_a_budget_of_a_run(
     assert chosen["budget"] in VARIABLES
     assert chosen["strength"] in STRENGTHS
     assert "--strength auto" in chosen["command"]
+    scored = pd.read_csv(out / "budget.csv", dtype={"budget": str})
+    best = scored[scored["budget"].isin(VARIABLES)].sort_values("nats").iloc[0]
+    assert (best["budget"], best["strength"]) == (chosen["budget"], chosen["strength"])
+    assert "was chosen of 9 on 5 calibration windows set aside" in capsys.readouterr().out
     named = ["--budget", f"{run}:std", "--strength", "auto", "--overwrite"]
     assert main([*_pruning(place, "sparsify", out, *layers), *named]) == 0
     assert json.loads((out / "run.json").read_text())["budget"] == "std"
@@ -422,9 +426,10 @@ def test_a_sweep_has_a_line_for_each_budget(
     [
         (["--budget", "RUN:std", "--mask", "block"], "use a mask by row and a share of zeros"),
         (["--budget", "RUN:std", "--sparsity", "2:4"], "2:4 fixes every row's zeros"),
+        (["--strength", "0.5"], "--strength is of a budget of a measured run"),
         (["--budget", "RUN:std", "--strength", "1.5"], "strength must be from 0 to 1, got 1.5"),
         (["--budget", "RUN:std", "--strength", "much"], "expected a number or auto, got 'much'"),
-        (["--budget", "uniform", "--strength", "auto"], "give --budget RUN"),
+        (["--budget", "uniform", "--strength", "auto"], "give one with --budget RUN"),
         (["--across", "entanglement"], "needs a measured run"),
         (["--budget", "nowhere:std"], "nowhere is not there"),
         (["--budget", "RUN:beauty"], "budget must be one of uniform, .* got 'beauty'"),
@@ -1022,6 +1027,24 @@ def test_contexts_of_a_run_on_a_folder_of_two_texts(
     (found,) = json.loads(capsys.readouterr().out)["neurons"]
     assert found["tokens"] == 9 * 31
     assert all(one["before"].startswith("<s>") or one["position"] > 24 for one in found["contexts"])
+
+
+def test_neurons_may_stand_behind_options(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = [f"model.layers.1.mlp.up_proj:{index}" for index in range(6)]
+    assert main(["contexts", "--device", "cpu", str(run), "--debug", names[0]]) == 0
+    assert "window:position, and the text" in capsys.readouterr().out
+    assert main(["contexts", str(run), names[0], "--device", "cpu", *names[1:]]) == 0
+    said = capsys.readouterr().out
+    assert [name in said for name in names] == [True] * 6
+    assert "the tokens of more than 5 neurons are not printed" in said
+    assert "[[" not in said
+    assert {*json.loads((run / "contexts.json").read_text())} == {*names}
+    assert main(["plot", str(run), "neuron", "--out", str(run / "a.png"), names[0]]) == 0
+    for words in (["rank", str(run), "what"], ["contexts", str(run), "--what", names[0]]):
+        with pytest.raises(SystemExit) as stopped:
+            main(words)
+        assert stopped.value.code == 2
+        assert "unrecognized arguments:" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -726,10 +726,37 @@ def test_the_command_writes_into_the_first_run(
 def test_the_same_runs_give_the_same_bytes(
     site: Site, tables: dict[str, Path], tmp_path: Path
 ) -> None:
-    assert entangle.write_report([site.run], tmp_path / "c").read_bytes() == site.file.read_bytes()
+    assert (
+        entangle.write_report([site.run], tmp_path / "c.html").read_bytes()
+        == site.file.read_bytes()
+    )
     folders = [tables["ablation"], tables["sweep"]]
     files = [entangle.write_report(folders, tmp_path / name) for name in ("a.html", "b.html")]
     assert files[0].read_bytes() == files[1].read_bytes()
+
+
+@pytest.mark.parametrize("name", ["run.json", "contexts.json", "report", "a.png"])
+def test_only_a_name_of_an_html_file_is_written(
+    site: Site, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    """A slip in --out must not cost a run."""
+    (tmp_path / name).write_text("kept")
+    assert main(["report", str(site.small), "--out", str(tmp_path / name)]) == 2
+    assert "its name ends in .html" in capsys.readouterr().err
+    assert (tmp_path / name).read_text() == "kept"
+    with pytest.raises(ValueError, match=r"its name ends in \.html"):
+        entangle.write_report(site.small, tmp_path)
+
+
+def test_runs_of_one_name_are_told_apart_and_one_run_is_shown_once(
+    site: Site, tmp_path: Path
+) -> None:
+    other = changed(site.small, tmp_path / "b" / site.small.name)
+    file = entangle.write_report([site.small, other, site.small], tmp_path / "a.html")
+    titles = [section.all("h2")[0].text.split()[0] for section in sections(read(file))]
+    assert titles == [str(site.small), str(other)]
+    (alone,) = sections(read(entangle.write_report(str(site.small), tmp_path / "b.html")))
+    assert alone.all("h2")[0].text.split()[0] == site.small.name
 
 
 # --- in a browser
@@ -1166,6 +1193,29 @@ def test_the_arrows_pass_over_a_layer_without_neurons(
             assert f"W1 {down[layer]:.4f} std" in said
 
 
+def test_a_link_names_the_run_where_there_are_two(
+    browser: Browser, site: Site, tmp_path: Path
+) -> None:
+    other = changed(site.small, tmp_path / "other")
+    file = entangle.write_report([site.small, other], tmp_path / "a.html")
+    name, section = ASKED[1], "#run-1"
+    with visit(browser, file) as page:
+        page.locator(f"{section} input[type=search]").fill(name)
+        page.locator(f"{section} tbody button").first.click()
+        assert page.url.endswith(f"#run-1/{name}")
+        first = page.locator("#run-0 .neuron h3").inner_text()
+    with visit(browser, file, f"run-1/{name}") as page:
+        expect(page.locator(f"{section} .neuron h3")).to_have_text(name)
+        assert page.locator("#run-0 .neuron h3").inner_text() == first != name
+        assert page.evaluate("document.activeElement.closest('section').id") == "run-1"
+
+
+def test_a_link_to_what_is_not_there_says_so(browser: Browser, site: Site) -> None:
+    with visit(browser, site.file, "model.layers.0.mlp.up_proj:9999") as page:
+        said = "The link names model.layers.0.mlp.up_proj:9999, which is not shown here."
+        expect(status(page)).to_have_text(said)
+
+
 def test_a_panel_without_any_neuron_tells_and_opens_none(
     browser: Browser, site: Site, tmp_path: Path
 ) -> None:
@@ -1207,7 +1257,7 @@ def test_the_page_is_no_wider_than_the_screen(
         assert found == [width, width]
         wide = page.evaluate(
             """(width) => [...document.querySelectorAll('body *')]
-              .filter((e) => !e.closest('.scroll, svg, .skip') && e.checkVisibility())
+              .filter((e) => !e.closest('.scroll, svg, .skip, figure img') && e.checkVisibility())
               .filter((e) => e.getBoundingClientRect().right > width + 1)
               .map((e) => e.tagName + '.' + e.className)""",
             width,

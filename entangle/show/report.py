@@ -60,20 +60,33 @@ class Section:
     data: dict[str, str] = dataclasses.field(default_factory=dict)  # name -> deflated, in base64
 
 
-def write_report(folders: Sequence[str | Path], out: str | Path) -> Path:
+def write_report(folders: str | Path | Sequence[str | Path], out: str | Path) -> Path:
     """Write what runs hold into one HTML file, in the order given, and return its path.
 
     A measured run becomes heatmaps and a table to search, sort and open by neuron, with the contexts
     that were found; a sweep, an ablation and what `disentangle` wrote become their tables and
-    figures. Of a run with more than 200,000 neurons each layer's most entangled are shown.
+    figures. Of a run with more than 200,000 neurons each layer's most entangled are shown. A folder
+    that is named twice is shown once.
 
     Raises:
         FileNotFoundError: a folder holds no run.
-        ValueError: there is no run, or a damaged one.
+        ValueError: there is no run, or a damaged one, or ``out`` is no name of an HTML file.
     """
+    out = Path(out)
+    if out.suffix.lower() not in {".html", ".htm"} or out.is_dir():
+        raise ValueError(f"a report is an HTML file, so its name ends in .html: got {out}")
+    folders = [folders] if isinstance(folders, str | Path) else folders
     if not folders:
         raise ValueError("a report needs a run: give at least one folder that a command wrote")
-    sections = [_section(Path(folder)) for folder in folders]
+    paths = {Path(folder).resolve(): Path(folder) for folder in folders}
+    sections = [_section(folder) for folder in paths.values()]
+    names = [section.name for section in sections]
+    sections = [  # names alone where they tell runs apart
+        section
+        if names.count(section.name) == 1
+        else dataclasses.replace(section, name=str(folder))
+        for section, folder in zip(sections, paths.values(), strict=True)
+    ]
     loader = jinja2.PackageLoader("entangle.show", "page")
     page = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     touched = any(section.data for section in sections)

@@ -56,7 +56,7 @@ def zeros_of(
 
     Raises:
         LookupError: the run lacks a layer, a neuron or the variable.
-        ValueError: a word that is none of the choices, a strength out of range, an n:m sparsity, or
+        ValueError: layers of a single block across which there is nothing to move, a word that is none of the choices, a strength out of range, an n:m sparsity, or
             no run, or no outlier ratios, where they are needed.
     """
     if budget not in ROWS or across not in ACROSS:
@@ -75,6 +75,11 @@ def zeros_of(
     totals = np.array([layer.neurons * round(sparsity.share * layer.inputs) for layer in layers])
     if across != UNIFORM:
         scores = _scores(layers, across, data, outliers, seed)
+        if len(scores) == 1:
+            raise ValueError(
+                f"across {across} moves weights between blocks, but all layers are of block "
+                f"{layers[0].block}: choose more layers, or across uniform"
+            )
         blocks = np.array([layer.block for layer in layers])
         weights = [sizes[blocks == block].sum() for block in scores]
         spared = dict(zip(scores, spread(sparsity.share, [*scores.values()], weights), strict=True))

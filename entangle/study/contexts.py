@@ -124,6 +124,7 @@ def find_contexts(
             f"{data.attrs.get('length')}, seed {data.attrs.get('seed')}"
         )
     decode = functools.partial(tokenizer.decode, clean_up_tokenization_spaces=False)
+
     found = []
     names = list(rows)
     tokens = len(windows) * (windows.length - skip)
@@ -279,13 +280,19 @@ def _frequent(
     largest = usual[np.argsort(-share[usual], kind="stable")[:SHOWN]]
     return [
         {
-            "token": decode([int(kinds[kind])]),
+            "token": _named(int(kinds[kind]), decode),
             "count": int(counts[kind]),
             "share": float(share[kind]),
             "mean_output": float(total[kind] / counts[kind]),
         }
         for kind in largest
     ]
+
+
+def _named(token: int, decode: Any) -> str:
+    """Return a token's text; parts of characters, which all look alike, with their number."""
+    text = str(decode([token]))
+    return f"{text}<{token}>" if "\ufffd" in text else text
 
 
 def _without(
@@ -308,7 +315,7 @@ def _without(
         excess = variance - np.bincount(group) / len(group)
         worst = int(candidates[np.argmax(excess[candidates])])
         place = f"position {worst + skip_first}"
-        what = f"token {decode([int(kinds[worst])])!r}" if group is token_of else place
+        what = f"token {_named(int(kinds[worst]), decode)!r}" if group is token_of else place
         groups[what] = group == worst
     return [
         LeftOut(

@@ -111,7 +111,9 @@ class Explorer {
     for (const heatmap of this.heatmaps) heatmap.mark(row);
     this.table.mark();
     if (jump) {
-      history.replaceState(null, "", `#${this.names[row]}`);
+      const section = this.root.closest("section").id;
+      const alone = document.querySelectorAll(".explorer").length === 1;
+      history.replaceState(null, "", `#${alone ? "" : `${section}/`}${this.names[row]}`);
       if (matchMedia("(max-width: 68rem)").matches) this.neuron.scrollIntoView();
       this.neuron.focus({ preventScroll: true });
     }
@@ -190,7 +192,7 @@ class Explorer {
   contexts(name) {
     const found = this.header.contexts[name], box = make("div");
     if (!found) {
-      box.append(make("p", { class: "quiet" }, "Its contexts were not found: ", make("code", {}, `entangle contexts RUN ${name}`), " finds the tokens behind it."));
+      box.append(make("p", { class: "quiet" }, "Its contexts were not found: ", make("code", {}, `entangle contexts RUN ${name}`), " finds the tokens behind it, and a report written after it shows them."));
       return box;
     }
     const interval = found.low === null ? "" : `, 95% interval ${found.low.toFixed(4)} to ${found.high.toFixed(4)}`;
@@ -419,7 +421,7 @@ class Table {
       else cell.removeAttribute("aria-sort");
     }
     this.body.replaceChildren(...rows.slice(0, this.shown).map((row) => this.line(row)));
-    this.found.textContent = `${rows.length.toLocaleString("en")} neurons, ${Math.min(this.shown, rows.length).toLocaleString("en")} in the table`;
+    this.found.textContent = `${rows.length.toLocaleString("en")} neuron${rows.length === 1 ? "" : "s"}, ${Math.min(this.shown, rows.length).toLocaleString("en")} in the table`;
     this.more.hidden = rows.length <= this.shown;
     this.mark();
   }
@@ -454,15 +456,17 @@ function neuronOf(hash) {
     document.head.append(Object.assign(make("script"), { textContent: library }));
     const explorers = [];
     for (const box of boxes) explorers.push(await Explorer.open(box));
-    const wanted = neuronOf(location.hash.slice(1));
+    const [, section, wanted] = /^(?:(run-\d+)\/)?(.*)$/s.exec(neuronOf(location.hash.slice(1)));
     let linked = null;
     for (const explorer of explorers) {
-      const row = explorer.names.indexOf(wanted);
+      const elsewhere = section && explorer.root.closest("section").id !== section;
+      const row = elsewhere ? -1 : explorer.names.indexOf(wanted);
       linked ??= row >= 0 ? explorer : null;
       let first = 0;
       for (let i = 1; i < explorer.count; i++) if (explorer.wasserstein[i] > explorer.wasserstein[first]) first = i;
       explorer.select(row >= 0 ? row : first, explorer === linked);
     }
+    if (wanted.includes(":") && !linked) explorers[0].status.textContent = `The link names ${wanted}, which is not shown here.`;
     matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => explorers.forEach((one) => one.recolour()));
     document.documentElement.dataset.ready = "true";
   } catch (error) {
