@@ -506,7 +506,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.command_line = command_line(args)
 
     def terminate(signum: int, frame: FrameType | None) -> None:
-        if _in_destructor(frame):  # where Python would ignore the exit
+        if _unheard(frame):  # where Python would ignore the exit
             threading.Timer(0.05, signal.raise_signal, [signum]).start()
             return
         sys.stderr.write(f"entangle: terminated: {_left(args)}\n")
@@ -534,10 +534,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _in_destructor(frame: FrameType | None) -> bool:
-    while frame is not None and frame.f_code.co_name != "__del__":
+def _unheard(frame: FrameType | None) -> bool:
+    """Say whether an exit here would be ignored: in destructors, and in callbacks of the compiler."""
+    while frame is not None:
+        if frame.f_code.co_name == "__del__" or "llvmlite" in frame.f_code.co_filename:
+            return True
         frame = frame.f_back
-    return frame is not None
+    return False
 
 
 def _left(args: argparse.Namespace) -> str:

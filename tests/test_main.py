@@ -636,10 +636,29 @@ sys.exit(__main__.main(["rank", "nowhere"]))
 """
 
 
-def test_a_signal_that_comes_inside_a_destructor_is_not_lost() -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", IN_DESTRUCTOR], capture_output=True, text=True, check=False
-    )
+IN_COMPILER = """
+import ctypes, os, signal, sys, time
+from llvmlite.binding import executionengine
+from entangle import __main__
+
+source = "def notify():\\n    os.kill(os.getpid(), signal.SIGTERM)\\n    time.sleep(0.01)"
+scope = {"os": os, "signal": signal, "time": time}
+exec(compile(source, executionengine.__file__, "exec"), scope)
+callback = ctypes.CFUNCTYPE(None)(scope["notify"])  # as the compiler calls back
+
+def command(args):
+    callback()
+    time.sleep(20)
+    print("ran on")
+
+__main__.COMMANDS["rank"] = command
+sys.exit(__main__.main(["rank", "nowhere"]))
+"""
+
+
+@pytest.mark.parametrize("code", [IN_DESTRUCTOR, IN_COMPILER], ids=["destructor", "compiler"])
+def test_a_signal_that_comes_where_python_ignores_an_exit_is_not_lost(code: str) -> None:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (143, "")
     assert done.stderr == "entangle: terminated: nothing is written\n"
 
