@@ -89,6 +89,7 @@ def run_sparsify(args: argparse.Namespace) -> None:
 
     folders.check_target(args.out, args.overwrite)  # before torch is imported, which takes seconds
     from entangle.study import runs
+    from entangle.study.budgeting import STRENGTH
     from entangle.study.pruned import Pruning
 
     # A slip is told before a model is loaded.
@@ -97,7 +98,7 @@ def run_sparsify(args: argparse.Namespace) -> None:
     auto = args.strength == "auto"
     if args.strength is not None and folder is None:
         raise ValueError("--strength is of a budget of a measured run: give one with --budget RUN")
-    words["strength"] = 0.25 if auto or args.strength is None else args.strength
+    words["strength"] = STRENGTH if auto or args.strength is None else args.strength
     Pruning.of(args.sparsity, **words)
     run = None if folder is None else entangle.open_run(folder)
     windows, tokenizer = _text(args, "calibration")
@@ -153,12 +154,13 @@ def run_sweep(args: argparse.Namespace) -> None:
     from entangle.model import folders
 
     folders.check_target(args.out, args.overwrite)
+    from entangle.study.budgeting import STRENGTH
     from entangle.study.pruned import arms_of
 
     # A slip in these words is told before a model is loaded.
     words = {name: getattr(args, name) for name in _PRUNING}
     words["budget"], folder = _budgets(args.budget)
-    words["strength"] = words["strength"] or (0.25,)
+    words["strength"] = words["strength"] or (STRENGTH,)
     arms_of(args.sparsity, **words)
     run = None if folder is None else entangle.open_run(folder)
     windows, tokenizer = _text(args, "calibration")

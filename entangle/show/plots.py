@@ -184,15 +184,13 @@ def neuron(run: xr.DataTree, name: str, *, ax: Axes | None = None) -> Figure | A
     Raises:
         ValueError: if the run has no histograms, or the neuron is dead or broken.
     """
-    if not isinstance(run, xr.DataTree) or "histogram" not in run.children:
-        raise ValueError("no histograms: pass the whole tree that measure and open_run return")
-    data = run.to_dataset()
+    held, data = _histograms(run), run.to_dataset()
     at = {"neuron": position_of(data, name)}
     row = data.isel(at).load()
     mean, std = float(row["mean"]), float(row["std"])
     if not (np.isfinite(mean) and 0 < std < np.inf):
         raise ValueError(f"{name} is dead or broken (mean {mean:g}, std {std:g}): nothing to draw")
-    edges, below = histogram_of(run.children["histogram"].to_dataset(inherit=False).isel(at).load())
+    edges, below = histogram_of(held.isel(at).load())
     low, high = quantiles_of(edges, below, [0.0005, 0.9995])
     span = min(mean - 3.5 * std, low), max(mean + 3.5 * std, high)
     figure = Picture(figsize=(8.5, 3.6), layout="constrained")
@@ -224,16 +222,13 @@ def neurons(run: xr.DataTree, names: Sequence[str]) -> Figure:
     Raises:
         ValueError: if the run has no histograms, there is no neuron, or one is dead or broken.
     """
-    if not isinstance(run, xr.DataTree) or "histogram" not in run.children:
-        raise ValueError("no histograms: pass the whole tree that measure and open_run return")
-    data = run.to_dataset()
+    held, data = _histograms(run), run.to_dataset()
     rows = [position_of(data, name) for name in names]
     if not rows:
         raise ValueError("no neuron to draw: name at least one as LAYER:INDEX")
     part = data.isel(neuron=rows).load()
-    held = run.children["histogram"].to_dataset(inherit=False).isel(neuron=rows).load()
     mean, std = part["mean"].to_numpy(), part["std"].to_numpy()
-    drawn = sketch(held, mean, std, bars=_BARS)
+    drawn = sketch(held.isel(neuron=rows).load(), mean, std, bars=_BARS)
     figure = Picture(figsize=(8.5, 3.0), layout="constrained")
     grid = figure.subplots(1, len(rows), sharex=True, sharey=True, squeeze=False)[0]
     for place, ax in enumerate(grid):
@@ -255,6 +250,17 @@ def neurons(run: xr.DataTree, names: Sequence[str]) -> Figure:
     figure.suptitle(subject_of(data), x=0.01, ha="left")
     figure.legend(*grid[0].get_legend_handles_labels(), loc="outside upper right", ncols=2)
     return figure
+
+
+def _histograms(run: xr.DataTree) -> xr.Dataset:
+    """Return the state of a run's histograms.
+
+    Raises:
+        ValueError: it has none.
+    """
+    if not isinstance(run, xr.DataTree) or "histogram" not in run.children:
+        raise ValueError("no histograms: pass the whole tree that measure and open_run return")
+    return run.children["histogram"].to_dataset(inherit=False)
 
 
 def _draw_density(

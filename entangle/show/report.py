@@ -103,8 +103,8 @@ def _section(folder: Path) -> Section:
     """Read a run of any kind."""
     for kind in ("sweep", "ablation"):
         if (folder / "tables" / f"{kind}.csv").is_file():
-            table, about = runs.open_table(folder, kind), runs.read_json(folder / "run.json")
-            return _tabled(folder, kind, table, about, str(about.get("model", "")))
+            table = runs.open_table(folder, kind)  # its attributes are run.json
+            return _tabled(folder, kind, table, table.attrs, str(table.attrs.get("model", "")))
     run = runs.open_run(folder)
     if "disentangled" in run.attrs:
         about, subject = run.attrs["disentangled"], held_out_subject(run.to_dataset())
@@ -128,7 +128,7 @@ def _tabled(
     folder: Path,
     kind: str,
     run: xr.DataTree | pd.DataFrame,
-    about: Mapping[str, Any],
+    about: Mapping[Any, Any],
     subject: str,
 ) -> Section:
     """Show the tables and figures that a run has."""

@@ -9,7 +9,7 @@ import functools
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -84,6 +84,27 @@ class NeuronContexts:
     without: list[LeftOut]  # the farthest tokens; the position and the token of most variance
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class _CountedTokens:
+    """The tokens that count, by their kind and place: the same for every neuron."""
+
+    length: int  # of a window
+    position: npt.NDArray[np.int64]  # (tokens,) in the window, from the first that counts
+    kind: npt.NDArray[np.int64]  # (tokens,) each one's place among kinds
+    kinds: npt.NDArray[np.int64]  # ids
+    counts: npt.NDArray[np.int64]
+    frequent: npt.NDArray[np.int64]  # places of the most frequent kinds, those first
+
+    @classmethod
+    def of(cls, tokens: npt.NDArray[np.int64]) -> Self:
+        """Sort out tokens (windows, length)."""
+        kinds, kind, counts = np.unique(tokens.ravel(), return_inverse=True, return_counts=True)
+        length = tokens.shape[1]
+        position = np.tile(np.arange(length), len(tokens))
+        frequent = np.argsort(-counts, kind="stable")[:FREQUENT]
+        return cls(length, position, kind, kinds, counts, frequent)
+
+
 def find_contexts(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -124,9 +145,9 @@ def find_contexts(
             f"{data.attrs.get('length')}, seed {data.attrs.get('seed')}"
         )
     decode = functools.partial(tokenizer.decode, clean_up_tokenization_spaces=False)
-
     found = []
     names = list(rows)
+    counted = _CountedTokens.of(windows.tokens[:, skip:].numpy())
     tokens = len(windows) * (windows.length - skip)
     size = max(1, VALUES // tokens)
     groups = [names[first : first + size] for first in range(0, len(names), size)]
@@ -138,7 +159,13 @@ def find_contexts(
         for place, name in enumerate(group):
             found.append(
                 _describe(
-                    name, outputs[:, place], parts[:, place], draws[:, place], windows, skip, decode
+                    name,
+                    outputs[:, place],
+                    parts[:, place],
+                    draws[:, place],
+                    windows,
+                    counted,
+                    decode,
                 )
             )
     if out is not None:
@@ -186,7 +213,7 @@ def _describe(
     parts: Array,
     draws: Array,
     windows: TokenWindows,
-    skip_first: int,
+    counted: "_CountedTokens",
     decode: Any,
 ) -> NeuronContexts:
     """Describe a neuron by its outputs (tokens,) and their parts of its distance."""
@@ -195,7 +222,8 @@ def _describe(
     low = high = math.nan
     if len(windows) > 1:
         low, high = (2 * distance - np.nanquantile(draws, [0.975, 0.025])).tolist()
-    length = windows.length - skip_first
+    length = counted.length
+    skip_first = windows.length - length
     shares = parts / distance
     text = windows.tokens.numpy()
 
@@ -226,8 +254,8 @@ def _describe(
         modes=modes,
         contexts=contexts,
         positions=shares.reshape(-1, length).sum(axis=0).tolist(),
-        frequent=_frequent(text[:, skip_first:].ravel(), outputs, shares, decode),
-        without=_without(text[:, skip_first:], outputs, skip_first, decode),
+        frequent=_frequent(counted, outputs, shares, decode),
+        without=_without(counted, outputs, skip_first, decode),
     )
 
 
@@ -270,20 +298,19 @@ def _modes(outputs: Floats, mean: float, std: float) -> list[float]:
 
 
 def _frequent(
-    tokens: npt.NDArray[np.int64], outputs: Floats, shares: Array, decode: Any
+    counted: _CountedTokens, outputs: Floats, shares: Array, decode: Any
 ) -> list[dict[str, Any]]:
     """Return the frequent tokens that have the largest shares of the distance."""
-    kinds, places, counts = np.unique(tokens, return_inverse=True, return_counts=True)
-    share = np.bincount(places, weights=shares)
-    total = np.bincount(places, weights=outputs.astype(np.float64))
-    usual = np.argsort(-counts, kind="stable")[:FREQUENT]
+    share = np.bincount(counted.kind, weights=shares)
+    total = np.bincount(counted.kind, weights=outputs.astype(np.float64))
+    usual = counted.frequent
     largest = usual[np.argsort(-share[usual], kind="stable")[:SHOWN]]
     return [
         {
-            "token": _named(int(kinds[kind]), decode),
-            "count": int(counts[kind]),
+            "token": _named(int(counted.kinds[kind]), decode),
+            "count": int(counted.counts[kind]),
             "share": float(share[kind]),
-            "mean_output": float(total[kind] / counts[kind]),
+            "mean_output": float(total[kind] / counted.counts[kind]),
         }
         for kind in largest
     ]
@@ -296,7 +323,7 @@ def _named(token: int, decode: Any) -> str:
 
 
 def _without(
-    text: npt.NDArray[np.int64], outputs: Floats, skip_first: int, decode: Any
+    counted: _CountedTokens, outputs: Floats, skip_first: int, decode: Any
 ) -> list[LeftOut]:
     """Leave out the 1% farthest from the mean, then a window position, then a frequent token.
 
@@ -304,18 +331,20 @@ def _without(
     most.
     """
     deviations = np.square(outputs - outputs.mean(dtype=np.float64))
-    kinds, token_of, counts = np.unique(text.ravel(), return_inverse=True, return_counts=True)
-    usual = np.argsort(-counts, kind="stable")[:FREQUENT]
-    positions = np.arange(text.shape[1])
+    positions = np.arange(counted.length)
     far = np.zeros(len(outputs), dtype=bool)
     far[np.argsort(-deviations, kind="stable")[: round(FARTHEST * len(outputs))]] = True
     groups = {f"the {FARTHEST:.0%} farthest from the mean": far}
-    for group, candidates in ((np.tile(positions, len(text)), positions), (token_of, usual)):
+    for group, candidates in (
+        (counted.position, positions),
+        (counted.kind, counted.frequent),
+    ):
         variance = np.bincount(group, weights=deviations) / deviations.sum()
         excess = variance - np.bincount(group) / len(group)
         worst = int(candidates[np.argmax(excess[candidates])])
         place = f"position {worst + skip_first}"
-        what = f"token {_named(int(kinds[worst]), decode)!r}" if group is token_of else place
+        token = _named(int(counted.kinds[worst]), decode) if group is counted.kind else None
+        what = place if token is None else f"token {token!r}"
         groups[what] = group == worst
     return [
         LeftOut(

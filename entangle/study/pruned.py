@@ -126,6 +126,7 @@ def arms_of(sparsities: Sequence[str | float], **words: Sequence[Any]) -> list[P
         )
     arms: dict[Pruning, None] = {}
     order = sorted(words, key=_ORDER.index)
+    grouped = [bool(Sparsity.parse(str(one)).group) for one in sparsities]
     for combination in itertools.product(*(words[name] for name in order), sparsities):
         arm = dict(zip(order, combination[:-1], strict=True))
         if arm.get("method") == "magnitude":  # it sees no inputs
@@ -134,8 +135,7 @@ def arms_of(sparsities: Sequence[str | float], **words: Sequence[Any]) -> list[P
             arm["experts"] = 1
         if arm.get("experts", 1) == 1:  # and so no router
             arm = {name: word for name, word in arm.items() if name not in _ROUTED}
-        unstructured = any(not Sparsity.parse(one).group for one in map(str, sparsities))
-        fixed = bool(Sparsity.parse(str(combination[-1])).group) and unstructured
+        fixed = ":" in str(combination[-1]) and not all(grouped)
         if fixed or (arm.get("mask") == "block" and "row" in words["mask"]):  # the arm as published
             arm = {name: word for name, word in arm.items() if name not in _BUDGETED}
         if arm.get("budget", UNIFORM) in {UNIFORM, TRIM}:
