@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from entangle.study.contexts import find_contexts
     from entangle.study.disentangling import disentangle
     from entangle.study.expansion import sparsify
+    from entangle.study.generation import generate
     from entangle.study.perplexity import score
     from entangle.study.ranking import (
         matched_random,
@@ -33,6 +34,7 @@ __all__ = [
     "compare_runs",
     "disentangle",
     "find_contexts",
+    "generate",
     "load_model",
     "load_tokenizer",
     "matched_random",
@@ -57,6 +59,7 @@ _HOMES = {
     "compare_runs": "entangle.study.comparing",
     "disentangle": "entangle.study.disentangling",
     "find_contexts": "entangle.study.contexts",
+    "generate": "entangle.study.generation",
     "load_model": "entangle.model.loading",
     "load_tokenizer": "entangle.model.loading",
     "matched_random": "entangle.study.ranking",

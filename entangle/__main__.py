@@ -10,6 +10,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -62,7 +63,7 @@ def run_measure(args: argparse.Namespace) -> None:
 
 def run_perplexity(args: argparse.Namespace) -> None:
     """Score a model on a text."""
-    windows, model = _text(args, "evaluation")[0], _model(args)
+    windows, model = _text(args, "evaluation")[0], _model(args, packed=not args.unpacked)
     score = entangle.score(
         model,
         windows,
@@ -77,6 +78,19 @@ def run_perplexity(args: argparse.Namespace) -> None:
     about = {"model": args.model, "text": windows.text, "fingerprint": windows.fingerprint}
     about |= {"windows": len(windows), "length": windows.length}
     _print(args, numbers | about, printed.scored)
+
+
+def run_generate(args: argparse.Namespace) -> None:
+    """Let a model go on with a prompt; on a terminal the text is shown as it comes."""
+    tokenizer = entangle.load_tokenizer(args.model, **_source(args))
+    model = _model(args, packed=not args.unpacked)
+    live = sys.stdout.isatty() and not args.json
+    say = partial(print, end="", flush=True) if live else lambda text: None
+    found = entangle.generate(model, tokenizer, args.prompt, tokens=args.tokens, say=say)
+    result = dataclasses.asdict(found) | {"tokens_per_second": found.tokens_per_second}
+    result |= {"model": args.model, "prompt": args.prompt, "device": str(model.device)}
+    words = printed.timed if live else printed.generated
+    _print(args, result, words)
 
 
 def run_sparsify(args: argparse.Namespace) -> None:
@@ -451,8 +465,9 @@ def _measured(args: argparse.Namespace) -> "xr.DataTree":
     return run
 
 
-def _model(args: argparse.Namespace) -> "PreTrainedModel":
-    return entangle.load_model(args.model, dtype=args.dtype, device=args.device, **_source(args))
+def _model(args: argparse.Namespace, packed: bool = False) -> "PreTrainedModel":
+    options = {"dtype": args.dtype, "device": args.device, "packed": packed}
+    return entangle.load_model(args.model, **options, **_source(args))
 
 
 def _print(args: argparse.Namespace, result: dict[str, Any], words: Any) -> None:
@@ -484,6 +499,7 @@ def command_line(args: argparse.Namespace) -> str:
 COMMANDS = {
     "measure": run_measure,
     "perplexity": run_perplexity,
+    "generate": run_generate,
     "sparsify": run_sparsify,
     "sweep": run_sweep,
     "ablate": run_ablate,

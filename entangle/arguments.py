@@ -34,6 +34,8 @@ CARRIED = "prune a block for the inputs from the pruned blocks before it or the 
 EXPERTS = "pruned copies of each layer, one for each cluster of its inputs [1]"
 ASSIGNED = "tokens to experts by k-means or, as a control, at random [kmeans]"
 COMPONENTS = "of PCA before k-means, 0 for none [auto: inputs // 32]"
+UNPACKED = """on the CPU, keep the zeros of layers that are zero by half or more [packed: less memory, and
+faster token by token]"""
 COPIES = "pruned copies of each layer, one for each cluster of its inputs [4,16]"
 SHARE = "or several: of each layer's neurons to treat [0.03]"
 KEPT = "whose outputs to keep, beside each layer's most entangled neuron"
@@ -153,7 +155,18 @@ def parser() -> argparse.ArgumentParser:
     measure.add_argument("--bins", type=int, default=1024, help="of a histogram [1024]")
     measure.add_argument("--difficulty", type=int, default=0, metavar="PAIRS", help=PAIRS)
 
-    commands.add_parser("perplexity", parents=[model, text, always], help="score a model on a text")
+    runs_only = argparse.ArgumentParser(add_help=False)
+    runs_only.add_argument("--unpacked", action="store_true", help=UNPACKED)
+
+    commands.add_parser(
+        "perplexity", parents=[model, text, runs_only, always], help="score a model on a text"
+    )
+
+    generate = commands.add_parser(
+        "generate", parents=[model, runs_only, always], help="let a model write, and time it"
+    )
+    generate.add_argument("--prompt", required=True, metavar="TEXT", help="what it goes on with")
+    generate.add_argument("--tokens", type=int, default=64, help="to write at most [64]")
 
     sparsify = commands.add_parser(
         "sparsify",

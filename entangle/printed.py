@@ -44,6 +44,24 @@ def scored(result: dict[str, Any]) -> str:
     )
 
 
+def generated(result: dict[str, Any]) -> str:
+    """Return what a model wrote, and how long it took, in words."""
+    return f"{result['text']}\n{timed(result)}"
+
+
+def timed(result: dict[str, Any]) -> str:
+    """Return how long a model wrote, in words."""
+    rest = result["tokens"] - 1
+    speed = (
+        f", then {rest} in {result['seconds']:.2f} s: {result['tokens_per_second']:.1f} a second"
+    )
+    return (
+        f"\n{result['model']} on {result['device']}, {result['weight_bytes'] / 1e6:,.0f} MB of "
+        f"weights: the first token after {result['first_seconds']:.2f} s "
+        f"({result['prompt_tokens']} of the prompt){speed if rest else ''}"
+    )
+
+
 def sparsified(result: dict[str, Any]) -> str:
     """Return what pruning made of a model, in words."""
     from entangle.model.layers import say_skipped

@@ -12,14 +12,54 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from entangle.numerics.products import slice_rows
 from entangle.numerics.routing import Router
 
 
-class ExpertLinear(nn.Module):
-    """A linear layer whose router gives each token the weights of one expert.
+class Mixture(nn.Module):
+    """A linear layer whose router gives each token the weights of one expert."""
+
+    in_features: int
+    out_features: int
+    router: Router | None  # None: one expert, which has all tokens
+    bias: nn.Parameter | None  # (neurons,): all experts share it
+
+    def product(self, rows: torch.Tensor, expert: int) -> torch.Tensor:
+        """Return the outputs (tokens, neurons) of an expert for rows (tokens, inputs)."""
+        raise NotImplementedError
+
+    def extra_repr(self) -> str:
+        """Return what `print` says of it, as `nn.Linear` does."""
+        return (
+            f"experts={self.router.experts if self.router else 1}, "
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}"
+        )
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Return the outputs (..., neurons) of inputs (..., inputs)."""
+        rows = inputs.reshape(-1, inputs.shape[-1])
+        shape = (*inputs.shape[:-1], self.out_features)
+        if self.router is None:
+            return self.product(rows, 0).view(shape)
+        routes = self.router(inputs, self)
+        busy = [index for index, count in enumerate(routes.counts) if count]
+        if len(busy) < 2:  # one token, for one
+            return self.product(rows, busy[0] if busy else 0).view(shape)
+        parts = routes.order.split([routes.counts[index] for index in busy])
+        outputs = torch.cat(
+            [self.product(rows[part], index) for index, part in zip(busy, parts, strict=True)]
+        )
+        return torch.empty_like(outputs).index_copy_(0, routes.order, outputs).view(shape)
+
+
+class ExpertLinear(Mixture):
+    """A mixture that holds all weights, zeros too.
 
     ``counts`` are the tokens of the calibration text that each expert got.
     """
+
+    router: Router
 
     def __init__(
         self,
@@ -43,46 +83,53 @@ class ExpertLinear(nn.Module):
             raise ValueError(
                 f"expected a router of {weight.shape[2]} inputs, got one of {router.inputs}"
             )
-        self.weight = nn.Parameter(weight, requires_grad=False)
-        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self.out_features, self.in_features = weight.shape[1:]
+        self.weight = _constant(weight)
+        self.bias = None if bias is None else _constant(bias)
         self.router = router
         self.counts = [int(count) for count in counts]
         router.layers += 1
 
-    @property
-    def in_features(self) -> int:
-        """The number of inputs."""
-        return self.weight.shape[2]
+    def product(self, rows: torch.Tensor, expert: int) -> torch.Tensor:
+        """Return the outputs (tokens, neurons) of an expert for rows (tokens, inputs)."""
+        return functional.linear(rows, self.weight[expert], self.bias)
 
-    @property
-    def out_features(self) -> int:
-        """The number of neurons."""
-        return self.weight.shape[1]
 
-    def extra_repr(self) -> str:
-        """Return what `print` says of it, as `nn.Linear` does."""
-        return (
-            f"experts={self.router.experts}, in_features={self.in_features}, "
-            f"out_features={self.out_features}, bias={self.bias is not None}"
-        )
+class PackedLinear(Mixture):
+    """A mixture, or one pruned layer, that holds no zeros: to run it, on the CPU.
 
-    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        """Return the outputs (..., neurons) of inputs (..., inputs)."""
-        routes = self.router(inputs, self)
-        rows = inputs.reshape(-1, inputs.shape[-1])
-        shape = (*inputs.shape[:-1], self.out_features)
-        busy = [index for index, count in enumerate(routes.counts) if count]
-        if len(busy) < 2:  # one token, for one
-            weight = self.weight[busy[0] if busy else 0]
-            return functional.linear(rows, weight, self.bias).view(shape)
-        parts = routes.order.split([routes.counts[index] for index in busy])
-        outputs = torch.cat(
-            [
-                functional.linear(rows[part], self.weight[index], self.bias)
-                for index, part in zip(busy, parts, strict=True)
-            ]
-        )
-        return torch.empty_like(outputs).index_copy_(0, routes.order, outputs).view(shape)
+    Few tokens are multiplied as it is; for many, where that is faster, an expert is unpacked.
+    """
+
+    def __init__(
+        self, weight: torch.Tensor, bias: torch.Tensor | None, router: Router | None
+    ) -> None:
+        """Pack a weight (experts, neurons, inputs).
+
+        Raises:
+            ValueError: a weight of a dtype that cannot be packed (see `slice_rows`).
+        """
+        super().__init__()
+        _, self.out_features, self.in_features = weight.shape
+        self.sliced = slice_rows(weight)
+        self.bias = None if bias is None else _constant(bias)
+        self.router = router
+        if router is not None:
+            router.layers += 1
+
+    def product(self, rows: torch.Tensor, expert: int) -> torch.Tensor:
+        """Return the outputs (tokens, neurons) of an expert for rows (tokens, inputs)."""
+        if len(rows) and self.sliced.is_faster(len(rows), expert):
+            outputs = self.sliced.product(rows, expert)
+            if self.bias is not None:
+                outputs += self.bias
+            return outputs.to(rows.dtype)
+        weight = self.sliced.dense(expert).to(rows.dtype)
+        return functional.linear(rows, weight, self.bias)
+
+
+def _constant(values: torch.Tensor) -> nn.Parameter:
+    return nn.Parameter(values, requires_grad=False)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

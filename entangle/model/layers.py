@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from entangle.model.experts import ExpertLinear
+from entangle.model.experts import ExpertLinear, PackedLinear
 
 if TYPE_CHECKING:  # it takes seconds to import, which commands that need no model need not wait for
     from transformers import PreTrainedModel
@@ -103,11 +103,16 @@ def find_blocks(model: "PreTrainedModel") -> tuple[str, nn.ModuleList]:
 
     Raises:
         ValueError: no list of modules is as long as the configuration says there are blocks, or
-            a wrapper without a configuration, such as DataParallel.
+            a wrapper without a configuration, such as DataParallel, or a packed model.
     """
     if not hasattr(model, "config"):
         raise ValueError(
             f"expected a model of transformers, got {type(model).__name__}: pass what it wraps"
+        )
+    if any(isinstance(module, PackedLinear) for module in model.modules()):
+        raise ValueError(
+            "the model's layers are packed, which is for running it only: load it with "
+            "packed=False to measure, prune or save it"
         )
     config = model.config.get_text_config(decoder=True)
     count = getattr(config, "num_hidden_layers", None)

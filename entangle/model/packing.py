@@ -20,8 +20,9 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from entangle.model import folders
-from entangle.model.experts import ExpertLinear, Packed, pack, unpack
-from entangle.model.layers import LinearLayer, find_layers, replace_layer
+from entangle.model.experts import ExpertLinear, Packed, PackedLinear, pack, unpack
+from entangle.model.layers import LinearLayer, find_layers, replace_layer, weight_of
+from entangle.numerics.products import PACKABLE
 from entangle.numerics.routing import Router, router_of
 
 DENSE, EXPANSION = "dense.safetensors", "expansion.json"
@@ -143,8 +144,41 @@ def _pack_layer(layer: LinearLayer, owners: dict[int, str], tensors: Tensors) ->
     }
 
 
-def load_expanded(folder: Path, trust_remote_code: bool = False) -> PreTrainedModel:
+def pack_layer(model: PreTrainedModel, layer: LinearLayer) -> None:
+    """Hold a layer's weights packed, if half of them or more are zeros: else that gains nothing.
+
+    Left as they are, too, are weights that are quantised, or float64.
+    """
+    weight = weight_of(layer)
+    weight = weight if weight.ndim == 3 else weight[None]
+    plain = type(weight) is torch.Tensor and weight.dtype in PACKABLE
+    if not plain or 2 * int((weight == 0).sum()) < weight.numel():
+        return
+    router = layer.module.router if isinstance(layer.module, ExpertLinear) else None
+    if router is not None:
+        router.layers -= 1  # its place is taken
+    bias = layer.module.bias
+    assert bias is None or isinstance(bias, torch.Tensor)
+    replace_layer(model, layer, PackedLinear(weight, bias, router))
+
+
+def weight_bytes(model: PreTrainedModel) -> int:
+    """Return the bytes that a model's weights take in memory, packed or not; tied ones once."""
+    tensors = {id(x): x for x in (*model.parameters(), *model.buffers())}.values()
+    packed = [m.sliced.nbytes for m in model.modules() if isinstance(m, PackedLinear)]
+    return sum(tensor.nbytes for tensor in tensors) + sum(packed)
+
+
+def load_expanded(
+    folder: Path,
+    trust_remote_code: bool = False,
+    *,
+    dtype: torch.dtype | None = None,
+    packed: bool = False,
+) -> PreTrainedModel:
     """Read an expanded model, bit for bit as it was written, onto the CPU.
+
+    With a ``dtype`` experts become that, but no router. ``packed``, see `pack_layer`.
 
     Raises:
         OSError: a file cannot be read.
@@ -167,7 +201,7 @@ def load_expanded(folder: Path, trust_remote_code: bool = False) -> PreTrainedMo
         unknown = {"config.json", DENSE, *blocks} - {*expected}
         if unknown:
             raise ValueError(f"no sum of {min(unknown)}")
-        _fill(model, folder, described)
+        _fill(model, folder, described, dtype, packed)
     except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         reason = textwrap.shorten(str(error), 300, placeholder=" ...")  # torch's is many lines
         raise ValueError(
@@ -192,7 +226,13 @@ def _empty_model(folder: Path, trust_remote_code: bool) -> PreTrainedModel:
     return model
 
 
-def _fill(model: PreTrainedModel, folder: Path, described: dict[str, dict[str, Any]]) -> None:
+def _fill(
+    model: PreTrainedModel,
+    folder: Path,
+    described: dict[str, dict[str, Any]],
+    dtype: torch.dtype | None,
+    packed: bool,
+) -> None:
     """Give an empty model its experts and its dense weights.
 
     Raises:
@@ -209,7 +249,11 @@ def _fill(model: PreTrainedModel, folder: Path, described: dict[str, dict[str, A
         tensors = load_tensors(folder / "experts" / f"{block}.safetensors")
         for name, about in described.items():
             if about["block"] == block:
-                replace_layer(model, layers[name], _unpack_layer(name, about, tensors, routers))
+                mixture = _unpack_layer(name, about, tensors, routers)
+                mixture = mixture if dtype is None else mixture.to(dtype)
+                layer = replace_layer(model, layers[name], mixture)
+                if packed:
+                    pack_layer(model, layer)
     # Copied as a router is. assign: the tensors themselves, so with their dtype.
     dense = {name: tensor.clone() for name, tensor in load_tensors(folder / DENSE).items()}
     result = model.load_state_dict(dense, strict=False, assign=True)

@@ -68,8 +68,13 @@ class Router(nn.Module):
         known = last is not None and last.inputs() is inputs and last.version == version
         if last is None or not known or taker in last.takers:
             chosen = self.assign(inputs.reshape(-1, inputs.shape[-1]))
-            counts = chosen.bincount(minlength=self.experts).tolist()
-            routes = Routes(chosen.argsort(stable=True), counts)
+            if len(chosen) == 1:  # decoding: nothing to sort
+                counts = [0] * self.experts
+                counts[int(chosen)] = 1
+                routes = Routes(torch.zeros_like(chosen), counts)
+            else:
+                counts = chosen.bincount(minlength=self.experts).tolist()
+                routes = Routes(chosen.argsort(stable=True), counts)
             last = _Last(weakref.ref(inputs), version, routes, frozenset())
         takers = last.takers | {taker}
         if len(takers) < self.layers:

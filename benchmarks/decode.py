@@ -1,0 +1,237 @@
+"""What sparse experts cost to run, token by token and for a prompt, in one run: `make bench`.
+
+Matrices alone, MLPs with their router, and SmolLM2-135M as a whole, beside dense float32, dense
+bfloat16 and torch's CSR, on one thread and on two. Masks are by row and of magnitude, experts equal
+but apart in memory, routers fitted to the model's own inputs: what is timed is not what is computed
+but how many bytes are read, and which.
+"""
+
+import copy
+import functools
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+import entangle
+from benchmarks.timing import machine, side_by_side
+from entangle.model.experts import ExpertLinear, PackedLinear
+from entangle.model.layers import LinearLayer, find_layers, replace_layer, weight_of
+from entangle.model.packing import weight_bytes
+from entangle.numerics.products import slice_rows
+from entangle.numerics.routing import Router, fit_router
+from entangle.study.calibration import SAMPLE, sample_inputs, walk_blocks
+
+DATA = Path(__file__).parents[1] / "data"
+SHAPES = [(1536, 576), (576, 1536), (576, 576), (4096, 4096)]  # neurons, inputs
+SPARSITIES = (0.5, 0.7, 0.8, 0.9)
+THREADS = (1, 2)
+BEYOND_CACHE = 200e6  # bytes of dense weights that are read between two uses of one
+TOKENS = (1, 2, 8, 32, 128, 512)
+PROMPT, WRITTEN = 512, 24
+EXPERTS = (1, 16)
+GOALS = {"an MLP layer at 80%": 0.4, "the whole model at 80%, all layers": 0.6, "prompt": 1.2}
+
+Cases = dict[str, Callable[[], Any]]
+torch.set_grad_enabled(False)
+
+
+def main() -> None:
+    """Run all of it."""
+    print(machine(), end="\n\n")
+    warnings.filterwarnings("ignore", message="Sparse CSR tensor support")
+    for threads in THREADS:
+        torch.set_num_threads(threads)
+        for neurons, inputs in SHAPES:
+            products(neurons, inputs, threads)
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.set_num_threads(1)
+        switch(dtype)
+    model = entangle.load_model(DATA / "smollm2-135m")
+    routers = routers_of(model)
+    for sparsity in SPARSITIES:
+        mixtures(model, routers, sparsity)
+    for threads in THREADS:
+        torch.set_num_threads(threads)
+        whole(model, routers, threads)
+
+
+def sparse(weight: torch.Tensor, sparsity: float) -> torch.Tensor:
+    """Return a weight (..., inputs) without the smallest of each row."""
+    keep = weight.abs().topk(round((1 - sparsity) * weight.shape[-1]), dim=-1).indices
+    return torch.zeros_like(weight).scatter(-1, keep, weight.gather(-1, keep))
+
+
+def products(neurons: int, inputs: int, threads: int) -> None:
+    """Compare products with one token, of so many matrices that none is in the cache."""
+    count = max(8, int(BEYOND_CACHE / (4 * neurons * inputs)))
+    dense = torch.randn(count, neurons, inputs)
+    x = torch.randn(1, inputs)
+    half, x_half = dense.bfloat16(), x.bfloat16()
+    print(f"| {neurons} x {inputs}, {threads} threads: us | sparsity | times dense float32 |")
+    print("|---|---|---|")
+    cases: Cases = {
+        "dense float32": lambda: [functional.linear(x, one) for one in dense],
+        "dense bfloat16": lambda: [functional.linear(x_half, one) for one in half],
+    }
+    for sparsity in SPARSITIES:
+        weight = sparse(dense[:2], sparsity)
+        packed = [slice_rows(weight[i % 2 : i % 2 + 1]) for i in range(count)]
+        short = [slice_rows(weight[i % 2 : i % 2 + 1].bfloat16()) for i in range(count)]
+        rows = [weight[i % 2].to_sparse_csr() for i in range(count)]
+        rounds = side_by_side(
+            cases
+            | {
+                "torch CSR": lambda: [one @ x[0] for one in rows],  # noqa: B023
+                "packed float32": lambda: [one.product(x, 0) for one in packed],  # noqa: B023
+                "packed bfloat16": lambda: [one.product(x_half, 0) for one in short],  # noqa: B023
+            }
+        )
+        for name, seconds in rounds.items():
+            ratio = seconds / rounds["dense float32"]
+            print(f"| {name}: {1e6 * seconds / count:.4g} | {sparsity:.0%} | {ratio:.2f} |")
+    print(flush=True)
+
+
+def switch(dtype: torch.dtype, neurons: int = 1536, inputs: int = 576) -> None:
+    """Compare the two ways to multiply many tokens, and say which one is chosen."""
+    print(
+        f"| {neurons} x {inputs}, {dtype}, 1 thread | tokens | packed | unpacked | dense | takes |"
+    )
+    print("|---|---|---|---|---|---|")
+    dense = torch.randn(16, neurons, inputs).to(dtype)
+    for sparsity in SPARSITIES:
+        packed = [slice_rows(sparse(one, sparsity)[None]) for one in dense]
+        for tokens in TOKENS:
+            x = torch.randn(tokens, inputs).to(dtype)
+            cases: Cases = {
+                "packed": lambda: [one.product(x, 0) for one in packed],  # noqa: B023
+                "unpacked": lambda: [functional.linear(x, one.dense(0)) for one in packed],  # noqa: B023
+                "dense": lambda: [functional.linear(x, one) for one in dense],  # noqa: B023
+            }
+            times = {k: 1e6 * v / len(dense) for k, v in side_by_side(cases, rounds=3).items()}
+            taken = "packed" if packed[0].is_faster(tokens, 0) else "unpacked"
+            numbers = " | ".join(f"{value:.4g}" for value in times.values())
+            print(f"| us at {sparsity:.0%} | {tokens} | {numbers} | {taken} |")
+    print(flush=True)
+
+
+def routers_of(model: PreTrainedModel) -> dict[str, Router]:
+    """Fit a router of sixteen experts to the inputs of each layer; layers with one input share it."""
+    tokenizer = entangle.load_tokenizer(DATA / "smollm2-135m")
+    windows = entangle.token_windows(DATA / "python-docs", tokenizer, windows=8)
+    walk, layers = walk_blocks(model, windows, 4, 0), find_layers(model)
+    found: dict[str, Router] = {}
+    for block in range(layers[-1].block + 1):
+        here = [layer for layer in layers if layer.block == block]
+        fitted: dict[int, Router] = {}
+        for name, rows in sample_inputs(walk, here, SAMPLE, 0, advance=True).items():
+            if id(rows) not in fitted:
+                fitted[id(rows)] = fit_router(rows, EXPERTS[-1])
+            found[name] = fitted[id(rows)]
+    return found
+
+
+def packed_layer(
+    layer: LinearLayer, routers: Mapping[str, Router], sparsity: float
+) -> PackedLinear:
+    """Return a layer's experts, or its only one where there is no router, packed."""
+    router = routers.get(layer.name)
+    weight = sparse(weight_of(layer), sparsity)[None]
+    weight = weight.expand(router.experts if router else 1, -1, -1)
+    return PackedLinear(weight, None, router)
+
+
+def mixtures(model: PreTrainedModel, routers: dict[str, Router], sparsity: float) -> None:
+    """Compare the MLPs' layers of all blocks one after another, router included, token by token."""
+    layers = find_layers(model, ["*.mlp.*"])
+    packed = [packed_layer(layer, copy.deepcopy(routers), sparsity) for layer in layers]
+    inputs = {n: torch.randn(32, n) for n in {layer.inputs for layer in layers}}
+
+    def run(modules: list[nn.Module]) -> None:
+        for step in range(32):
+            for module in modules:
+                module(inputs[module.in_features][step : step + 1])  # type: ignore[index]
+
+    dense = [layer.module for layer in layers]
+    for threads in THREADS:
+        torch.set_num_threads(threads)
+        times = side_by_side(
+            {"dense": functools.partial(run, dense), "packed": functools.partial(run, packed)}, 3
+        )
+        ratio = times["packed"] / times["dense"]
+        micro = {name: 1e6 * value / 32 / len(layers) for name, value in times.items()}
+        print(
+            f"*.mlp.* at {sparsity:.0%}, 16 experts, {threads} threads: a layer with its router "
+            f"{micro['packed']:.4g} us, dense float32 {micro['dense']:.4g} us, ratio {ratio:.2f}"
+        )
+    print(flush=True)
+
+
+def whole(model: PreTrainedModel, routers: dict[str, Router], threads: int) -> None:
+    """Compare whole models: a token more, and a prompt."""
+    half = copy.deepcopy(model).bfloat16()
+    print(
+        f"| SmolLM2-135M, {threads} threads | MB | ms a token | tokens a second | times dense |",
+        end="",
+    )
+    print(f" {PROMPT} tokens, s | times dense |")
+    print("|---|---|---|---|---|---|---|")
+    for sparsity in SPARSITIES:
+        for pattern in ("*.mlp.*", "*"):
+            for experts in EXPERTS:
+                used = copy.deepcopy(routers) if experts > 1 else {}
+                other = copy.deepcopy(model)
+                for layer in find_layers(other, [pattern]):
+                    replace_layer(other, layer, packed_layer(layer, used, sparsity))
+                models = {"dense float32": model, "dense bfloat16": half, "packed": other}
+                prompts: Cases = {k: functools.partial(read, m) for k, m in models.items()}
+                writes: Cases = {k: functools.partial(write, m) for k, m in models.items()}
+                read_times = side_by_side(prompts, rounds=3)
+                write_times = side_by_side(writes, rounds=3)
+                what = f"{pattern} at {sparsity:.0%}, {experts} experts"
+                for name, one in models.items():
+                    seconds = write_times[name] / WRITTEN
+                    times = write_times[name] / write_times["dense float32"]
+                    again = read_times[name] / read_times["dense float32"]
+                    print(
+                        f"| {name if one is not other else what} | {weight_bytes(one) / 1e6:.0f} | "
+                        f"{1e3 * seconds:.1f} | {1 / seconds:.1f} | {times:.2f} | "
+                        f"{read_times[name]:.3f} | {again:.2f} |",
+                        flush=True,
+                    )
+    print(flush=True)
+
+
+def ids_of(count: int) -> torch.Tensor:
+    """Return tokens of text."""
+    tokenizer = entangle.load_tokenizer(DATA / "smollm2-135m")
+    return entangle.token_windows(DATA / "python-docs", tokenizer, windows=1, length=count).tokens
+
+
+@functools.cache
+def prompt() -> torch.Tensor:
+    """Return the prompt (1, tokens)."""
+    return ids_of(PROMPT)
+
+
+def read(model: PreTrainedModel) -> Any:
+    """Read a prompt."""
+    return model(input_ids=prompt(), use_cache=True, logits_to_keep=1)
+
+
+def write(model: PreTrainedModel) -> None:
+    """Read token after token of a text, as in writing it: no choice of theirs is timed."""
+    cache = None
+    for step in range(WRITTEN):
+        found = model(input_ids=prompt()[:, step : step + 1], past_key_values=cache, use_cache=True)
+        cache = found.past_key_values
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,251 @@
+"""Sparse matrices as slices of eight rows side by side, and their products with tokens.
+
+Decoding is bound by memory: a matrix that is mostly zeros has fewer bytes to read. Rows are sorted
+by their number of nonzeros and cut into slices of eight; of a slice the first nonzeros of all
+eight rows lie side by side, then the second ones, and so on, so that eight sums run in parallel.
+
+Source: SELL-C-sigma, Kreutzer et al., "A unified sparse matrix data format for efficient general
+sparse matrix-vector multiplication on modern processors with wide SIMD units", arXiv 1307.6209,
+with C = 8 and sigma = all rows.
+"""
+
+import dataclasses
+from typing import Any
+
+import numba
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from entangle.numerics.lanes import WIDTH, as_float, lanes_add, lanes_store, lanes_zero, prefetch
+
+ROWS = 8  # of a slice
+PACKABLE = (torch.float32, torch.bfloat16, torch.float16)
+_AHEAD = np.uint64(512)  # entries: far enough to hide memory's latency, near enough to stay cached
+
+_MOST = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
+
+Array = npt.NDArray[Any]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Sliced:
+    """Matrices (experts, neurons, inputs) in slices; padded where a slice's rows differ in length."""
+
+    values: Array  # (entries,) float32, or the bits of bfloat16 as uint16
+    columns: Array  # (entries,) uint16, or uint32 where there are more inputs than that
+    starts: Array  # (experts, slices + 1) int64: of each slice, in steps of eight entries
+    order: Array  # (experts, slices * 8) int64: the row that lies there; past the last: none
+    neurons: int
+    inputs: int
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes in memory."""
+        return sum(x.nbytes for x in (self.values, self.columns, self.starts, self.order))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the values."""
+        return torch.bfloat16 if self.values.dtype == np.uint16 else torch.float32
+
+    def is_faster(self, tokens: int, expert: int) -> bool:
+        """Tell whether `product` beats unpacking an expert and a dense product.
+
+        Measured (``benchmarks/decode.py``) in units of a dense float32 product with sixteen more
+        tokens: `product` takes 0.2 + 2.9 times the density for every sixteen tokens, to unpack
+        and multiply takes 5 and 1 for every sixteen in float32, 2.8 and 0.17 in bfloat16.
+        """
+        tiles = -(-tokens // WIDTH)
+        once, each = (5, 1) if self.dtype == torch.float32 else (2.8, 0.17)
+        return tokens == 1 or tiles * (0.2 + 2.9 * self.density(expert) - each) < once
+
+    def density(self, expert: int) -> float:
+        """Return the share of an expert's weights that is stored, padding included."""
+        entries = (self.starts[expert, -1] - self.starts[expert, 0]) * ROWS
+        return float(entries / (self.neurons * self.inputs))
+
+    def product(self, rows: torch.Tensor, expert: int) -> torch.Tensor:
+        """Return ``rows @ weight.T`` (tokens, neurons) float32 for rows (tokens, inputs).
+
+        Sums are float32 in any case.
+        """
+        starts, order, threads = self.starts[expert], self.order[expert], _threads()
+        rows = rows.float()
+        if len(rows) == 1:
+            found = torch.empty(1, self.neurons)
+            row = np.ascontiguousarray(rows.numpy()[0])
+            _multiply(threads, self.values, self.columns, starts, order, row, found.numpy()[0])
+            return found
+        tokens = len(rows)
+        tiles = -(-tokens // WIDTH)
+        side = rows.new_zeros(tiles * WIDTH, self.inputs)
+        side[:tokens] = rows
+        side = side.view(tiles, WIDTH, self.inputs).mT.contiguous()
+        out = torch.empty(tiles, self.neurons, WIDTH)
+        flat = side.view(tiles, -1).numpy(), out.view(tiles, -1).numpy()
+        _multiply_tiles(threads, self.values, self.columns, starts, order, *flat)
+        return out.mT.reshape(tiles * WIDTH, self.neurons)[:tokens]
+
+    def dense(self, expert: int) -> torch.Tensor:
+        """Return an expert's weight (neurons, inputs) with its zeros."""
+        weight = torch.empty(self.neurons, self.inputs, dtype=self.dtype)
+        bits = weight.view(torch.uint16) if self.dtype == torch.bfloat16 else weight
+        starts, order = self.starts[expert], self.order[expert]
+        _fill_dense(_threads(), self.values, self.columns, starts, order, bits.numpy())
+        return weight
+
+
+def slice_rows(weight: torch.Tensor) -> Sliced:
+    """Return matrices (experts, neurons, inputs) in slices, all but zeros.
+
+    Raises:
+        ValueError: another dtype than float32, bfloat16 or float16, which becomes float32.
+    """
+    if weight.dtype not in PACKABLE:
+        raise ValueError(f"only float32, bfloat16 and float16 can be packed, got {weight.dtype}")
+    weight = weight.detach().cpu().contiguous()
+    bfloat16 = weight.dtype == torch.bfloat16
+    dense = weight.view(torch.uint16).numpy() if bfloat16 else weight.float().numpy()
+    experts, neurons, inputs = dense.shape
+    counts = (weight != 0).sum(2).numpy()  # (experts, neurons)
+    slices = -(-neurons // ROWS)
+    order = np.full((experts, slices * ROWS), neurons)
+    order[:, :neurons] = np.argsort(-counts, axis=1, kind="stable")
+    lengths = np.take_along_axis(counts, order[:, ::ROWS], axis=1)  # a slice's first is its longest
+    ends = lengths.cumsum().reshape(lengths.shape)
+    starts = np.concatenate([ends[:, :1] - lengths[:, :1], ends], axis=1)
+    entries = int(ends[-1, -1]) * ROWS
+    values = np.zeros(entries, dense.dtype)
+    columns = np.zeros(entries, np.uint16 if inputs <= 1 << 16 else np.uint32)
+    for expert in range(experts):
+        _fill_slices(dense[expert], starts[expert], order[expert], values, columns)
+    return Sliced(values, columns, starts, order, neurons, inputs)
+
+
+def _threads() -> int:
+    """Have as many threads as torch has: to wait for one more costs more than a product."""
+    threads: int = min(torch.get_num_threads(), _MOST)
+    numba.set_num_threads(threads)
+    return threads
+
+
+@numba.njit(parallel=True, nogil=True, cache=True)
+def _fill_slices(dense, starts, order, values, columns):  # type: ignore[no-untyped-def]
+    for place in numba.prange(len(order)):
+        row = order[place]
+        if row >= len(dense):
+            continue
+        entry = starts[place // ROWS] * ROWS + place % ROWS
+        for column in range(dense.shape[1]):
+            value = dense[row, column]
+            if as_float(value) != 0:
+                values[entry], columns[entry] = value, column
+                entry += ROWS
+
+
+@numba.njit(cache=True)
+def _part(starts, part, parts):  # type: ignore[no-untyped-def]
+    """Return the slices of a thread, so that each thread has as many entries to read."""
+    first, last = starts[0], starts[-1]
+    step = (last - first) / parts
+    begin = np.searchsorted(starts, first + step * part) if part else 0
+    end = (
+        np.searchsorted(starts, first + step * (part + 1)) if part + 1 < parts else len(starts) - 1
+    )
+    return begin, end
+
+
+@numba.njit(nogil=True, cache=True, fastmath={"contract"})
+def _multiply_part(begin, end, values, columns, starts, order, row, out):  # type: ignore[no-untyped-def]
+    zero, one = np.float32(0), np.uint64(1)
+    for piece in range(begin, end):
+        a = b = c = d = e = f = g = h = zero
+        i = np.uint64(starts[piece] * ROWS)
+        for _ in range(starts[piece], starts[piece + 1]):
+            prefetch(values, i + _AHEAD)
+            prefetch(columns, i + _AHEAD)
+            a += as_float(values[i]) * row[np.uint64(columns[i])]
+            i += one
+            b += as_float(values[i]) * row[np.uint64(columns[i])]
+            i += one
+            c += as_float(values[i]) * row[np.uint64(columns[i])]
+            i += one
+            d += as_float(values[i]) * row[np.uint64(columns[i])]
+            i += one
+            e += as_float(values[i]) * row[np.uint64(columns[i])]
+            i += one
+            f += as_float(values[i]) * row[np.uint64(columns[i])]
+            i += one
+            g += as_float(values[i]) * row[np.uint64(columns[i])]
+            i += one
+            h += as_float(values[i]) * row[np.uint64(columns[i])]
+            i += one
+        place = piece * ROWS
+        for which, total in enumerate((a, b, c, d, e, f, g, h)):
+            if order[place + which] < len(out):
+                out[order[place + which]] = total
+
+
+@numba.njit(nogil=True, cache=True, fastmath={"contract"})
+def _multiply_tiles_part(begin, end, values, columns, starts, order, side, out):  # type: ignore[no-untyped-def]
+    one, width = np.uint64(1), np.uint64(WIDTH)
+    neurons = out.shape[1] // WIDTH
+    for tile in range(len(side)):
+        x, y = side[tile], out[tile]
+        for piece in range(begin, end):
+            a = b = c = d = e = f = g = h = lanes_zero()
+            i = np.uint64(starts[piece] * ROWS)
+            for _ in range(starts[piece], starts[piece + 1]):
+                prefetch(values, i + _AHEAD)
+                prefetch(columns, i + _AHEAD)
+                a = lanes_add(a, as_float(values[i]), x, np.uint64(columns[i]) * width)
+                i += one
+                b = lanes_add(b, as_float(values[i]), x, np.uint64(columns[i]) * width)
+                i += one
+                c = lanes_add(c, as_float(values[i]), x, np.uint64(columns[i]) * width)
+                i += one
+                d = lanes_add(d, as_float(values[i]), x, np.uint64(columns[i]) * width)
+                i += one
+                e = lanes_add(e, as_float(values[i]), x, np.uint64(columns[i]) * width)
+                i += one
+                f = lanes_add(f, as_float(values[i]), x, np.uint64(columns[i]) * width)
+                i += one
+                g = lanes_add(g, as_float(values[i]), x, np.uint64(columns[i]) * width)
+                i += one
+                h = lanes_add(h, as_float(values[i]), x, np.uint64(columns[i]) * width)
+                i += one
+            place = piece * ROWS
+            for which, total in enumerate((a, b, c, d, e, f, g, h)):
+                if order[place + which] < neurons:
+                    lanes_store(y, np.uint64(order[place + which] * WIDTH), total)
+
+
+@numba.njit(parallel=True, nogil=True, cache=True)
+def _multiply(threads, values, columns, starts, order, row, out):  # type: ignore[no-untyped-def]
+    for part in numba.prange(threads):
+        begin, end = _part(starts, part, threads)
+        _multiply_part(begin, end, values, columns, starts, order, row, out)
+
+
+@numba.njit(parallel=True, nogil=True, cache=True)
+def _multiply_tiles(threads, values, columns, starts, order, side, out):  # type: ignore[no-untyped-def]
+    for part in numba.prange(threads):
+        begin, end = _part(starts, part, threads)
+        _multiply_tiles_part(begin, end, values, columns, starts, order, side, out)
+
+
+@numba.njit(parallel=True, nogil=True, cache=True)
+def _fill_dense(threads, values, columns, starts, order, weight):  # type: ignore[no-untyped-def]
+    for part in numba.prange(threads):
+        begin, end = _part(starts, part, threads)
+        for place in range(begin * ROWS, end * ROWS):
+            row = order[place]
+            if row < len(weight):
+                line = weight[row]
+                line[:] = 0
+                i = np.uint64(starts[place // ROWS] * ROWS + place % ROWS)
+                for _ in range(starts[place // ROWS], starts[place // ROWS + 1]):
+                    if as_float(values[i]) != 0:
+                        line[np.uint64(columns[i])] = values[i]
+                    i += np.uint64(ROWS)
