@@ -123,6 +123,7 @@ bench: data ## run the benchmarks
 	$(BIN)/python -m benchmarks.prune
 	$(BIN)/python -m benchmarks.expand
 	$(BIN)/python -m benchmarks.ablate
+	$(BIN)/python -m benchmarks.decode
 
 clean: ## remove what was measured, and caches; .venv and data stay
 	rm -rf runs .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -7,12 +7,14 @@ but how many bytes are read, and which.
 """
 
 import copy
+import dataclasses
 import functools
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional
@@ -20,7 +22,7 @@ from transformers import PreTrainedModel
 
 import entangle
 from benchmarks.timing import machine, side_by_side
-from entangle.model.experts import ExpertLinear, PackedLinear
+from entangle.model.experts import PackedLinear
 from entangle.model.layers import LinearLayer, find_layers, replace_layer, weight_of
 from entangle.model.packing import weight_bytes
 from entangle.numerics.products import slice_rows
@@ -34,8 +36,7 @@ THREADS = (1, 2)
 BEYOND_CACHE = 200e6  # bytes of dense weights that are read between two uses of one
 TOKENS = (1, 2, 8, 32, 128, 512)
 PROMPT, WRITTEN = 512, 24
-EXPERTS = (1, 16)
-GOALS = {"an MLP layer at 80%": 0.4, "the whole model at 80%, all layers": 0.6, "prompt": 1.2}
+EXPERTS = 16
 
 Cases = dict[str, Callable[[], Any]]
 torch.set_grad_enabled(False)
@@ -55,10 +56,7 @@ def main() -> None:
     model = entangle.load_model(DATA / "smollm2-135m")
     routers = routers_of(model)
     for sparsity in SPARSITIES:
-        mixtures(model, routers, sparsity)
-    for threads in THREADS:
-        torch.set_num_threads(threads)
-        whole(model, routers, threads)
+        whole(model, routers, sparsity)
 
 
 def sparse(weight: torch.Tensor, sparsity: float) -> torch.Tensor:
@@ -132,7 +130,7 @@ def routers_of(model: PreTrainedModel) -> dict[str, Router]:
         fitted: dict[int, Router] = {}
         for name, rows in sample_inputs(walk, here, SAMPLE, 0, advance=True).items():
             if id(rows) not in fitted:
-                fitted[id(rows)] = fit_router(rows, EXPERTS[-1])
+                fitted[id(rows)] = fit_router(rows, EXPERTS)
             found[name] = fitted[id(rows)]
     return found
 
@@ -141,71 +139,78 @@ def packed_layer(
     layer: LinearLayer, routers: Mapping[str, Router], sparsity: float
 ) -> PackedLinear:
     """Return a layer's experts, or its only one where there is no router, packed."""
-    router = routers.get(layer.name)
-    weight = sparse(weight_of(layer), sparsity)[None]
-    weight = weight.expand(router.experts if router else 1, -1, -1)
-    return PackedLinear(weight, None, router)
+    packed = PackedLinear(sparse(weight_of(layer), sparsity)[None], None, routers.get(layer.name))
+    if packed.router is not None:
+        one, count = packed.sliced, packed.router.experts
+        steps = np.arange(count)[:, None] * one.starts[0, -1]
+        packed.sliced = dataclasses.replace(
+            one,
+            values=np.tile(one.values, count),
+            columns=np.tile(one.columns, count),
+            starts=one.starts + steps,
+            order=one.order.repeat(count, axis=0),
+        )
+    return packed
 
 
-def mixtures(model: PreTrainedModel, routers: dict[str, Router], sparsity: float) -> None:
+def expanded(
+    model: PreTrainedModel, pattern: str, routers: Mapping[str, Router], sparsity: float
+) -> PreTrainedModel:
+    """Return the model with packed layers where the pattern says; the others are the model's own."""
+    memo = {id(parameter): parameter for parameter in model.parameters()}
+    other = copy.deepcopy(model, memo)
+    used = copy.deepcopy(routers)
+    for layer in find_layers(model, [pattern]):
+        replace_layer(other, layer, packed_layer(layer, used, sparsity))
+    return other
+
+
+def layers_alone(models: dict[str, PreTrainedModel], sparsity: float, threads: int) -> None:
     """Compare the MLPs' layers of all blocks one after another, router included, token by token."""
-    layers = find_layers(model, ["*.mlp.*"])
-    packed = [packed_layer(layer, copy.deepcopy(routers), sparsity) for layer in layers]
-    inputs = {n: torch.randn(32, n) for n in {layer.inputs for layer in layers}}
+    mlps = {
+        name: [module for path, module in model.named_modules() if path.endswith(".mlp")]
+        for name, model in models.items()
+    }
+    wide = models["dense float32"].config.hidden_size
+    rows = torch.randn(32, 1, wide)
 
     def run(modules: list[nn.Module]) -> None:
-        for step in range(32):
+        for row in rows:
             for module in modules:
-                module(inputs[module.in_features][step : step + 1])  # type: ignore[index]
+                module(row)
 
-    dense = [layer.module for layer in layers]
+    cases: Cases = {name: functools.partial(run, modules) for name, modules in mlps.items()}
+    for name, seconds in (times := side_by_side(cases, rounds=3)).items():
+        micro, ratio = 1e6 * seconds / len(rows) / len(mlps[name]), seconds / times["dense float32"]
+        print(f"| an MLP: {name} | {threads} | {sparsity:.0%} | {micro:.4g} us | {ratio:.2f} |")
+
+
+def whole(model: PreTrainedModel, routers: dict[str, Router], sparsity: float) -> None:
+    """Compare whole models: their MLPs alone, a token more, and a prompt."""
+    models = {"dense float32": model, "dense bfloat16": copy.deepcopy(model).bfloat16()}
+    for pattern in ("*.mlp.*", "*"):
+        for name, used in (("1 expert", {}), ("16 experts", routers)):
+            models[f"{pattern}, {name}"] = expanded(model, pattern, used, sparsity)
+    sizes = {name: weight_bytes(one) / 1e6 for name, one in models.items()}
     for threads in THREADS:
         torch.set_num_threads(threads)
-        times = side_by_side(
-            {"dense": functools.partial(run, dense), "packed": functools.partial(run, packed)}, 3
+        print("| what | threads | sparsity | time | times dense float32 | MB |")
+        print("|---|---|---|---|---|---|")
+        few = {name: one for name, one in models.items() if "bfloat16" not in name}
+        layers_alone(
+            {name: one for name, one in few.items() if name[:3] != "*, "}, sparsity, threads
         )
-        ratio = times["packed"] / times["dense"]
-        micro = {name: 1e6 * value / 32 / len(layers) for name, value in times.items()}
-        print(
-            f"*.mlp.* at {sparsity:.0%}, 16 experts, {threads} threads: a layer with its router "
-            f"{micro['packed']:.4g} us, dense float32 {micro['dense']:.4g} us, ratio {ratio:.2f}"
-        )
-    print(flush=True)
-
-
-def whole(model: PreTrainedModel, routers: dict[str, Router], threads: int) -> None:
-    """Compare whole models: a token more, and a prompt."""
-    half = copy.deepcopy(model).bfloat16()
-    print(
-        f"| SmolLM2-135M, {threads} threads | MB | ms a token | tokens a second | times dense |",
-        end="",
-    )
-    print(f" {PROMPT} tokens, s | times dense |")
-    print("|---|---|---|---|---|---|---|")
-    for sparsity in SPARSITIES:
-        for pattern in ("*.mlp.*", "*"):
-            for experts in EXPERTS:
-                used = copy.deepcopy(routers) if experts > 1 else {}
-                other = copy.deepcopy(model)
-                for layer in find_layers(other, [pattern]):
-                    replace_layer(other, layer, packed_layer(layer, used, sparsity))
-                models = {"dense float32": model, "dense bfloat16": half, "packed": other}
-                prompts: Cases = {k: functools.partial(read, m) for k, m in models.items()}
-                writes: Cases = {k: functools.partial(write, m) for k, m in models.items()}
-                read_times = side_by_side(prompts, rounds=3)
-                write_times = side_by_side(writes, rounds=3)
-                what = f"{pattern} at {sparsity:.0%}, {experts} experts"
-                for name, one in models.items():
-                    seconds = write_times[name] / WRITTEN
-                    times = write_times[name] / write_times["dense float32"]
-                    again = read_times[name] / read_times["dense float32"]
-                    print(
-                        f"| {name if one is not other else what} | {weight_bytes(one) / 1e6:.0f} | "
-                        f"{1e3 * seconds:.1f} | {1 / seconds:.1f} | {times:.2f} | "
-                        f"{read_times[name]:.3f} | {again:.2f} |",
-                        flush=True,
-                    )
-    print(flush=True)
+        for what, act in (("a token", write), (f"{PROMPT} tokens", read)):
+            cases: Cases = {name: functools.partial(act, one) for name, one in models.items()}
+            times = side_by_side(cases, rounds=3)
+            for name, seconds in times.items():
+                ratio = seconds / times["dense float32"]
+                each = seconds / (WRITTEN if act is write else 1)
+                print(
+                    f"| {what}: {name} | {threads} | {sparsity:.0%} | {1e3 * each:.1f} ms | "
+                    f"{ratio:.2f} | {sizes[name]:.0f} |"
+                )
+        print(flush=True)
 
 
 def ids_of(count: int) -> torch.Tensor:

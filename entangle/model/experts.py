@@ -43,7 +43,7 @@ class Mixture(nn.Module):
         if self.router is None:
             return self.product(rows, 0).view(shape)
         routes = self.router(inputs, self)
-        busy = [index for index, count in enumerate(routes.counts) if count]
+        busy = routes.busy
         if len(busy) < 2:  # one token, for one
             return self.product(rows, busy[0] if busy else 0).view(shape)
         parts = routes.order.split([routes.counts[index] for index in busy])

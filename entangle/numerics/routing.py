@@ -9,6 +9,7 @@ import dataclasses
 import warnings
 import weakref
 from collections.abc import Mapping
+from contextlib import nullcontext
 
 import numpy as np
 import numpy.typing as npt
@@ -30,16 +31,17 @@ class Routes:
 
     order: torch.Tensor  # (tokens,) int64
     counts: list[int]  # of each expert
+    busy: list[int]  # the experts that have a token
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(slots=True, eq=False)
 class _Last:
     """The routes found last, and which layers have taken them."""
 
     inputs: weakref.ref[torch.Tensor]
     version: int
     routes: Routes
-    takers: frozenset[int]
+    takers: set[int]
 
 
 class Router(nn.Module):
@@ -67,19 +69,22 @@ class Router(nn.Module):
         last, self._last, taker = self._last, None, id(layer)
         known = last is not None and last.inputs() is inputs and last.version == version
         if last is None or not known or taker in last.takers:
-            chosen = self.assign(inputs.reshape(-1, inputs.shape[-1]))
-            if len(chosen) == 1:  # decoding: nothing to sort
-                counts = [0] * self.experts
-                counts[int(chosen)] = 1
-                routes = Routes(torch.zeros_like(chosen), counts)
-            else:
-                counts = chosen.bincount(minlength=self.experts).tolist()
-                routes = Routes(chosen.argsort(stable=True), counts)
-            last = _Last(weakref.ref(inputs), version, routes, frozenset())
-        takers = last.takers | {taker}
-        if len(takers) < self.layers:
-            self._last = dataclasses.replace(last, takers=takers)
+            routes = self._routes(self.assign(inputs.reshape(-1, self.inputs)))
+            last = _Last(weakref.ref(inputs), version, routes, set())
+        last.takers.add(taker)
+        if len(last.takers) < self.layers:
+            self._last = last
         return last.routes
+
+    def _routes(self, chosen: torch.Tensor) -> Routes:
+        if len(chosen) == 1:  # decoding: nothing to sort
+            expert = int(chosen)
+            counts = [0] * self.experts
+            counts[expert] = 1
+            return Routes(torch.zeros_like(chosen), counts, [expert])
+        counts = chosen.bincount(minlength=self.experts).tolist()
+        busy = [expert for expert, count in enumerate(counts) if count]
+        return Routes(chosen.argsort(stable=True), counts, busy)
 
     def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
         """Go to another device as modules do, but stay exact when a model is made bfloat16."""
@@ -122,7 +127,9 @@ class CentroidRouter(Router):
 
     def assign(self, rows: torch.Tensor) -> torch.Tensor:
         """Return the expert (tokens,) int64 of each row (tokens, inputs)."""
-        with torch.autocast(rows.device.type, enabled=False):  # bfloat16 would choose others
+        kind = rows.device.type
+        lower = torch.is_autocast_enabled(kind)  # bfloat16 would choose others
+        with torch.autocast(kind, enabled=False) if lower else nullcontext():
             return torch.addmm(self.bias, rows.float(), self.matrix).argmax(dim=1)
 
 
