@@ -110,8 +110,7 @@ def run_sparsify(args: argparse.Namespace) -> None:
     words = {name: getattr(args, name) for name in _PRUNING}
     (words["budget"],), folder = _budgets([args.budget])
     auto = args.strength == "auto"
-    if args.strength is not None and folder is None:
-        raise ValueError("--strength is of a budget of a measured run: give one with --budget RUN")
+    _check_budgets([words["budget"]], [args.across], folder, args.strength)
     words["strength"] = STRENGTH if auto or args.strength is None else args.strength
     Pruning.of(args.sparsity, **words)
     run = None if folder is None else entangle.open_run(folder)
@@ -120,13 +119,14 @@ def run_sparsify(args: argparse.Namespace) -> None:
     chosen = None
     if auto:
         assert run is not None
-        named = {"budgets": [words["budget"]]} if ":" in Path(args.budget).name else {}
+        named = {} if Path(args.budget) == folder else {"budgets": [words["budget"]]}
         chosen = entangle.choose_budget(
             model,
             windows,
             args.sparsity,
             run,
             **named,
+            method=args.method,
             across=[args.across],
             layers=args.layers,
             batch_size=args.batch_size,
@@ -156,8 +156,15 @@ def run_sparsify(args: argparse.Namespace) -> None:
     numbers = {"realised": found.sparsity, "error": found.error, "layers": rows}
     whole = json.loads((args.out / "sparsity.json").read_text())
     numbers |= {name: whole[name] for name in whole if name not in {"sparsity", *numbers}}
-    numbers["set_aside"] = 0 if chosen is None else int(chosen.table["windows"].max())
-    numbers["candidates"] = 0 if chosen is None else len(chosen.table) - 1
+    if chosen is not None:
+        numbers["chosen"] = {
+            "budget": chosen.budget,
+            "strength": chosen.strength,
+            "against_uniform": chosen.against_uniform,
+            "against_uniform_error": chosen.against_uniform_error,
+            "set_aside": int(chosen.table["windows"].max()),
+            "candidates": len(chosen.table) - 1,
+        }
     _print(
         args, found.attributes | numbers | {"folder": str(args.out), "log": log}, printed.sparsified
     )
@@ -174,6 +181,7 @@ def run_sweep(args: argparse.Namespace) -> None:
     # A slip in these words is told before a model is loaded.
     words = {name: getattr(args, name) for name in _PRUNING}
     words["budget"], folder = _budgets(args.budget)
+    _check_budgets(words["budget"], args.across, folder, words["strength"] or None)
     words["strength"] = words["strength"] or (STRENGTH,)
     arms_of(args.sparsity, **words)
     run = None if folder is None else entangle.open_run(folder)
@@ -220,9 +228,31 @@ def _budgets(texts: Sequence[str]) -> tuple[tuple[str, ...], Path | None]:
             folder, variable = text, BUDGET
         budgets.append(variable)
         folders |= {folder: None} if folder else {}
-    if len(folders) > 1:
+    if len({Path(folder).resolve() for folder in folders}) > 1:
         raise ValueError(f"budgets are made from one run, got {' and '.join(folders)}")
-    return tuple(budgets), Path(*folders) if folders else None
+    return tuple(budgets), Path(next(iter(folders))) if folders else None
+
+
+def _check_budgets(
+    budgets: Sequence[str], across: Sequence[str], folder: Path | None, strength: Any
+) -> None:
+    """See that budgets have the run, and a strength the rows, that they are of.
+
+    Raises:
+        ValueError: they have not.
+    """
+    from entangle.study.budgeting import TRIM, UNIFORM, needs_run
+
+    blocks = [word for word in across if needs_run(UNIFORM, word)]
+    if blocks and folder is None:
+        raise ValueError(
+            f"--across {blocks[0]} needs a measured run: name it with --budget RUN, or with "
+            "--budget RUN:uniform where rows are to be alike"
+        )
+    if strength is not None and {*budgets} <= {UNIFORM, TRIM}:
+        raise ValueError(
+            "--strength is of rows graded by a measured run: give one with --budget RUN[:VARIABLE]"
+        )
 
 
 def _print_table(args: argparse.Namespace, table: "pd.DataFrame", name: str) -> None:

@@ -86,10 +86,14 @@ def sparsified(result: dict[str, Any]) -> str:
             f"row is zero, {min(row['realised'] for row in rows):.1%} to "
             f"{max(row['realised'] for row in rows):.1%} of a layer"
         )
-    if result["candidates"]:
+    if "chosen" in result:
+        chosen = result["chosen"]
+        against = f"{chosen['against_uniform']:.3f} ± {chosen['against_uniform_error']:.3f} nats"
+        against = f"{against} a token against uniform rows" if chosen["strength"] else "none better"
         lines.append(
-            f"the budget of rows was chosen of {result['candidates']} on {result['set_aside']} "
-            f"calibration windows set aside: {result['folder']}/budget.csv has what each scored"
+            f"{chosen['budget']} rows were chosen of {chosen['candidates']} budgets on "
+            f"{chosen['set_aside']} calibration windows set aside, {against}: "
+            f"{result['folder']}/budget.csv has what each scored"
         )
     if result["experts"] > 1:
         clusters = [layer["clusters"] for layer in result["layers"]]

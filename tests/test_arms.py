@@ -314,3 +314,47 @@ def test_budgets_of_one_sparsity_stand_one_below_the_other_the_best_first() -> N
     for place, label in enumerate(labels[::-1]):
         assert drawn[label] == pytest.approx((0.9 - 0.1 * place, 0.01 * (place + 1)))
     assert panel.get_ylim()[0] > panel.get_ylim()[1]
+
+
+@pytest.mark.parametrize("sparsities", [("0.5", "0.7"), ("0.7", "2:4")])
+def test_each_budget_of_each_method_can_be_told_apart(sparsities: tuple[str, str]) -> None:
+    """Methods, budgets of rows with strengths, and budgets across blocks: no two lines alike."""
+    kinds = list(
+        itertools.product(
+            ("sparsegpt", "wanda", "magnitude"),
+            (("uniform", ""), ("std", "0.1"), ("std", "0.4"), ("trim", "")),
+            ("uniform", "entanglement", "shuffled", "depth", "owl"),
+        )
+    )
+    arms = [
+        (method, "row", "dense", sparsity, 0.3 if sparsity == "0.7" else 0.5, 20.0 + place, 1.0)
+        for sparsity in sparsities
+        for place, (method, _, _) in enumerate(kinds)
+    ]
+    frame = table(*arms)
+    budgets = [("uniform", "", "uniform")]
+    budgets += 2 * [(budget, strength, across) for _, (budget, strength), across in kinds]
+    frame[["budget", "strength", "across"]] = budgets
+    frame = frame.assign(difference=np.arange(len(frame)) / 10, difference_error=0.01)
+    panel = plots.sweep(frame).axes[0]
+    if "2:4" in sparsities:
+        labels = [text.get_text() for text in panel.get_yticklabels()]
+        assert len({*labels}) == len(labels) == len(arms)
+        return
+    handles, labels = panel.get_legend_handles_labels()
+    assert len({*labels}) == len(labels) == len(kinds) + 1
+    looks = set()
+    for handle in handles[1:] if labels[0].startswith("dense") else handles[:-1]:
+        line: Any = handle[0]
+        color = mpl.colors.to_hex(line.get_color())
+        looks.add((color, str(line.get_linestyle()), str(line._dash_pattern), line.get_marker()))
+    assert len(looks) == len(kinds)
+
+
+def test_strengths_of_one_budget_are_said() -> None:
+    arms = [("sparsegpt", "row", "dense", "0.7", 0.3, 20.0 + place, 1.0) for place in range(3)]
+    frame = table(*arms).assign(budget="std", across="uniform", difference=0.1)
+    frame = frame.assign(strength=["", "0.1", "0.25", "0.4"], difference_error=0.01)
+    panel = plots.sweep(frame).axes[0]
+    labels = [text.get_text() for text in panel.get_yticklabels()]
+    assert labels == [f"sparsegpt, rows std {strength}" for strength in ("0.1", "0.25", "0.4")]

@@ -12,6 +12,7 @@ from entangle.model.layers import LinearLayer, find_layers, weight_of
 from entangle.numerics.pruning import Sparsity
 from entangle.study.budgeting import ACROSS, ROWS, block_outliers, zeros_of
 from entangle.study.calibration import walk_blocks
+from entangle.study.pruned import arms_of
 from tests.test_expansion import random_windows
 from tests.test_recording import captured
 from tests.tiny_models import tiny_model
@@ -290,3 +291,117 @@ def test_a_sweep_of_budgets_is_one_table_of_equal_totals(run: xr.DataTree) -> No
     assert spread[(rows["budget"] == "uniform") & (rows["across"] == "uniform")].item() == 0
     assert (spread[rows["budget"] == "std"] > 0.05).all()
     assert rows["perplexity"].nunique() == len(rows)
+
+
+def test_the_order_of_a_runs_neurons_does_not_matter(run: xr.DataTree) -> None:
+    data = run.to_dataset()
+    mixed = data.isel(neuron=np.random.default_rng(0).permutation(data.sizes["neuron"]))
+    for budget in ("wasserstein*std", "ranks", "shuffled"):
+        found, again = counts(budget=budget, run=run), counts(budget=budget, run=mixed)
+        assert all(torch.equal(found[name], again[name]) for name in found)
+
+
+@pytest.mark.parametrize("budget", ["wasserstein*std", "ranks", "std", "weight_norm"])
+def test_a_neuron_without_a_distance_has_the_middle_rank(run: xr.DataTree, budget: str) -> None:
+    data = run.to_dataset().copy(deep=True)
+    layer = LAYERS[0]
+    dead = np.flatnonzero(data["layer"].to_numpy() == layer.name)[[3, 7]]
+    data["wasserstein"][dead] = np.nan
+    data["std"][dead] = 0.0
+    data["weight_norm"][dead] = 1e9
+    zeros = counts(budget=budget, run=data, strength=0.5)[layer.name].numpy()
+    assert np.abs(zeros[[3, 7]] - 0.7 * layer.inputs).max() <= 1
+
+
+def test_shuffled_blocks_have_the_same_densities_elsewhere(run: xr.DataTree) -> None:
+    def of(across: str, seed: int) -> list[float]:
+        found = counts(across=across, run=run, seed=seed)
+        return [
+            round(sum(int(found[x.name].sum()) for x in LAYERS if x.block == block), -2)
+            for block in range(3)
+        ]
+
+    truth = of("entanglement", 0)
+    for seed in range(6):  # of six orders one is the same
+        drawn = of("shuffled", seed)
+        assert drawn != truth
+        assert sorted(drawn) == sorted(truth)
+
+
+def test_blocks_that_are_all_alike_are_no_budget(run: xr.DataTree) -> None:
+    data = run.to_dataset().copy(deep=True)
+    data["wasserstein"][:] = 0.01
+    for across in ("entanglement", "shuffled"):
+        with pytest.raises(ValueError, match="all blocks have the same share of neurons"):
+            counts(across=across, run=data)
+
+
+def test_a_sweep_says_what_cannot_be_made_before_it_runs_anything(
+    run: xr.DataTree, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: Any, **__: Any) -> None:
+        raise AssertionError("an arm was run")
+
+    monkeypatch.setattr("entangle.study.sweeping._run_arm", never)
+    texts = random_windows(20), random_windows(8, seed=9)
+    words: Any = {"methods": ["sparsegpt"], "budgets": ["uniform", "std"], "run": run}
+    data = run.to_dataset()
+    partial = data.isel(neuron=data["block"].to_numpy() < 2)
+    with pytest.raises(LookupError, match="measure all layers that are pruned"):
+        entangle.sweep(tiny_model("llama"), *texts, [0.7], **words | {"run": partial})
+    with pytest.raises(ValueError, match="measured on other weights"):
+        entangle.sweep(tiny_model("llama", seed=1), *texts, [0.7], **words)
+    for across in ("owl", "depth"):
+        with pytest.raises(ValueError, match="all layers are of block 1"):
+            entangle.sweep(
+                tiny_model("llama"), *texts, [0.7], layers="*.1.mlp.*", across=[across], **words
+            )
+
+
+@pytest.mark.parametrize("propagate", ["sparse", "dense"])
+def test_an_arm_of_a_sweep_is_what_sparsify_makes(run: xr.DataTree, propagate: str) -> None:
+    windows, evaluation = random_windows(20), random_windows(8, seed=9)
+    words: Any = {"layers": "*.mlp.*", "run": run}
+    table = entangle.sweep(
+        tiny_model("llama"),
+        windows,
+        evaluation,
+        [0.7],
+        methods=["sparsegpt"],
+        propagate=[propagate],
+        budgets=["uniform", "std"],
+        across=["uniform", "owl"],
+        **words,
+    )
+    nats, arms = {}, table[1:].to_dict(orient="records")
+    for arm in arms:
+        model = tiny_model("llama")
+        kind = {name: arm[name] for name in ("budget", "across", "propagate")}
+        entangle.sparsify(model, windows, 0.7, **kind, **words)
+        nats[arm["budget"], arm["across"]] = entangle.score(model, evaluation)
+    assert len({score.nats for score in nats.values()}) == 4
+    base = nats["uniform", "uniform"].window_nats
+    for arm in arms:
+        score = nats[arm["budget"], arm["across"]]
+        assert arm["nats"] == pytest.approx(score.nats, rel=1e-6)
+        change = score.window_nats - base
+        if np.abs(change).max() > 0:
+            assert arm["against_uniform"] == pytest.approx(change.mean(), abs=1e-6)
+            error = change.std(ddof=1) / np.sqrt(len(change))
+            assert arm["against_uniform_error"] == pytest.approx(error, rel=1e-3)
+        else:
+            assert np.isnan(arm["against_uniform"])
+
+
+def test_a_sweep_notes_which_run_its_budgets_are_of(run: xr.DataTree) -> None:
+    texts = random_windows(20), random_windows(8, seed=9)
+    words: Any = {"methods": ["magnitude"], "budgets": ["std"], "layers": "*.0.mlp.up_proj"}
+    table = entangle.sweep(tiny_model("llama"), *texts, [0.7], run=run, **words)
+    noted = table.attrs["budget_run"]
+    assert noted["fingerprint"] == run.attrs["fingerprint"]
+    assert (noted["windows"], noted["length"]) == (20, run.attrs["length"])
+
+
+def test_magnitude_by_trims_rule_sees_inputs(run: xr.DataTree) -> None:
+    kinds = arms_of([0.7], method=["magnitude"], propagate=["sparse", "dense"], budget=["trim"])
+    assert [kind.propagate for kind in kinds] == ["sparse", "dense"]

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import rankdata
 
+from entangle.numerics import budgets
 from entangle.numerics.budgets import (
     even_quality,
     graded,
@@ -129,3 +130,40 @@ def test_even_quality_prunes_as_much_and_leaves_the_outputs_a_higher_cosine() ->
         return float((dense * sparse).sum() / (dense.norm() * sparse.norm()))
 
     assert cosine(shares) > cosine(np.full(30, 0.7)) + 1e-4
+
+
+def test_even_quality_is_the_best_of_steps_that_a_plain_loop_takes() -> None:
+    """One rate and two steps, with outputs instead of Grams."""
+    weight, rows, moments = problem(neurons=30, inputs=64, tokens=500)
+    weight[:10] *= torch.linspace(0.1, 8, 64)
+    total, sizes = round(0.7 * 30 * 64), np.full(30, 64)
+
+    def judge(shares: Array) -> tuple[float, Array]:
+        pruned = wanda(weight, moments, torch.from_numpy(largest_remainder(shares, sizes, total)))
+        dense, sparse = (rows.double() @ w.double().T for w in (weight, pruned))
+        each = (dense * sparse).sum(0) / (dense.norm(dim=0) * sparse.norm(dim=0))
+        return float((dense * sparse).sum() / (dense.norm() * sparse.norm())), each.numpy()
+
+    best, quality = judge(np.full(30, 0.7))
+    found, shares = np.full(30, 0.7), np.full(30, 0.7)
+    for _ in range(2):
+        shares = shares - 0.05 * (quality - quality.mean()) / np.ptp(quality)
+        shares = shares + 0.7 - shares.mean()
+        whole, quality = judge(shares)
+        if whole > best:
+            best, found = whole, shares
+    assert np.ptp(found) > 0.01
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(budgets, "STEPS", 2)
+        patch.setattr(budgets, "RATES", (-0.05,))
+        np.testing.assert_allclose(even_quality(weight, moments, 0.7), found, atol=1e-4)
+
+
+def test_a_wide_spread_gives_way_at_both_ends() -> None:
+    scores, sizes = [0.0, 1.0, 5.0], [1.0, 1.0, 1.0]
+    for sparsity in (0.03, 0.98):
+        found = spread(sparsity, scores, sizes)
+        assert found.min() >= 0
+        assert found.max() <= 1
+        assert np.average(found) == pytest.approx(sparsity)
+        assert found.min() == pytest.approx(0) or found.max() == pytest.approx(1)

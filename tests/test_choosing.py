@@ -32,7 +32,12 @@ def test_it_is_the_best_of_a_sweep_on_a_fourth_of_the_windows() -> None:
             nats[budget, strength] = entangle.score(pruned, scored).nats
     best = min(nats, key=lambda key: nats[key])
     assert (found.budget, found.strength) == best
-    assert len(found.table) == 1 + len(nats)
+    assert len(found.table) == 2 + len(nats)  # dense, and uniform rows
+    uniform = tiny_model("llama")
+    entangle.sparsify(uniform, rest, 0.6, propagate="dense", layers="*.mlp.*", across="depth")
+    base = entangle.score(uniform, scored).nats
+    assert found.against_uniform == pytest.approx(nats[best] - base, rel=1e-6)
+    assert found.against_uniform_error > 0
     assert model.state_dict()["model.layers.0.mlp.up_proj.weight"].ne(0).all()
 
 
@@ -42,6 +47,31 @@ def test_a_named_variable_is_kept() -> None:
     found = entangle.choose_budget(model, windows, 0.6, run, budgets=["std"], **OPTIONS)
     assert found.budget == "std"
     assert found.strength in choosing.STRENGTHS
-    assert {*found.table["budget"][1:]} == {"std"}
+    assert {*found.table["budget"][2:]} == {"std"}
     with pytest.raises(ValueError, match="sets a window in 4 aside, but there are 3"):
         entangle.choose_budget(model, random_windows(3), 0.6, run, **OPTIONS)
+
+
+def test_uniform_rows_win_where_grading_only_hurts(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, windows = tiny_model("llama"), random_windows(8)
+    run = entangle.measure(model, windows)
+    swept = entangle.sweep
+
+    def worse(*args: Any, **words: Any) -> Any:
+        table = swept(*args, **words)
+        table.loc[table["budget"] != "uniform", "nats"] += 100
+        return table
+
+    monkeypatch.setattr(choosing, "sweep", worse)
+    found = entangle.choose_budget(model, windows, 0.6, run, layers="*.mlp.*", budgets=["std"])
+    assert (found.budget, found.strength) == ("uniform", 0.0)
+
+
+def test_it_prunes_as_it_is_told() -> None:
+    model, windows = tiny_model("llama"), random_windows(8)
+    run = entangle.measure(model, windows)
+    words: dict[str, Any] = {"layers": "*.mlp.*", "budgets": ["std"], "strengths": [0.2]}
+    found = entangle.choose_budget(model, windows, 0.6, run, method="wanda", **words)
+    assert {*found.table["method"]} == {"dense", "wanda"}
+    with pytest.raises(ValueError, match="a budget of trim rows has no strength"):
+        entangle.choose_budget(model, windows, 0.6, run, budgets=["std", "trim"])

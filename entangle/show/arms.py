@@ -18,7 +18,8 @@ from entangle.study.tables import BUDGETED
 
 _MARKS = {"sparsegpt": "o", "wanda": "s", "magnitude": "^"}
 _RIVALS = ("#b8306b", "#8c6d31")
-_COLOURED = ["method", "experts", "components", "pull", "budget", "strength", "across"]
+_COLOURED = ["method", "experts", "components", "pull", "budget", "strength"]
+_STROKES = ("-", "--", "-.", ":", (0, (1, 3)))  # of budgets across blocks
 _SETS = {  # in the order in which they are drawn
     "wasserstein": "#0b3c5d",
     "kurtosis": "#b8306b",
@@ -29,7 +30,7 @@ _SETS = {  # in the order in which they are drawn
     "bottom": "#3f8fc5",
 }
 _NEAR_ZERO = {"linthresh": 0.01}  # nats
-_KINDS = [*_COLOURED, "assign", "mask", "propagate"]
+_KINDS = [*_COLOURED, "across", "assign", "mask", "propagate"]
 
 
 @overload
@@ -44,8 +45,9 @@ def sweep(table: pd.DataFrame, *, ax: Axes | None = None) -> Figure | Axes:
     Multiply-adds are those of a token in the pruned layers, routers included, over the dense ones:
     with one expert one less the realised sparsity. Bars are one standard error over windows; n:m
     sparsities are single marks, named beside them; the dashed line is the dense model. The
-    perplexity's axis is logarithmic. Budgets of one sparsity, which all have as many weights, are
-    drawn one below the other, by what they cost in nats above dense, paired by window.
+    perplexity's axis is logarithmic. Budgets of rows have a colour each, those across blocks a
+    stroke. Of one sparsity, where all have as many weights, they are drawn one below the other, by
+    what they cost in nats above dense, paired by window.
 
     Raises:
         ValueError: if no arm has a score.
@@ -54,7 +56,8 @@ def sweep(table: pd.DataFrame, *, ax: Axes | None = None) -> Figure | Axes:
     arms = table[(table["method"] != "dense") & np.isfinite(table["perplexity"])].assign(**older)
     if arms.empty:
         raise ValueError("no arm of this sweep has a score to draw")
-    if arms["sparsity"].nunique() == 1 and len(arms[[*BUDGETED]].drop_duplicates()) > 1:
+    free = arms.loc[~arms["sparsity"].str.contains(":"), "sparsity"]
+    if free.nunique() == 1 and len(arms[[*BUDGETED]].drop_duplicates()) > 1:
         return _budgets(table, arms, ax)
     figure = Picture(figsize=(8.5, 4.2), layout="constrained")
     panel = ax or figure.add_subplot()
@@ -222,18 +225,21 @@ def _budgets(table: pd.DataFrame, arms: pd.DataFrame, ax: Axes | None) -> Figure
         panel.errorbar(part["difference"], places[kind], xerr=part["difference_error"], **style)
     kinds = arms[_KINDS].itertuples(index=False, name=None)
     labels = [_label(dict(zip(_KINDS, kind, strict=True)), arms) for kind in kinds]
+    if arms["sparsity"].nunique() > 1:
+        labels = [f"{s}, {x}" for s, x in zip(arms["sparsity"], labels, strict=True)]
     panel.set_yticks(places, labels)
     panel.set_ylim(len(arms) - 0.5, -0.5)
     panel.grid(axis="x", alpha=0.25)
     tokens = f"{int(table['tokens'].max()):,} tokens, bars: one standard error, paired by window"
     panel.set_xlabel(f"difference to the dense model (nats a token)\n{tokens}")
     dense = table.loc[table["method"] == "dense", "perplexity"].iloc[0]
-    words = f"{arms['sparsity'].iloc[0]} sparse, dense perplexity {dense:.4g}"
+    sparsities = " and ".join(dict.fromkeys(arms["sparsity"]))
+    words = f"{sparsities} sparse, dense perplexity {dense:.4g}"
     panel.set_title(f"{_subject(table)}\n{words}", loc="left")
     return ax or figure
 
 
-def _line(panel: Axes, part: pd.DataFrame, label: str, dashes: str, style: dict[str, Any]) -> None:
+def _line(panel: Axes, part: pd.DataFrame, label: str, dashes: Any, style: dict[str, Any]) -> None:
     """Draw the arms of one line, those of n:m beside it."""
     grouped = part["sparsity"].str.contains(":")
     free = part[~grouped].sort_values("density")
@@ -259,7 +265,10 @@ def _tints(arms: pd.DataFrame) -> dict[tuple[Any, ...], Any]:
     mixtures = [key for key in keys if key[0] == "sparsegpt"]
     rivals = [key for key in keys if key not in mixtures]
     shades = sns.color_palette("crest", len(mixtures))
-    return dict(zip(mixtures, shades, strict=True)) | dict(zip(rivals, _RIVALS, strict=False))
+    if arms["budget"].nunique() > 1:  # which differ in kind, not in number
+        shades = sns.color_palette("husl", len(mixtures))
+    others = _RIVALS if len(rivals) <= len(_RIVALS) else sns.color_palette("flare", len(rivals))
+    return dict(zip(mixtures, shades, strict=True)) | dict(zip(rivals, others, strict=False))
 
 
 def _label(said: dict[str, Any], arms: pd.DataFrame) -> str:
@@ -271,16 +280,20 @@ def _label(said: dict[str, Any], arms: pd.DataFrame) -> str:
     if said["experts"] > 1:
         words += ["at random"] if said["assign"] == "random" else []
         words += [f"{n} {said[n]}" for n in ("components", "pull") if n in several]
-    for name in ("budget", "across"):
-        if arms[name].nunique() > 1:
-            strength = f" {said['strength']}" if name == "budget" and said["strength"] else ""
-            words.append(f"{'rows' if name == 'budget' else 'blocks'} {said[name]}{strength}")
+    strengths = arms.loc[arms["strength"] != "", "strength"].nunique() > 1
+    if arms["budget"].nunique() > 1 or strengths:
+        words.append(f"rows {said['budget']} {said['strength']}".rstrip())
+    if arms["across"].nunique() > 1:
+        words.append(f"blocks {said['across']}")
     words += [f"mask by {said['mask']}"] if arms["mask"].nunique() > 1 else []
     words += [f"{said['propagate']} propagation"] if arms["propagate"].nunique() > 1 else []
     return ", ".join(words)
 
 
-def _dashes(said: dict[str, Any], arms: pd.DataFrame) -> str:
+def _dashes(said: dict[str, Any], arms: pd.DataFrame) -> Any:
+    across = list(dict.fromkeys(arms["across"]))
+    if len(across) > 1:
+        return _STROKES[across.index(said["across"])]
     if said["assign"] == "random":
         return "--"
     return ":" if said["propagate"] == "dense" and arms["propagate"].nunique() > 1 else "-"

@@ -139,7 +139,7 @@ def _scores(
     """Return each block's score.
 
     Raises:
-        ValueError: it is OWL's, and there are no outlier ratios.
+        ValueError: it is OWL's, and there are no outlier ratios, or all have the same share.
     """
     blocks = sorted({layer.block for layer in layers})
     if across == "depth":
@@ -153,9 +153,17 @@ def _scores(
     for block in blocks:
         distances = [_values(one, "wasserstein", data) for one in layers if one.block == block]
         found[block] = float((np.concatenate(distances) > ENTANGLED).mean())
-    if across == SHUFFLED:
-        drawn = np.random.default_rng(seed).permutation([*found.values()])
-        found = dict(zip(found, drawn.tolist(), strict=True))
+    shares = [*found.values()]
+    if len(blocks) > 1 and len({*shares}) == 1:
+        raise ValueError(
+            f"across {across} has nothing to go by: all blocks have the same share of neurons with "
+            f"a distance above {ENTANGLED}, {shares[0]:.3g}"
+        )
+    if across == SHUFFLED and len(blocks) > 1:
+        rng, drawn = np.random.default_rng(seed), shares
+        while drawn == shares:  # which would be no control
+            drawn = rng.permutation(shares).tolist()
+        found = dict(zip(found, drawn, strict=True))
     return found
 
 
@@ -179,8 +187,11 @@ def _values(layer: LinearLayer, variable: str, data: xr.Dataset) -> Floats:
         values: Floats = data[name].to_numpy()[rows].astype(np.float64)
         return values
 
+    distance = of("wasserstein")
     if variable == "ranks":
-        return ranks(of("wasserstein")) + ranks(of("std"))
-    if variable in {BUDGET, SHUFFLED}:
-        return of("wasserstein") * of("std")
-    return of(variable)
+        values = ranks(distance) + ranks(of("std"))
+    elif variable in {BUDGET, SHUFFLED}:
+        values = distance * of("std")
+    else:
+        values = of(variable)
+    return np.where(np.isnan(distance), np.nan, values)  # without a distance: rank ½

@@ -10,7 +10,7 @@ import xarray as xr
 from transformers import PreTrainedModel
 
 from entangle.model.text import TokenWindows
-from entangle.study.budgeting import BUDGET
+from entangle.study.budgeting import BUDGET, TRIM, UNIFORM
 from entangle.study.sweeping import sweep
 
 STRENGTHS = (0.1, 0.25, 0.4)
@@ -24,6 +24,8 @@ class ChosenBudget:
 
     budget: str
     strength: float
+    against_uniform: float  # nats a token on the windows set aside; NaN if uniform rows are best
+    against_uniform_error: float
     table: pd.DataFrame  # as `sweep` returns it, scored on the windows set aside
 
 
@@ -35,16 +37,22 @@ def choose_budget(
     *,
     budgets: Sequence[str] = VARIABLES,
     strengths: Sequence[float] = STRENGTHS,
+    method: str = "sparsegpt",
     **options: Any,
 ) -> ChosenBudget:
     """Return the budget of rows with the lowest perplexity on a fourth of the calibration windows.
 
     The other windows are pruned by, with one expert and dense propagation, so that a candidate
-    costs a pruning and a score. ``options`` are those of `sweep`. The evaluation text is not seen.
+    costs a pruning and a score. Uniform rows are a candidate too, of strength 0. ``options`` are
+    others of `sweep`. The evaluation text is not seen.
 
     Raises:
-        ValueError: as `sweep` does, fewer than four windows, or no candidate has a score.
+        ValueError: as `sweep` does, fewer than four windows, a budget without a strength, or no
+            candidate has a score.
     """
+    alike = sorted({UNIFORM, TRIM} & {*budgets})
+    if alike:
+        raise ValueError(f"a budget of {alike[0]} rows has no strength to choose: name another")
     if len(windows) < _EVERY:
         raise ValueError(
             f"strength auto sets a window in {_EVERY} aside, but there are {len(windows)}: give "
@@ -59,15 +67,23 @@ def choose_budget(
         rest,
         scored,
         (sparsity,),
-        budgets=budgets,
+        budgets=[UNIFORM, *budgets],
         strengths=strengths,
         run=run,
-        methods=["sparsegpt"],
+        methods=[method],
         propagate=["dense"],
         **options,
     )
-    arms = table[table["budget"].isin(budgets)].dropna(subset="nats").sort_values("nats")
+    arms = table[1:].dropna(subset="nats").sort_values("nats", kind="stable")
     if arms.empty:
-        raise ValueError(f"no budget has a score: {'; '.join(table['problem'].unique())}")
+        problems = [problem for problem in table["problem"].unique() if problem]
+        raise ValueError(f"no budget has a score: {'; '.join(problems)}")
     best = arms.to_dict(orient="records")[0]
-    return ChosenBudget(str(best["budget"]), float(best["strength"]), table)
+    strength = float(best["strength"] or 0)
+    return ChosenBudget(
+        budget=str(best["budget"]),
+        strength=strength,
+        against_uniform=best["against_uniform"],
+        against_uniform_error=best["against_uniform_error"],
+        table=table,
+    )

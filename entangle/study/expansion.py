@@ -35,6 +35,19 @@ from entangle.study.dataset import dataset_of
 from entangle.study.pruned import PULL, PrunedLayer, Pruning, prune_layer
 from entangle.study.recording import check_weights, provenance
 
+# What determines a run, and so a budget made from it.
+_OF_RUN = (
+    "text",
+    "tokens",
+    "fingerprint",
+    "windows",
+    "length",
+    "seed",
+    "skip_first",
+    "bins",
+    "dtype",
+)
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Sparsified:
@@ -179,7 +192,7 @@ def budget_run(
         )
     check_weights(model, run)
     about = dataset_of(run).attrs
-    return {"budget_run": {name: about.get(name) for name in ("text", "tokens", "fingerprint")}}
+    return {"budget_run": {name: about.get(name) for name in _OF_RUN}}
 
 
 def budget_of(

@@ -129,7 +129,7 @@ def arms_of(sparsities: Sequence[str | float], **words: Sequence[Any]) -> list[P
     grouped = [bool(Sparsity.parse(str(one)).group) for one in sparsities]
     for combination in itertools.product(*(words[name] for name in order), sparsities):
         arm = dict(zip(order, combination[:-1], strict=True))
-        if arm.get("method") == "magnitude":  # it sees no inputs
+        if arm.get("method") == "magnitude" and arm.get("budget") != TRIM:  # it sees no inputs
             arm["propagate"] = words.get("propagate", ["sparse"])[0]
         if arm.get("method", "sparsegpt") != "sparsegpt":  # a rival of experts, and none itself
             arm["experts"] = 1

@@ -70,7 +70,8 @@ def sweep(
 
     Returns a row per arm, the dense model first; what it was made of is in ``attrs``. An error
     is the standard error over evaluation windows; ``difference`` is in nats a token against the
-    dense model, its error paired by window, and ``ratio`` its exponential. ``layer_error`` is the
+    dense model, its error paired by window, and ``ratio`` its exponential. ``against_uniform`` is the same against
+    uniform rows and blocks (or, if there are none, uniform rows of the same blocks). ``layer_error`` is the
     mean over layers of the relative squared error of their outputs on the calibration's inputs,
     ``held_out_error`` on inputs from the evaluation text; ``improvement`` is the median over neurons
     of the relative improvement, the RMSE of their outputs with one expert over that with several.
@@ -86,7 +87,7 @@ def sweep(
     Raises:
         FileExistsError: ``out`` exists, or an unfinished sweep of other settings is there, and
             ``overwrite`` is false.
-        LookupError: a pattern matches no layer.
+        LookupError: a pattern matches no layer, or the run lacks one.
         RuntimeError: a model that cannot be run block by block, or whose dense score is not
             finite.
         ValueError: as `sparsify` says, a run of other weights, or a window of the evaluation is one of the calibration.
@@ -118,6 +119,9 @@ def sweep(
     )
     attributes |= {"arms": [pruning.words() for pruning in prunings]}
     attributes |= budget_run(model, prunings, run)
+    alike = dict.fromkeys((layer.block for layer in chosen), 0.0)  # the walk has OWL's ratios
+    for arm in prunings:  # what cannot be made is told before hours are spent
+        budget_of(chosen, arm, run, alike, windows.seed)
     bench = _Bench(model, windows, evaluation, chosen, run, batch_size, skip_first, progress)
     clusterings = list(dict.fromkeys(p.clustering for p in prunings if p.propagate == "dense"))
     stopwatch = runs.Stopwatch()

@@ -40,6 +40,8 @@ def tables_of(results: Sequence[Mapping[str, Any]]) -> tuple[pd.DataFrame, pd.Da
         arm = {name: str(result.get(name, BUDGETED.get(name, ""))) for name in WORDS}
         arm["experts"] = result.get("experts", 1)
         scored, change = Score(found, result["tokens"]), Score(found - nats[0], result["tokens"])
+        usual = _uniform(result, results)
+        uniform = None if usual is None else Score(found - nats[usual], result["tokens"])
         pruned = pd.DataFrame(result["layers"])
         means = dict.fromkeys(
             ("error", "held_out_error"), 0.0 if result is results[0] else math.nan
@@ -69,6 +71,8 @@ def tables_of(results: Sequence[Mapping[str, Any]]) -> tuple[pd.DataFrame, pd.Da
             "nats_error": scored.nats_error,
             "difference": change.nats,
             "difference_error": change.nats_error,
+            "against_uniform": uniform.nats if uniform else math.nan,
+            "against_uniform_error": uniform.nats_error if uniform else math.nan,
             "layer_error": means["error"],
             "held_out_error": means["held_out_error"],
             "improvement": _median(improvements.get("improvement")),
@@ -81,6 +85,25 @@ def tables_of(results: Sequence[Mapping[str, Any]]) -> tuple[pd.DataFrame, pd.Da
         }
         rows.append(row)
     return pd.DataFrame(rows), pd.concat(layers, ignore_index=True) if layers else pd.DataFrame()
+
+
+def _uniform(result: Mapping[str, Any], results: Sequence[Mapping[str, Any]]) -> int | None:
+    """Return the arm that is the same with uniform rows and blocks, but for the arm itself.
+
+    Where none has uniform blocks, that with uniform rows and the same blocks.
+    """
+    same = [name for name in WORDS if name not in {*BUDGETED, "mask"}]
+    alike = [
+        place
+        for place, one in enumerate(results)
+        if one.get("mask") == "row" and all(one.get(name) == result.get(name) for name in same)
+        if one.get("budget", "uniform") == "uniform"
+    ]
+    for across in ("uniform", result.get("across", "uniform")):
+        for place in alike:
+            if results[place].get("across", "uniform") == across:
+                return None if results[place] is result else place
+    return None
 
 
 def _improvements(
@@ -128,7 +151,7 @@ def markdown(table: pd.DataFrame) -> str:
         f"of {attributes['evaluation']} ({attributes['evaluation_windows']} windows of "
         f"{attributes['evaluation_length']} that do not overlap, each scored from its own start). "
         "± is the standard error over windows; difference and ratio are to the dense model, "
-        "paired by window; layer error is the mean relative squared error of the layers' outputs "
+        "paired by window, as is the difference to uniform rows; layer error is the mean relative squared error of the layers' outputs "
         "on the calibration's inputs, and on held-out inputs. Multiply-adds are those of a token's "
         "non-zero weights in the pruned layers and of their routers, over the dense ones; stored "
         "are the non-zero weights of all experts, over the dense ones; bytes are those of the "
@@ -150,6 +173,7 @@ def markdown(table: pd.DataFrame) -> str:
         "perplexity",
         "ratio",
         "difference (nats)",
+        *(["against uniform rows"] if budgeted else []),
         "layer error",
         "held out",
     ]
@@ -168,6 +192,7 @@ def markdown(table: pd.DataFrame) -> str:
             with_error(row["perplexity"], row["perplexity_error"]),
             f"{row['ratio']:.4g}",
             with_error(row["difference"], row["difference_error"]),
+            *([_against(row)] if budgeted else []),
             f"{row['layer_error']:.4g}",
             f"{row['held_out_error']:.4g}",
         ]
@@ -186,6 +211,11 @@ def markdown(table: pd.DataFrame) -> str:
 
 def _differs(arms: pd.DataFrame, name: str) -> bool:
     return bool({*arms[name].astype(str)} - {BUDGETED[name]})
+
+
+def _against(row: Mapping[Any, Any]) -> str:
+    nats = row["against_uniform"]
+    return with_error(nats, row["against_uniform_error"]) if math.isfinite(nats) else "-"
 
 
 def _range(row: Mapping[Any, Any], of: str) -> str:
