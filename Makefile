@@ -110,7 +110,7 @@ figures: data ## the pictures of README and docs/, measured anew, in hours
 	@$(call draw,disentangled,sparse)
 
 test: check data ## lint, types and the whole test suite
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: .venv/installed ## lint and types
 	$(BIN)/ruff check .
