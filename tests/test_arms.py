@@ -345,7 +345,8 @@ def test_each_budget_of_each_method_can_be_told_apart(sparsities: tuple[str, str
     assert len({*labels}) == len(labels) == len(kinds) + 1
     looks = set()
     for handle in handles[1:] if labels[0].startswith("dense") else handles[:-1]:
-        line: Any = handle[0]
+        line: Any = handle
+        line = line[0]
         color = mpl.colors.to_hex(line.get_color())
         looks.add((color, str(line.get_linestyle()), str(line._dash_pattern), line.get_marker()))
     assert len(looks) == len(kinds)

@@ -10,7 +10,8 @@ from safetensors.torch import save
 from torch import nn
 from torch.nn import functional
 
-from entangle.model.experts import ExpertLinear, Packed, pack, packed_bytes, unpack
+from entangle.model.experts import ExpertLinear, Packed, PackedLinear, pack, packed_bytes, unpack
+from entangle.numerics.products import Sliced
 from entangle.numerics.routing import CentroidRouter, Router, fit_router, random_router
 
 INPUTS, NEURONS, EXPERTS = 12, 7, 4
@@ -193,6 +194,148 @@ def test_it_prints_its_size() -> None:
     assert "bias=True" in repr(layer_of(routers()[1]))
 
 
+# Without zeros.
+
+SHAPES = [(50,), (3, 20), (2, 3, 10), (17,), (1,), (1, 1), (0,), (2, 0)]
+
+
+def forbidden(*_: object) -> torch.Tensor:
+    raise AssertionError("the other way was taken")
+
+
+@pytest.fixture(params=["packed", "unpacked", "as it is faster"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Have all products with tokens made in one way, and in no other."""
+    if request.param != "as it is faster":
+        packed = request.param == "packed"
+        monkeypatch.setattr(Sliced, "is_faster", lambda *_: packed)
+        monkeypatch.setattr(Sliced, "dense" if packed else "product", forbidden)
+    return str(request.param)
+
+
+def thinned(layer: ExpertLinear, density: float = 0.3) -> ExpertLinear:
+    """Make most of a layer's weights zeros, and one of an expert's rows all of it."""
+    kept = torch.rand(layer.weight.shape, generator=torch.Generator().manual_seed(8)) < density
+    layer.weight.data[~kept] = 0.0
+    layer.weight.data[1, 2] = 0.0
+    return layer
+
+
+def packed_of(layer: ExpertLinear) -> PackedLinear:
+    """Pack a layer, with a router of its own."""
+    router = copy.deepcopy(layer.router)
+    router.layers = 0
+    return PackedLinear(layer.weight, layer.bias, router)
+
+
+def exactly(layer: ExpertLinear, inputs: torch.Tensor) -> torch.Tensor:
+    """Return the outputs in float64 of a layer's weights, each token's through its own expert."""
+    bias = 0.0 if layer.bias is None else layer.bias.double()
+    rows = inputs.reshape(-1, INPUTS)
+    chosen = layer.router.assign(rows)
+    outputs = torch.einsum("ti,tni->tn", rows.double(), layer.weight.double()[chosen]) + bias
+    return outputs.view(*inputs.shape[:-1], NEURONS)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [True, False])
+def test_packed_experts_are_the_same_layer(
+    shape: tuple[int, ...], dtype: torch.dtype, bias: bool, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    inputs = rows_of(*shape).to(dtype)
+    if not inputs.numel():
+        monkeypatch.undo()
+    for router in routers():
+        layer = thinned(layer_of(router, dtype, bias=bias))
+        packed = packed_of(layer)
+        assert (packed.in_features, packed.out_features) == (INPUTS, NEURONS)
+        before = inputs.clone()
+        outputs = packed(inputs)
+        assert (outputs.shape, outputs.dtype) == ((*shape, NEURONS), dtype)
+        # Unpacked, torch may round a bfloat16 before it adds the bias.
+        once = way == "packed" or not bias
+        rtol, atol = (1e-5, 1e-5) if dtype == torch.float32 else (2**-8, 1e-5 if once else 0.05)
+        expected = exactly(layer, inputs)
+        torch.testing.assert_close(outputs.double(), expected, rtol=rtol, atol=atol)
+        torch.testing.assert_close(
+            outputs, layer(inputs), rtol=2 * rtol, atol=max(atol, 0.05 * (dtype != torch.float32))
+        )
+        assert torch.equal(inputs, before)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("bias", [True, False])
+def test_without_a_router_it_is_one_layer(
+    shape: tuple[int, ...], bias: bool, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dense = nn.Linear(INPUTS, NEURONS, bias=bias)
+    dense.weight.data[torch.rand(NEURONS, INPUTS) < 0.6] = 0.0
+    packed = PackedLinear(dense.weight[None], dense.bias, None)
+    inputs = rows_of(*shape)
+    if not inputs.numel():
+        monkeypatch.undo()
+    outputs = packed(inputs)
+    assert outputs.shape == (*shape, NEURONS)
+    torch.testing.assert_close(outputs, dense(inputs).detach(), rtol=1e-5, atol=1e-5)
+    assert "experts=1, in_features=12, out_features=7" in repr(packed)
+    assert f"bias={bias}" in repr(packed)
+    assert not any(parameter.requires_grad for parameter in packed.parameters())
+    assert way
+
+
+def test_inputs_of_packed_experts_may_lie_in_memory_as_they_like(way: str) -> None:
+    for router in routers():
+        layer = thinned(layer_of(router))
+        inputs = rows_of(8, 5).transpose(0, 1)
+        assert not inputs.is_contiguous()
+        for each in (inputs, inputs[:1, :1], inputs[:, 3]):
+            expected = exactly(layer, each).float()
+            torch.testing.assert_close(packed_of(layer)(each), expected, rtol=1e-5, atol=1e-5)
+    assert way
+
+
+def test_packed_layers_that_share_a_router_ask_it_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    router = routers()[0]
+    layers = [thinned(layer_of(copy.deepcopy(router))) for _ in range(2)]
+    packed = [PackedLinear(layer.weight, layer.bias, router) for layer in layers]
+    mixed = [*packed, thinned(layer_of(router))]
+    assert router.layers == 3
+    asked: list[int] = []
+    assign, one = CentroidRouter.assign, CentroidRouter._expert
+
+    def counting_one(self: CentroidRouter, rows: torch.Tensor) -> int:
+        asked.append(len(rows))
+        return one(self, rows)
+
+    def counting(self: CentroidRouter, rows: torch.Tensor) -> torch.Tensor:
+        asked.append(len(rows))
+        return assign(self, rows)
+
+    for tokens in (40, 1):
+        inputs = rows_of(1, tokens, seed=tokens)
+        with monkeypatch.context() as patch:
+            patch.setattr(CentroidRouter, "assign", counting)
+            patch.setattr(CentroidRouter, "_expert", counting_one)
+            outputs = [layer(inputs) for layer in mixed]
+        assert asked == [40, 1][: 1 + (tokens == 1)]
+        expected = exactly(layers[0], inputs).float()
+        assert torch.equal(outputs[0], outputs[1])
+        for found in outputs:
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    twins = copy.deepcopy(nn.ModuleList(mixed))
+    assert twins[0].router is twins[2].router is not router
+    assert torch.equal(twins[0](inputs), outputs[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int8])
+def test_what_cannot_be_packed_joins_no_router(dtype: torch.dtype) -> None:
+    router = routers()[1]
+    with pytest.raises(ValueError, match=f"can be packed, got {dtype}"):
+        PackedLinear(torch.zeros(EXPERTS, NEURONS, INPUTS, dtype=dtype), None, router)
+    assert router.layers == 0
+
+
 # Packing.
 
 
@@ -286,3 +429,12 @@ def test_values_that_are_not_as_many_as_the_mask_says_are_refused() -> None:
             ValueError, match=f"{len(values)} values and a mask of 5 bytes are no w"
         ):
             unpack(Packed(packed.mask, values), (5, 8))
+
+
+def test_a_token_with_a_gradient_is_routed_too() -> None:
+    for router in routers():
+        layer = thinned(layer_of(router))
+        inputs = rows_of(1, 1).requires_grad_()
+        expected = exactly(layer, inputs).float()
+        for found in (layer(inputs), PackedLinear(layer.weight, layer.bias, router)(inputs)):
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)

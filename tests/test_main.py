@@ -66,7 +66,7 @@ def test_help_and_import_do_not_import_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    for command in ("measure", "perplexity", "sparsify", "sweep", "rank", "plot"):
+    for command in ("measure", "perplexity", "generate", "sparsify", "sweep", "rank", "plot"):
         assert command in done.stdout
 
 
@@ -330,6 +330,113 @@ def test_perplexity_is_that_of_the_python_function(
     assert "20 windows of 32 that do not overlap" in said
 
 
+def _generated(capsys: pytest.CaptureFixture[str], folder: Path, *options: str) -> dict[str, Any]:
+    words = ["generate", str(folder), "--prompt", "The quick", "--tokens", "6", "--json", *options]
+    assert main(words) == 0
+    said = capsys.readouterr()
+    assert said.err == ""
+    printed = json.loads(said.out)
+    assert isinstance(printed, dict)
+    return printed
+
+
+def test_generate_writes_what_the_python_function_does(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = entangle.load_model(place / "model")
+    tokenizer = entangle.load_tokenizer(place / "model")
+    expected = entangle.generate(model, tokenizer, "The quick", tokens=6)
+    printed = _generated(capsys, place / "model")
+    assert (printed["text"], printed["tokens"]) == (expected.text, 6)
+    assert (printed["prompt"], printed["prompt_tokens"]) == ("The quick", 9)
+    assert (printed["model"], printed["device"]) == (str(place / "model"), str(model.device))
+    size = sum(p.numel() * p.element_size() for p in (*model.parameters(), *model.buffers()))
+    assert printed["weight_bytes"] == size
+    assert printed["first_seconds"] > 0
+    assert printed["tokens_per_second"] == pytest.approx(5 / printed["seconds"])
+    words = ["generate", str(place / "model"), "--prompt", "The quick"]
+    assert main([*words, "--tokens", "6", "--dtype", "float32"]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith(expected.text)
+    about = rf"{re.escape(str(place / 'model'))} on cpu, {size / 1e6:,.0f} MB of weights: the first"
+    about += r" token after \d+\.\d\d s \(9 of the prompt\), then 5 in \d+\.\d\d s: [\d.]+ a second"
+    assert re.fullmatch(f"\n\n{about}\n", said.removeprefix(expected.text))
+    assert main([*words, "--tokens", "1", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["tokens_per_second"] is None
+    assert main([*words, "--tokens", "1"]) == 0
+    assert capsys.readouterr().out.endswith("(9 of the prompt)\n")
+
+
+@pytest.mark.parametrize(
+    ("words", "messages"),
+    [
+        (["MODEL", "--prompt", ""], ["at least one token to write, got 0 and 64"]),
+        (["MODEL", "--prompt", "ab", "--tokens", "0"], ["got 2 and 0"]),
+        (["MODEL", "--prompt", "ab", "--tokens", "-4"], ["got 2 and -4"]),
+        (["MODEL", "--prompt", "ab", "--tokens", "63"], ["2 tokens and 63", "ask for fewer"]),
+        (["MODEL", "--prompt", "a" * 65, "--tokens", "1"], ["65 tokens and 1", str(CONTEXT)]),
+        (["./nowhere", "--prompt", "ab"], ["there is no model at nowhere"]),
+        (["MODEL", "--prompt", "ab", "--device", "gpu"], ["gpu"]),
+        (["RUN", "--prompt", "ab"], ["holds no model"]),
+    ],
+)
+def test_what_cannot_be_written_gets_one_message(
+    place: Path, capsys: pytest.CaptureFixture[str], words: list[str], messages: list[str]
+) -> None:
+    names = {"MODEL": str(place / "model"), "RUN": str(place / "run")}
+    assert main(["generate", *(names.get(word, word) for word in words)]) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.startswith("entangle: ")
+    assert said.err.count("\n") == 1
+    for message in messages:
+        assert message in said.err
+
+
+def test_generate_needs_a_prompt(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["generate", str(place / "model")])
+    assert stopped.value.code == 2
+    assert "--prompt" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("experts", ["1", "2"])
+def test_a_sparse_model_is_run_without_its_zeros_unless_told(
+    place: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    experts: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    out, asked = tmp_path / "sparse", []
+    options = ["--sparsity", "0.8", "--experts", experts, "--layers", "*.mlp.*"]
+    assert main(_pruning(place, "sparsify", out, *options)) == 0
+    capsys.readouterr()
+    packed, whole = _generated(capsys, out), _generated(capsys, out, "--unpacked")
+    for key in ("text", "tokens", "prompt_tokens", "model", "device"):
+        assert packed[key] == whole[key]
+    model = entangle.load_model(out)
+    size = sum(p.numel() * p.element_size() for p in (*model.parameters(), *model.buffers()))
+    assert packed["weight_bytes"] < whole["weight_bytes"] == size
+    load = entangle.load_model
+
+    def noting(*args: Any, **options: Any) -> Any:
+        asked.append(options["packed"])
+        return load(*args, **options)
+
+    monkeypatch.setattr(entangle, "load_model", noting)
+    words = ["perplexity", str(out), "--text", str(place / "text.txt"), "--length", "32"]
+    scores = []
+    for more in ([], ["--unpacked"]):
+        assert main([*words, "--windows", "6", "--json", *more]) == 0
+        scores.append(json.loads(capsys.readouterr().out)["perplexity"])
+    assert asked == [True, False]
+    assert scores[0] == pytest.approx(scores[1], rel=1e-4)
+    tokenizer = entangle.load_tokenizer(out)
+    windows = entangle.token_windows(place / "text.txt", tokenizer, windows=6, length=32)
+    assert scores[1] == entangle.score(model, windows).perplexity
+
+
 def _pruning(place: Path, command: str, out: Path, *options: str) -> list[str]:
     words = [command, str(place / "model"), "--text", str(place / "text.txt"), "--out", str(out)]
     if command == "sweep":
@@ -486,7 +593,7 @@ def test_a_mixture_is_made_told_of_and_taken_as_a_model(
     assert "--components 0" in noted["command"]
     assert "--experts 3" in noted["command"]
     words = ["--text", str(place / "text.txt"), "--length", "32", "--windows", "4"]
-    assert main(["perplexity", str(out), *words, "--json"]) == 0
+    assert main(["perplexity", str(out), *words, "--unpacked", "--json"]) == 0
     scored = json.loads(capsys.readouterr().out)
     model = entangle.load_model(out)
     windows = entangle.token_windows(

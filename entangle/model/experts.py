@@ -42,9 +42,11 @@ class Mixture(nn.Module):
         shape = (*inputs.shape[:-1], self.out_features)
         if self.router is None:
             return self.product(rows, 0).view(shape)
+        if len(rows) == 1:
+            return self.product(rows, self.router.one(inputs, self)).view(shape)
         routes = self.router(inputs, self)
         busy = routes.busy
-        if len(busy) < 2:  # one token, for one
+        if len(busy) < 2:
             return self.product(rows, busy[0] if busy else 0).view(shape)
         parts = routes.order.split([routes.counts[index] for index in busy])
         outputs = torch.cat(
@@ -123,7 +125,7 @@ class PackedLinear(Mixture):
             outputs = self.sliced.product(rows, expert)
             if self.bias is not None:
                 outputs += self.bias
-            return outputs.to(rows.dtype)
+            return outputs if rows.dtype == outputs.dtype else outputs.to(rows.dtype)
         weight = self.sliced.dense(expert).to(rows.dtype)
         return functional.linear(rows, weight, self.bias)
 

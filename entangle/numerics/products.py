@@ -56,9 +56,11 @@ class Sliced:
         tokens: `product` takes 0.2 + 2.9 times the density for every sixteen tokens, to unpack
         and multiply takes 5 and 1 for every sixteen in float32, 2.8 and 0.17 in bfloat16.
         """
+        if tokens == 1:
+            return True
         tiles = -(-tokens // WIDTH)
         once, each = (5, 1) if self.dtype == torch.float32 else (2.8, 0.17)
-        return tokens == 1 or tiles * (0.2 + 2.9 * self.density(expert) - each) < once
+        return tiles * (0.2 + 2.9 * self.density(expert) - each) < once
 
     def density(self, expert: int) -> float:
         """Return the share of an expert's weights that is stored, padding included."""
@@ -68,16 +70,15 @@ class Sliced:
     def product(self, rows: torch.Tensor, expert: int) -> torch.Tensor:
         """Return ``rows @ weight.T`` (tokens, neurons) float32 for rows (tokens, inputs).
 
-        Sums are float32 in any case.
+        Sums are float32 in any case, and no gradient goes back through them.
         """
         starts, order, threads = self.starts[expert], self.order[expert], _threads()
-        rows = rows.float()
-        if len(rows) == 1:
+        tokens, rows = len(rows), rows.detach().float()
+        if tokens == 1:
             found = torch.empty(1, self.neurons)
-            row = np.ascontiguousarray(rows.numpy()[0])
-            _multiply(threads, self.values, self.columns, starts, order, row, found.numpy()[0])
+            flat = rows.flatten().numpy(), found.numpy()[0]
+            _multiply(threads, self.values, self.columns, starts, order, *flat)
             return found
-        tokens = len(rows)
         tiles = -(-tokens // WIDTH)
         side = rows.new_zeros(tiles * WIDTH, self.inputs)
         side[:tokens] = rows

@@ -8,9 +8,11 @@ of a router.
 import dataclasses
 import warnings
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from typing import Any
 
+import numba
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -40,7 +42,7 @@ class _Last:
 
     inputs: weakref.ref[torch.Tensor]
     version: int
-    routes: Routes
+    found: Any  # Routes, or of one row its expert
     takers: set[int]
 
 
@@ -65,23 +67,33 @@ class Router(nn.Module):
 
         A layer that asks again for the same tensor may have changed it where it lies.
         """
+        routes: Routes = self._shared(inputs, layer, self._routes)
+        return routes
+
+    def one(self, inputs: torch.Tensor, layer: object = None) -> int:
+        """Return the expert of inputs that are one row, as `forward` does: decoding hurries."""
+        expert: int = self._shared(inputs, layer, self._expert)
+        return expert
+
+    def _shared(
+        self, inputs: torch.Tensor, layer: object, find: Callable[[torch.Tensor], Any]
+    ) -> Any:
         version = 0 if inputs.is_inference() else inputs._version
         last, self._last, taker = self._last, None, id(layer)
         known = last is not None and last.inputs() is inputs and last.version == version
         if last is None or not known or taker in last.takers:
-            routes = self._routes(self.assign(inputs.reshape(-1, self.inputs)))
-            last = _Last(weakref.ref(inputs), version, routes, set())
+            found = find(inputs.reshape(-1, self.inputs))
+            last = _Last(weakref.ref(inputs), version, found, set())
         last.takers.add(taker)
         if len(last.takers) < self.layers:
             self._last = last
-        return last.routes
+        return last.found
 
-    def _routes(self, chosen: torch.Tensor) -> Routes:
-        if len(chosen) == 1:  # decoding: nothing to sort
-            expert = int(chosen)
-            counts = [0] * self.experts
-            counts[expert] = 1
-            return Routes(torch.zeros_like(chosen), counts, [expert])
+    def _expert(self, rows: torch.Tensor) -> int:
+        return int(self.assign(rows))
+
+    def _routes(self, rows: torch.Tensor) -> Routes:
+        chosen = self.assign(rows)
         counts = chosen.bincount(minlength=self.experts).tolist()
         busy = [expert for expert, count in enumerate(counts) if count]
         return Routes(chosen.argsort(stable=True), counts, busy)
@@ -131,6 +143,22 @@ class CentroidRouter(Router):
         lower = torch.is_autocast_enabled(kind)  # bfloat16 would choose others
         with torch.autocast(kind, enabled=False) if lower else nullcontext():
             return torch.addmm(self.bias, rows.float(), self.matrix).argmax(dim=1)
+
+    def _expert(self, rows: torch.Tensor) -> int:
+        if rows.device.type != "cpu":
+            return super()._expert(rows)
+        row = rows[0].detach().float().numpy()
+        expert: int = _nearest(row, self.matrix.numpy(), self.bias.numpy())
+        return expert
+
+
+@numba.njit(nogil=True, cache=True)
+def _nearest(row, matrix, bias):  # type: ignore[no-untyped-def]
+    scores = bias.copy()
+    for place in range(len(row)):
+        for expert in range(len(scores)):
+            scores[expert] += row[place] * matrix[place, expert]
+    return scores.argmax()
 
 
 class RandomRouter(Router):
