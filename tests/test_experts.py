@@ -238,7 +238,7 @@ def exactly(layer: ExpertLinear, inputs: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("bias", [True, False])
 def test_packed_experts_are_the_same_layer(
     shape: tuple[int, ...], dtype: torch.dtype, bias: bool, way: str, monkeypatch: pytest.MonkeyPatch

@@ -120,6 +120,21 @@ def test_a_sampling_configuration_draws_nothing() -> None:
         assert generate(model, tiny_tokenizer(), PROMPT, tokens=12).text == expected
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [{"repetition_penalty": 5.0}, {"no_repeat_ngram_size": 1}, {"num_beams": 3}],
+)
+def test_a_models_own_settings_change_nothing(settings: dict[str, Any]) -> None:
+    model, tokenizer = tiny_model("llama", seed=3), tiny_tokenizer()
+    assert model.generation_config is not None
+    model.generation_config.update(**settings)  # type: ignore[no-untyped-call]
+    expected = greedy(model, ids_of(PROMPT), 16)
+    found = generate(model, tokenizer, PROMPT, tokens=16)
+    assert found.text == tokenizer.decode(expected, skip_special_tokens=True)
+    ((name, value),) = settings.items()
+    assert getattr(model.generation_config, name) == value
+
+
 def test_neither_the_model_nor_its_configuration_is_changed() -> None:
     model = tiny_model("llama", seed=5)
     before = copy.deepcopy(model.generation_config)

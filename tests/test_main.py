@@ -501,9 +501,13 @@ def test_sparsify_takes_a_budget_of_a_run(
     assert chosen["strength"] in STRENGTHS
     assert "--strength auto" in chosen["command"]
     scored = pd.read_csv(out / "budget.csv", dtype={"budget": str})
-    best = scored[scored["budget"].isin(VARIABLES)].sort_values("nats").iloc[0]
+    assert {*scored["budget"]} == {"uniform", *VARIABLES}
+    best = scored[1:].sort_values("nats").iloc[0]
     assert (best["budget"], best["strength"]) == (chosen["budget"], chosen["strength"])
-    assert "was chosen of 9 on 5 calibration windows set aside" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"{best['budget']} rows were chosen of 10 budgets on 5 calibration windows" in said
+    against = f"{best['against_uniform']:.3f} ± {best['against_uniform_error']:.3f} nats a token"
+    assert f"set aside, {against} against uniform rows: " in said
     named = ["--budget", f"{run}:std", "--strength", "auto", "--overwrite"]
     assert main([*_pruning(place, "sparsify", out, *layers), *named]) == 0
     assert json.loads((out / "run.json").read_text())["budget"] == "std"

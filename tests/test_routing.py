@@ -458,6 +458,34 @@ def test_one_row_goes_where_it_goes_among_many(shape: tuple[int, ...]) -> None:
             assert alone.busy == [expert]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_expert_of_one_row_is_the_one_among_many(dtype: torch.dtype) -> None:
+    rows = clustered(300, 64).to(dtype)
+    for router in (fit_router(rows, 5), random_router(64, torch.ones(5))):
+        chosen = router.assign(rows).tolist()
+        for row, expert in zip(rows, chosen, strict=True):
+            found = [router.one(row.view(shape)) for shape in ((64,), (1, 64), (1, 1, 64))]
+            assert found == [expert] * 3
+            assert {type(one) for one in found} == {int}
+        spread = rows.repeat_interleave(2, dim=1)[:, ::2]
+        assert not spread.is_contiguous()
+        assert router.one(spread[7:8]) == chosen[7]
+    ties = CentroidRouter(torch.zeros(8, 3), torch.tensor([0.0, 2.0, 2.0]))
+    assert ties.one(torch.ones(1, 8)) == 1  # the first
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3])
+def test_the_expert_of_one_row_is_found_once_for_all_layers(layers: int) -> None:
+    router, rows = counting(layers), clustered(50, 8)
+    takers, row = [object() for _ in range(layers)], rows[:1]
+    for call in range(4 * layers):
+        row = row if call % layers else rows[call // layers].view(1, 8)
+        assert router.one(row, takers[call % layers]) == int(RandomRouter.assign(router, row))
+        assert router.calls == call // layers + 1
+    row.neg_()
+    assert router.one(row, takers[0]) == int(RandomRouter.assign(router, row))
+
+
 @pytest.mark.parametrize("layers", [0, 1, 2, 3])
 def test_layers_that_share_a_router_ask_once_for_the_same_inputs(layers: int) -> None:
     router, rows = counting(layers), clustered(50, 8)

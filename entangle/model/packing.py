@@ -145,7 +145,7 @@ def _pack_layer(layer: LinearLayer, owners: dict[int, str], tensors: Tensors) ->
 
 
 def pack_layer(model: PreTrainedModel, layer: LinearLayer) -> None:
-    """Hold a layer's weights packed, if half of them or more are zeros: else that gains nothing.
+    """Hold a layer's weights packed, if half of them or more are zeros: with fewer that gains nothing.
 
     Left as they are, too, are weights that are quantised, or float64.
     """
@@ -159,7 +159,8 @@ def pack_layer(model: PreTrainedModel, layer: LinearLayer) -> None:
         router.layers -= 1  # its place is taken
     bias = layer.module.bias
     assert bias is None or isinstance(bias, torch.Tensor)
-    replace_layer(model, layer, PackedLinear(weight, bias, router))
+    packed = PackedLinear(weight, bias, router).train(layer.module.training)
+    replace_layer(model, layer, packed)
 
 
 def weight_bytes(model: PreTrainedModel) -> int:

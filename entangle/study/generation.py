@@ -2,7 +2,8 @@
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
@@ -45,6 +46,16 @@ class _Clock(TextStreamer):
         self.say(text)
 
 
+@contextmanager
+def _no_settings(model: PreTrainedModel) -> Iterator[None]:
+    """Keep the model's own settings, such as a penalty for repetition, out of ours."""
+    kept, model.generation_config = model.generation_config, GenerationConfig()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        model.generation_config = kept
+
+
 def generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -82,7 +93,7 @@ def generate(
         pad_token_id=end[0] if isinstance(end, list) else end,
     )
     clock = _Clock(tokenizer, say)
-    with torch.inference_mode():
+    with torch.inference_mode(), _no_settings(model):
         found = model.generate(  # type: ignore[operator]
             ids,
             attention_mask=torch.ones_like(ids),
