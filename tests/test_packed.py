@@ -261,3 +261,18 @@ def test_pack_layer_replaces_the_module_where_it_is() -> None:
     assert isinstance(module, PackedLinear)
     assert (module.in_features, module.out_features) == (24, 41)  # GPT-2 stores it transposed
     torch.testing.assert_close(module(rows), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_another_width_is_refused_and_not_read_beyond(tmp_path: Path) -> None:
+    layer = PackedLinear(torch.eye(12)[None], None, None)
+    for inputs in (torch.ones(1, 5), torch.ones(1, 40), torch.ones(2, 1)):
+        with pytest.raises(ValueError, match=f"expected 12 inputs, got {inputs.shape[-1]}"):
+            layer(inputs)
+
+
+def test_a_packed_layer_gives_its_weight_but_no_state() -> None:
+    weight = torch.eye(12)
+    layer = PackedLinear(weight[None], None, None)
+    assert torch.equal(layer.weight, weight)
+    with pytest.raises(ValueError, match="load it with packed=False to save it"):
+        layer.state_dict()

@@ -37,7 +37,13 @@ class Mixture(nn.Module):
         )
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        """Return the outputs (..., neurons) of inputs (..., inputs)."""
+        """Return the outputs (..., neurons) of inputs (..., inputs).
+
+        Raises:
+            ValueError: inputs of another width.
+        """
+        if inputs.shape[-1] != self.in_features:  # which the kernels would not notice
+            raise ValueError(f"expected {self.in_features} inputs, got {inputs.shape[-1]}")
         rows = inputs.reshape(-1, inputs.shape[-1])
         shape = (*inputs.shape[:-1], self.out_features)
         if self.router is None:
@@ -118,6 +124,19 @@ class PackedLinear(Mixture):
         self.router = router
         if router is not None:
             router.layers += 1
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The weight with its zeros, unpacked each time: for models that read it themselves."""
+        if self.router is None:
+            return self.sliced.dense(0)
+        return torch.stack([self.sliced.dense(expert) for expert in range(self.router.experts)])
+
+    def _save_to_state_dict(self, *_: object) -> None:
+        raise ValueError(
+            "the model's layers are packed, which is for running it only: load it with "
+            "packed=False to save it or to take its state"
+        )
 
     def product(self, rows: torch.Tensor, expert: int) -> torch.Tensor:
         """Return the outputs (tokens, neurons) of an expert for rows (tokens, inputs)."""

@@ -255,6 +255,7 @@ def _fill(
                 layer = replace_layer(model, layers[name], mixture)
                 if packed:
                     pack_layer(model, layer)
+                del mixture, layer  # or they would stay until the next is unpacked
     # Copied as a router is. assign: the tensors themselves, so with their dtype.
     dense = {name: tensor.clone() for name, tensor in load_tensors(folder / DENSE).items()}
     result = model.load_state_dict(dense, strict=False, assign=True)

@@ -148,7 +148,7 @@ class CentroidRouter(Router):
         if rows.device.type != "cpu":
             return super()._expert(rows)
         row = rows[0].detach().float().numpy()
-        expert: int = _nearest(row, self.matrix.numpy(), self.bias.numpy())
+        expert: int = _nearest(row, self.matrix.detach().numpy(), self.bias.detach().numpy())
         return expert
 
 

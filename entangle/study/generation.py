@@ -72,7 +72,8 @@ def generate(
     Raises:
         ValueError: a prompt without a token, fewer than one to write, or more than the model reads.
     """
-    ids = tokenizer(prompt, return_tensors="pt")["input_ids"].to(model.device)
+    prompt.encode()  # a half of a character, as a shell passes bytes on, is a ValueError
+    ids = tokenizer(prompt, return_tensors="pt", verbose=False)["input_ids"].to(model.device)
     longest = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     if not ids.numel() or tokens < 1:
         raise ValueError(
