@@ -213,16 +213,11 @@ def whole(model: PreTrainedModel, routers: dict[str, Router], sparsity: float) -
         print(flush=True)
 
 
-def ids_of(count: int) -> torch.Tensor:
-    """Return tokens of text."""
-    tokenizer = entangle.load_tokenizer(DATA / "smollm2-135m")
-    return entangle.token_windows(DATA / "python-docs", tokenizer, windows=1, length=count).tokens
-
-
 @functools.cache
 def prompt() -> torch.Tensor:
     """Return the prompt (1, tokens)."""
-    return ids_of(PROMPT)
+    tokenizer = entangle.load_tokenizer(DATA / "smollm2-135m")
+    return entangle.token_windows(DATA / "python-docs", tokenizer, windows=1, length=PROMPT).tokens
 
 
 def read(model: PreTrainedModel) -> Any:

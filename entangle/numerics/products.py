@@ -85,7 +85,7 @@ class Sliced:
         side = side.view(tiles, WIDTH, self.inputs).mT.contiguous()
         out = torch.empty(tiles, self.neurons, WIDTH)
         flat = side.view(tiles, -1).numpy(), out.view(tiles, -1).numpy()
-        _multiply_tiles(threads, self.values, self.columns, starts, order, *flat)
+        _multiply(threads, self.values, self.columns, starts, order, *flat)
         return out.mT.reshape(tiles * WIDTH, self.neurons)[:tokens]
 
     def dense(self, expert: int) -> torch.Tensor:
@@ -223,17 +223,13 @@ def _multiply_tiles_part(begin, end, values, columns, starts, order, side, out):
 
 
 @numba.njit(parallel=True, nogil=True, cache=True)
-def _multiply(threads, values, columns, starts, order, row, out):  # type: ignore[no-untyped-def]
+def _multiply(threads, values, columns, starts, order, inputs, out):  # type: ignore[no-untyped-def]
     for part in numba.prange(threads):
         begin, end = _part(starts, part, threads)
-        _multiply_part(begin, end, values, columns, starts, order, row, out)
-
-
-@numba.njit(parallel=True, nogil=True, cache=True)
-def _multiply_tiles(threads, values, columns, starts, order, side, out):  # type: ignore[no-untyped-def]
-    for part in numba.prange(threads):
-        begin, end = _part(starts, part, threads)
-        _multiply_tiles_part(begin, end, values, columns, starts, order, side, out)
+        if inputs.ndim == 1:  # a row, or tiles: known when it is compiled
+            _multiply_part(begin, end, values, columns, starts, order, inputs, out)
+        else:
+            _multiply_tiles_part(begin, end, values, columns, starts, order, inputs, out)
 
 
 @numba.njit(parallel=True, nogil=True, cache=True)

@@ -264,9 +264,8 @@ def _tints(arms: pd.DataFrame) -> dict[tuple[Any, ...], Any]:
     keys = list(dict.fromkeys(arms[_COLOURED].itertuples(index=False, name=None)))
     mixtures = [key for key in keys if key[0] == "sparsegpt"]
     rivals = [key for key in keys if key not in mixtures]
-    shades = sns.color_palette("crest", len(mixtures))
-    if arms["budget"].nunique() > 1:  # which differ in kind, not in number
-        shades = sns.color_palette("husl", len(mixtures))
+    kinds = arms["budget"].nunique() > 1  # which differ in kind, not in number
+    shades = sns.color_palette("husl" if kinds else "crest", len(mixtures))
     others = _RIVALS if len(rivals) <= len(_RIVALS) else sns.color_palette("flare", len(rivals))
     return dict(zip(mixtures, shades, strict=True)) | dict(zip(rivals, others, strict=False))
 
