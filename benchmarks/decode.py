@@ -39,9 +39,9 @@ PROMPT, WRITTEN = 512, 24
 EXPERTS = 16
 
 Cases = dict[str, Callable[[], Any]]
-torch.set_grad_enabled(False)
 
 
+@torch.inference_mode()
 def main() -> None:
     """Run all of it."""
     print(machine(), end="\n\n")

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -302,11 +303,13 @@ def test_packed_layers_that_share_a_router_ask_it_once(monkeypatch: pytest.Monke
     mixed = [*packed, thinned(layer_of(router))]
     assert router.layers == 3
     asked: list[int] = []
-    assign, one = CentroidRouter.assign, CentroidRouter._expert
+    assign, one = CentroidRouter.assign, Sliced.one
 
-    def counting_one(self: CentroidRouter, rows: torch.Tensor) -> int:
-        asked.append(len(rows))
-        return one(self, rows)
+    def counting_one(
+        self: Sliced, inputs: torch.Tensor, expert: int | None, *arrays: Any
+    ) -> tuple[torch.Tensor, int]:
+        asked.extend([1] if expert is None else [])
+        return one(self, inputs, expert, *arrays)
 
     def counting(self: CentroidRouter, rows: torch.Tensor) -> torch.Tensor:
         asked.append(len(rows))
@@ -316,7 +319,7 @@ def test_packed_layers_that_share_a_router_ask_it_once(monkeypatch: pytest.Monke
         inputs = rows_of(1, tokens, seed=tokens)
         with monkeypatch.context() as patch:
             patch.setattr(CentroidRouter, "assign", counting)
-            patch.setattr(CentroidRouter, "_expert", counting_one)
+            patch.setattr(Sliced, "one", counting_one)
             outputs = [layer(inputs) for layer in mixed]
         assert asked == [40, 1][: 1 + (tokens == 1)]
         expected = exactly(layers[0], inputs).float()
@@ -326,6 +329,36 @@ def test_packed_layers_that_share_a_router_ask_it_once(monkeypatch: pytest.Monke
     twins = copy.deepcopy(nn.ModuleList(mixed))
     assert twins[0].router is twins[2].router is not router
     assert torch.equal(twins[0](inputs), outputs[0])
+
+
+def test_a_packed_layer_sees_that_its_router_was_moved_or_lies_transposed() -> None:
+    layer = thinned(layer_of(routers()[0]))
+    fitted = layer.router
+    assert isinstance(fitted, CentroidRouter)
+    turned = CentroidRouter(fitted.matrix.T.contiguous().T, fitted.bias)
+    assert not turned.matrix.is_contiguous()
+    packed, rows = PackedLinear(layer.weight, None, turned), rows_of(60)
+    layer.bias = None
+
+    def check(expected: torch.Tensor) -> None:
+        found = torch.stack([packed(row) for row in rows])
+        torch.testing.assert_close(found, expected.float(), rtol=1e-5, atol=1e-5)
+
+    before = exactly(layer, rows)
+    check(before)
+    for parameter in fitted.parameters():  # to other experts: those of the opposite rows
+        parameter.data = -parameter.data
+    turned.matrix.data, turned.bias.data = fitted.matrix.data, fitted.bias.data
+    packed.to(torch.float32)
+    after = exactly(layer, rows)
+    assert not torch.allclose(after, before)
+    check(after)
+    twin = copy.deepcopy(packed)
+    assert isinstance(twin.router, CentroidRouter)
+    twin.router.matrix.data.zero_()
+    twin.router.bias.data.copy_(torch.eye(EXPERTS)[2])
+    torch.testing.assert_close(twin(rows[0]), layer.weight[2] @ rows[0], rtol=1e-5, atol=1e-5)
+    check(after)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.int8])

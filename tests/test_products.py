@@ -172,6 +172,33 @@ def test_more_threads_give_the_same_bits(name: str) -> None:
         assert torch.equal(dense, twin)
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
+@pytest.mark.parametrize("experts", [1, 3, 16, 40])
+def test_one_token_finds_its_expert_and_its_outputs(
+    experts: int, shape: tuple[int, ...], threads: int
+) -> None:
+    torch.set_num_threads(threads)
+    weight = sparse(experts, 11, 24)
+    sliced = slice_rows(weight)
+    matrix, bias = noise(24, experts, seed=1), noise(experts, seed=2)
+    met = set()
+    for seed in range(60):
+        inputs = noise(*shape, 24, seed=seed)
+        scores = inputs.double() @ matrix.double() + bias.double()
+        outputs, expert = sliced.one(inputs, None, matrix.numpy(), bias.numpy())
+        assert expert == int(scores.argmax())
+        assert outputs.shape == (*shape, 11)
+        again, same = sliced.one(inputs, expert, matrix.numpy(), bias.numpy())
+        assert (again.tolist(), same) == (outputs.tolist(), expert)
+        expected = inputs.double() @ weight[expert].double().T
+        torch.testing.assert_close(outputs.double(), expected, rtol=1e-5, atol=1e-5)
+        met.add(expert)
+    assert len(met) > experts / 3
+    ties = np.zeros((24, experts), np.float32), np.zeros(experts, np.float32)
+    assert sliced.one(inputs, None, *ties)[1] == 0
+
+
 @pytest.mark.parametrize("parts", [1, 2, 3, 5, 8, 40])
 @pytest.mark.parametrize("name", WEIGHTS)
 def test_in_as_many_parts_as_one_likes_no_row_is_left_out(

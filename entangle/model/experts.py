@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional
 
 from entangle.numerics.products import slice_rows
-from entangle.numerics.routing import Router
+from entangle.numerics.routing import CentroidRouter, Router
 
 
 class Mixture(nn.Module):
@@ -23,6 +23,10 @@ class Mixture(nn.Module):
     out_features: int
     router: Router | None  # None: one expert, which has all tokens
     bias: nn.Parameter | None  # (neurons,): all experts share it
+
+    def one(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Return the outputs (..., neurons) of inputs (..., inputs) that are one token."""
+        raise NotImplementedError
 
     def product(self, rows: torch.Tensor, expert: int) -> torch.Tensor:
         """Return the outputs (tokens, neurons) of an expert for rows (tokens, inputs)."""
@@ -42,15 +46,16 @@ class Mixture(nn.Module):
         Raises:
             ValueError: inputs of another width.
         """
-        if inputs.shape[-1] != self.in_features:  # which the kernels would not notice
-            raise ValueError(f"expected {self.in_features} inputs, got {inputs.shape[-1]}")
-        rows = inputs.reshape(-1, inputs.shape[-1])
+        width, router = inputs.shape[-1], self.router
+        if width != self.in_features:  # which the kernels would not notice
+            raise ValueError(f"expected {self.in_features} inputs, got {width}")
+        if inputs.numel() == width:
+            return self.one(inputs)
+        rows = inputs.reshape(-1, width)
         shape = (*inputs.shape[:-1], self.out_features)
-        if self.router is None:
+        if router is None:
             return self.product(rows, 0).view(shape)
-        if len(rows) == 1:
-            return self.product(rows, self.router.one(inputs, self)).view(shape)
-        routes = self.router(inputs, self)
+        routes = router(inputs, self)
         busy = routes.busy
         if len(busy) < 2:
             return self.product(rows, busy[0] if busy else 0).view(shape)
@@ -98,6 +103,10 @@ class ExpertLinear(Mixture):
         self.counts = [int(count) for count in counts]
         router.layers += 1
 
+    def one(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Return the outputs (..., neurons) of inputs (..., inputs) that are one token."""
+        return self.product(inputs, self.router.one(inputs, self))
+
     def product(self, rows: torch.Tensor, expert: int) -> torch.Tensor:
         """Return the outputs (tokens, neurons) of an expert for rows (tokens, inputs)."""
         return functional.linear(rows, self.weight[expert], self.bias)
@@ -138,15 +147,30 @@ class PackedLinear(Mixture):
             "packed=False to save it or to take its state"
         )
 
+    def one(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Return the outputs (..., neurons) of inputs (..., inputs) that are one token."""
+        router = self.router
+        if isinstance(router, CentroidRouter):
+            known = router.recall(inputs, self)
+            outputs, expert = self.sliced.one(inputs, known, *router.arrays)
+            if known is None:
+                router.note(inputs, self, expert)
+        else:
+            expert = 0 if router is None else router.one(inputs, self)
+            outputs, _ = self.sliced.one(inputs, expert)
+        return self._finished(outputs, inputs.dtype)
+
     def product(self, rows: torch.Tensor, expert: int) -> torch.Tensor:
         """Return the outputs (tokens, neurons) of an expert for rows (tokens, inputs)."""
         if len(rows) and self.sliced.is_faster(len(rows), expert):
-            outputs = self.sliced.product(rows, expert)
-            if self.bias is not None:
-                outputs += self.bias
-            return outputs if rows.dtype == outputs.dtype else outputs.to(rows.dtype)
+            return self._finished(self.sliced.product(rows, expert), rows.dtype)
         weight = self.sliced.dense(expert).to(rows.dtype)
         return functional.linear(rows, weight, self.bias)
+
+    def _finished(self, outputs: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        if self.bias is not None:
+            outputs += self.bias
+        return outputs if outputs.dtype == dtype else outputs.to(dtype)
 
 
 def _constant(values: torch.Tensor) -> nn.Parameter:

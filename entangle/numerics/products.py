@@ -23,6 +23,7 @@ ROWS = 8  # of a slice
 PACKABLE = (torch.float32, torch.bfloat16, torch.float16)
 _AHEAD = np.uint64(512)  # entries: far enough to hide memory's latency, near enough to stay cached
 
+_NONE = np.empty((1, 0), np.float32)  # no router
 _MOST = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
 
 Array = npt.NDArray[Any]
@@ -67,25 +68,37 @@ class Sliced:
         entries = (self.starts[expert, -1] - self.starts[expert, 0]) * ROWS
         return float(entries / (self.neurons * self.inputs))
 
+    def one(
+        self,
+        inputs: torch.Tensor,
+        expert: int | None,
+        matrix: Array = _NONE,
+        bias: Array = _NONE[0],
+    ) -> tuple[torch.Tensor, int]:
+        """Return `product` (..., neurons) for inputs (..., inputs) of one token, and the expert.
+
+        None is the nearest by a router's matrix (inputs, experts) and bias (experts,), found in the
+        same call: outside of the kernels memory waits.
+        """
+        found = torch.empty(*inputs.shape[:-1], self.neurons)
+        row, out = inputs.detach().float().numpy().ravel(), found.numpy().ravel()
+        return found, self._multiply(-1 if expert is None else expert, matrix, bias, row, out)
+
     def product(self, rows: torch.Tensor, expert: int) -> torch.Tensor:
         """Return ``rows @ weight.T`` (tokens, neurons) float32 for rows (tokens, inputs).
 
         Sums are float32 in any case, and no gradient goes back through them.
         """
-        starts, order, threads = self.starts[expert], self.order[expert], _threads()
         tokens, rows = len(rows), rows.detach().float()
         if tokens == 1:
-            found = torch.empty(1, self.neurons)
-            flat = rows.flatten().numpy(), found.numpy()[0]
-            _multiply(threads, self.values, self.columns, starts, order, *flat)
-            return found
+            return self.one(rows, expert)[0]
         tiles = -(-tokens // WIDTH)
         side = rows.new_zeros(tiles * WIDTH, self.inputs)
         side[:tokens] = rows
         side = side.view(tiles, WIDTH, self.inputs).mT.contiguous()
         out = torch.empty(tiles, self.neurons, WIDTH)
-        flat = side.view(tiles, -1).numpy(), out.view(tiles, -1).numpy()
-        _multiply(threads, self.values, self.columns, starts, order, *flat)
+        arrays = side.view(tiles, -1).numpy(), out.view(tiles, -1).numpy()
+        self._multiply(expert, _NONE, _NONE[0], *arrays)
         return out.mT.reshape(tiles * WIDTH, self.neurons)[:tokens]
 
     def dense(self, expert: int) -> torch.Tensor:
@@ -95,6 +108,12 @@ class Sliced:
         starts, order = self.starts[expert], self.order[expert]
         _fill_dense(_threads(), self.values, self.columns, starts, order, bits.numpy())
         return weight
+
+    def _multiply(self, expert: int, *arrays: Array) -> int:
+        weight = self.values, self.columns, self.starts, self.order
+        if torch.get_num_threads() == 1:  # to start threads costs as much as a small product
+            return int(_multiply_alone(expert, *weight, *arrays))
+        return int(_multiply_together(_threads(), expert, *weight, *arrays))
 
 
 def slice_rows(weight: torch.Tensor) -> Sliced:
@@ -222,14 +241,43 @@ def _multiply_tiles_part(begin, end, values, columns, starts, order, side, out):
                     lanes_store(y, np.uint64(order[place + which] * WIDTH), total)
 
 
+@numba.njit(nogil=True, cache=True)
+def _nearest(matrix, bias, row):  # type: ignore[no-untyped-def]
+    scores, flat = bias.copy(), matrix.reshape(-1)
+    for place in range(len(row)):
+        prefetch(flat, np.uint64(place * len(scores)) + _AHEAD)
+        for expert in range(len(scores)):
+            scores[expert] += row[place] * matrix[place, expert]
+    return scores.argmax()
+
+
+@numba.njit(nogil=True, cache=True)
+def _multiply_some(part, parts, values, columns, starts, order, inputs, out):  # type: ignore[no-untyped-def]
+    begin, end = _part(starts, part, parts)
+    if inputs.ndim == 1:  # a row, or tiles: known when it is compiled
+        _multiply_part(begin, end, values, columns, starts, order, inputs, out)
+    else:
+        _multiply_tiles_part(begin, end, values, columns, starts, order, inputs, out)
+
+
+@numba.njit(nogil=True, cache=True)
+def _multiply_alone(expert, values, columns, starts, order, matrix, bias, inputs, out):  # type: ignore[no-untyped-def]
+    if inputs.ndim == 1 and expert < 0:
+        expert = _nearest(matrix, bias, inputs)
+    _multiply_some(0, 1, values, columns, starts[expert], order[expert], inputs, out)
+    return expert
+
+
 @numba.njit(parallel=True, nogil=True, cache=True)
-def _multiply(threads, values, columns, starts, order, inputs, out):  # type: ignore[no-untyped-def]
+def _multiply_together(  # type: ignore[no-untyped-def]
+    threads, expert, values, columns, starts, order, matrix, bias, inputs, out
+):
+    if inputs.ndim == 1 and expert < 0:
+        expert = _nearest(matrix, bias, inputs)
+    starts, order = starts[expert], order[expert]
     for part in numba.prange(threads):
-        begin, end = _part(starts, part, threads)
-        if inputs.ndim == 1:  # a row, or tiles: known when it is compiled
-            _multiply_part(begin, end, values, columns, starts, order, inputs, out)
-        else:
-            _multiply_tiles_part(begin, end, values, columns, starts, order, inputs, out)
+        _multiply_some(part, threads, values, columns, starts, order, inputs, out)
+    return expert
 
 
 @numba.njit(parallel=True, nogil=True, cache=True)

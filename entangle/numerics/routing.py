@@ -8,11 +8,10 @@ of a router.
 import dataclasses
 import warnings
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any
 
-import numba
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -23,6 +22,7 @@ from threadpoolctl import threadpool_limits
 from torch import nn
 
 Array = npt.NDArray[np.float64]
+Floats = npt.NDArray[np.float32]
 
 LEAST = 16  # rows of the sample: a smaller cluster is merged with its nearest
 
@@ -67,30 +67,36 @@ class Router(nn.Module):
 
         A layer that asks again for the same tensor may have changed it where it lies.
         """
-        routes: Routes = self._shared(inputs, layer, self._routes)
+        routes: Routes | None = self.recall(inputs, layer)
+        if routes is None:
+            routes = self._routes(inputs.reshape(-1, self.inputs))
+            self.note(inputs, layer, routes)
         return routes
 
     def one(self, inputs: torch.Tensor, layer: object = None) -> int:
         """Return the expert of inputs that are one row, as `forward` does: decoding hurries."""
-        expert: int = self._shared(inputs, layer, self._expert)
+        expert: int | None = self.recall(inputs, layer)
+        if expert is None:
+            expert = int(self.assign(inputs.reshape(1, self.inputs)))
+            self.note(inputs, layer, expert)
         return expert
 
-    def _shared(
-        self, inputs: torch.Tensor, layer: object, find: Callable[[torch.Tensor], Any]
-    ) -> Any:
-        version = 0 if inputs.is_inference() else inputs._version
-        last, self._last, taker = self._last, None, id(layer)
-        known = last is not None and last.inputs() is inputs and last.version == version
-        if last is None or not known or taker in last.takers:
-            found = find(inputs.reshape(-1, self.inputs))
-            last = _Last(weakref.ref(inputs), version, found, set())
-        last.takers.add(taker)
+    def recall(self, inputs: torch.Tensor, layer: object) -> Any:
+        """Return what was noted of the same inputs, for a layer that has not yet taken it."""
+        last, self._last = self._last, None
+        if last is None or last.inputs() is not inputs or last.version != _version(inputs):
+            return None
+        return None if id(layer) in last.takers else self._take(last, layer)
+
+    def note(self, inputs: torch.Tensor, layer: object, found: Any) -> None:
+        """Keep what a layer found of its inputs for the others that share them."""
+        self._take(_Last(weakref.ref(inputs), _version(inputs), found, set()), layer)
+
+    def _take(self, last: _Last, layer: object) -> Any:
+        last.takers.add(id(layer))
         if len(last.takers) < self.layers:
             self._last = last
         return last.found
-
-    def _expert(self, rows: torch.Tensor) -> int:
-        return int(self.assign(rows))
 
     def _routes(self, rows: torch.Tensor) -> Routes:
         chosen = self.assign(rows)
@@ -123,6 +129,10 @@ def router_of(parameters: Mapping[str, torch.Tensor]) -> Router:
     raise ValueError(f"no router has the parameters {', '.join(sorted(parameters)) or 'none'}")
 
 
+def _version(inputs: torch.Tensor) -> int:
+    return 0 if inputs.is_inference() else inputs._version
+
+
 def _constant(values: torch.Tensor) -> nn.Parameter:
     return nn.Parameter(values, requires_grad=False)
 
@@ -136,6 +146,7 @@ class CentroidRouter(Router):
         self.bias = _constant(bias)  # (experts,) float32
         self.inputs, self.experts = matrix.shape
         self.multiply_adds = matrix.numel()
+        self._arrays: tuple[Floats, Floats] | None = None
 
     def assign(self, rows: torch.Tensor) -> torch.Tensor:
         """Return the expert (tokens,) int64 of each row (tokens, inputs)."""
@@ -144,21 +155,20 @@ class CentroidRouter(Router):
         with torch.autocast(kind, enabled=False) if lower else nullcontext():
             return torch.addmm(self.bias, rows.float(), self.matrix).argmax(dim=1)
 
-    def _expert(self, rows: torch.Tensor) -> int:
-        if rows.device.type != "cpu":
-            return super()._expert(rows)
-        row = rows[0].detach().float().numpy()
-        expert: int = _nearest(row, self.matrix.detach().numpy(), self.bias.detach().numpy())
-        return expert
+    @property
+    def arrays(self) -> tuple[Floats, Floats]:
+        """The matrix and the bias as arrays, on the CPU."""
+        if self._arrays is None:
+            matrix = np.ascontiguousarray(self.matrix.detach().numpy())
+            self._arrays = matrix, self.bias.detach().numpy()
+        return self._arrays
 
+    def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
+        self._arrays = None
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
-@numba.njit(nogil=True, cache=True)
-def _nearest(row, matrix, bias):  # type: ignore[no-untyped-def]
-    scores = bias.copy()
-    for place in range(len(row)):
-        for expert in range(len(scores)):
-            scores[expert] += row[place] * matrix[place, expert]
-    return scores.argmax()
+    def __getstate__(self) -> dict[str, object]:
+        return super().__getstate__() | {"_arrays": None}
 
 
 class RandomRouter(Router):
