@@ -105,7 +105,7 @@ def test_blocks_are_denser_by_their_share_of_entangled_neurons(run: xr.DataTree)
         weights = sum(layer.neurons * layer.inputs for layer in here)
         densities.append(1 - sum(int(found[layer.name].sum()) for layer in here) / weights)
     assert len({*shares}) == 3
-    slope = 0.16 / (max(shares) - min(shares))
+    slope = 0.32 / (max(shares) - min(shares))
     truth = np.mean(densities) + slope * (np.array(shares) - np.mean(shares))
     np.testing.assert_allclose(densities, truth, atol=2e-3)
     for layer in LAYERS:

@@ -95,13 +95,13 @@ def test_grading_keeps_the_mean_and_spares_the_high_ranks(sparsity: float, stren
 
 def test_parts_are_spread_by_their_scores_around_the_weighted_mean() -> None:
     scores, sizes = np.array([0.25, 0.0, 0.15, 0.08]), np.array([10.0, 20.0, 10.0, 40.0])
-    shares = spread(0.7, scores, sizes)
+    shares = spread(0.7, scores, sizes, 0.08)
     assert float(shares @ sizes) == pytest.approx(0.7 * sizes.sum())
     assert np.ptp(shares) == pytest.approx(0.16)
     slopes = np.diff(shares) / np.diff(scores)
     assert slopes == pytest.approx([-0.16 / 0.25] * 3)
-    assert spread(0.7, [2.0, 2.0], [1, 5]).tolist() == [0.7, 0.7]
-    tight = spread(0.97, scores, sizes)
+    assert spread(0.7, [2.0, 2.0], [1, 5], 0.08).tolist() == [0.7, 0.7]
+    tight = spread(0.97, scores, sizes, 0.08)
     assert tight.min() >= 0
     assert tight.max() == pytest.approx(1)
     assert float(tight @ sizes) == pytest.approx(0.97 * sizes.sum())
@@ -162,7 +162,7 @@ def test_even_quality_is_the_best_of_steps_that_a_plain_loop_takes() -> None:
 def test_a_wide_spread_gives_way_at_both_ends() -> None:
     scores, sizes = [0.0, 1.0, 5.0], [1.0, 1.0, 1.0]
     for sparsity in (0.03, 0.98):
-        found = spread(sparsity, scores, sizes)
+        found = spread(sparsity, scores, sizes, 0.08)
         assert found.min() >= 0
         assert found.max() <= 1
         assert np.average(found) == pytest.approx(sparsity)

@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 import entangle
 from entangle.model.experts import ExpertLinear, PackedLinear
-from entangle.model.layers import LinearLayer, find_layers, weight_of
+from entangle.model.layers import LinearLayer, find_layers, replace_layer, weight_of
 from entangle.model.loading import load_model, save_model
 from entangle.model.packing import pack_layer, weight_bytes
 from entangle.numerics.routing import Router
@@ -183,6 +183,25 @@ def test_experts_of_which_less_than_half_is_zero_stay_and_share_the_router(tmp_p
     assert not isinstance(router, torch.Tensor)
     assert router.layers == 3
     torch.testing.assert_close(logits(packed), logits(whole), rtol=1e-4, atol=1e-4)
+
+
+def test_pruned_layers_beside_experts_are_packed_too(tmp_path: Path) -> None:
+    model = copy.deepcopy(expanded("llama", at_random=False))
+    for layer in find_layers(model, ["*.1.mlp.*"]):
+        mixture = layer.module
+        assert isinstance(mixture, ExpertLinear)
+        one = nn.Linear(layer.inputs, layer.neurons, bias=mixture.bias is not None)
+        one.weight.data = mixture.weight[1].clone()
+        one.register_parameter("bias", mixture.bias)
+        replace_layer(model, layer, one)
+    save_model(model, None, tmp_path)
+    for dtype in ("auto", "bfloat16"):
+        whole, packed = (load_model(tmp_path, dtype=dtype, packed=each) for each in (False, True))
+        check_packed(packed, whole)
+        found = modules(packed)["model.layers.1.mlp.up_proj"]
+        assert found.router is None
+        tolerance = 1e-4 if dtype == "auto" else 0.05
+        torch.testing.assert_close(logits(packed), logits(whole), rtol=tolerance, atol=tolerance)
 
 
 def expanded_with_a_dense_layer() -> PreTrainedModel:

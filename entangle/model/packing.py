@@ -263,6 +263,10 @@ def _fill(
         raise LookupError(f"the model has no {result.unexpected_keys[0]}")
     # As transformers does: what is tied by the configuration, but not here, stays apart.
     model.tie_weights(missing_keys={*result.missing_keys}, recompute_mapping=False)
+    for name, layer in layers.items() if packed else ():
+        if name not in described:  # it may be pruned too
+            layer.module.to(dtype)
+            pack_layer(model, layer)
 
 
 def _unpack_layer(

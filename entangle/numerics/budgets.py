@@ -85,9 +85,7 @@ def graded(sparsity: float, rank: npt.ArrayLike, strength: float) -> Floats:
     return found
 
 
-def spread(
-    sparsity: float, scores: npt.ArrayLike, sizes: npt.ArrayLike, width: float = 0.08
-) -> Floats:
+def spread(sparsity: float, scores: npt.ArrayLike, sizes: npt.ArrayLike, width: float) -> Floats:
     """Return a sparsity for each part of a model: less where its score is high.
 
     Densities are linear in the scores, which become a range of twice the width, around the mean

@@ -26,6 +26,8 @@ ROWS = (UNIFORM, BUDGET, "ranks", "wasserstein", "std", "kurtosis", "weight_norm
 ACROSS = (UNIFORM, "entanglement", SHUFFLED, "depth", "owl")
 STRENGTH = 0.25
 ENTANGLED = 0.15  # std: from here on a neuron counts as entangled
+WIDTH = 0.08  # of densities across blocks, to either side: OWL's λ as published
+ENTANGLED_WIDTH = 0.16  # where the score is the share of entangled neurons
 
 
 def needs_run(budget: str, across: str) -> bool:
@@ -82,7 +84,9 @@ def zeros_of(
             )
         blocks = np.array([layer.block for layer in layers])
         weights = [sizes[blocks == block].sum() for block in scores]
-        spared = dict(zip(scores, spread(sparsity.share, [*scores.values()], weights), strict=True))
+        width = WIDTH if across in {"depth", "owl"} else ENTANGLED_WIDTH
+        spread_out = spread(sparsity.share, [*scores.values()], weights, width)
+        spared = dict(zip(scores, spread_out, strict=True))
         shares = np.array([spared[block] for block in blocks.tolist()])
         totals = largest_remainder(shares, sizes, int(totals.sum()))
     if budget == TRIM:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
+from entangle.model.experts import PackedLinear
 from entangle.model.packing import weight_bytes
 
 
@@ -95,6 +96,9 @@ def generate(
     )
     clock = _Clock(tokenizer, say)
     with torch.inference_mode(), _no_settings(model):
+        if any(isinstance(module, PackedLinear) for module in model.modules()):
+            for few in (2, 1):  # a first run compiles kernels, which is not the model's speed
+                model(input_ids=ids[:, :few])
         found = model.generate(  # type: ignore[operator]
             ids,
             attention_mask=torch.ones_like(ids),
