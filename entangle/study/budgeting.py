@@ -58,8 +58,9 @@ def zeros_of(
 
     Raises:
         LookupError: the run lacks a layer, a neuron or the variable.
-        ValueError: layers of a single block across which there is nothing to move, a word that is none of the choices, a strength out of range, an n:m sparsity, or
-            no run, or no outlier ratios, where they are needed.
+        ValueError: a word that is none of the choices, a strength out of range, an n:m sparsity,
+            no run or no outlier ratios where they are needed, or layers of a single block, across
+            which there is nothing to move.
     """
     if budget not in ROWS or across not in ACROSS:
         raise ValueError(
