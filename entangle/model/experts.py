@@ -108,7 +108,7 @@ class ExpertLinear(Mixture):
         return self.product(inputs, self.router.one(inputs, self))
 
     def product(self, rows: torch.Tensor, expert: int) -> torch.Tensor:
-        """Return the outputs (tokens, neurons) of an expert for rows (tokens, inputs)."""
+        """Return the outputs (..., neurons) of an expert for rows (..., inputs)."""
         return functional.linear(rows, self.weight[expert], self.bias)
 
 

@@ -263,8 +263,12 @@ def _fill(
         raise LookupError(f"the model has no {result.unexpected_keys[0]}")
     # As transformers does: what is tied by the configuration, but not here, stays apart.
     model.tie_weights(missing_keys={*result.missing_keys}, recompute_mapping=False)
-    for name, layer in layers.items() if packed else ():
-        if name not in described:  # it may be pruned too
+    del dense
+    others = [layer for name, layer in layers.items() if name not in described and packed]
+    layers.clear()
+    while others:  # they may be pruned too; each dense weight is freed when its layer is packed
+        layer = others.pop()
+        if not weight_of(layer).is_meta:  # whose absence is told later
             layer.module.to(dtype)
             pack_layer(model, layer)
 

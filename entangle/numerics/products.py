@@ -79,7 +79,18 @@ class Sliced:
 
         None is the nearest by a router's matrix (inputs, experts) and bias (experts,), found in the
         same call: outside of the kernels memory waits.
+
+        Raises:
+            ValueError: inputs, an expert or a router that are not of these matrices.
         """
+        experts = len(self.starts)
+        routed = expert is None and (matrix.shape, len(bias)) == ((self.inputs, experts), experts)
+        known = expert is not None and 0 <= expert < experts
+        if not (routed or known) or inputs.numel() != self.inputs:  # kernels would read beyond
+            raise ValueError(
+                f"expected {self.inputs} inputs and one of {experts} experts, got "
+                f"{inputs.numel()} and {expert}, a router of {' x '.join(map(str, matrix.shape))}"
+            )
         found = torch.empty(*inputs.shape[:-1], self.neurons)
         row, out = inputs.detach().float().numpy().ravel(), found.numpy().ravel()
         return found, self._multiply(-1 if expert is None else expert, matrix, bias, row, out)
@@ -88,7 +99,12 @@ class Sliced:
         """Return ``rows @ weight.T`` (tokens, neurons) float32 for rows (tokens, inputs).
 
         Sums are float32 in any case, and no gradient goes back through them.
+
+        Raises:
+            ValueError: an expert that is none of these matrices'.
         """
+        if not 0 <= expert < len(self.starts):  # the kernels would read beyond
+            raise ValueError(f"expected one of {len(self.starts)} experts, got {expert}")
         tokens, rows = len(rows), rows.detach().float()
         if tokens == 1:
             return self.one(rows, expert)[0]

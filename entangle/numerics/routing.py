@@ -157,7 +157,7 @@ class CentroidRouter(Router):
 
     @property
     def arrays(self) -> tuple[Floats, Floats]:
-        """The matrix and the bias as arrays, on the CPU."""
+        """The matrix and the bias, which are constants, as arrays: kept until the router is moved."""
         if self._arrays is None:
             matrix = np.ascontiguousarray(self.matrix.detach().numpy())
             self._arrays = matrix, self.bias.detach().numpy()

@@ -57,6 +57,16 @@ def _no_settings(model: PreTrainedModel) -> Iterator[None]:
         model.generation_config = kept
 
 
+def _compile(model: PreTrainedModel, ids: torch.Tensor) -> None:
+    """Have all kernels of packed layers compiled, which is not the model's speed."""
+    packed = [module.sliced for module in model.modules() if isinstance(module, PackedLinear)]
+    for sliced in {one.dtype: one for one in packed}.values():
+        sliced.dense(0)
+        sliced.product(torch.zeros(2, sliced.inputs), 0)
+    if packed:
+        model(input_ids=ids[:, :1])  # routed and not
+
+
 def generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -96,9 +106,7 @@ def generate(
     )
     clock = _Clock(tokenizer, say)
     with torch.inference_mode(), _no_settings(model):
-        if any(isinstance(module, PackedLinear) for module in model.modules()):
-            for few in (2, 1):  # a first run compiles kernels, which is not the model's speed
-                model(input_ids=ids[:, :few])
+        _compile(model, ids)
         found = model.generate(  # type: ignore[operator]
             ids,
             attention_mask=torch.ones_like(ids),
