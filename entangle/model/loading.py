@@ -25,7 +25,7 @@ from entangle.model.packing import (
     expanded_layers,
     is_expanded,
     load_expanded,
-    pack_layer,
+    pack_layers,
     save_expanded,
 )
 from entangle.numerics.routing import Router
@@ -54,8 +54,8 @@ def load_model(
     there is one) or as in torch. Nothing loaded runs code of its own unless ``trust_remote_code``.
 
     ``packed`` is for running a pruned or expanded model, not for measuring or pruning it: on the
-    CPU layers that are zero by half or more (of an expanded model its experts) hold no zeros, and a
-    few tokens are multiplied without them; there are no gradients. Elsewhere it changes nothing.
+    CPU layers that are zero by half or more hold no zeros, and a few tokens are multiplied without
+    them; there are no gradients. Elsewhere it changes nothing.
 
     Raises:
         FileNotFoundError: a path that is not there, or a folder without a model.
@@ -88,9 +88,7 @@ def load_model(
         del model.config.quantization_config
     on_device: PreTrainedModel = model.to(target).eval()
     if packed and target.type == "cpu":
-        layers = find_layers(on_device)[::-1]
-        while layers:  # each dense weight is freed when its layer is packed
-            pack_layer(on_device, layers.pop())
+        pack_layers(on_device, find_layers(on_device))
         on_device.requires_grad_(False)
     return on_device
 

@@ -147,11 +147,11 @@ def _pack_layer(layer: LinearLayer, owners: dict[int, str], tensors: Tensors) ->
 def pack_layer(model: PreTrainedModel, layer: LinearLayer) -> None:
     """Hold a layer's weights packed, if half of them or more are zeros: with fewer that gains nothing.
 
-    Left as they are, too, are weights that are quantised, or float64.
+    Left as they are, too, are weights that are quantised, float64, or not there.
     """
     weight = weight_of(layer)
     weight = weight if weight.ndim == 3 else weight[None]
-    plain = type(weight) is torch.Tensor and weight.dtype in PACKABLE
+    plain = type(weight) is torch.Tensor and weight.dtype in PACKABLE and not weight.is_meta
     if not plain or 2 * int((weight == 0).sum()) < weight.numel():
         return
     router = layer.module.router if isinstance(layer.module, ExpertLinear) else None
@@ -161,6 +161,12 @@ def pack_layer(model: PreTrainedModel, layer: LinearLayer) -> None:
     assert bias is None or isinstance(bias, torch.Tensor)
     packed = PackedLinear(weight, bias, router).train(layer.module.training)
     replace_layer(model, layer, packed)
+
+
+def pack_layers(model: PreTrainedModel, layers: list[LinearLayer]) -> None:
+    """Pack layers, and empty the list: each dense weight is freed when its layer is packed."""
+    while layers:
+        pack_layer(model, layers.pop())
 
 
 def weight_bytes(model: PreTrainedModel) -> int:
@@ -264,13 +270,11 @@ def _fill(
     # As transformers does: what is tied by the configuration, but not here, stays apart.
     model.tie_weights(missing_keys={*result.missing_keys}, recompute_mapping=False)
     del dense
-    others = [layer for name, layer in layers.items() if name not in described and packed]
-    layers.clear()
-    while others:  # they may be pruned too; each dense weight is freed when its layer is packed
-        layer = others.pop()
-        if not weight_of(layer).is_meta:  # whose absence is told later
+    if packed:
+        others = [layers.pop(name) for name in {*layers} - {*described}]  # they may be pruned too
+        for layer in others:
             layer.module.to(dtype)
-            pack_layer(model, layer)
+        pack_layers(model, others)
 
 
 def _unpack_layer(
