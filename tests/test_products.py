@@ -15,7 +15,7 @@ from entangle.numerics import products
 from entangle.numerics.products import Sliced, slice_rows
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-TOKENS = (1, 2, 15, 16, 17, 40)  # a tile has 16
+TOKENS = (1, 2, 15, 16, 17, 32, 33, 50, 90)  # a tile has 16 or 32
 ROUNDING = 2.0**-24
 
 
@@ -164,7 +164,7 @@ def test_more_threads_give_the_same_bits(name: str) -> None:
     for threads in (1, 2):
         torch.set_num_threads(threads)
         sliced = slice_rows(weight)
-        for expert, tokens in itertools.product(range(len(weight)), (1, 17)):
+        for expert, tokens in itertools.product(range(len(weight)), (1, 17, 150)):
             rows = noise(tokens, weight.shape[2])
             found.append((threads, sliced.product(rows, expert), sliced.dense(expert)))
     half = len(found) // 2
@@ -210,10 +210,42 @@ def test_one_token_finds_its_expert_and_its_outputs(
         with pytest.raises(ValueError, match=f"expected 24 inputs and one of {experts} experts"):
             sliced.one(*each)
     for tokens, expert in ((1, experts), (2, experts), (2, -1)):
-        with pytest.raises(ValueError, match=f"expected one of {experts} experts, got {expert}"):
+        with pytest.raises(ValueError, match=f"one of {experts} experts, got 24 and {expert}"):
             sliced.product(noise(tokens, 24), expert)
+    for tokens in (1, 2):
+        with pytest.raises(
+            ValueError, match=f"expected 24 inputs and one of {experts} experts, got"
+        ):
+            sliced.product(noise(tokens, 25), 0)
     ties = np.zeros((24, experts), np.float32), np.zeros(experts, np.float32)
     assert sliced.one(inputs, None, *ties)[1] == 0
+
+
+@pytest.mark.parametrize("threads", [1, 2, 7])
+@pytest.mark.parametrize("counts", [(3, 40, 0, 90), (1, 1, 1, 1), (0, 0, 16, 17), (0, 0, 0, 200)])
+def test_several_experts_share_a_text(
+    counts: tuple[int, ...], threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.set_num_threads(min(threads, 2))
+    if threads > 2:
+        monkeypatch.setattr(products, "_threads", lambda: threads)
+    weight = emptied()
+    sliced = slice_rows(weight)
+    rows = noise(sum(counts), 21)
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(1))
+    lasts = np.cumsum(counts).tolist()
+    spans = [
+        (e, last - n, last) for e, (n, last) in enumerate(zip(counts, lasts, strict=True)) if n
+    ]
+    for chosen in (spans, spans[1:], spans[::-1]):
+        found = sliced.products(rows, order, chosen)
+        assert found.shape == (len(rows), 19)
+        for expert, first, last in chosen:
+            mine = order[first:last]
+            alone = sliced.product(torch.cat([rows[mine], rows[:1]]), expert)[:-1]
+            assert torch.equal(found[mine], alone)  # no bit depends on a token's company
+            expected = rows[mine].double() @ weight[expert].double().T
+            torch.testing.assert_close(found[mine].double(), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("parts", [1, 2, 3, 5, 8, 40])
@@ -236,7 +268,7 @@ def test_in_as_many_parts_as_one_likes_no_row_is_left_out(
             assert starts[end] - starts[begin] <= share + longest  # as fair as whole slices are
         assert ends == len(starts) - 1
         assert torch.equal(sliced.dense(expert), dense)
-    for tokens in (1, 17):
+    for tokens in (1, 17, 90):
         check(sliced, weight, noise(tokens, weight.shape[2]))
 
 

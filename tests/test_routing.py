@@ -425,9 +425,11 @@ def check_routes(routes: Routes, chosen: torch.Tensor, experts: int) -> None:
     order = np.argsort(chosen.numpy(), kind="stable")
     assert np.array_equal(routes.order.numpy(), order)
     assert routes.counts == np.bincount(chosen.numpy(), minlength=experts).tolist()
-    assert routes.busy == np.unique(chosen.numpy()).tolist()
+    assert [expert for expert, *_ in routes.spans] == np.unique(chosen.numpy()).tolist()
+    for expert, first, last in routes.spans:
+        assert (chosen[routes.order[first:last]] == expert).all()
     assert routes.order.dtype == torch.int64
-    assert {type(number) for number in (*routes.counts, *routes.busy)} <= {int}
+    assert {type(number) for number in (*routes.counts, *sum(routes.spans, ()))} <= {int}
 
 
 @pytest.mark.parametrize("shape", [(40, 8), (4, 10, 8), (2, 5, 4, 8), (1, 8), (0, 8), (3, 0, 8)])
@@ -449,14 +451,12 @@ def test_one_row_goes_where_it_goes_among_many(shape: tuple[int, ...]) -> None:
     rows = clustered(60, 8, 4)
     for router in (fit_router(rows, 3), random_router(8, torch.tensor([1.0, 3.0, 0.0, 2.0]))):
         together = router(rows)
-        experts = torch.tensor(together.busy).repeat_interleave(
-            torch.tensor([together.counts[expert] for expert in together.busy])
-        )
-        assert len(together.busy) == 3
-        for row, expert in zip(together.order.tolist(), experts.tolist(), strict=True):
-            alone = router(rows[row].view(shape))
-            check_routes(alone, torch.tensor([expert]), router.experts)
-            assert alone.busy == [expert]
+        assert len(together.spans) == 3
+        for expert, first, last in together.spans:
+            for row in together.order[first:last].tolist():
+                alone = router(rows[row].view(shape))
+                check_routes(alone, torch.tensor([expert]), router.experts)
+                assert alone.spans == [(expert, 0, 1)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional
 
 from entangle.numerics.products import slice_rows
-from entangle.numerics.routing import CentroidRouter, Router
+from entangle.numerics.routing import CentroidRouter, Router, Routes
 
 
 class Mixture(nn.Module):
@@ -28,8 +28,8 @@ class Mixture(nn.Module):
         """Return the outputs (..., neurons) of inputs (..., inputs) that are one token."""
         raise NotImplementedError
 
-    def product(self, rows: torch.Tensor, expert: int) -> torch.Tensor:
-        """Return the outputs (tokens, neurons) of an expert for rows (tokens, inputs)."""
+    def many(self, rows: torch.Tensor, routes: Routes) -> torch.Tensor:
+        """Return the outputs (tokens, neurons) of rows (tokens, inputs) that are no single token."""
         raise NotImplementedError
 
     def extra_repr(self) -> str:
@@ -54,16 +54,9 @@ class Mixture(nn.Module):
         rows = inputs.reshape(-1, width)
         shape = (*inputs.shape[:-1], self.out_features)
         if router is None:
-            return self.product(rows, 0).view(shape)
-        routes = router(inputs, self)
-        busy = routes.busy
-        if len(busy) < 2:
-            return self.product(rows, busy[0] if busy else 0).view(shape)
-        parts = routes.order.split([routes.counts[index] for index in busy])
-        outputs = torch.cat(
-            [self.product(rows[part], index) for index, part in zip(busy, parts, strict=True)]
-        )
-        return torch.empty_like(outputs).index_copy_(0, routes.order, outputs).view(shape)
+            everyone = torch.arange(len(rows), device=rows.device)
+            return self.many(rows, Routes(everyone, [len(rows)])).view(shape)
+        return self.many(rows, router(inputs, self)).view(shape)
 
 
 class ExpertLinear(Mixture):
@@ -105,10 +98,19 @@ class ExpertLinear(Mixture):
 
     def one(self, inputs: torch.Tensor) -> torch.Tensor:
         """Return the outputs (..., neurons) of inputs (..., inputs) that are one token."""
-        return self.product(inputs, self.router.one(inputs, self))
+        return self._product(inputs, self.router.one(inputs, self))
 
-    def product(self, rows: torch.Tensor, expert: int) -> torch.Tensor:
-        """Return the outputs (..., neurons) of an expert for rows (..., inputs)."""
+    def many(self, rows: torch.Tensor, routes: Routes) -> torch.Tensor:
+        """Return the outputs (tokens, neurons) of rows (tokens, inputs)."""
+        spans = routes.spans
+        if len(spans) < 2:
+            return self._product(rows, spans[0][0] if spans else 0)
+        outputs = torch.cat(
+            [self._product(rows[routes.order[a:b]], expert) for expert, a, b in spans]
+        )
+        return torch.empty_like(outputs).index_copy_(0, routes.order, outputs)
+
+    def _product(self, rows: torch.Tensor, expert: int) -> torch.Tensor:
         return functional.linear(rows, self.weight[expert], self.bias)
 
 
@@ -160,12 +162,23 @@ class PackedLinear(Mixture):
             outputs, _ = self.sliced.one(inputs, expert)
         return self._finished(outputs, inputs.dtype)
 
-    def product(self, rows: torch.Tensor, expert: int) -> torch.Tensor:
-        """Return the outputs (tokens, neurons) of an expert for rows (tokens, inputs)."""
-        if len(rows) and self.sliced.is_faster(len(rows), expert):
-            return self._finished(self.sliced.product(rows, expert), rows.dtype)
-        weight = self.sliced.dense(expert).to(rows.dtype)
-        return functional.linear(rows, weight, self.bias)
+    def many(self, rows: torch.Tensor, routes: Routes) -> torch.Tensor:
+        """Return the outputs (tokens, neurons) of rows (tokens, inputs)."""
+        spans = routes.spans
+        few = [
+            (e, first, last) for e, first, last in spans if self.sliced.is_faster(last - first, e)
+        ]
+        if len(spans) == 1 and not few:
+            return self._unpacked(rows, spans[0][0])
+        outputs = self._finished(self.sliced.products(rows, routes.order, few), rows.dtype)
+        for expert, first, last in spans:
+            if (expert, first, last) not in few:
+                part = routes.order[first:last]
+                outputs[part] = self._unpacked(rows[part], expert)
+        return outputs
+
+    def _unpacked(self, rows: torch.Tensor, expert: int) -> torch.Tensor:
+        return functional.linear(rows, self.sliced.dense(expert).to(rows.dtype), self.bias)
 
     def _finished(self, outputs: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         if self.bias is not None:

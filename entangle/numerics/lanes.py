@@ -1,7 +1,7 @@
-"""What Numba has no word for: sixteen float32 side by side, a prefetch, and bfloat16.
+"""What Numba has no word for: many float32 side by side, a prefetch, and bfloat16.
 
-They compile to what the processor has: one AVX-512 register, two of AVX2, four of NEON. Indices are
-not checked.
+They compile to what the processor has: sixteen are one AVX-512 register, two of AVX2, four of NEON.
+Indices are not checked.
 """
 
 from typing import Any
@@ -11,26 +11,26 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic, models, register_model
 
-WIDTH = 16
-
 _FLOAT, _INT = ir.FloatType(), ir.IntType(32)
-_LANES = ir.VectorType(_FLOAT, WIDTH)
-_ZEROS = ir.Constant(_LANES, [_FLOAT(0.0)] * WIDTH)
 
 
 class _Lanes(types.Type):
-    def __init__(self) -> None:
-        super().__init__(name="Lanes")
+    def __init__(self, width: int) -> None:
+        super().__init__(name=f"Lanes({width})")
+        self.width = width
+        self.vector = ir.VectorType(_FLOAT, width)
+        self.zeros = ir.Constant(self.vector, [_FLOAT(0.0)] * width)
 
 
 @register_model(_Lanes)
 class _LanesModel(models.PrimitiveModel):
     def __init__(self, manager: Any, kind: Any) -> None:
-        super().__init__(manager, kind, _LANES)  # type: ignore[no-untyped-call]
+        super().__init__(manager, kind, kind.vector)  # type: ignore[no-untyped-call]
 
 
-_lanes: Any = _Lanes()
 _compiled: Any = intrinsic
+_constant: Any = intrinsic(prefer_literal=True)
+_lanes: Any = _Lanes
 _declare: Any = cgutils.get_or_insert_function
 
 
@@ -38,39 +38,41 @@ def _address(context: Any, builder: Any, kind: Any, array: Any, index: Any) -> A
     return builder.gep(context.make_array(kind)(context, builder, value=array).data, [index])
 
 
-@_compiled
-def lanes_zero(_typing):  # type: ignore[no-untyped-def]
-    """Return sixteen zeros."""
-    return _lanes(), lambda _context, _builder, _signature, _args: _ZEROS
+@_constant
+def lanes_zero(_typing, width):  # type: ignore[no-untyped-def]
+    """Return so many zeros side by side: a constant, known when it is compiled."""
+    lanes = _lanes(width.literal_value)
+    return lanes(width), lambda _context, _builder, _signature, _args: lanes.zeros
 
 
 @_compiled
 def lanes_add(_typing, lanes, value, array, start):  # type: ignore[no-untyped-def]
-    """Return ``lanes + value * array[start : start + 16]`` of a flat float32 array."""
-    signature = _lanes(lanes, types.float32, array, types.uintp)
+    """Return ``lanes + value * array[start : start + width]`` of a flat float32 array."""
+    signature = lanes(lanes, types.float32, array, types.uintp)
 
     def code(context, builder, signature, args):  # type: ignore[no-untyped-def]
         lanes, value, array, start = args
+        kind, width = signature.args[0].vector, signature.args[0].width
         source = _address(context, builder, signature.args[2], array, start)
-        row = builder.load(builder.bitcast(source, _LANES.as_pointer()), align=4)
-        first = builder.insert_element(_ZEROS, value, _INT(0))
-        every = ir.Constant(ir.VectorType(_INT, WIDTH), [_INT(0)] * WIDTH)
-        kind = ir.FunctionType(_LANES, [_LANES] * 3)
-        fma = _declare(builder.module, kind, f"llvm.fma.v{WIDTH}f32")
-        return builder.call(fma, [builder.shuffle_vector(first, _ZEROS, every), row, lanes])
+        row = builder.load(builder.bitcast(source, kind.as_pointer()), align=4)
+        first = builder.insert_element(signature.args[0].zeros, value, _INT(0))
+        every = ir.Constant(ir.VectorType(_INT, width), [_INT(0)] * width)
+        many = builder.shuffle_vector(first, first, every)
+        fma = _declare(builder.module, ir.FunctionType(kind, [kind] * 3), f"llvm.fma.v{width}f32")
+        return builder.call(fma, [many, row, lanes])
 
     return signature, code
 
 
 @_compiled
 def lanes_store(_typing, array, start, lanes):  # type: ignore[no-untyped-def]
-    """Write ``array[start : start + 16] = lanes`` into a flat float32 array."""
+    """Write ``array[start : start + width] = lanes`` into a flat float32 array."""
     signature = types.void(array, types.uintp, lanes)
 
     def code(context, builder, signature, args):  # type: ignore[no-untyped-def]
         array, start, lanes = args
         target = _address(context, builder, signature.args[0], array, start)
-        builder.store(lanes, builder.bitcast(target, _LANES.as_pointer()), align=4)
+        builder.store(lanes, builder.bitcast(target, lanes.type.as_pointer()), align=4)
         return context.get_dummy_value()
 
     return signature, code

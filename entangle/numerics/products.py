@@ -10,6 +10,7 @@ with C = 8 and sigma = all rows.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import numba
@@ -17,10 +18,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from entangle.numerics.lanes import WIDTH, as_float, lanes_add, lanes_store, lanes_zero, prefetch
+from entangle.numerics.lanes import as_float, lanes_add, lanes_store, lanes_zero, prefetch
 
 ROWS = 8  # of a slice
+WIDTH, WIDE = 16, 32  # tokens of a tile: what eight sums fill, and what two for each row do
 PACKABLE = (torch.float32, torch.bfloat16, torch.float16)
+_NEAR = 64  # inputs, or neurons: of these a tile changes its form in the nearest cache
 _AHEAD = np.uint64(512)  # entries: far enough to hide memory's latency, near enough to stay cached
 
 _NONE = np.empty((1, 0), np.float32)  # no router
@@ -54,14 +57,15 @@ class Sliced:
         """Tell whether `product` beats unpacking an expert and a dense product.
 
         Measured (``benchmarks/decode.py``) in units of a dense float32 product with sixteen more
-        tokens: `product` takes 0.2 + 2.9 times the density for every sixteen tokens, to unpack
-        and multiply takes 5 and 1 for every sixteen in float32, 2.8 and 0.17 in bfloat16.
+        tokens: `product` takes 1.2 times the density and, for every sixteen tokens, 0.2 + 1.8 times
+        the density; to unpack and multiply takes 5 and 1 for every sixteen in float32, 2.8 and 0.17
+        in bfloat16.
         """
         if tokens == 1:
             return True
-        tiles = -(-tokens // WIDTH)
+        tiles, density = -(-tokens // WIDTH), self.density(expert)
         once, each = (5, 1) if self.dtype == torch.float32 else (2.8, 0.17)
-        return tiles * (0.2 + 2.9 * self.density(expert) - each) < once
+        return 1.2 * density + tiles * (0.2 + 1.8 * density - each) < once
 
     def density(self, expert: int) -> float:
         """Return the share of an expert's weights that is stored, padding included."""
@@ -93,7 +97,11 @@ class Sliced:
             )
         found = torch.empty(*inputs.shape[:-1], self.neurons)
         row, out = inputs.detach().float().numpy().ravel(), found.numpy().ravel()
-        return found, self._multiply(-1 if expert is None else expert, matrix, bias, row, out)
+        weight = self.values, self.columns, self.starts, self.order
+        router = -1 if expert is None else expert, matrix, bias
+        if torch.get_num_threads() == 1:  # to start threads costs as much as a small product
+            return found, int(_multiply_alone(*weight, *router, row, out))
+        return found, int(_multiply_together(_threads(), *weight, *router, row, out))
 
     def product(self, rows: torch.Tensor, expert: int) -> torch.Tensor:
         """Return ``rows @ weight.T`` (tokens, neurons) float32 for rows (tokens, inputs).
@@ -101,21 +109,48 @@ class Sliced:
         Sums are float32 in any case, and no gradient goes back through them.
 
         Raises:
-            ValueError: an expert that is none of these matrices'.
+            ValueError: an expert that is none of these matrices', or rows of another width.
         """
-        if not 0 <= expert < len(self.starts):  # the kernels would read beyond
-            raise ValueError(f"expected one of {len(self.starts)} experts, got {expert}")
-        tokens, rows = len(rows), rows.detach().float()
-        if tokens == 1:
+        if len(rows) == 1:
             return self.one(rows, expert)[0]
-        tiles = -(-tokens // WIDTH)
-        side = rows.new_zeros(tiles * WIDTH, self.inputs)
-        side[:tokens] = rows
-        side = side.view(tiles, WIDTH, self.inputs).mT.contiguous()
-        out = torch.empty(tiles, self.neurons, WIDTH)
-        arrays = side.view(tiles, -1).numpy(), out.view(tiles, -1).numpy()
-        self._multiply(expert, _NONE, _NONE[0], *arrays)
-        return out.mT.reshape(tiles * WIDTH, self.neurons)[:tokens]
+        return self.products(rows, torch.arange(len(rows)), [(expert, 0, len(rows))])
+
+    def products(
+        self, rows: torch.Tensor, order: torch.Tensor, spans: Sequence[tuple[int, int, int]]
+    ) -> torch.Tensor:
+        """Return products (tokens, neurons) float32 of rows (tokens, inputs) with several experts.
+
+        A span (expert, first, last) says whose are the rows ``order[first:last]``; the products of
+        rows in no span are left to the caller to fill in.
+
+        Raises:
+            ValueError: an expert that is none of these matrices', or rows of another width.
+        """
+        experts = len(self.starts)
+        wrong = next((expert for expert, *_ in spans if not 0 <= expert < experts), None)
+        if wrong is not None or rows.shape[1] != self.inputs:  # kernels would read beyond
+            raise ValueError(
+                f"expected {self.inputs} inputs and one of {experts} experts, got "
+                f"{rows.shape[1]} and {wrong}"
+            )
+        tiles = np.array(
+            [
+                (expert, at, min(at + WIDE, last))
+                for expert, first, last in spans
+                for at in range(first, last, WIDE)
+            ],
+            np.int64,
+        ).reshape(-1, 3)
+        out = torch.empty(len(rows), self.neurons)
+        weight = self.values, self.columns, self.starts, self.order
+        tokens = rows.detach().float().contiguous().numpy(), order.numpy()
+        if torch.get_num_threads() == 1:
+            _multiply_tiles(0, len(tiles), 1, tiles, *weight, *tokens, out.numpy())
+        elif len(tiles):
+            threads = _threads()
+            parts = -(-2 * threads // len(tiles))  # of a tile, where there are few
+            _multiply_tiles_together(parts, tiles, *weight, *tokens, out.numpy())
+        return out
 
     def dense(self, expert: int) -> torch.Tensor:
         """Return an expert's weight (neurons, inputs) with its zeros."""
@@ -124,12 +159,6 @@ class Sliced:
         starts, order = self.starts[expert], self.order[expert]
         _fill_dense(_threads(), self.values, self.columns, starts, order, bits.numpy())
         return weight
-
-    def _multiply(self, expert: int, *arrays: Array) -> int:
-        weight = self.values, self.columns, self.starts, self.order
-        if torch.get_num_threads() == 1:  # to start threads costs as much as a small product
-            return int(_multiply_alone(expert, *weight, *arrays))
-        return int(_multiply_together(_threads(), expert, *weight, *arrays))
 
 
 def slice_rows(weight: torch.Tensor) -> Sliced:
@@ -224,37 +253,52 @@ def _multiply_part(begin, end, values, columns, starts, order, row, out):  # typ
 
 
 @numba.njit(nogil=True, cache=True, fastmath={"contract"})
-def _multiply_tiles_part(begin, end, values, columns, starts, order, side, out):  # type: ignore[no-untyped-def]
-    one, width = np.uint64(1), np.uint64(WIDTH)
-    neurons = out.shape[1] // WIDTH
-    for tile in range(len(side)):
-        x, y = side[tile], out[tile]
-        for piece in range(begin, end):
-            a = b = c = d = e = f = g = h = lanes_zero()
+def _multiply_tile(  # type: ignore[no-untyped-def]
+    zero, width, begin, end, values, columns, starts, order, rows, tokens, out
+):
+    """Multiply some slices with tokens that lie side by side, one in each lane of ``zero``."""
+    one, wide = np.uint64(1), np.uint64(width)
+    x = np.zeros(rows.shape[1] * width + 16, np.float32)
+    x = x[-(x.ctypes.data // 4) % 16 :]  # to load from two cache lines takes twice as long
+    for start in range(0, rows.shape[1], _NEAR):
+        for lane, token in enumerate(tokens):
+            row = rows[token, start : start + _NEAR]
+            place = np.uint64(start * width + lane)
+            for column in range(len(row)):
+                x[place] = row[column]
+                place += wide
+    found, step = np.empty(_NEAR * width, np.float32), _NEAR // ROWS
+    for shelf in range(begin, end, step):
+        stop = min(shelf + step, end)
+        for piece in range(shelf, stop):
+            a = b = c = d = e = f = g = h = zero
             i = np.uint64(starts[piece] * ROWS)
             for _ in range(starts[piece], starts[piece + 1]):
                 prefetch(values, i + _AHEAD)
                 prefetch(columns, i + _AHEAD)
-                a = lanes_add(a, as_float(values[i]), x, np.uint64(columns[i]) * width)
+                a = lanes_add(a, as_float(values[i]), x, np.uint64(columns[i]) * wide)
                 i += one
-                b = lanes_add(b, as_float(values[i]), x, np.uint64(columns[i]) * width)
+                b = lanes_add(b, as_float(values[i]), x, np.uint64(columns[i]) * wide)
                 i += one
-                c = lanes_add(c, as_float(values[i]), x, np.uint64(columns[i]) * width)
+                c = lanes_add(c, as_float(values[i]), x, np.uint64(columns[i]) * wide)
                 i += one
-                d = lanes_add(d, as_float(values[i]), x, np.uint64(columns[i]) * width)
+                d = lanes_add(d, as_float(values[i]), x, np.uint64(columns[i]) * wide)
                 i += one
-                e = lanes_add(e, as_float(values[i]), x, np.uint64(columns[i]) * width)
+                e = lanes_add(e, as_float(values[i]), x, np.uint64(columns[i]) * wide)
                 i += one
-                f = lanes_add(f, as_float(values[i]), x, np.uint64(columns[i]) * width)
+                f = lanes_add(f, as_float(values[i]), x, np.uint64(columns[i]) * wide)
                 i += one
-                g = lanes_add(g, as_float(values[i]), x, np.uint64(columns[i]) * width)
+                g = lanes_add(g, as_float(values[i]), x, np.uint64(columns[i]) * wide)
                 i += one
-                h = lanes_add(h, as_float(values[i]), x, np.uint64(columns[i]) * width)
+                h = lanes_add(h, as_float(values[i]), x, np.uint64(columns[i]) * wide)
                 i += one
-            place = piece * ROWS
             for which, total in enumerate((a, b, c, d, e, f, g, h)):
-                if order[place + which] < neurons:
-                    lanes_store(y, np.uint64(order[place + which] * WIDTH), total)
+                lanes_store(found, np.uint64((piece - shelf) * ROWS + which) * wide, total)
+        for lane, token in enumerate(tokens):
+            line, place = out[token], np.uint64(lane)
+            for neuron in order[shelf * ROWS : min(stop * ROWS, len(line))]:
+                line[np.uint64(neuron)] = found[place]
+                place += wide
 
 
 @numba.njit(nogil=True, cache=True)
@@ -268,32 +312,49 @@ def _nearest(matrix, bias, row):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(nogil=True, cache=True)
-def _multiply_some(part, parts, values, columns, starts, order, inputs, out):  # type: ignore[no-untyped-def]
-    begin, end = _part(starts, part, parts)
-    if inputs.ndim == 1:  # a row, or tiles: known when it is compiled
-        _multiply_part(begin, end, values, columns, starts, order, inputs, out)
-    else:
-        _multiply_tiles_part(begin, end, values, columns, starts, order, inputs, out)
-
-
-@numba.njit(nogil=True, cache=True)
-def _multiply_alone(expert, values, columns, starts, order, matrix, bias, inputs, out):  # type: ignore[no-untyped-def]
-    if inputs.ndim == 1 and expert < 0:
-        expert = _nearest(matrix, bias, inputs)
-    _multiply_some(0, 1, values, columns, starts[expert], order[expert], inputs, out)
+def _multiply_alone(values, columns, starts, order, expert, matrix, bias, row, out):  # type: ignore[no-untyped-def]
+    expert = expert if expert >= 0 else _nearest(matrix, bias, row)
+    starts, order = starts[expert], order[expert]
+    _multiply_part(0, len(starts) - 1, values, columns, starts, order, row, out)
     return expert
 
 
 @numba.njit(parallel=True, nogil=True, cache=True)
 def _multiply_together(  # type: ignore[no-untyped-def]
-    threads, expert, values, columns, starts, order, matrix, bias, inputs, out
+    threads, values, columns, starts, order, expert, matrix, bias, row, out
 ):
-    if inputs.ndim == 1 and expert < 0:
-        expert = _nearest(matrix, bias, inputs)
+    expert = expert if expert >= 0 else _nearest(matrix, bias, row)
     starts, order = starts[expert], order[expert]
     for part in numba.prange(threads):
-        _multiply_some(part, threads, values, columns, starts, order, inputs, out)
+        begin, end = _part(starts, part, threads)
+        _multiply_part(begin, end, values, columns, starts, order, row, out)
     return expert
+
+
+@numba.njit(nogil=True, cache=True)
+def _multiply_tiles(  # type: ignore[no-untyped-def]
+    start, stop, parts, tiles, values, columns, starts, order, rows, tokens, out
+):
+    for item in range(start, stop):
+        expert, first, last = tiles[item // parts]
+        begin, end = _part(starts[expert], item % parts, parts)
+        weight = values, columns, starts[expert], order[expert]
+        if last - first > WIDTH:
+            zero = lanes_zero(WIDE)
+            _multiply_tile(zero, WIDE, begin, end, *weight, rows, tokens[first:last], out)
+        else:
+            zero = lanes_zero(WIDTH)
+            _multiply_tile(zero, WIDTH, begin, end, *weight, rows, tokens[first:last], out)
+
+
+@numba.njit(parallel=True, nogil=True, cache=True)
+def _multiply_tiles_together(  # type: ignore[no-untyped-def]
+    parts, tiles, values, columns, starts, order, rows, tokens, out
+):
+    for item in numba.prange(len(tiles) * parts):
+        _multiply_tiles(
+            item, item + 1, parts, tiles, values, columns, starts, order, rows, tokens, out
+        )
 
 
 @numba.njit(parallel=True, nogil=True, cache=True)

@@ -6,6 +6,7 @@ of a router.
 """
 
 import dataclasses
+import itertools
 import warnings
 import weakref
 from collections.abc import Mapping
@@ -33,7 +34,16 @@ class Routes:
 
     order: torch.Tensor  # (tokens,) int64
     counts: list[int]  # of each expert
-    busy: list[int]  # the experts that have a token
+
+    @property
+    def spans(self) -> list[tuple[int, int, int]]:
+        """The experts that have a token, and whose are ``order[first:last]``."""
+        lasts = itertools.accumulate(self.counts)
+        return [
+            (expert, last - count, last)
+            for expert, (count, last) in enumerate(zip(self.counts, lasts, strict=True))
+            if count
+        ]
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -101,8 +111,7 @@ class Router(nn.Module):
     def _routes(self, rows: torch.Tensor) -> Routes:
         chosen = self.assign(rows)
         counts = chosen.bincount(minlength=self.experts).tolist()
-        busy = [expert for expert, count in enumerate(counts) if count]
-        return Routes(chosen.argsort(stable=True), counts, busy)
+        return Routes(chosen.argsort(stable=True), counts)
 
     def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
         """Go to another device as modules do, but stay exact when a model is made bfloat16."""
