@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from entangle.study.disentangling import disentangle
     from entangle.study.expansion import sparsify
     from entangle.study.generation import generate
+    from entangle.study.measuring import measure
+    from entangle.study.merging import merge_runs
     from entangle.study.perplexity import score
     from entangle.study.ranking import (
         matched_random,
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
         top_by_layer,
         top_neurons,
     )
-    from entangle.study.recording import measure, record
+    from entangle.study.recording import record
     from entangle.study.runs import open_run
     from entangle.study.sweeping import sweep
 
@@ -39,6 +41,7 @@ __all__ = [
     "load_tokenizer",
     "matched_random",
     "measure",
+    "merge_runs",
     "open_run",
     "plots",
     "rank_correlations",
@@ -63,7 +66,8 @@ _HOMES = {
     "load_model": "entangle.model.loading",
     "load_tokenizer": "entangle.model.loading",
     "matched_random": "entangle.study.ranking",
-    "measure": "entangle.study.recording",
+    "measure": "entangle.study.measuring",
+    "merge_runs": "entangle.study.merging",
     "open_run": "entangle.study.runs",
     "rank_correlations": "entangle.study.ranking",
     "record": "entangle.study.recording",
@@ -80,7 +84,12 @@ _HOMES = {
 def __getattr__(name: str) -> Any:
     if name == "plots":
         return importlib.import_module("entangle.show.plots")
-    if name in {"measure", "open_run", "record"}:  # they return trees, which get an accessor
+    if name in {
+        "measure",
+        "merge_runs",
+        "open_run",
+        "record",
+    }:  # they return trees, which get an accessor
         importlib.import_module("entangle.show.notebook")
     if name not in _HOMES:
         raise AttributeError(f"module 'entangle' has no attribute {name!r}")

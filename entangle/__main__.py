@@ -35,7 +35,7 @@ _PRUNING = (
 
 def run_measure(args: argparse.Namespace) -> None:
     """Measure the distribution of every neuron over a text."""
-    from entangle.model import folders
+    from entangle.model import folders, ranks
     from entangle.study import dataset
 
     folders.check_target(args.out, args.overwrite)  # before minutes are spent
@@ -48,11 +48,14 @@ def run_measure(args: argparse.Namespace) -> None:
         difficulty=args.difficulty,
         batch_size=args.batch_size,
         skip_first=args.skip_first,
+        shard=args.shard,
         out=args.out,
         overwrite=args.overwrite,
-        progress=sys.stderr.isatty(),
+        progress=_progress(),
         command=args.command_line,
     )
+    if ranks.rank() > 0:  # which wrote nothing
+        return
     if args.difficulty:
         from entangle.study import runs
 
@@ -61,16 +64,29 @@ def run_measure(args: argparse.Namespace) -> None:
     _print(args, dataset.summary(run) | {"run": str(args.out), "log": log}, printed.describe)
 
 
+def run_merge(args: argparse.Namespace) -> None:
+    """Make one run of the shards of it that several processes measured."""
+    from entangle.study import dataset
+
+    run = entangle.merge_runs(args.run, out=args.out, overwrite=args.overwrite)
+    log = json.loads((args.out / "log.json").read_text())
+    _print(args, dataset.summary(run) | {"run": str(args.out), "log": log}, printed.describe)
+
+
 def run_perplexity(args: argparse.Namespace) -> None:
     """Score a model on a text."""
+    from entangle.model import ranks
+
     windows, model = _text(args, "evaluation")[0], _model(args, packed=not args.unpacked)
     score = entangle.score(
         model,
         windows,
         batch_size=args.batch_size,
         skip_first=args.skip_first,
-        progress=sys.stderr.isatty(),
+        progress=_progress(),
     )
+    if ranks.rank() > 0:
+        return
     numbers = {
         name: getattr(score, name)
         for name in ("perplexity", "perplexity_error", "nats", "nats_error", "tokens")
@@ -131,7 +147,7 @@ def run_sparsify(args: argparse.Namespace) -> None:
             layers=args.layers,
             batch_size=args.batch_size,
             skip_first=args.skip_first,
-            progress=sys.stderr.isatty(),
+            progress=_progress(),
         )
         words |= {"budget": chosen.budget, "strength": chosen.strength}
     found = entangle.sparsify(
@@ -146,7 +162,7 @@ def run_sparsify(args: argparse.Namespace) -> None:
         tokenizer=tokenizer,
         out=args.out,
         overwrite=args.overwrite,
-        progress=sys.stderr.isatty(),
+        progress=_progress(),
         command=args.command_line,
     )
     if chosen is not None:
@@ -204,7 +220,7 @@ def run_sweep(args: argparse.Namespace) -> None:
         skip_first=args.skip_first,
         out=args.out,
         overwrite=args.overwrite,
-        progress=sys.stderr.isatty(),
+        progress=_progress(),
         command=args.command_line,
     )
     _print_table(args, table, "sweep")
@@ -306,7 +322,7 @@ def run_ablate(args: argparse.Namespace) -> None:
         skip_first=args.skip_first,
         out=args.out,
         overwrite=args.overwrite,
-        progress=sys.stderr.isatty(),
+        progress=_progress(),
         command=args.command_line,
     )
     _print_table(args, table, "ablation")
@@ -336,7 +352,7 @@ def run_disentangle(args: argparse.Namespace) -> None:
         skip_first=args.skip_first,
         out=args.out,
         overwrite=args.overwrite,
-        progress=sys.stderr.isatty(),
+        progress=_progress(),
         command=args.command_line,
     )
     figures = {}
@@ -379,7 +395,7 @@ def run_contexts(args: argparse.Namespace) -> None:
         bos=about["bos"],
     )
     found = entangle.find_contexts(
-        _model(args), tokenizer, run, windows, names, out=args.run, progress=sys.stderr.isatty()
+        _model(args), tokenizer, run, windows, names, out=args.run, progress=_progress()
     )
     result = {"neurons": [dataclasses.asdict(one) for one in found]}
     _print(args, result | {"file": str(args.run / "contexts.json")}, printed.contexts)
@@ -500,6 +516,10 @@ def _model(args: argparse.Namespace, packed: bool = False) -> "PreTrainedModel":
     return entangle.load_model(args.model, **options, **_source(args))
 
 
+def _progress() -> bool:
+    return sys.stderr.isatty() and os.environ.get("RANK", "0") == "0"
+
+
 def _print(args: argparse.Namespace, result: dict[str, Any], words: Any) -> None:
     if args.json:
         from entangle.study.runs import without_nan
@@ -512,7 +532,7 @@ def _print(args: argparse.Namespace, result: dict[str, Any], words: Any) -> None
 
 def command_line(args: argparse.Namespace) -> str:
     """Return the command with all that determines its result, and no more."""
-    ignored = {"command", "model", "run", "out", "overwrite", "json", "debug"}
+    ignored = {"command", "model", "run", "out", "overwrite", "json", "debug", "shard"}
     words = ["entangle", args.command, str(args.run if "run" in args else args.model)]
     for name, value in sorted(vars(args).items()):
         unsaid = value is None or value is False or value == []
@@ -528,6 +548,7 @@ def command_line(args: argparse.Namespace) -> str:
 
 COMMANDS = {
     "measure": run_measure,
+    "merge": run_merge,
     "perplexity": run_perplexity,
     "generate": run_generate,
     "sparsify": run_sparsify,
@@ -540,6 +561,9 @@ COMMANDS = {
     "plot": run_plot,
     "report": run_report,
 }
+
+
+TOGETHER = ("measure", "perplexity", "sparsify")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -566,6 +590,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not sys.stderr.isatty():  # both are read when what we import next is imported
             os.environ.setdefault("TQDM_DISABLE", "1")
             os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            _join(args.command)
         COMMANDS[args.command](args)
     except BrokenPipeError:  # the reader, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -582,6 +608,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _join(command: str) -> None:
+    """Join the processes that torchrun started.
+
+    Raises:
+        ValueError: the command is for one process.
+    """
+    from entangle.model import ranks
+
+    if command not in TOGETHER:
+        raise ValueError(
+            f"{command} runs in one process, and torchrun starts several: those of "
+            f"{', '.join(TOGETHER)} share their work"
+        )
+    ranks.join()
+
+
 def _unheard(frame: FrameType | None) -> bool:
     """Say whether an exit here would be ignored: in destructors, and in callbacks of the compiler."""
     while frame is not None:
@@ -593,19 +635,24 @@ def _unheard(frame: FrameType | None) -> bool:
 
 def _left(args: argparse.Namespace) -> str:
     """Say what a stopped command leaves on disk."""
-    partial = Path(f"{getattr(args, 'out', None)}.partial")
+    from entangle.model import folders
+
+    partial = folders.partial_of(Path(str(getattr(args, "out", None))))
     kept = {"sweep", "ablate", "disentangle", "measure"}
     if args.command in kept and not partial.exists() and (args.out / "run.json").is_file():
         return f"{args.out} is whole, but for figures that entangle plot draws"
-    if args.command in kept - {"measure"} and partial.exists():
+    if args.command in kept and folders.has_work(partial):
         return f"what is done is kept in {partial}, and the same command goes on from there"
     return "nothing is written"
 
 
 def _fail(args: argparse.Namespace, message: str, code: int) -> int:
+    from entangle.model import ranks
+
     if args.debug:
         traceback.print_exc()
-    sys.stderr.write(f"entangle: {message}\n")
+    where = f" (rank {ranks.rank()})" if ranks.rank() else ""
+    sys.stderr.write(f"entangle{where}: {message}\n")
     return code
 
 

@@ -39,6 +39,7 @@ faster token by token]"""
 COPIES = "pruned copies of each layer, one for each cluster of its inputs [4,16]"
 SHARE = "or several: of each layer's neurons to treat [0.03]"
 KEPT = "whose outputs to keep, beside each layer's most entangled neuron"
+SHARD = "count only a part of the text, such as 3/8, for merge to put together [all of it]"
 PAIRS = "of tokens over which to measure the mapping difficulty too [none]"
 BUDGET = """rows alike (uniform), or graded by what RUN measured of their neurons, as RUN[:VARIABLE] with
 wasserstein*std (default), wasserstein, std, ranks (the sum of both's), kurtosis, weight_norm, shuffled
@@ -154,6 +155,13 @@ def parser() -> argparse.ArgumentParser:
     measure.add_argument("--out", type=Path, required=True, metavar="RUN", help="a new folder")
     measure.add_argument("--bins", type=int, default=1024, help="of a histogram [1024]")
     measure.add_argument("--difficulty", type=int, default=0, metavar="PAIRS", help=PAIRS)
+    measure.add_argument("--shard", metavar="N/OF", help=SHARD)
+
+    merge = commands.add_parser(
+        "merge", parents=[writes, always], help="make one run of the shards of it"
+    )
+    merge.add_argument("run", type=Path, nargs="+", metavar="RUN", help="all its shards")
+    merge.add_argument("--out", type=Path, required=True, metavar="RUN", help="a new folder")
 
     runs_only = argparse.ArgumentParser(add_help=False)
     runs_only.add_argument("--unpacked", action="store_true", help=UNPACKED)

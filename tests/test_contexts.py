@@ -21,7 +21,7 @@ from entangle.numerics.histograms import Histograms
 from entangle.numerics.wasserstein import from_samples
 from entangle.study import contexts
 from entangle.study.contexts import NeuronContexts, find_contexts
-from entangle.study.recording import measure
+from entangle.study.measuring import measure
 from entangle.study.runs import open_run
 from tests.distributions import BIMODAL, DISTRIBUTIONS, TRIMODAL, Distribution
 from tests.test_recording import captured, flat, neuron_names

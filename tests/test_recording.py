@@ -19,8 +19,9 @@ from entangle.model.text import TokenWindows
 from entangle.numerics import wasserstein
 from entangle.numerics.difficulty import mapping_difficulty
 from entangle.study.dataset import from_tree, summary
+from entangle.study.measuring import measure
 from entangle.study.ranking import top_neurons
-from entangle.study.recording import measure, record
+from entangle.study.recording import record
 from entangle.study.runs import open_run
 from tests.test_expansion import inputs_of
 from tests.tiny_models import ARCHITECTURES, CONTEXT, VOCABULARY, tiny_model

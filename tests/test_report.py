@@ -251,7 +251,7 @@ def changed(run: Path, out: Path, attributes: Mapping[str, Any] = {}, **values: 
     data.attrs |= dict(attributes)
     histogram = tree.children["histogram"].to_dataset(inherit=False).load()
     both = xr.DataTree.from_dict({"/": data, "/histogram": histogram})
-    runs.write_run(out, both, json.loads((run / "log.json").read_text()))
+    runs.write_run(out, [both], lambda: json.loads((run / "log.json").read_text()))
     return out
 
 

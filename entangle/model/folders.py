@@ -23,7 +23,7 @@ def new_folder(
     After an error nothing of it is left, and what was at ``target`` is as before. While it is
     being filled no other process gets it. With ``goes_on``, which tells whether what a killed
     process left in it is to be gone on with, the folder may begin with that, and stays after an
-    error.
+    error if there is something to go on with.
 
     Raises:
         FileExistsError: ``target`` exists and ``overwrite`` is false, or it is no run or model
@@ -36,16 +36,16 @@ def new_folder(
     if target.is_symlink():  # what it points to is replaced, and not the link
         target = target.resolve()
     check_target(target, overwrite)
-    partial = target.with_name(target.name + ".partial")
+    partial = partial_of(target)
     lock = _claim(partial, target)
-    if goes_on is None and (partial / KEPT).exists() and not overwrite:
+    if goes_on is None and (partial / KEPT).exists() and has_work(partial) and not overwrite:
         lock.release()
         raise FileExistsError(
             f"{partial} holds unfinished work: run its command again to finish it (its run.json "
             "has it), or say --overwrite to lose it"
         )
     try:
-        if goes_on is None or not goes_on(partial):
+        if goes_on is None or not has_work(partial) or not goes_on(partial):
             _empty(partial)
         if goes_on is not None:
             (partial / KEPT).touch()
@@ -56,11 +56,23 @@ def new_folder(
         (target / KEPT).unlink(missing_ok=True)
     except BaseException:
         # Not in `finally`: once renamed, a folder of this name is another process's.
-        if goes_on is None:
+        if goes_on is None or not has_work(partial):
             shutil.rmtree(partial, ignore_errors=True)
         raise
     finally:
         lock.release()
+
+
+def partial_of(target: Path) -> Path:
+    """Return the folder that is filled to become ``target``."""
+    return target.with_name(target.name + ".partial")
+
+
+def has_work(partial: Path) -> bool:
+    """Tell whether a folder that is being filled holds more than what says what it will be."""
+    return partial.is_dir() and any(
+        path.name not in {".lock", KEPT, "run.json"} for path in partial.iterdir()
+    )
 
 
 def check_target(target: Path, overwrite: bool) -> None:

@@ -16,6 +16,7 @@ Rows are ``(tokens, neurons)``. Every tensor of the state has the neurons first.
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Self
 
 import numba
@@ -38,6 +39,7 @@ _CHUNK = 128  # tokens: a chunk's bin numbers for 64 neurons fill half of a 32 K
 _EXACT_ROWS = 2**18  # float64 holds the sum of this many squared steps, in quarters, exactly
 
 Array = npt.NDArray[np.float64]
+InPlace = Callable[[torch.Tensor], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,6 +130,10 @@ class Histograms:
     def __getitem__(self, neurons: slice) -> Self:
         """Return the state of a range of neurons: views, so that adding to it adds to this."""
         return type(self)(**{name: tensor[neurons] for name, tensor in self.tensors().items()})
+
+    def to(self, device: torch.device) -> Self:
+        """Return a copy on a device."""
+        return type(self)(**{name: tensor.to(device) for name, tensor in self.tensors().items()})
 
     def copy_(self, other: Self) -> None:
         """Take the state of as many neurons from ``other``, on whatever device it is."""
@@ -223,6 +229,39 @@ class Histograms:
         full = self.tail_square > MAX_SQUARES - other.tail_square
         merged["tail_square"] = merged["tail_square"].masked_fill(full, MAX_SQUARES)
         return type(self)(**merged)
+
+    def reduce_(self, add: InPlace, least: InPlace, most: InPlace) -> None:
+        """Make of this state that of the rows of several processes: `merged`, in place.
+
+        The functions make of a tensor its sum, its least and its largest values over all of them.
+
+        Raises:
+            OverflowError: more than 2^31 - 1 tokens together.
+            ValueError: the processes do not have the same bins.
+        """
+        for tensor in (self.center, self.scale):
+            low, high = tensor.clone(), tensor.clone()
+            least(low)
+            most(high)
+            if not torch.equal(low, high):
+                raise ValueError(
+                    f"{int((low != high).sum())} of {self.neurons} neurons have their bins elsewhere "
+                    "in another process: do all run on the same kind of machine?"
+                )
+        add(self.count)  # first: the others may overflow
+        if self.neurons and int(self.count.max()) > MAX_TOKENS:
+            raise OverflowError(f"a histogram counts at most {MAX_TOKENS} tokens")
+        high, low = self.tail_square >> 32, self.tail_square & (2**32 - 1)  # sums that have room
+        for tensor in (self.counts, self.steps, self.powers, self.tail_count, self.tail_excess):
+            add(tensor)
+        for tensor in (self.nonfinite, self.beyond, high, low):
+            add(tensor)
+        high += low >> 32
+        full = high >= MAX_SQUARES >> 32
+        total = (high << 32) | (low & (2**32 - 1))
+        self.tail_square.copy_(total.masked_fill(full, MAX_SQUARES))
+        least(self.minimum)
+        most(self.maximum)
 
     def invalid(self) -> npt.NDArray[np.bool_]:
         """Return which neurons have values that cannot be summed: NaN, infinite or too far out."""

@@ -66,6 +66,14 @@ def to_tree(
 
     ``histograms`` holds the neurons of ``layers`` one after the other; the tree shares its memory.
     """
+    labels = labels_of(layers).assign(weight_norm=("neuron", weight_norms(layers)))
+    return tree_of(histograms, labels, attributes)
+
+
+def tree_of(
+    histograms: Histograms, labels: xr.Dataset, attributes: Mapping[str, Any]
+) -> xr.DataTree:
+    """Return the run of neurons with these labels (`labels_of`, and their ``weight_norm``)."""
     moments = histograms.moments()
     distances = wasserstein.from_histograms(histograms, moments)
     invalid = histograms.invalid()
@@ -81,12 +89,11 @@ def to_tree(
         "max": np.where(invalid, np.nan, histograms.maximum.cpu().numpy()),
         "count": moments.count,
         "nonfinite": np.maximum(invalid, (histograms.nonfinite + histograms.beyond).cpu().numpy()),
-        "weight_norm": _weight_norms(layers),
+        "weight_norm": labels["weight_norm"].to_numpy(),
     }
-    coordinates = _coordinates(layers)
     dataset = xr.Dataset(
         {name: labelled(name, value) for name, value in values.items()},
-        coords=coordinates,
+        coords=labels.coords,
         attrs=dict(attributes),
     )
     state = {
@@ -118,30 +125,33 @@ def with_difficulty(tree: xr.DataTree, found: Mapping[str, Difficulty]) -> xr.Da
     return xr.DataTree.from_dict({"/": dataset, "/histogram": histogram})
 
 
-def from_tree(tree: xr.DataTree) -> Histograms:
-    """Return the mergeable state that a run holds.
+def from_tree(tree: xr.DataTree, span: slice = slice(None)) -> Histograms:
+    """Return the mergeable state that a run holds of its neurons, or of some of them.
 
     Raises:
         ValueError: the tree has no histograms.
     """
     if "histogram" not in tree.children:
         raise ValueError("this run has no histograms: it holds the dataset alone")
-    group = tree["histogram"].to_dataset()
+    group = tree["histogram"].to_dataset().isel(neuron=span)
     names = [field.name for field in dataclasses.fields(Histograms)]
     return Histograms(**{name: torch.from_numpy(group[name].to_numpy()) for name in names})
 
 
-def _coordinates(layers: Sequence[LinearLayer]) -> dict[str, Any]:
+def labels_of(layers: Sequence[LinearLayer]) -> xr.Dataset:
+    """Return the neurons' coordinates: their layer, its block and its role, and their index in it."""
     sizes = [layer.neurons for layer in layers]
-    return {
+    coordinates: dict[str, Any] = {
         "layer": ("neuron", np.repeat([layer.name for layer in layers], sizes)),
         "block": ("neuron", np.repeat([layer.block for layer in layers], sizes)),
         "role": ("neuron", np.repeat([layer.role for layer in layers], sizes)),
         "index": ("neuron", np.concatenate([np.arange(size) for size in sizes])),
     }
+    return xr.Dataset(coords=coordinates)
 
 
-def _weight_norms(layers: Sequence[LinearLayer]) -> Array:
+def weight_norms(layers: Sequence[LinearLayer]) -> Array:
+    """Return the norm of each neuron's weights."""
     norms = [torch.linalg.vector_norm(weight_of(layer).double(), dim=-1) for layer in layers]
     means = [norm.reshape(-1, norm.shape[-1]).mean(dim=0).cpu() for norm in norms]
     return torch.cat(means).numpy()

@@ -150,7 +150,7 @@ def disentangle(
         runs.save_table(by_quantile, folder / "tables" / "quantiles.csv")
         words = markdown(attributes, per_layer, by_quantile)
         runs.save_text(words, folder / "tables" / "disentangle.md")
-        runs.write_run(folder, tree, stopwatch.log(), attributes)
+        runs.write_run(folder, [tree], stopwatch.log, attributes)
         runs.remove_folder(parts)
     return tree
 

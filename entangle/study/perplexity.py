@@ -10,6 +10,7 @@ from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from entangle.model import ranks
 from entangle.model.text import TokenWindows, check_windows
 
 
@@ -60,7 +61,8 @@ def score(
 ) -> Score:
     """Score every token but the first of each window, given those before it in the window.
 
-    The first ``skip_first`` tokens of each window are given and not scored.
+    The first ``skip_first`` tokens of each window are given and not scored. Under torchrun each
+    process scores its share of the batches, and all return the whole.
 
     Raises:
         NotFiniteError: the model's outputs are not finite.
@@ -68,26 +70,29 @@ def score(
     """
     check_windows(model, windows, skip_first)
     first = max(skip_first, 1)
-    nats = []
+    batches = windows.batches(batch_size)
+    found = torch.zeros(len(windows), dtype=torch.float64)
     with (
         torch.inference_mode(),
         tqdm(total=windows.tokens.numel(), unit="token", disable=not progress) as bar,
     ):
-        for batch in windows.batches(batch_size):
+        for number in ranks.shard().batches(len(batches)):
+            batch = batches[number]
             tokens = batch.to(model.device)
             logits = model(input_ids=tokens, use_cache=False).logits
             # A window at a time: in float32 all of them would double the peak of memory.
-            for window, scores in zip(tokens, logits, strict=True):
+            for place, (window, scores) in enumerate(zip(tokens, logits, strict=True)):
                 losses = cross_entropy(
                     scores[first - 1 : -1].float(), window[first:], reduction="none"
                 )
-                nats.append(float(losses.double().mean()))
+                found[number * batch_size + place] = float(losses.double().mean())
             bar.update(batch.numel())
-    found = np.array(nats)
-    if not np.isfinite(found).all():
-        bad = int((~np.isfinite(found)).sum())
+    ranks.add_(found)
+    nats = found.numpy()
+    if not np.isfinite(nats).all():
+        bad = int((~np.isfinite(nats)).sum())
         raise NotFiniteError(
-            f"the model's log-likelihood is not finite in {bad} of {len(found)} windows: its "
+            f"the model's log-likelihood is not finite in {bad} of {len(nats)} windows: its "
             "weights or its dtype overflow"
         )
-    return Score(found, len(windows) * (windows.length - first))
+    return Score(nats, len(windows) * (windows.length - first))

@@ -1,5 +1,6 @@
 """Run folders: written whole, opened again, with their tables and figures."""
 
+import hashlib
 import json
 import math
 import platform
@@ -7,8 +8,9 @@ import shutil
 import tempfile
 import textwrap
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -17,12 +19,14 @@ import pandas as pd
 import psutil
 import torch
 import xarray as xr
+import zarr
 from matplotlib.figure import Figure
 from numcodecs import Blosc
 
-from entangle.model import folders
+from entangle.model import folders, ranks
 
 CHUNK = 4096  # neurons
+DATASET = "neurons.zarr"
 _WORDS = {"method", "mask", "propagate", "assign", "components", "pull", "sparsity", "problem"}
 _WORDS |= {
     "intervention",
@@ -76,32 +80,48 @@ def _peak_memory() -> int:
 
 def write_run(
     folder: Path,
-    tree: xr.DataTree,
-    log: Mapping[str, Any],
+    trees: Iterable[xr.DataTree],
+    log: Callable[[], Mapping[str, Any]],
     attributes: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write a tree and its log into a run's folder (see `folders.new_folder`).
+    """Write a run, tree after tree of some of its neurons, into its folder (`folders.new_folder`).
 
-    Its run.json holds the attributes, those of the tree unless told otherwise.
+    Its run.json holds the attributes, those of the first tree unless told otherwise. What ``log``
+    returns when all is written is its log.json, with the sum of all files that are not to change.
     """
+    about: Mapping[Any, Any] | None = attributes
+    for number, tree in enumerate(trees):
+        about = tree.attrs if about is None else about
+        for node in tree.subtree:
+            _append(node, folder / DATASET, begin=number == 0)
+    zarr.consolidate_metadata(folder / DATASET, zarr_format=2)
+    write_json(folder / "run.json", {str(name): value for name, value in (about or {}).items()})
+    write_json(folder / "log.json", {**log(), "sha256": _sum(folder)})
+
+
+def _append(node: xr.DataTree, store: Path, *, begin: bool) -> None:
+    """Write a dataset of a tree, or append it along its neurons."""
     compressor = Blosc(cname="zstd", clevel=3, shuffle=Blosc.BITSHUFFLE)
-    encoding: dict[str, dict[str, dict[str, Any]]] = {}
-    for node in tree.subtree:
-        encoding[node.path] = {
-            str(name): {"compressors": compressor, "chunks": (CHUNK, *variable.shape[1:])}
-            for name, variable in node.to_dataset(inherit=False).variables.items()
-        }
-    tree.to_zarr(
-        folder / "neurons.zarr", mode="w", zarr_format=2, encoding=encoding, consolidated=True
-    )
-    about = tree.attrs if attributes is None else attributes
-    write_json(folder / "run.json", {str(name): value for name, value in about.items()})
-    write_json(folder / "log.json", {**log, "files": _count_files(folder / "neurons.zarr")})
+    dataset = node.to_dataset(inherit=False)
+    encoding = {
+        str(name): {"compressors": compressor, "chunks": (CHUNK, *variable.shape[1:])}
+        for name, variable in dataset.variables.items()
+    }
+    how: dict[str, Any] = {"append_dim": "neuron"}
+    if begin:
+        how = {"mode": "w" if node.path == "/" else "a", "encoding": encoding}
+    with warnings.catch_warnings():  # of what comes last
+        warnings.filterwarnings("ignore", message=".*consolidated metadata.*")
+        dataset.to_zarr(
+            store, group=node.path.strip("/") or None, zarr_format=2, consolidated=False, **how
+        )
 
 
-def _count_files(folder: Path) -> int:
-    """Count a dataset's files: xarray reads a missing one as NaN or 0, and says nothing."""
-    return sum(path.is_file() for path in folder.rglob("*"))
+def _sum(folder: Path) -> str:
+    """Return the SHA-256 of a run's dataset and of its run.json."""
+    files = sorted(path for path in (folder / DATASET).rglob("*") if path.is_file())
+    names = ["run.json", *(path.relative_to(folder).as_posix() for path in files)]
+    return hashlib.sha256(repr(folders.sums(folder, names)).encode()).hexdigest()
 
 
 def write_json(file: Path, content: Mapping[str, Any]) -> None:
@@ -140,13 +160,23 @@ def resumed_run(
     The attributes are its run.json. After an error what is done stays in ``TARGET.partial``, and
     the same run goes on there. Without a target the folder is gone at the end.
 
+    Under torchrun rank 0 makes the folder and gives it to all.
+
     Raises:
         FileExistsError: an unfinished run of other attributes is in the way and ``overwrite`` is
             false; or as `folders.new_folder` says.
+        RuntimeError: the ranks do not have the same attributes.
+        StoppedError: on another rank than 0, which has an error.
     """
     if target is None:
         with tempfile.TemporaryDirectory() as temporary:
             yield Path(temporary)
+        return
+    if ranks.rank() > 0:
+        ranks.agree(attributes)
+        folder = folders.partial_of(Path(target))
+        folder.mkdir(parents=True, exist_ok=True)
+        yield folder
         return
 
     def goes_on(partial: Path) -> bool:
@@ -168,8 +198,12 @@ def resumed_run(
             )
         return False
 
-    with folders.new_folder(target, overwrite=overwrite, goes_on=goes_on) as folder:
-        write_json(folder / "run.json", attributes)
+    with ExitStack() as stack:
+        with ranks.leading(attributes):
+            folder = stack.enter_context(
+                folders.new_folder(target, overwrite=overwrite, goes_on=goes_on)
+            )
+            write_json(folder / "run.json", attributes)
         yield folder
 
 
@@ -194,15 +228,16 @@ def open_run(folder: str | Path) -> xr.DataTree:
         "sparsity.json": "a model",
     }
     for name, what in others.items():
-        if (folder / name).exists() and not (folder / "neurons.zarr").exists():
+        if (folder / name).exists() and not (folder / DATASET).exists():
             raise FileNotFoundError(f"{folder} is no measured run, but holds {what}")
     try:
         # chunks=None reads without dask; what is read at once is the coordinates.
-        written = json.loads((folder / "log.json").read_text(encoding="utf-8"))["files"]
-        found = _count_files(folder / "neurons.zarr")
-        if found != written:
-            raise ValueError(f"neurons.zarr has {found} files, and {written} were written")
-        tree = xr.open_datatree(folder / "neurons.zarr", engine="zarr", chunks=None)
+        written = read_json(folder / "log.json").get("sha256")
+        if written is None:
+            raise ValueError("a version of entangle wrote it that kept no sum of its files")
+        if _sum(folder) != written:  # a missing file would be read as NaN or 0
+            raise ValueError("its files are not those that were written")
+        tree = xr.open_datatree(folder / DATASET, engine="zarr", chunks=None)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"the run {folder} is damaged, measure again: {error}") from error
     return tree

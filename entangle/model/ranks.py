@@ -1,0 +1,159 @@
+"""Several processes on one text: which batches are whose, and how their sums become one.
+
+Under torchrun each process is a rank of `torch.distributed`; alone there is one rank, and nothing is
+sent. All ranks call the same functions in the same order. Rank 0 prints and writes.
+"""
+
+import dataclasses
+import datetime
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Self, TypeVar
+
+import torch
+from torch import distributed
+
+Value = TypeVar("Value")
+
+# Between two calls a rank may have much more to do than another: rank 0, for one, writes.
+PATIENCE = datetime.timedelta(hours=12)
+
+
+class StoppedError(RuntimeError):
+    """Rank 0 has an error, which it tells: the other ranks only end."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """A process's share of a text's batches: every ``of``-th, from the one of its number (from 0)."""
+
+    number: int = 0
+    of: int = 1
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Read one as it is written: ``3/8`` is the third of eight.
+
+        Raises:
+            ValueError: it is no such thing.
+        """
+        number, _, of = text.partition("/")
+        if not (number.isdecimal() and of.isdecimal() and 1 <= int(number) <= int(of)):
+            raise ValueError(f"expected a shard such as 3/8, the third of eight, got {text!r}")
+        return cls(int(number) - 1, int(of))
+
+    def __str__(self) -> str:
+        return f"{self.number + 1}/{self.of}"
+
+    def batches(self, count: int) -> range:
+        """Return the numbers of its batches, of so many."""
+        return range(self.number, count, self.of)
+
+
+def join() -> None:
+    """Join the processes that torchrun started, this one among them."""
+    backend = "gloo"
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+        backend = "cpu:gloo,cuda:nccl"
+    distributed.init_process_group(backend, timeout=PATIENCE)
+
+
+def count() -> int:
+    """Return how many processes there are."""
+    return distributed.get_world_size() if distributed.is_initialized() else 1
+
+
+def rank() -> int:
+    """Return the number of this process, from 0."""
+    return distributed.get_rank() if distributed.is_initialized() else 0
+
+
+def shard() -> Shard:
+    """Return this process's share."""
+    return Shard(rank(), count())
+
+
+def add_(tensor: torch.Tensor) -> None:
+    """Make of a tensor its sum over all ranks."""
+    _reduce_(tensor, distributed.ReduceOp.SUM)
+
+
+def least_(tensor: torch.Tensor) -> None:
+    """Make of a tensor its least values over all ranks."""
+    _reduce_(tensor, distributed.ReduceOp.MIN)
+
+
+def most_(tensor: torch.Tensor) -> None:
+    """Make of a tensor its largest values over all ranks."""
+    _reduce_(tensor, distributed.ReduceOp.MAX)
+
+
+def _reduce_(tensor: torch.Tensor, how: Any) -> None:
+    if count() > 1:
+        with _others():
+            distributed.all_reduce(tensor, how)
+
+
+def everyone(value: Value) -> list[Value]:
+    """Return what each rank gave, in their order: small things, which are pickled on the way."""
+    if count() == 1:
+        return [value]
+    found: list[Any] = [None] * count()
+    with _others():
+        distributed.all_gather_object(found, value)
+    return found
+
+
+@contextmanager
+def _others() -> Iterator[None]:
+    """Say what it means if others do not answer.
+
+    Raises:
+        RuntimeError: they do not.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"another process of the {count()} has ended or cannot be reached, so this one ends "
+            f"too: see what it said ({str(error).splitlines()[0][:200]})"
+        ) from error
+
+
+@contextmanager
+def leading(what: object) -> Iterator[None]:
+    """Do something on rank 0 that the others wait for in `agree`, and tell them whether it went well.
+
+    Raises:
+        RuntimeError: another rank is about something else.
+    """
+    try:
+        yield
+    except BaseException:
+        everyone(None)
+        raise
+    _compare(everyone(repr(what)))
+
+
+def agree(what: object) -> None:
+    """Wait for what rank 0 does in `leading`.
+
+    Raises:
+        RuntimeError: it, or another rank, is about something else.
+        StoppedError: it has an error.
+    """
+    found = everyone(repr(what))
+    if found[0] is None:
+        raise StoppedError("rank 0 has an error")
+    _compare(found)
+
+
+def _compare(found: list[Any]) -> None:
+    other = [rank for rank, one in enumerate(found) if one != found[0]]
+    if other:
+        raise RuntimeError(
+            f"rank {other[0]} was started with other arguments, or has another model, text or "
+            "version, than rank 0: start all with the same command on the same files"
+        )
