@@ -513,6 +513,7 @@ def _measured(args: argparse.Namespace) -> "xr.DataTree":
 
 def _model(args: argparse.Namespace, packed: bool = False) -> "PreTrainedModel":
     options = {"dtype": args.dtype, "device": args.device, "packed": packed}
+    options |= {name: getattr(args, name, None) for name in ("device_map", "offload")}
     return entangle.load_model(args.model, **options, **_source(args))
 
 
@@ -587,6 +588,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, terminate)
     try:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        os.environ.setdefault("ACCELERATE_LOG_LEVEL", "error")
         if not sys.stderr.isatty():  # both are read when what we import next is imported
             os.environ.setdefault("TQDM_DISABLE", "1")
             os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

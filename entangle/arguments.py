@@ -39,6 +39,9 @@ faster token by token]"""
 COPIES = "pruned copies of each layer, one for each cluster of its inputs [4,16]"
 SHARE = "or several: of each layer's neurons to treat [0.03]"
 KEPT = "whose outputs to keep, beside each layer's most entangled neuron"
+SPREAD = "spread the model over the devices here and the host, as accelerate does [one device]"
+OFFLOAD = """leave the model's blocks in files and have one at a time on the device; the folder takes what
+transformers must write anew [all of it in memory]"""
 SHARD = "count only a part of the text, such as 3/8, for merge to put together [all of it]"
 PAIRS = "of tokens over which to measure the mapping difficulty too [none]"
 BUDGET = """rows alike (uniform), or graded by what RUN measured of their neurons, as RUN[:VARIABLE] with
@@ -105,6 +108,10 @@ def parser() -> argparse.ArgumentParser:
 
     model = argparse.ArgumentParser(add_help=False, parents=[runs])
     model.add_argument("model", metavar="MODEL", help="a hub id, a folder or a .gguf file")
+    spread = argparse.ArgumentParser(add_help=False)
+    spread.add_argument("--device-map", choices=["auto"], help=SPREAD)
+    spread.add_argument("--offload", type=Path, metavar="FOLDER", help=OFFLOAD)
+
     model.add_argument("--revision", help="of a model of the hub")
     model.add_argument(
         "--dtype",
@@ -149,7 +156,7 @@ def parser() -> argparse.ArgumentParser:
 
     measure = commands.add_parser(
         "measure",
-        parents=[model, text, layers, writes, always],
+        parents=[model, spread, text, layers, writes, always],
         help="measure the distribution of every neuron over a text",
     )
     measure.add_argument("--out", type=Path, required=True, metavar="RUN", help="a new folder")
@@ -167,18 +174,22 @@ def parser() -> argparse.ArgumentParser:
     runs_only.add_argument("--unpacked", action="store_true", help=UNPACKED)
 
     commands.add_parser(
-        "perplexity", parents=[model, text, runs_only, always], help="score a model on a text"
+        "perplexity",
+        parents=[model, spread, text, runs_only, always],
+        help="score a model on a text",
     )
 
     generate = commands.add_parser(
-        "generate", parents=[model, runs_only, always], help="let a model write, and time it"
+        "generate",
+        parents=[model, spread, runs_only, always],
+        help="let a model write, and time it",
     )
     generate.add_argument("--prompt", required=True, metavar="TEXT", help="what it goes on with")
     generate.add_argument("--tokens", type=int, default=64, help="to write at most [64]")
 
     sparsify = commands.add_parser(
         "sparsify",
-        parents=[model, text, layers, writes, always],
+        parents=[model, spread, text, layers, writes, always],
         help="prune a model, or expand it to sparse experts, and save it",
     )
     sparsify.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="a new folder")

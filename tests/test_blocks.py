@@ -363,7 +363,7 @@ def compiled(model: PreTrainedModel) -> PreTrainedModel:
     ("change", "batches", "skip_first", "message"),
     [
         (compiled, BATCHES, 0, "a model that torch.compile has changed, or a part of it, does not"),
-        (lambda model: model.to("meta"), BATCHES, 0, "some weights are offloaded or not loaded"),
+        (lambda model: model.to("meta"), BATCHES, 0, "some weights are not loaded"),
         (lambda model: model, BATCHES, -1, "skip_first must not be negative, got -1"),
         (lambda model: model, [], 0, "no batch to run: give at least one window"),
         (

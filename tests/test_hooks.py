@@ -388,7 +388,7 @@ def test_a_compiled_model_is_refused(
     assert hooks_left(ear.model) == 0
 
 
-def test_a_model_that_accelerate_has_wrapped_is_heard_and_an_offloaded_one_is_refused() -> None:
+def test_a_model_that_accelerate_has_wrapped_is_heard_and_an_offloaded_one_too() -> None:
     ear = Listening()
     plain = ear.outputs(IDS)
     accelerate.dispatch_model(ear.model, {"": "cpu"}, main_device="cpu", force_hooks=True)
@@ -399,8 +399,15 @@ def test_a_model_that_accelerate_has_wrapped_is_heard_and_an_offloaded_one_is_re
         assert torch.equal(rows[0][:11], plain[key][0, 1:])
     accelerate.hooks.remove_hook_from_submodules(ear.model)
     accelerate.cpu_offload(ear.model, execution_device=torch.device("cpu"))
-    with pytest.raises(ValueError, match="weights are offloaded or not loaded: load the whole"):
-        ear.start().__enter__()
+    assert all(parameter.is_meta for parameter in ear.model.parameters())
+    ear.heard.clear()
+    with ear.start(skip_first=1), torch.no_grad():
+        ear.model(IDS, attention_mask=RIGHT)
+    for key, rows in ear.heard.items():
+        assert torch.equal(rows[0][:11], plain[key][0, 1:])
+    accelerate.hooks.remove_hook_from_submodules(ear.model)
+    with pytest.raises(ValueError, match="some weights are not loaded: load the whole"):
+        Listening(model=tiny_model("llama").to("meta")).start().__enter__()
 
 
 # Layers that are given other outputs.

@@ -30,6 +30,7 @@ ROOMS = {
         "text",
         "experts",
         "layers",
+        "placing",
         "packing",
         "loading",
         "hooks",

@@ -640,12 +640,12 @@ def test_a_full_disk_is_an_error_of_the_system(
     model, save_file = expanded(), safetensors.torch.save_file
     written: list[Path] = []
 
-    def fail(tensors: Any, file: Path) -> None:
+    def fail(tensors: Any, file: Path, metadata: Any) -> None:
         if len(written) == calls:
             Path(file).write_bytes(b"half")
             raise SafetensorError("I/O error: No space left on device (os error 28)")
         written.append(file)
-        save_file(tensors, file)
+        save_file(tensors, file, metadata)
 
     monkeypatch.setattr(packing, "save_file", fail)
     where = ["dense", "experts/0", "experts/1", "experts/2"][calls]

@@ -221,11 +221,11 @@ def test_a_full_disk_is_told_and_what_is_done_stays(
 ) -> None:
     saved: list[Path] = []
 
-    def full(tensors: Any, file: Path) -> None:
+    def full(tensors: Any, file: Path, metadata: Any) -> None:
         saved.append(file)
         if len(saved) == 4:
             raise SafetensorError("I/O error: No space left on device")
-        save_file(tensors, file)
+        save_file(tensors, file, metadata)
 
     with monkeypatch.context() as patch:
         patch.setattr(packing, "save_file", full)
@@ -251,8 +251,14 @@ def test_words_are_the_same_on_the_command_line_and_in_python() -> None:
 def test_an_unfinished_sweep_of_other_settings_is_not_gone_on_with(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupt(*_: Any, **__: Any) -> None:
-        raise KeyboardInterrupt
+    score = entangle.score
+    scored: list[int] = []
+
+    def interrupt(*args: Any, **words: Any) -> Any:
+        scored.append(1)
+        if len(scored) == 2:
+            raise KeyboardInterrupt
+        return score(*args, **words)
 
     with monkeypatch.context() as patch:
         patch.setattr(sweeping, "score", interrupt)

@@ -5,7 +5,8 @@ releases. Each batch runs through the model once with the blocks left out: what 
 with beside the hidden states (masks, positions) does not depend on them. The first batch also runs
 whole, as the proof of that: where a model is otherwise, it is an error and not a wrong result.
 
-Memory: the hidden states of all batches, and one batch in one block.
+Memory: the hidden states of all batches, and one batch in one block. Of a model whose weights are in
+files (see `placing`) one block is on the device, and the hidden states are on the host.
 """
 
 import dataclasses
@@ -27,6 +28,7 @@ from entangle.model.hooks import (
     counted_tokens,
 )
 from entangle.model.layers import LinearLayer, find_blocks
+from entangle.model.placing import fetch, give_back, home_of, is_offloaded
 
 Forward = Callable[..., Any]
 OTHERWISE = (
@@ -112,13 +114,18 @@ class BlockWalk:
 
         Raises:
             RuntimeError: the blocks do not run one after the other on hidden states alone.
-            ValueError: a compiled or offloaded model, no batches, or ``skip_first`` is negative.
+            ValueError: a compiled model or one that is not loaded, no batches, or ``skip_first`` is
+                negative.
         """
         check_hooks(model, skip_first)
         self.model = model
+        self._offloaded = is_offloaded(model)
+        self._fetched: nn.Module | None = None
         self.blocks = list(find_blocks(model)[1])
         self.block = 0
+        self._device = home_of(model)
         self.counted: list[CountedTokens] = []
+        self._batch = 0  # that runs
         self._hidden: list[torch.Tensor] = []
         self._calls: list[list[_Call]] = []  # of each batch, for each block
         self._extras: list[int | None] = []
@@ -153,9 +160,7 @@ class BlockWalk:
         """
         assert all(layer.block == self.block for layer in layers)
         heard: dict[str, str] = {}
-        fired = dict.fromkeys((layer.name for layer in layers), 0)
         seen: dict[int, tuple[torch.Tensor, str]] = {}  # held, so that no id is given anew
-        batch = self.counted[0]
 
         def hook_of(layer: LinearLayer) -> Callable[..., None]:
             def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -170,20 +175,18 @@ class BlockWalk:
                     )
                 fired[layer.name] += 1
                 if first == layer.name:
-                    on_inputs(layer, batch.rows(layer, inputs))
+                    on_inputs(layer, self.counted[self._batch].rows(layer, inputs))
 
             return hook
 
+        fired = dict.fromkeys((layer.name for layer in layers), 0)
         handles = []
         try:
             for layer in layers:
                 hook = hook_of(layer)
                 handles.append(layer.module.register_forward_pre_hook(hook, with_kwargs=True))
-            for number, batch in enumerate(self.counted):  # noqa: B007  # the hooks read it
-                hidden = self._run(number)
+            for _ in self._batches(advance=advance):
                 seen.clear()
-                if advance:
-                    self._hidden[number] = hidden
         finally:
             for handle in handles:
                 handle.remove()
@@ -191,22 +194,70 @@ class BlockWalk:
         self.block += advance
         return heard
 
-    def advance(self) -> None:
-        """Carry the hidden states through the block, as its weights now are."""
-        for number in range(len(self._hidden)):
-            self._hidden[number] = self._run(number)
+    def record(self, layers: Sequence[LinearLayer], on_outputs: OnRows) -> None:
+        """Carry the hidden states through the block, calling ``on_outputs`` with its layers' outputs.
+
+        They are the counted rows (tokens, neurons), batch after batch.
+
+        Raises:
+            RuntimeError: a layer did not run once in each batch, or its rows are no tokens.
+        """
+        assert all(layer.block == self.block for layer in layers)
+        fired = dict.fromkeys((layer.name for layer in layers), 0)
+
+        def hook_of(layer: LinearLayer) -> Callable[..., None]:
+            def hook(_: nn.Module, __: Any, outputs: torch.Tensor) -> None:
+                fired[layer.name] += 1
+                on_outputs(layer, self.counted[self._batch].rows(layer, outputs))
+
+            return hook
+
+        handles = []
+        try:
+            for layer in layers:
+                handles.append(layer.module.register_forward_hook(hook_of(layer)))
+            for _ in self._batches(advance=True):
+                pass
+        finally:
+            for handle in handles:
+                handle.remove()
+        check_fired(fired, len(self.counted))
         self.block += 1
 
+    def advance(self) -> None:
+        """Carry the hidden states through the block, as its weights now are."""
+        for _ in self._batches(advance=True):
+            pass
+        self.block += 1
+
+    def _batches(self, *, advance: bool) -> Iterator[int]:
+        """Run the block with each batch, and return its number when it has run."""
+        for number in range(len(self._hidden)):
+            self._batch = number
+            hidden = self._run(number)
+            if advance:
+                self._hidden[number] = hidden
+            yield number
+
     def _run(self, number: int) -> torch.Tensor:
+        block = self.blocks[self.block]
+        if self._offloaded and self._fetched is not block:
+            if self._fetched is not None:
+                give_back(self._fetched)
+            fetch(block)
+            self._fetched = block
         with torch.inference_mode():
             call = self._calls[number][self.block]
-            hidden = self._hidden[number].clone()  # which a block may write over
-            return call(self.blocks[self.block], hidden)
+            hidden = self._hidden[number]  # a copy, since a block may write over it
+            hidden = hidden.to(self._device, copy=True) if self._offloaded else hidden.clone()
+            return self._settled(call(block, hidden))
+
+    def _settled(self, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden.cpu() if self._offloaded else hidden
 
     def _take_up(self, batch: Mapping[str, torch.Tensor], skip_first: int) -> None:
         backbone = backbone_of(self.model)
-        device = next(self.model.parameters()).device
-        arguments = {name: value.to(device) for name, value in batch.items()}
+        arguments = {name: value.to(self._device) for name, value in batch.items()}
         self.counted.append(counted_tokens(backbone, (), arguments, skip_first))
         if self._calls:
             before: Sequence[_Call | None] = self._calls[-1]
@@ -217,7 +268,7 @@ class BlockWalk:
             if not all(map(_Call.equals, calls, before)):
                 raise RuntimeError(OTHERWISE.format("what they hand on is more than that"))
         self._calls.append(list(map(_Call.sharing, calls, before)))
-        self._hidden.append(hidden)
+        self._hidden.append(self._settled(hidden))
 
 
 def _run_whole(

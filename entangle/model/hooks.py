@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from entangle.model.layers import LinearLayer, decoder_of
+from entangle.model.placing import is_whole
 
 OnRows = Callable[[LinearLayer, torch.Tensor], None]
 Change = Callable[[LinearLayer, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -181,7 +182,7 @@ def listening(
 
     Raises:
         RuntimeError: at the end, a layer did not run once in each batch.
-        ValueError: the model is compiled or offloaded, or ``skip_first`` is negative.
+        ValueError: the model is compiled or not loaded, or ``skip_first`` is negative.
     """
     check_hooks(model, skip_first)
     listener = Listener(layers, skip_first)
@@ -244,7 +245,7 @@ def check_hooks(model: PreTrainedModel, skip_first: int) -> None:
     """See that hooks will run on a model.
 
     Raises:
-        ValueError: the model is compiled or offloaded, or ``skip_first`` is negative.
+        ValueError: the model is compiled or not loaded, or ``skip_first`` is negative.
     """
     if skip_first < 0:
         raise ValueError(f"skip_first must not be negative, got {skip_first}")
@@ -253,8 +254,8 @@ def check_hooks(model: PreTrainedModel, skip_first: int) -> None:
             "a model that torch.compile has changed, or a part of it, does not run hooks: "
             "pass the model as it was before"
         )
-    if any(parameter.is_meta for parameter in model.parameters()):
-        raise ValueError("some weights are offloaded or not loaded: load the whole model first")
+    if not is_whole(model):
+        raise ValueError("some weights are not loaded: load the whole model first")
 
 
 def _is_compiled(module: nn.Module) -> bool:

@@ -75,7 +75,7 @@ def check_prunable(layers: Sequence[LinearLayer], among: Sequence[LinearLayer] =
     for layer in {*layers, *among}:
         weight = layer.module.weight
         assert isinstance(weight, torch.Tensor)
-        owners.setdefault(weight.data_ptr(), []).append(layer.name)
+        owners.setdefault(_place(weight), []).append(layer.name)
     for layer in layers:
         weight = layer.module.weight
         assert isinstance(weight, torch.Tensor)
@@ -90,12 +90,16 @@ def check_prunable(layers: Sequence[LinearLayer], among: Sequence[LinearLayer] =
                 f"{layer.name} is quantised ({type(layer.module).__name__}, {weight.dtype}): load "
                 "the model without quantisation, or leave the layer out with a narrower pattern"
             )
-        others = sorted({*owners[weight.data_ptr()]} - {layer.name})
+        others = sorted({*owners[_place(weight)]} - {layer.name})
         if others:
             raise ValueError(
                 f"{layer.name} and {others[0]} are one weight, which cannot be pruned for both: "
                 "leave both out with a narrower pattern"
             )
+
+
+def _place(weight: torch.Tensor) -> int:
+    return id(weight) if weight.is_meta else weight.data_ptr()
 
 
 def find_blocks(model: "PreTrainedModel") -> tuple[str, nn.ModuleList]:

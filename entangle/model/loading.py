@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from gguf import GGUFReader
 from safetensors import SafetensorError
 from tokenizers.pre_tokenizers import Digits, Sequence
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
@@ -28,6 +30,7 @@ from entangle.model.packing import (
     pack_layers,
     save_expanded,
 )
+from entangle.model.placing import blocks_in_files, stored_parameters
 from entangle.numerics.routing import Router
 
 DTYPES = {
@@ -44,6 +47,8 @@ def load_model(
     revision: str | None = None,
     dtype: str = "auto",
     device: str = "auto",
+    device_map: str | None = None,
+    offload: str | Path | None = None,
     packed: bool = False,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
@@ -53,22 +58,35 @@ def load_model(
     ``auto`` (as stored), ``float32``, ``bfloat16`` or ``float16``; ``device`` is ``auto`` (CUDA if
     there is one) or as in torch. Nothing loaded runs code of its own unless ``trust_remote_code``.
 
+    A model that is larger than the device is spread with ``device_map="auto"``, by accelerate, over
+    the devices that are there and the host. With ``offload`` its blocks stay in files, and come to the
+    device one at a time; that folder holds those that transformers has to write anew.
+
     ``packed`` is for running a pruned or expanded model, not for measuring or pruning it: on the
     CPU layers that are zero by half or more hold no zeros, and a few tokens are multiplied without
     them; there are no gradients. Elsewhere it changes nothing.
 
     Raises:
         FileNotFoundError: a path that is not there, or a folder without a model.
-        ValueError: an unknown dtype or device, weights that are missing, or a model that cannot
-            be loaded, with what transformers says of it.
+        ValueError: an unknown dtype or device, weights that are missing, a model that cannot be
+            loaded, with what transformers says of it, or an expanded one or a GGUF file to spread.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     target = _device(device)
     source, options = _source(name, revision, trust_remote_code)
-    if "gguf_file" not in options and is_expanded(Path(source)):
+    spread = device_map is not None or offload is not None
+    expanded = "gguf_file" not in options and is_expanded(Path(source))
+    if spread and (expanded or "gguf_file" in options):
+        what = "an expanded model" if expanded else "a GGUF file"
+        raise ValueError(
+            f"{name} is {what}, which is loaded whole: leave device_map and offload out"
+        )
+    if expanded:
         return _load_expanded(Path(source), dtype, target, packed, trust_remote_code)
     with _explained(name):
+        if spread:
+            options |= _places(source, options, device_map, offload, target)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source,
             dtype=DTYPES[dtype],
@@ -86,11 +104,30 @@ def load_model(
     if "gguf_file" in options:  # plain floats by now; these marks would have it saved as quantised
         vars(model).update(hf_quantizer=None, is_quantized=False)
         del model.config.quantization_config
-    on_device: PreTrainedModel = model.to(target).eval()
-    if packed and target.type == "cpu":
+    on_device: PreTrainedModel = (model if spread else model.to(target)).eval()
+    if packed and not spread and target.type == "cpu":
         pack_layers(on_device, find_layers(on_device))
         on_device.requires_grad_(False)
     return on_device
+
+
+def _places(
+    source: str,
+    options: dict[str, Any],
+    device_map: str | None,
+    offload: str | Path | None,
+    device: torch.device,
+) -> dict[str, Any]:
+    """Return what says to ``from_pretrained`` where the weights are to be."""
+    folder = {} if offload is None else {"offload_folder": str(offload)}
+    if device_map is not None:
+        return {"device_map": device_map} | folder
+    config = AutoConfig.from_pretrained(source, **options)
+    with init_empty_weights():
+        empty: Any = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+            config, trust_remote_code=options["trust_remote_code"]
+        )
+    return {"device_map": blocks_in_files(empty, device)} | folder
 
 
 def _load_expanded(
@@ -232,7 +269,7 @@ def _explained(name: str | Path) -> Iterator[None]:
 def weights_hash(model: PreTrainedModel) -> str:
     """Return the SHA-256 of all parameters' names, dtypes, shapes and bytes; tied ones once."""
     digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
+    for name, parameter in stored_parameters(model):
         digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
         digest.update(parameter.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -6,6 +6,7 @@ of these files). Of none of these names is a model to transformers, so that it f
 making up the weights that it does not find.
 """
 
+import hashlib
 import json
 import textwrap
 from collections.abc import Mapping
@@ -14,7 +15,7 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
@@ -33,14 +34,15 @@ Tensors = dict[str, torch.Tensor]
 
 
 def save_tensors(file: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Write tensors as safetensors, whole or not at all.
+    """Write tensors as safetensors, with their sum, whole or not at all.
 
     Raises:
         OSError: the file cannot be written.
     """
     with folders.new_file(file) as partial:
         try:
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)
+            whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+            save_file(whole, partial, metadata={"sha256": _sum(whole)})
         except SafetensorError as error:  # a full disk, for one
             raise OSError(f"cannot write {file}: {error}") from error
 
@@ -52,10 +54,22 @@ def load_tensors(file: Path, device: torch.device | str = "cpu") -> Tensors:
         OSError: the file is damaged.
     """
     try:
+        with safe_open(file, framework="pt") as opened:
+            expected = (opened.metadata() or {}).get("sha256")
         tensors: Tensors = load_file(file, device=str(device))
     except SafetensorError as error:
         raise OSError(f"{file} is damaged, delete it and run again: {error}") from error
+    if expected != _sum(tensors):
+        raise OSError(f"{file} is damaged, delete it and run again: it has not the bytes it had")
     return tensors
+
+
+def _sum(tensors: Tensors) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def router_tensors(owner: str, router: Router) -> Tensors:

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from entangle.model.hooks import backbone_of, listening
 from entangle.model.layers import LinearLayer, find_layers
+from entangle.model.placing import home_of
 from entangle.model.text import TokenWindows, check_windows
 from entangle.numerics.contributions import bootstrap, distance_parts
 from entangle.numerics.wasserstein import from_samples
@@ -194,7 +195,7 @@ def _outputs(
     def on_outputs(layer: LinearLayer, rows: torch.Tensor) -> None:
         kept[layer.name].append(rows[:, wanted[layer.name]].float().cpu())
 
-    device = next(model.parameters()).device
+    device = home_of(model)
     with torch.inference_mode(), listening(model, layers, on_outputs, skip_first=skip_first):
         for batch in windows.batches(batch_size):
             backbone_of(model)(input_ids=batch.to(device), use_cache=False)

@@ -10,6 +10,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from entangle.model.experts import PackedLinear
 from entangle.model.packing import weight_bytes
+from entangle.model.placing import home_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +85,7 @@ def generate(
         ValueError: a prompt without a token, fewer than one to write, or more than the model reads.
     """
     prompt.encode()  # a half of a character, as a shell passes bytes on, is a ValueError
-    ids = tokenizer(prompt, return_tensors="pt", verbose=False)["input_ids"].to(model.device)
+    ids = tokenizer(prompt, return_tensors="pt", verbose=False)["input_ids"].to(home_of(model))
     longest = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     if not ids.numel() or tokens < 1:
         raise ValueError(

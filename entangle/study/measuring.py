@@ -1,20 +1,26 @@
 """Measure the distribution of every neuron over a text: at once, in shards, or block by block."""
 
+import dataclasses
+import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import xarray as xr
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from entangle.model import ranks
+from entangle.model.blocks import BlockWalk
 from entangle.model.hooks import backbone_of, listening
 from entangle.model.layers import LinearLayer, find_layers
 from entangle.model.packing import load_tensors, save_tensors
+from entangle.model.placing import home_of, is_offloaded
 from entangle.model.ranks import Shard
 from entangle.model.text import TokenWindows, check_windows, some_windows
 from entangle.numerics.difficulty import Difficulty, mapping_difficulty
@@ -57,7 +63,10 @@ def measure(
 
     A ``shard`` such as ``3/8`` counts every eighth batch from the third on: `merge_runs` makes of
     all eight what one process would have measured. Under torchrun each process counts its own
-    batches, and all return the whole.
+    batches, and all return the whole; but if a model that is run block by block is written, only
+    rank 0 does.
+
+    A model whose blocks are in files (``load_model(..., offload=...)``) is run block by block.
 
     Raises:
         FileExistsError: ``out`` exists, or holds an unfinished run of other arguments, and
@@ -77,9 +86,9 @@ def measure(
         raise ValueError(
             f"shard {shard} has no batch: there are {len(batches)}, of {batch_size} windows each"
         )
-    counted = part if shard is not None else Shard()
-    counts = sum(len(batches[number]) for number in counted.batches(len(batches)))
-    attributes: dict[str, Any] = {"tokens": counts * (windows.length - skip_first), "bins": bins}
+    counted = mine if shard is not None else range(len(batches))
+    tokens = sum(len(batches[number]) for number in counted) * (windows.length - skip_first)
+    attributes: dict[str, Any] = {"tokens": tokens, "bins": bins}
     attributes |= provenance(
         model,
         windows,
@@ -91,6 +100,9 @@ def measure(
     attributes |= {"difficulty": difficulty} if difficulty else {}
     attributes |= {"window_hashes": windows.hashes}
     attributes |= {"shard": shard} if shard is not None else {}
+    first_counts = 0 in mine
+    ours = [batches[number] for number in (mine if first_counts else [0, *mine])]
+    recording = _Recording(model, chosen, bins, ours, first_counts, skip_first, progress)
     stopwatch = runs.Stopwatch()
     kept = nullcontext() if out is None else runs.resumed_run(out, attributes, overwrite=overwrite)
     with kept as folder:
@@ -99,24 +111,48 @@ def measure(
             some = some_windows(windows, DIFFICULTY_WINDOWS)
             arguments = (chosen, difficulty, batch_size, skip_first, progress)
             difficulties = _difficulties(model, some, *arguments)
-        recorder = Recorder(chosen, bins, first_counts=part.number == 0)
-        file = None if folder is None else folder / "state" / f"{part.number}.safetensors"
-        _run(model, batches, mine, recorder, skip_first, file, progress)
-        state = recorder.state()
-        if ranks.count() > 1:
-            state.reduce_(ranks.add_, ranks.least_, ranks.most_)
-        labels = dataset.labels_of(chosen).assign(
-            weight_norm=("neuron", dataset.weight_norms(chosen))
-        )
-        tree = dataset.tree_of(state, labels, attributes)
-        tree = dataset.with_difficulty(tree, difficulties) if difficulties else tree
+        name = f"{part.number}-of-{part.of}"
+        state = None if folder is None else folder / "state"
+        parts = recording.blocks(state) if is_offloaded(model) else recording.whole(state, name)
+        labels = dataset.labels_of(chosen)
+        trees = (_tree(labels, *one, attributes, difficulties) for one in parts)
+        if folder is None or not is_offloaded(model):
+            tree = _joined(list(trees))
+            trees = (one for one in [tree])
         if folder is not None and ranks.rank() == 0:
-            if difficulty:
-                table = rank_correlations(tree, "wasserstein", ["difficulty"])
-                runs.save_table(table, folder / "tables" / "difficulty.csv")
+            runs.write_run(folder, trees, stopwatch.log)
             runs.remove_folder(folder / "state")
-            runs.write_run(folder, [tree], stopwatch.log)
-    return tree
+            if difficulty:
+                table = rank_correlations(runs.open_run(folder), "wasserstein", ["difficulty"])
+                runs.save_table(table, folder / "tables" / "difficulty.csv")
+    if out is None or not is_offloaded(model):
+        return tree
+    return runs.open_run(out) if ranks.rank() == 0 else xr.DataTree()
+
+
+def _tree(
+    labels: xr.Dataset,
+    span: slice,
+    state: Histograms,
+    norms: npt.NDArray[np.float64],
+    attributes: Mapping[str, Any],
+    difficulties: Mapping[str, Difficulty],
+) -> xr.DataTree:
+    """Return the run of a span of the neurons."""
+    here = labels.isel(neuron=span).assign(weight_norm=("neuron", norms))
+    tree = dataset.tree_of(state, here, attributes)
+    return dataset.with_difficulty(tree, difficulties) if difficulties else tree
+
+
+def _joined(trees: Sequence[xr.DataTree]) -> xr.DataTree:
+    """Return one run of the runs of spans."""
+    if len(trees) == 1:
+        return trees[0]
+    whole = {}
+    for nodes in zip(*(tree.subtree for tree in trees), strict=True):
+        datasets = [node.to_dataset(inherit=False) for node in nodes]
+        whole[nodes[0].path] = xr.concat(datasets, "neuron", combine_attrs="override")
+    return xr.DataTree.from_dict(whole)
 
 
 def _shard(words: str | None, difficulty: int) -> Shard:
@@ -137,44 +173,102 @@ def _shard(words: str | None, difficulty: int) -> Shard:
     return Shard.parse(words)
 
 
-def _run(
-    model: PreTrainedModel,
-    batches: Sequence[torch.Tensor],
-    mine: range,
-    recorder: Recorder,
-    skip_first: int,
-    file: Path | None,
-    progress: bool,
-) -> None:
-    """Run the batches of these numbers through the model, once the first of all has placed the bins.
+Part = tuple[slice, Histograms, npt.NDArray[np.float64]]  # of all neurons, and their weights' norms
 
-    What is recorded is saved in the file now and then, and gone on from if it is there.
-    """
-    backbone, device = backbone_of(model), next(model.parameters()).device
-    done = 0
-    if file is not None and file.is_file():
-        tensors = load_tensors(file)
-        done = int(tensors.pop("done"))
-        recorder.restore(Histograms(**tensors), device)
-    left = mine[done:] if done or 0 in mine else [0, *mine]
-    saved, cost = time.monotonic(), 0.0
-    with (
-        listening(model, recorder.layers, recorder.add, skip_first=skip_first),
-        torch.inference_mode(),
-        tqdm(total=len(mine), initial=done, unit="batch", disable=not progress) as bar,
-    ):
-        for number in left:
-            backbone(input_ids=batches[number].to(device), use_cache=False)
-            if number not in mine:
-                continue
-            done += 1
-            bar.update()
-            begin = time.monotonic()
-            if file is not None and done < len(mine) and begin - saved > max(SECONDS, 20 * cost):
-                state = recorder.state().tensors() | {"done": torch.tensor(done)}
-                save_tensors(file, state)
-                saved = time.monotonic()
-                cost = saved - begin
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Recording:
+    """Layers, and the batches whose outputs this process records."""
+
+    model: PreTrainedModel
+    layers: Sequence[LinearLayer]
+    bins: int
+    batches: Sequence[torch.Tensor]
+    first_counts: bool  # or it only places the bins, and another process counts it
+    skip_first: int
+    progress: bool
+
+    def whole(self, folder: Path | None, name: str) -> Iterator[Part]:
+        """Run the model batch after batch, and save now and then what to go on from."""
+        file = None if folder is None else folder / f"{name}.safetensors"
+        recorder = Recorder(self.layers, self.bins, first_counts=self.first_counts)
+        done = 0
+        if file is not None and file.is_file():
+            tensors = load_tensors(file)
+            done = int(tensors.pop("done"))
+            recorder.restore(Histograms(**tensors))
+        backbone, device = backbone_of(self.model), home_of(self.model)
+        saved, cost = time.monotonic(), 0.0
+        with (
+            listening(self.model, self.layers, recorder.add, skip_first=self.skip_first),
+            torch.inference_mode(),
+            self._bar(sum(map(torch.numel, self.batches)), "token") as bar,
+        ):
+            bar.update(sum(map(torch.numel, self.batches[:done])))
+            for batch in self.batches[done:]:
+                begin = time.monotonic()
+                if file is not None and done and begin - saved > max(SECONDS, 20 * cost):
+                    save_tensors(file, recorder.state().tensors() | {"done": torch.tensor(done)})
+                    saved = time.monotonic()
+                    cost = saved - begin
+                backbone(input_ids=batch.to(device), use_cache=False)
+                done += 1
+                bar.update(batch.numel())
+        state = _over_ranks(recorder.state())
+        yield slice(0, state.neurons), state, dataset.weight_norms(self.layers)
+
+    def blocks(self, folder: Path | None) -> Iterator[Part]:
+        """Run the batches through block after block, and save each one's histograms."""
+        layers = {
+            b: [x for x in self.layers if x.block == b] for b in {x.block for x in self.layers}
+        }
+        files = {} if folder is None else {b: folder / f"block-{b}.safetensors" for b in layers}
+        done = ranks.everyone([block for block, file in files.items() if file.is_file()])[0]
+        spans = dict(zip(layers, _spans(layers.values()), strict=True))
+        for block, part in self._recorded(layers, {*layers} - {*done}):
+            if folder is None:
+                yield spans[block], *part
+            elif ranks.rank() == 0:
+                norms = {"weight_norm": torch.from_numpy(part[1])}
+                save_tensors(files[block], part[0].tensors() | norms)
+        for block, file in files.items() if ranks.rank() == 0 else ():
+            tensors = load_tensors(file)
+            known = tensors.pop("weight_norm").numpy()
+            yield spans[block], Histograms(**tensors), known
+
+    def _recorded(
+        self, layers: Mapping[int, list[LinearLayer]], left: set[int]
+    ) -> Iterator[tuple[int, tuple[Histograms, npt.NDArray[np.float64]]]]:
+        if not left:
+            return
+        batches = ({"input_ids": batch} for batch in self.batches)
+        walk = BlockWalk(self.model, batches, skip_first=self.skip_first)
+        with self._bar(max(left) + 1, "block") as bar:
+            for block in range(max(left) + 1):
+                if block in left:
+                    recorder = Recorder(layers[block], self.bins, first_counts=self.first_counts)
+                    walk.record(layers[block], recorder.add)
+                    state = _over_ranks(recorder.state())
+                    yield block, (state, dataset.weight_norms(layers[block]))
+                else:
+                    walk.advance()
+                bar.update()
+
+    def _bar(self, total: int, unit: str) -> Any:
+        return tqdm(total=total, unit=unit, disable=not self.progress)
+
+
+def _spans(layers: Iterable[Sequence[LinearLayer]]) -> list[slice]:
+    """Return where the neurons of groups of layers lie, one group after the other."""
+    ends = list(itertools.accumulate(sum(layer.neurons for layer in some) for some in layers))
+    return [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
+
+
+def _over_ranks(state: Histograms) -> Histograms:
+    """Make of a state that of all processes."""
+    if ranks.count() > 1:
+        state.reduce_(ranks.add_, ranks.least_, ranks.most_)
+    return state
 
 
 def _difficulties(

@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from entangle.model import ranks
+from entangle.model.placing import home_of
 from entangle.model.text import TokenWindows, check_windows
 
 
@@ -78,7 +79,7 @@ def score(
     ):
         for number in ranks.shard().batches(len(batches)):
             batch = batches[number]
-            tokens = batch.to(model.device)
+            tokens = batch.to(home_of(model))
             logits = model(input_ids=tokens, use_cache=False).logits
             # A window at a time: in float32 all of them would double the peak of memory.
             for place, (window, scores) in enumerate(zip(tokens, logits, strict=True)):

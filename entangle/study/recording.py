@@ -9,7 +9,7 @@ import xarray as xr
 from transformers import PreTrainedModel
 
 from entangle.model.hooks import Listener, listening
-from entangle.model.layers import LinearLayer, find_layers, skipped_parameters
+from entangle.model.layers import LinearLayer, find_layers, skipped_parameters, weight_of
 from entangle.model.loading import weights_hash
 from entangle.model.text import TokenWindows
 from entangle.numerics.histograms import Histograms
@@ -75,11 +75,11 @@ class Recorder:
                 self._all[self._slices[name]].copy_(histograms)
         return self._all
 
-    def restore(self, state: Histograms, device: torch.device) -> None:
-        """Go on from what `state` returned, on a device."""
+    def restore(self, state: Histograms) -> None:
+        """Go on from what `state` returned, each layer's on its device."""
         self._all.copy_(state)
         for layer in self.layers:
-            part = self._all[self._slices[layer.name]]
+            part, device = self._all[self._slices[layer.name]], weight_of(layer).device
             self._histograms[layer.name] = part if device.type == "cpu" else part.to(device)
 
     def dataset(self) -> xr.Dataset:
