@@ -118,6 +118,7 @@ def run_sparsify(args: argparse.Namespace) -> None:
     from entangle.model import folders
 
     folders.check_target(args.out, args.overwrite)  # before torch is imported, which takes seconds
+    from entangle.model import ranks
     from entangle.study import runs
     from entangle.study.budgeting import STRENGTH
     from entangle.study.pruned import Pruning
@@ -165,6 +166,8 @@ def run_sparsify(args: argparse.Namespace) -> None:
         progress=_progress(),
         command=args.command_line,
     )
+    if ranks.rank() > 0:
+        return
     if chosen is not None:
         runs.save_table(chosen.table, args.out / "budget.csv")
     log = json.loads((args.out / "log.json").read_text())

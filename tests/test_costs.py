@@ -69,10 +69,10 @@ def test_the_damping_of_a_mixture_is_that_of_its_worst_expert(
     walk = walk_of()
     (layer,) = find_layers(walk.model, ["*.0.mlp.down_proj"])
     clustering = Clustering(3)
-    calibration = calibrate(walk, [layer], [clustering], advance=False)[clustering][layer.name]
+    calibration = calibrate(walk, [layer], [clustering], advance=False)[clustering]
     weight = weight_of(layer).expand(3, -1, -1)
     monkeypatch.setattr(pruned, "prune", lambda *_, **__: Pruned(weight, (0.01, 1.0, 0.1)))
-    found = pruned.prune_layer(
-        walk.model, layer, calibration, pruned.Pruning(Sparsity(0.5), experts=3)
+    (found,) = pruned.prune_layers(
+        walk.model, [layer], calibration, pruned.Pruning(Sparsity(0.5), experts=3)
     )
     assert found.row["damping"] == 1.0

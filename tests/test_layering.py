@@ -50,6 +50,7 @@ ROOMS = {
         "budgeting",
         "costs",
         "pruned",
+        "finished",
         "expansion",
         "tables",
         "sweeping",

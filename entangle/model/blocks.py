@@ -10,6 +10,7 @@ files (see `placing`) one block is on the device, and the hidden states are on t
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -109,8 +110,11 @@ class BlockWalk:
         batches: Iterable[Mapping[str, torch.Tensor]],
         *,
         skip_first: int = 0,
+        places: Sequence[int] | None = None,
     ) -> None:
         """Take up batches, each what the model is called with (input_ids, attention_mask).
+
+        ``places`` are where in the text each begins, if they do not follow one another.
 
         Raises:
             RuntimeError: the blocks do not run one after the other on hidden states alone.
@@ -134,6 +138,10 @@ class BlockWalk:
                 self._take_up(batch, skip_first)
         if not self._hidden:
             raise ValueError("no batch to run: give at least one window")
+
+        starts = itertools.accumulate((batch.size for batch in self.counted), initial=0)
+        begun = zip(self.counted, starts if places is None else places, strict=False)
+        self.places = [start + batch.places for batch, start in begun]  # of each counted token
 
     @property
     def tokens(self) -> int:

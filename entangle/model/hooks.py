@@ -26,6 +26,12 @@ class CountedTokens:
     padding: int
     keep: torch.Tensor | None  # (size,) bool; None keeps all
 
+    @property
+    def places(self) -> torch.Tensor:
+        """Which of the batch's tokens they are (tokens,) int64, on the CPU."""
+        keep = torch.ones(self.size, dtype=torch.bool) if self.keep is None else self.keep.cpu()
+        return keep.nonzero().flatten()
+
     def rows(self, layer: LinearLayer, values: torch.Tensor) -> torch.Tensor:
         """Return the counted rows (tokens, channels) of a layer's inputs or outputs.
 

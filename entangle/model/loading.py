@@ -3,7 +3,7 @@
 import hashlib
 import shutil
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,9 +30,10 @@ from entangle.model.packing import (
     pack_layers,
     save_expanded,
 )
-from entangle.model.placing import blocks_in_files, stored_parameters
+from entangle.model.placing import blocks_in_files, is_offloaded, stored_parameters
 from entangle.numerics.routing import Router
 
+SHARD = "1GB"  # of a model that is larger than memory
 DTYPES = {
     "auto": "auto",
     "float32": torch.float32,
@@ -150,11 +151,14 @@ def _load_expanded(
 
 
 def save_model(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    folder: Path,
+    described: Mapping[str, dict[str, Any]] | None = None,
 ) -> None:
     """Write a model, and its tokenizer, into a folder: an ordinary Hugging Face one.
 
-    That of an expanded model only entangle can load (see `packing`).
+    That of an expanded model only entangle can load (see `packing.save_expanded`).
 
     Raises:
         OSError: the folder cannot be written.
@@ -163,10 +167,12 @@ def save_model(
     folder.mkdir(parents=True, exist_ok=True)  # transformers says nothing if it is a file
     try:
         if expanded_layers(model):
-            save_expanded(model, folder)
+            save_expanded(model, folder, described)
         else:
             (folder / EXPANSION).unlink(missing_ok=True)  # of a model that was here before
-            model.save_pretrained(folder)
+            # One file after another is read and written.
+            size: dict[str, Any] = {"max_shard_size": SHARD} if is_offloaded(model) else {}
+            model.save_pretrained(folder, **size)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
     except OSError:

@@ -9,7 +9,7 @@ making up the weights that it does not find.
 import hashlib
 import json
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from entangle.model import folders
 from entangle.model.experts import ExpertLinear, Packed, PackedLinear, pack, unpack
 from entangle.model.layers import LinearLayer, find_layers, replace_layer, weight_of
+from entangle.model.placing import stored_parameters
 from entangle.numerics.products import PACKABLE
 from entangle.numerics.routing import Router, router_of
 
@@ -101,8 +102,12 @@ def is_expanded(folder: Path) -> bool:
     return (folder / EXPANSION).is_file()
 
 
-def save_expanded(model: PreTrainedModel, folder: Path) -> None:
+def save_expanded(
+    model: PreTrainedModel, folder: Path, described: Mapping[str, dict[str, Any]] | None = None
+) -> None:
     """Write an expanded model into a folder, its tokenizer left out.
+
+    ``described`` is what `save_experts` returned of all blocks, where they are there already.
 
     Raises:
         OSError: a file cannot be written.
@@ -112,19 +117,60 @@ def save_expanded(model: PreTrainedModel, folder: Path) -> None:
         model.generation_config.save_pretrained(folder)
     layers = expanded_layers(model)
     save_tensors(folder / DENSE, _dense_tensors(model, layers))
-    owners: dict[int, str] = {}
-    described = {}
+    blocks = sorted({layer.block for layer in layers})
+    if described is None:
+        described = {}
+        for block in blocks:
+            described |= save_experts(folder, [layer for layer in layers if layer.block == block])
     files = [name for name in ("config.json", GENERATION, DENSE) if (folder / name).is_file()]
-    for block in sorted({layer.block for layer in layers}):
-        tensors: Tensors = {}
-        for layer in layers:
-            if layer.block == block:
-                described[layer.name] = _pack_layer(layer, owners, tensors)
-        files.append(f"experts/{block}.safetensors")
-        save_tensors(folder / files[-1], tensors)
+    files += map(_file_of, blocks)
     about = {"format": _FORMAT, "layers": described, "sha256": folders.sums(folder, files)}
     with folders.new_file(folder / EXPANSION) as partial:
         partial.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+
+
+def save_experts(folder: Path, layers: Sequence[LinearLayer]) -> dict[str, dict[str, Any]]:
+    """Write the expanded layers of one block into a folder, and return what describes each.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    owners: dict[int, str] = {}
+    tensors: Tensors = {}
+    described = {layer.name: _pack_layer(layer, owners, tensors) for layer in layers}
+    save_tensors(folder / _file_of(layers[0].block), tensors)
+    return described
+
+
+def load_experts(
+    model: PreTrainedModel,
+    folder: Path,
+    layers: Sequence[LinearLayer],
+    described: Mapping[str, dict[str, Any]],
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    packed: bool = False,
+) -> None:
+    """Put the expanded layers of one block that `save_experts` wrote in the places of layers.
+
+    Raises:
+        LookupError: a layer without tensors.
+        OSError: the file cannot be read.
+    """
+    tensors = load_tensors(folder / _file_of(layers[0].block))
+    routers: dict[str, Router] = {}
+    for layer in layers:
+        mixture = _unpack_layer(layer.name, described[layer.name], tensors, routers)
+        mixture = mixture if dtype is None else mixture.to(dtype)
+        expanded = replace_layer(model, layer, mixture.to(device))
+        if packed:
+            pack_layer(model, expanded)
+        del mixture, expanded  # or they would stay until the next is unpacked
+
+
+def _file_of(block: int) -> str:
+    return f"experts/{block}.safetensors"
 
 
 def _dense_tensors(model: PreTrainedModel, layers: list[LinearLayer]) -> Tensors:
@@ -132,7 +178,7 @@ def _dense_tensors(model: PreTrainedModel, layers: list[LinearLayer]) -> Tensors
     expanded = tuple(f"{layer.name}." for layer in layers)
     every = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     buffers = {name: value for name, value in model.state_dict().items() if name not in every}
-    tensors = {name: parameter.detach() for name, parameter in model.named_parameters()} | buffers
+    tensors = dict(stored_parameters(model)) | buffers
     return {name: value for name, value in tensors.items() if not name.startswith(expanded)}
 
 
@@ -218,7 +264,7 @@ def load_expanded(
     folders.check_sums(folder, expected)
     model = _empty_model(folder, trust_remote_code)
     try:
-        blocks = {f"experts/{layer['block']}.safetensors" for layer in described.values()}
+        blocks = {_file_of(layer["block"]) for layer in described.values()}
         unknown = {"config.json", DENSE, *blocks} - {*expected}
         if unknown:
             raise ValueError(f"no sum of {min(unknown)}")
@@ -261,21 +307,13 @@ def _fill(
         ValueError: tensors of another shape.
     """
     layers = {layer.name: layer for layer in find_layers(model)}
-    routers: dict[str, Router] = {}
     for name, about in described.items():
         size = layers[name].neurons, layers[name].inputs
         if (about["neurons"], about["inputs"]) != size:
             raise ValueError(f"{name} is {size[0]} x {size[1]} in this model")
     for block in dict.fromkeys(about["block"] for about in described.values()):
-        tensors = load_tensors(folder / "experts" / f"{block}.safetensors")
-        for name, about in described.items():
-            if about["block"] == block:
-                mixture = _unpack_layer(name, about, tensors, routers)
-                mixture = mixture if dtype is None else mixture.to(dtype)
-                layer = replace_layer(model, layers[name], mixture)
-                if packed:
-                    pack_layer(model, layer)
-                del mixture, layer  # or they would stay until the next is unpacked
+        here = [layers[name] for name, about in described.items() if about["block"] == block]
+        load_experts(model, folder, here, described, dtype=dtype, packed=packed)
     # Copied as a router is. assign: the tensors themselves, so with their dtype.
     dense = {name: tensor.clone() for name, tensor in load_tensors(folder / DENSE).items()}
     result = model.load_state_dict(dense, strict=False, assign=True)

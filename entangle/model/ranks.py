@@ -7,7 +7,7 @@ sent. All ranks call the same functions in the same order. Rank 0 prints and wri
 import dataclasses
 import datetime
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Self, TypeVar
 
@@ -157,3 +157,62 @@ def _compare(found: list[Any]) -> None:
             f"rank {other[0]} was started with other arguments, or has another model, text or "
             "version, than rank 0: start all with the same command on the same files"
         )
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """Do something of one's own, of which the others hear if it cannot be done.
+
+    Raises:
+        ValueError: on all ranks, what it was on one.
+    """
+    problem = None
+    try:
+        yield
+    except ValueError as error:
+        if count() == 1:
+            raise
+        problem = str(error)
+    for said in everyone(problem):
+        if said is not None:
+            raise ValueError(said)
+
+
+def spread(costs: Sequence[float]) -> list[int]:
+    """Return a rank for each piece of work, so that all have as much to do: the largest first."""
+    owners, busy = [0] * len(costs), [0.0] * count()
+    for piece in sorted(range(len(costs)), key=lambda piece: -costs[piece]):
+        owners[piece] = min(range(count()), key=busy.__getitem__)
+        busy[owners[piece]] += costs[piece]
+    return owners
+
+
+def broadcast_(tensor: torch.Tensor, owner: int) -> None:
+    """Make of a tensor that of one rank."""
+    if count() > 1:
+        with _others():
+            distributed.broadcast(tensor, owner)
+
+
+def from_rank(owner: int, value: Value | None) -> Value:
+    """Return what one rank gave: what is not large, which is pickled on the way."""
+    found = [value]
+    if count() > 1:
+        with _others():
+            distributed.broadcast_object_list(found, owner)
+    return found[0]  # type: ignore[return-value]
+
+
+def gather(rows: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """Return all ranks' rows (tokens, ...), in the order of their places (tokens,)."""
+    if count() == 1:
+        return rows
+    lengths = everyone(len(rows))
+    padded = rows.new_zeros(max(lengths), *rows.shape[1:])
+    padded[: len(rows)] = rows
+    parts = [torch.empty_like(padded) for _ in lengths]
+    with _others():
+        distributed.all_gather(parts, padded)
+    every = torch.cat([part[:length] for part, length in zip(parts, lengths, strict=True)])
+    order = torch.cat(everyone(places)).argsort()
+    return every[order.to(every.device)]

@@ -64,6 +64,10 @@ class InputMoments:
         """Return the moments of one expert: a view, and what is added to it is added here."""
         return type(self)(self.lower[index], self.count[index])
 
+    def some(self, experts: Sequence[int]) -> Self:
+        """Return the moments of some experts: a copy."""
+        return type(self)(self.lower[list(experts)], self.count[list(experts)])
+
     def merged(self, other: Self) -> Self:
         """Return the moments of both sets of rows together."""
         return type(self)(self.lower + other.lower, self.count + other.count)

@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 from transformers import PreTrainedModel
 
+from entangle.model import ranks
 from entangle.model.blocks import BlockWalk
 from entangle.model.layers import LinearLayer, weight_of
 from entangle.model.packing import load_tensors, router_from, router_tensors, save_tensors
@@ -72,9 +73,21 @@ Calibrations = dict[str, Calibration]  # by the layer's name
 def walk_blocks(
     model: PreTrainedModel, windows: TokenWindows, batch_size: int, skip_first: int
 ) -> BlockWalk:
-    """Return the windows on their way through the model's blocks."""
-    batches = ({"input_ids": batch} for batch in windows.batches(batch_size))
-    return BlockWalk(model, batches, skip_first=skip_first)
+    """Return the windows on their way through the model's blocks, under torchrun this process's.
+
+    Raises:
+        ValueError: as `BlockWalk` says, or fewer batches than processes.
+    """
+    batches = windows.batches(batch_size)
+    mine = ranks.shard().batches(len(batches))
+    if len(batches) < ranks.count():
+        raise ValueError(
+            f"{len(batches)} batches of {batch_size} windows are too few for {ranks.count()} "
+            "processes: use a smaller batch size, more windows or fewer processes"
+        )
+    places = [number * batch_size * windows.length for number in mine]
+    inputs = ({"input_ids": batches[number]} for number in mine)
+    return BlockWalk(model, inputs, skip_first=skip_first, places=places)
 
 
 def sample_inputs(
@@ -85,7 +98,7 @@ def sample_inputs(
     Which of the counted tokens is decided by a hash of the seed and the token's place, so that
     another batch size chooses the same. Layers that have the same inputs share the tensor.
     """
-    chosen = _choose(walk, size, seed)[1]
+    chosen = _choose(walk, size, seed)
     heard: dict[str, list[torch.Tensor]] = {}
 
     def on_inputs(layer: LinearLayer, rows: torch.Tensor) -> None:
@@ -93,27 +106,24 @@ def sample_inputs(
         parts.append(rows[chosen[len(parts)].to(rows.device)])
 
     first = walk.listen(layers, on_inputs, advance=advance)
-    rows = {name: torch.cat(parts) for name, parts in heard.items()}
+    places = torch.cat([place[which] for place, which in zip(walk.places, chosen, strict=True)])
+    rows = {name: ranks.gather(torch.cat(parts), places) for name, parts in heard.items()}
     return {layer.name: rows[first[layer.name]] for layer in layers}
 
 
 def sampled_places(walk: BlockWalk, size: int, seed: int) -> torch.Tensor:
     """Return the place in the text of each token that `sample_inputs` chooses (tokens,)."""
-    return _choose(walk, size, seed)[0]
+    chosen = _choose(walk, size, seed)
+    places = torch.cat([place[which] for place, which in zip(walk.places, chosen, strict=True)])
+    return ranks.gather(places, places)
 
 
-def _choose(walk: BlockWalk, size: int, seed: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Return the places of ``size`` tokens, and for each batch which of its counted ones they are."""
-    place, places = 0, []
-    for batch in walk.counted:
-        keep = torch.ones(batch.size, dtype=torch.bool) if batch.keep is None else batch.keep.cpu()
-        places.append(place + keep.nonzero().flatten())
-        place += batch.size
-    every = torch.cat(places)
-    hashes = _hash(every.numpy().astype(np.uint64), seed)
-    limit = np.sort(hashes)[min(size, len(hashes)) - 1]
-    chosen = torch.from_numpy(hashes <= limit)
-    return every[chosen], list(chosen.split([len(part) for part in places]))
+def _choose(walk: BlockWalk, size: int, seed: int) -> list[torch.Tensor]:
+    """Return for each batch which of its counted tokens are among the ``size`` chosen of all."""
+    hashes = _hash(torch.cat(walk.places).numpy().astype(np.uint64), seed)
+    every = np.sort(np.concatenate(ranks.everyone(hashes)))
+    chosen = torch.from_numpy(hashes <= every[min(size, len(every)) - 1])
+    return list(chosen.split([len(part) for part in walk.places]))
 
 
 def _hash(numbers: npt.NDArray[np.uint64], seed: int) -> npt.NDArray[np.uint64]:
@@ -146,12 +156,23 @@ def calibrate(
     if several:
         samples = sample_inputs(walk, layers, SAMPLE, seed)
         fitted: dict[int, dict[Clustering, Router]] = {}
-        for layer in layers:
-            rows = samples[layer.name]
-            with naming(layer):
-                if id(rows) not in fitted:
-                    fitted[id(rows)] = _fit(rows, several, seed)
-            routers |= {(c, layer.name): router for c, router in fitted[id(rows)].items()}
+        apart = {id(samples[layer.name]): layer for layer in reversed(layers)}
+        owners = dict(
+            zip(apart, ranks.spread([layer.inputs for layer in apart.values()]), strict=True)
+        )
+        with ranks.together():
+            for key, layer in apart.items():
+                if owners[key] == ranks.rank():
+                    with naming(layer):
+                        found = _fit(samples[layer.name], several, seed)
+                        fitted[key] = {clustering: one.cpu() for clustering, one in found.items()}
+        for key, layer in apart.items():
+            found, device = (
+                ranks.from_rank(owners[key], fitted.get(key)),
+                samples[layer.name].device,
+            )
+            fitted[key] = {clustering: one.to(device) for clustering, one in found.items()}
+        routers = {(c, x.name): r for x in layers for c, r in fitted[id(samples[x.name])].items()}
     sums: dict[tuple[Clustering, str], ExpertMoments | InputMoments] = {}
 
     def on_inputs(layer: LinearLayer, rows: torch.Tensor) -> None:
@@ -166,6 +187,9 @@ def calibrate(
         key: found.moments() if isinstance(found, ExpertMoments) else found
         for key, found in sums.items()
     }
+    for one in moments.values():
+        ranks.add_(one.lower)
+        ranks.add_(one.count)
     return {
         clustering: {
             layer.name: Calibration(

@@ -6,6 +6,7 @@ its inputs. One expert is plain one-shot pruning.
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,12 @@ import xarray as xr
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from entangle.model import folders
+from entangle.model import ranks
 from entangle.model.blocks import BlockWalk
 from entangle.model.hooks import check_hooks
 from entangle.model.layers import LinearLayer, check_prunable, find_layers
 from entangle.model.loading import save_model
+from entangle.model.placing import is_offloaded
 from entangle.model.text import TokenWindows, check_windows
 from entangle.numerics.pruning import Sparsity, check_group
 from entangle.study import costs, runs
@@ -32,7 +34,8 @@ from entangle.study.calibration import (
     walk_blocks,
 )
 from entangle.study.dataset import dataset_of
-from entangle.study.pruned import PULL, PrunedLayer, Pruning, prune_layer
+from entangle.study.finished import FinishedBlocks
+from entangle.study.pruned import PULL, PrunedLayer, Pruning, prune_layers
 from entangle.study.recording import check_weights, provenance
 
 # What determines a run, and so a budget made from it.
@@ -109,10 +112,13 @@ def sparsify(
 
     With ``out`` the model, and the tokenizer, are also written to that folder: an ordinary Hugging
     Face one, or with several experts one that `load_model` loads, with run.json, log.json and
-    sparsity.json. After an error the model may be pruned in part.
+    sparsity.json. After an error the model may be pruned in part. A command that was killed goes on
+    with the blocks that are done when it is called again with the same arguments. Of a model whose
+    blocks are in files, what is here is used up afterwards: load what was written.
 
     Raises:
-        FileExistsError: ``out`` exists, and ``overwrite`` is false.
+        FileExistsError: ``out`` exists, or holds unfinished work of other arguments, and
+            ``overwrite`` is false.
         LookupError: a pattern matches no layer.
         RuntimeError: a model that cannot be run block by block, or a layer that did not run once
             in each batch.
@@ -134,42 +140,40 @@ def sparsify(
         across=across,
     )
     chosen = prunable_layers(model, windows, layers, [pruning], skip_first)
-    evidence = budget_run(model, [pruning], run)
-
-    def prune_all() -> Sparsified:
-        attributes = provenance(
-            model,
-            windows,
-            layers=layers,
-            batch_size=batch_size,
-            skip_first=skip_first,
-            command=command,
-        )
-        attributes |= pruning.words() | evidence
+    if out is None and is_offloaded(model):
+        raise ValueError("the model's weights are in files: give a folder to write it to, with out")
+    attributes = provenance(
+        model,
+        windows,
+        layers=layers,
+        batch_size=batch_size,
+        skip_first=skip_first,
+        command=command,
+    )
+    attributes |= pruning.words() | budget_run(model, [pruning], run)
+    attributes |= {"tokens": len(windows) * (windows.length - skip_first)}
+    stopwatch = runs.Stopwatch()
+    dense = costs.model_multiply_adds(model)
+    kept = nullcontext() if out is None else runs.resumed_run(out, attributes, overwrite=overwrite)
+    with kept as folder:
         outliers = None
         if pruning.across == "owl":
             outliers = block_outliers(walk_blocks(model, windows, batch_size, skip_first), chosen)
         zeros = budget_of(chosen, pruning, run, outliers, windows.seed)
+        done = None if folder is None else FinishedBlocks(model, folder)
         walk = walk_blocks(model, windows, batch_size, skip_first)
         pruned = prune_model(
-            walk, chosen, pruning, seed=windows.seed, zeros=zeros, progress=progress
+            walk, chosen, pruning, seed=windows.seed, zeros=zeros, done=done, progress=progress
         )
-        rows = pd.DataFrame([layer.row for layer in pruned])
-        return Sparsified(rows, attributes | {"tokens": walk.tokens})
-
-    if out is None:
-        return prune_all()
-    stopwatch = runs.Stopwatch()
-    dense = costs.model_multiply_adds(model)
-    with folders.new_folder(out, overwrite=overwrite) as folder:
-        found = prune_all()
-        save_model(model, tokenizer, folder)
-        rows: list[Any] = found.layers.to_dict(orient="records")
-        whole = {"sparsity": found.sparsity, "error": found.error}
-        whole |= costs.totals(rows, dense) | {"model_bytes": costs.size_of(folder)}
-        runs.write_json(folder / "sparsity.json", whole | {"layers": rows})
-        runs.write_json(folder / "run.json", found.attributes)
-        runs.write_json(folder / "log.json", stopwatch.log())
+        found = Sparsified(pd.DataFrame([layer.row for layer in pruned]), attributes)
+        if done is not None and ranks.rank() == 0:
+            rows: list[Any] = found.layers.to_dict(orient="records")
+            save_model(model, tokenizer, done.folder, done.described())
+            whole = {"sparsity": found.sparsity, "error": found.error}
+            whole |= costs.totals(rows, dense) | {"model_bytes": costs.size_of(done.folder)}
+            done.remove()
+            runs.write_json(done.folder / "sparsity.json", whole | {"layers": rows})
+            runs.write_json(done.folder / "log.json", stopwatch.log())
     return found
 
 
@@ -258,32 +262,41 @@ def prune_model(
     seed: int = 0,
     held_out: BlockWalk | None = None,
     zeros: Zeros | None = None,
+    done: FinishedBlocks | None = None,
     progress: bool = False,
 ) -> list[PrunedLayer]:
     """Prune layers in place, block by block, and measure the error on inputs from other text too.
 
+    Blocks that are ``done`` are read, and the others saved there.
+
     Raises:
         ValueError: the inputs of a layer cannot be pruned by; the message names it.
     """
-    pruned = []
+    pruned: list[PrunedLayer] = []
     dense = pruning.propagate == "dense"
     last = max(layer.block for layer in layers)
     walks = [walk] if held_out is None else [walk, held_out]
     with tqdm(total=last + 1, unit="block", desc="prune", disable=not progress) as bar:
         for block in range(last + 1):
             here = [layer for layer in layers if layer.block == block]
-            if here:
+            if here and done is not None and block in done.there:
+                for one in walks if dense and block < last else ():
+                    one.advance()
+                pruned += done.load(here)
+            elif here:
                 unseen: dict[str, torch.Tensor] = {}
                 if held_out is not None:
                     unseen = sample_inputs(held_out, here, HELD_OUT, seed, advance=dense)
                 found = calibrate(walk, here, [pruning.clustering], seed=seed, advance=dense)
                 calibrations = found[pruning.clustering]
-                for layer in here:
-                    calibration, rows = calibrations[layer.name], unseen.get(layer.name)
-                    count = (zeros or {}).get(layer.name)
-                    pruned.append(prune_layer(walk.model, layer, calibration, pruning, rows, count))
+                words: dict[str, Any] = {"held_out": unseen, "zeros": zeros}
+                pruned += prune_layers(walk.model, here, calibrations, pruning, **words)
+                if done is not None:
+                    done.save(here, pruned[-len(here) :])
             for one in walks:
                 if one.block == block < last:
                     one.advance()
+            if done is not None:
+                done.let_go(block)
             bar.update()
     return pruned

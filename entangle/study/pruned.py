@@ -3,12 +3,13 @@
 import dataclasses
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Self
 
 import torch
 from transformers import PreTrainedModel
 
+from entangle.model import ranks
 from entangle.model.experts import ExpertLinear
 from entangle.model.layers import LinearLayer, replace_layer, weight_of, write_weight
 from entangle.numerics.budgets import even_quality, largest_remainder
@@ -17,7 +18,14 @@ from entangle.numerics.pruning import Mask, Method, Sparsity, prune
 from entangle.numerics.routing import Router
 from entangle.study import costs
 from entangle.study.budgeting import ACROSS, ROWS, STRENGTH, TRIM, UNIFORM
-from entangle.study.calibration import ONE, Assign, Calibration, Clustering, naming
+from entangle.study.calibration import (
+    ONE,
+    Assign,
+    Calibration,
+    Calibrations,
+    Clustering,
+    naming,
+)
 
 Propagate = Literal["sparse", "dense"]
 
@@ -156,46 +164,119 @@ class PrunedLayer:
     held_out: torch.Tensor  # the same over inputs from other text; empty where there is none
 
 
-def prune_layer(
+def prune_layers(
     model: PreTrainedModel,
-    layer: LinearLayer,
-    calibration: Calibration,
+    layers: Sequence[LinearLayer],
+    calibrations: Calibrations,
     pruning: Pruning,
-    held_out: torch.Tensor | None = None,
-    zeros: torch.Tensor | int | None = None,
-) -> PrunedLayer:
-    """Prune a layer in place, or put a mixture of experts in its place.
+    *,
+    held_out: Mapping[str, torch.Tensor] | None = None,
+    zeros: Mapping[str, torch.Tensor | int] | None = None,
+) -> list[PrunedLayer]:
+    """Prune layers in place, or put mixtures of experts in their places.
 
-    ``zeros`` are those of its rows (neurons,), or the layer's, which TRIM's rule hands to the rows;
-    without them each row has the sparsity. `least` and `most` are the smallest and the largest share
-    of zeros of a row.
+    ``zeros`` are those of a layer's rows (neurons,), or the layer's, which TRIM's rule hands to the
+    rows; without them each row has the sparsity. `least` and `most` are the smallest and the largest
+    share of zeros of a row.
     ``error`` is ‖(W - Ŵ)X‖² / ‖WX‖² over the calibration's inputs X, each with the Ŵ of its expert;
     NaN for a layer without output. ``held_out_error`` is the same over the inputs (tokens, inputs)
     ``held_out``. ``zeros`` are counted in the weights themselves.
 
+    Under torchrun each process prunes some of the experts, and all place all of them.
+
     Raises:
         ValueError: as `prune` says; the message names the layer.
     """
+    zeros, held_out = zeros or {}, held_out or {}
+    experts = [calibrations[layer.name].moments.count.numel() for layer in layers]
+    sizes = [layer.inputs**2 * (layer.neurons + layer.inputs / 3) for layer in layers]
+    owners = ranks.spread([size for size, n in zip(sizes, experts, strict=True) for _ in range(n)])
+    pruned: list[_Weights] = []
+    with ranks.together():
+        for layer, count in zip(layers, experts, strict=True):
+            whose, owners = owners[:count], owners[count:]
+            calibration, rows = calibrations[layer.name], zeros.get(layer.name)
+            with naming(layer):
+                pruned.append(_prune_mine(layer, calibration, pruning, rows, whose))
+    found = []
+    whose = ranks.spread(sizes)
+    for layer, weights, owner in zip(layers, pruned, whose, strict=True):
+        weights.share()
+        calibration, unseen = calibrations[layer.name], held_out.get(layer.name)
+        found.append(_place(model, layer, calibration, weights, unseen, owner))
+    return found
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Weights:
+    """A layer's pruned experts, of which this process has its own."""
+
+    weight: torch.Tensor  # ([experts,] neurons, inputs)
+    damping: list[float]
+    owners: list[int]
+
+    def share(self) -> None:
+        """Give all processes each one's."""
+        if ranks.count() > 1:
+            for one, owner in zip(
+                self.weight.view(-1, *self.weight.shape[-2:]), self.owners, strict=True
+            ):
+                ranks.broadcast_(one, owner)
+            self.damping[:] = map(max, zip(*ranks.everyone(self.damping), strict=True))
+
+
+def _prune_mine(
+    layer: LinearLayer,
+    calibration: Calibration,
+    pruning: Pruning,
+    zeros: torch.Tensor | int | None,
+    owners: list[int],
+) -> _Weights:
     weight, moments, router = weight_of(layer), calibration.moments, calibration.router
-    with naming(layer):
-        if isinstance(zeros, int):
-            pooled = moments if router is None else moments.pooled()
-            shares = even_quality(weight, pooled, zeros / weight.numel())
-            sizes = [layer.inputs] * layer.neurons
-            zeros = torch.from_numpy(largest_remainder(shares, sizes, zeros))
-        pruned = prune(
-            weight,
-            moments if router is None else moments.pulled(pruning.pull),
-            pruning.sparsity if zeros is None else zeros,
-            method=pruning.method,
-            mask=pruning.mask,
-        )
-    change = weight.double() - pruned.weight.double()
-    lost = output_energy(change, moments).reshape(-1, layer.neurons).sum(dim=0)
-    unseen, unseen_energy = lost.new_empty(0), math.nan
-    if held_out is not None:
-        unseen = _energy(held_out, change, router)
-        unseen_energy = float(_energy(held_out, weight, None).sum())
+    if isinstance(zeros, int):
+        pooled = moments if router is None else moments.pooled()
+        shares = even_quality(weight, pooled, zeros / weight.numel())
+        sizes = [layer.inputs] * layer.neurons
+        zeros = torch.from_numpy(largest_remainder(shares, sizes, zeros))
+    words: dict[str, Any] = {"method": pruning.method, "mask": pruning.mask}
+    share = pruning.sparsity if zeros is None else zeros
+    mine = [expert for expert, owner in enumerate(owners) if owner == ranks.rank()]
+    if len(mine) == len(owners):
+        moments = moments if router is None else moments.pulled(pruning.pull)
+        pruned = prune(weight, moments, share, **words)
+        return _Weights(pruned.weight, list(pruned.damping), owners)
+    whole = weight.new_empty((*moments.count.shape, *weight.shape))
+    damping = [0.0] * len(owners)
+    if mine:
+        some = moments if router is None else moments.pulled(pruning.pull).some(mine)
+        pruned = prune(weight, some, share, **words)
+        whole[mine] = pruned.weight
+        for expert, one in zip(mine, pruned.damping, strict=True):
+            damping[expert] = one
+    return _Weights(whole, damping, owners)
+
+
+def _place(
+    model: PreTrainedModel,
+    layer: LinearLayer,
+    calibration: Calibration,
+    pruned: _Weights,
+    held_out: torch.Tensor | None,
+    owner: int,
+) -> PrunedLayer:
+    """Give a layer its pruned weights, and say what became of it."""
+    weight, moments, router = weight_of(layer), calibration.moments, calibration.router
+    errors: tuple[torch.Tensor, torch.Tensor, float] | None = None
+    if owner == ranks.rank():
+        change = weight.double() - pruned.weight.double()
+        lost = output_energy(change, moments).reshape(-1, layer.neurons).sum(dim=0)
+        unseen, unseen_energy = lost.new_empty(0), math.nan
+        if held_out is not None:
+            unseen = _energy(held_out, change, router)
+            unseen_energy = float(_energy(held_out, weight, None).sum())
+        errors = lost.cpu(), unseen.cpu(), unseen_energy
+        del change
+    lost, unseen, unseen_energy = ranks.from_rank(owner, errors)
     experts = moments.count.reshape(-1).tolist()
     if router is None:
         write_weight(layer, pruned.weight)

@@ -32,7 +32,7 @@ from entangle.study.calibration import (
 )
 from entangle.study.expansion import budget_of, budget_run, prunable_layers, prune_model
 from entangle.study.perplexity import NotFiniteError, score
-from entangle.study.pruned import PULL, PrunedLayer, Pruning, arms_of, prune_layer
+from entangle.study.pruned import PULL, PrunedLayer, Pruning, arms_of, prune_layers
 from entangle.study.recording import provenance
 from entangle.study.tables import markdown, tables_of
 
@@ -295,7 +295,7 @@ def _prune(bench: _Bench, pruning: Pruning, grams: Path) -> list[PrunedLayer]:
             zeros=zeros,
             progress=bench.progress,
         )
-    pruned = []
+    pruned: list[PrunedLayer] = []
     for block in bench.blocks:
         here = [layer for layer in bench.layers if layer.block == block]
         if not here:
@@ -303,17 +303,7 @@ def _prune(bench: _Bench, pruning: Pruning, grams: Path) -> list[PrunedLayer]:
         files, device = _files(grams, block, [pruning.clustering]), weight_of(here[0]).device
         found = load_calibrations(files[pruning.clustering], device)
         rows = load_rows(files[None], device)
-        pruned += [
-            prune_layer(
-                bench.model,
-                layer,
-                found[layer.name],
-                pruning,
-                rows[layer.name],
-                zeros.get(layer.name),
-            )
-            for layer in here
-        ]
+        pruned += prune_layers(bench.model, here, found, pruning, held_out=rows, zeros=zeros)
     return pruned
 
 

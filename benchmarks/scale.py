@@ -1,0 +1,90 @@
+"""What a model larger than memory costs: a random Llama of 1.2 billion weights, block by block.
+
+`measure` and `sparsify` run as commands, each in a process of its own, with 16 and with 128 windows,
+beside what `plan` expected of them. An hour and a half on two cores, 6 GB of disk and of memory:
+
+    python -m benchmarks.scale FOLDER [WINDOWS...]
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import entangle
+from benchmarks.timing import machine
+
+DATA = Path(__file__).parents[1] / "data"
+SIZES = {
+    "vocab_size": 49152,
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+    "tie_word_embeddings": True,
+}
+COMMANDS: dict[str, list[str]] = {
+    "measure": [],
+    "sparsify": ["--sparsity", "0.5"],
+}
+
+
+def main() -> None:
+    """Run all of it in a folder, and keep the model there."""
+    folder = Path(sys.argv[1])
+    model = made(folder / "llama-1.2b")
+    size = sum(file.stat().st_size for file in model.glob("*.safetensors"))
+    print(machine(), f"{size / 1e9:.2f} GB of weights on disk", sep="; ", end="\n\n")
+    print("| command | windows | peak memory, GB: measured | planned | minutes | planned |")
+    print("|---|---|---|---|---|---|")
+    for windows in map(int, sys.argv[2:] or ["16", "128"]):
+        for command, words in COMMANDS.items():
+            text = ["--text", str(DATA / "python-docs"), "--windows", str(windows)]
+            text += ["--offload", str(folder / "offloaded"), *words]
+            expected = run("plan", str(model), *text, "--json")
+            out = folder / f"{command}-{windows}"
+            run(command, str(model), *text, "--out", str(out), "--overwrite")
+            log = json.loads((out / "log.json").read_text())
+            stage = next(one for one in expected["stages"] if one["command"] == command)
+            print(
+                f"| {command} | {windows} | {log['peak_memory_bytes'] / 1e9:.2f} | "
+                f"{stage['memory_bytes'] / 1e9:.2f} | {log['seconds'] / 60:.1f} | "
+                f"{stage['seconds'] / 60:.1f} |",
+                flush=True,
+            )
+
+
+def made(folder: Path) -> Path:
+    """Return the folder of the model, made if it is not there."""
+    if not folder.exists():
+        torch.manual_seed(0)
+        config = LlamaConfig(**SIZES)
+        with torch.device("meta"):
+            model = LlamaForCausalLM(config)
+        model = model.to_empty(device="cpu").to(torch.bfloat16)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.normal_(std=0.02) if parameter.ndim > 1 else parameter.fill_(1.0)
+        partial = folder.with_suffix(".partial")
+        model.save_pretrained(partial)
+        entangle.load_tokenizer(DATA / "smollm2-135m").save_pretrained(partial)
+        partial.rename(folder)
+    return folder
+
+
+def run(*words: str) -> dict[str, Any]:
+    """Run a command and return what it prints as JSON, if it was asked to."""
+    done = subprocess.run(
+        [sys.executable, "-m", "entangle", *words], check=True, capture_output=True, text=True
+    )
+    found: dict[str, Any] = json.loads(done.stdout) if "--json" in words else {}
+    return found
+
+
+if __name__ == "__main__":
+    main()
