@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from entangle.study.measuring import measure
     from entangle.study.merging import merge_runs
     from entangle.study.perplexity import score
+    from entangle.study.plan import plan_run
     from entangle.study.ranking import (
         matched_random,
         rank_correlations,
@@ -43,6 +44,7 @@ __all__ = [
     "measure",
     "merge_runs",
     "open_run",
+    "plan_run",
     "plots",
     "rank_correlations",
     "record",
@@ -69,6 +71,7 @@ _HOMES = {
     "measure": "entangle.study.measuring",
     "merge_runs": "entangle.study.merging",
     "open_run": "entangle.study.runs",
+    "plan_run": "entangle.study.plan",
     "rank_correlations": "entangle.study.ranking",
     "record": "entangle.study.recording",
     "score": "entangle.study.perplexity",

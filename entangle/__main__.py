@@ -73,6 +73,27 @@ def run_merge(args: argparse.Namespace) -> None:
     _print(args, dataset.summary(run) | {"run": str(args.out), "log": log}, printed.describe)
 
 
+def run_plan(args: argparse.Namespace) -> None:
+    """Say what measuring and pruning would cost."""
+    plan = entangle.plan_run(
+        args.model,
+        args.text,
+        revision=args.revision,
+        dtype=args.dtype,
+        device=args.device,
+        offload=args.offload is not None,
+        trust_remote_code=args.trust_remote_code,
+        layers=args.layers,
+        windows=args.windows,
+        length=args.length,
+        batch_size=args.batch_size,
+        bins=args.bins,
+        sparsity=args.sparsity,
+        experts=args.experts,
+    )
+    _print(args, dataclasses.asdict(plan), printed.planned)
+
+
 def run_perplexity(args: argparse.Namespace) -> None:
     """Score a model on a text."""
     from entangle.model import ranks
@@ -553,6 +574,7 @@ def command_line(args: argparse.Namespace) -> str:
 COMMANDS = {
     "measure": run_measure,
     "merge": run_merge,
+    "plan": run_plan,
     "perplexity": run_perplexity,
     "generate": run_generate,
     "sparsify": run_sparsify,

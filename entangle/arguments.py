@@ -170,6 +170,15 @@ def parser() -> argparse.ArgumentParser:
     merge.add_argument("run", type=Path, nargs="+", metavar="RUN", help="all its shards")
     merge.add_argument("--out", type=Path, required=True, metavar="RUN", help="a new folder")
 
+    plan = commands.add_parser(
+        "plan",
+        parents=[model, spread, text, layers, always],
+        help="say what measuring and pruning a model would cost, without loading it",
+    )
+    plan.add_argument("--bins", type=int, default=1024, help="of a histogram [1024]")
+    plan.add_argument("--sparsity", default="0.5", help=SPARSITY + " [0.5]")
+    plan.add_argument("--experts", type=int, default=1, metavar="N", help=EXPERTS)
+
     runs_only = argparse.ArgumentParser(add_help=False)
     runs_only.add_argument("--unpacked", action="store_true", help=UNPACKED)
 

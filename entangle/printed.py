@@ -32,6 +32,33 @@ def describe(summary: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def planned(result: dict[str, Any]) -> str:
+    """Return what commands are expected to cost, in words."""
+    lines = [
+        f"{result['model']}: {result['layers']} layers in {result['blocks']} blocks, "
+        f"{result['neurons']:,} neurons, {result['weights'] / 1e9:.3g} billion weights in them, "
+        f"{result['model_bytes'] / 1e9:.3g} GB in all",
+        f"{result['tokens']:,} tokens of {result['text']} ({result['windows']} windows)",
+        "expected of one process, from the same commands on one block and on two, with random weights:",
+    ]
+    for stage in result["stages"]:
+        gpu = (
+            f" and {stage['device_bytes'] / 1e9:.2f} GB on the GPU" if stage["device_bytes"] else ""
+        )
+        lines.append(
+            f"- {stage['command']}: about {_duration(stage['seconds'])}, "
+            f"{stage['memory_bytes'] / 1e9:.2f} GB of memory{gpu}, "
+            f"{stage['disk_bytes'] / 1e9:.2f} GB written"
+        )
+    return "\n".join(lines)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} minutes" if seconds < 7200 else f"{seconds / 3600:.1f} hours"
+
+
 def scored(result: dict[str, Any]) -> str:
     """Return a score, in words."""
     return (

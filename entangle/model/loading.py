@@ -75,7 +75,7 @@ def load_model(
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     target = _device(device)
-    source, options = _source(name, revision, trust_remote_code)
+    source, options = source_of(name, revision, trust_remote_code)
     spread = device_map is not None or offload is not None
     expanded = "gguf_file" not in options and is_expanded(Path(source))
     if spread and (expanded or "gguf_file" in options):
@@ -196,7 +196,7 @@ def load_tokenizer(
         FileNotFoundError: a path that is not there, or a folder without a model.
         ValueError: a tokenizer that cannot be loaded, with what transformers says of it.
     """
-    source, options = _source(name, revision, trust_remote_code)
+    source, options = source_of(name, revision, trust_remote_code)
     with _explained(name):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, **options)
     if "gguf_file" in options:
@@ -233,7 +233,7 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _source(
+def source_of(
     name: str | Path, revision: str | None, trust_remote_code: bool
 ) -> tuple[str, dict[str, Any]]:
     """Return what to give to ``from_pretrained``: the name or folder, and options.

@@ -57,12 +57,17 @@ class Stopwatch:
             "started": self.clock,
             "seconds": round(time.perf_counter() - self.start, 3),
             "peak_memory_bytes": _peak_memory(),
+            **({"peak_device_bytes": torch.cuda.max_memory_allocated()} if _has_cuda() else {}),
             "machine": platform.platform(),
             "processor": platform.processor() or platform.machine(),
             "cores": psutil.cpu_count(),
             "threads": torch.get_num_threads(),
             "memory_bytes": psutil.virtual_memory().total,
         }
+
+
+def _has_cuda() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_initialized()
 
 
 def _peak_memory() -> int:
