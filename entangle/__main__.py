@@ -297,8 +297,11 @@ def _check_budgets(
 
 def _print_table(args: argparse.Namespace, table: "pd.DataFrame", name: str) -> None:
     """Draw the table of a sweep or an ablation, and print it as it was written."""
+    from entangle.model import ranks
     from entangle.study import runs
 
+    if ranks.rank() > 0:
+        return
     file = None
     if table["perplexity"][1:].notna().any():
         figure = getattr(entangle.plots, name)(table)
@@ -589,7 +592,7 @@ COMMANDS = {
 }
 
 
-TOGETHER = ("measure", "perplexity", "sparsify")
+TOGETHER = ("measure", "perplexity", "sparsify", "sweep", "ablate")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -665,7 +668,7 @@ def _left(args: argparse.Namespace) -> str:
     from entangle.model import folders
 
     partial = folders.partial_of(Path(str(getattr(args, "out", None))))
-    kept = {"sweep", "ablate", "disentangle", "measure"}
+    kept = {"sweep", "ablate", "disentangle", "measure", "sparsify"}
     if args.command in kept and not partial.exists() and (args.out / "run.json").is_file():
         return f"{args.out} is whole, but for figures that entangle plot draws"
     if args.command in kept and folders.has_work(partial):

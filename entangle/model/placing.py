@@ -26,6 +26,16 @@ def is_whole(model: nn.Module) -> bool:
     return all(not p.is_meta or id(p) in known for p in model.parameters())
 
 
+def check_in_memory(model: nn.Module, deed: str) -> None:
+    """See that a model's weights are not in files.
+
+    Raises:
+        ValueError: they are.
+    """
+    if is_offloaded(model):
+        raise ValueError(f"{deed} needs the whole model in memory: load it without offload")
+
+
 def home_of(model: nn.Module) -> torch.device:
     """Return the device of the first weights that are on one: where a model takes its tokens."""
     return next(parameter.device for parameter in model.parameters() if not parameter.is_meta)

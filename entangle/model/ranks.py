@@ -7,7 +7,7 @@ sent. All ranks call the same functions in the same order. Rank 0 prints and wri
 import dataclasses
 import datetime
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Self, TypeVar
 
@@ -120,6 +120,13 @@ def _others() -> Iterator[None]:
             f"another process of the {count()} has ended or cannot be reached, so this one ends "
             f"too: see what it said ({str(error).splitlines()[0][:200]})"
         ) from error
+
+
+def once(write: Callable[..., object], *args: Any) -> None:
+    """Have rank 0 write what all ranks read, and wait until it is there."""
+    if rank() == 0:
+        write(*args)
+    everyone(None)
 
 
 @contextmanager

@@ -12,9 +12,11 @@ import xarray as xr
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from entangle.model import ranks
 from entangle.model.blocks import BlockWalk
 from entangle.model.hooks import check_fired, check_hooks, intervening
 from entangle.model.layers import LinearLayer, find_layers, weight_of
+from entangle.model.placing import check_in_memory
 from entangle.model.text import TokenWindows, check_disjoint, check_windows
 from entangle.study import runs
 from entangle.study.calibration import walk_blocks
@@ -100,6 +102,7 @@ def ablate(
     check_run(model, run, evaluation)
     check_windows(model, evaluation, skip_first)
     check_hooks(model, skip_first)
+    check_in_memory(model, "an ablation")
     if sparsified:
         if windows is None:
             raise ValueError("sparsifying neurons needs windows of a text to prune by")
@@ -123,20 +126,22 @@ def ablate(
     stopwatch = runs.Stopwatch()
     with runs.resumed_run(out, attributes, overwrite=overwrite) as folder:
         files = {folder / "arms" / f"{_name(arm)}.json": arm for arm in (None, *arms)}
-        left = {file: arm for file, arm in files.items() if not file.exists()}
+        there = ranks.from_rank(0, [file.exists() for file in files])
+        left = {f: arm for (f, arm), done in zip(files.items(), there, strict=True) if not done}
         rows = folder / "rows"
         prune = _pruner(bench, [arm for arm in left.values() if arm], rows)
         for file, arm in tqdm(left.items(), unit="arm", disable=not progress):
             problem = prune() if arm and arm.sparsity else ""
-            runs.write_json(file, _run_arm(bench, arm, rows, problem))
+            ranks.once(runs.write_json, file, _run_arm(bench, arm, rows, problem))
         results = [runs.read_json(file) for file in files]
         table = effects_of(results)
         table.attrs.update(attributes)
-        runs.save_table(table_of(results), folder / "tables" / "arms.csv")
-        runs.save_table(table, folder / "tables" / "ablation.csv")
-        runs.save_text(markdown(table), folder / "tables" / "ablation.md")
-        runs.write_json(folder / "log.json", stopwatch.log() | {"arms_run": len(left)})
-        runs.remove_folder(rows)
+        if ranks.rank() == 0:
+            runs.save_table(table_of(results), folder / "tables" / "arms.csv")
+            runs.save_table(table, folder / "tables" / "ablation.csv")
+            runs.save_text(markdown(table), folder / "tables" / "ablation.md")
+            runs.write_json(folder / "log.json", stopwatch.log() | {"arms_run": len(left)})
+            runs.remove_folder(rows)
     return table
 
 
@@ -298,7 +303,8 @@ def _score(bench: _Bench, layers: Sequence[LinearLayer], change: Any) -> Row:
             skip_first=bench.skip_first,
             progress=bench.progress,
         )
-    check_fired(fired, len(bench.evaluation.batches(bench.batch_size)))
+    batches = len(bench.evaluation.batches(bench.batch_size))
+    check_fired(fired, len(ranks.shard().batches(batches)))
     return {"window_nats": scored.window_nats.tolist(), "tokens": scored.tokens}
 
 

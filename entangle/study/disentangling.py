@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from entangle.model.hooks import check_hooks
 from entangle.model.layers import LinearLayer
 from entangle.model.packing import load_tensors, save_tensors
+from entangle.model.placing import check_in_memory
 from entangle.model.text import TokenWindows, check_disjoint, check_windows, some_windows
 from entangle.numerics.pruning import Sparsity
 from entangle.study import runs
@@ -109,6 +110,7 @@ def disentangle(
     for text in (windows, evaluation):
         check_windows(model, text, skip_first)
     check_hooks(model, skip_first)
+    check_in_memory(model, "disentangling")
     check_disjoint(windows, evaluation)
     check_layers(model, chosen, parsed)
     attributes = provenance(

@@ -182,6 +182,7 @@ def resumed_run(
         folder = folders.partial_of(Path(target))
         folder.mkdir(parents=True, exist_ok=True)
         yield folder
+        ranks.everyone(None)  # none reads there any more
         return
 
     def goes_on(partial: Path) -> bool:
@@ -210,6 +211,7 @@ def resumed_run(
             )
             write_json(folder / "run.json", attributes)
         yield folder
+        ranks.everyone(None)
 
 
 def remove_folder(folder: Path) -> None:

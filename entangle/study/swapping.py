@@ -5,6 +5,7 @@ beside it: an arm takes its rows from those of all arms.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import torch
 from torch.nn import functional
 from tqdm.auto import tqdm
 
+from entangle.model import ranks
 from entangle.model.blocks import BlockWalk
 from entangle.model.experts import ExpertLinear
 from entangle.model.layers import LinearLayer, weight_of
@@ -61,6 +63,7 @@ def prune_rows(
     """Prune all wanted rows of each layer, once for each kind, and save them where not yet done."""
     blocks = sorted({layer.block for layer in layers})
     left = [b for b in blocks if not all(_file(folder, b, kind).exists() for kind in wanted)]
+    left = ranks.from_rank(0, left)
     if not left:
         return
     inputs = walk()
@@ -72,15 +75,19 @@ def prune_rows(
             continue
         here = [layer for layer in layers if layer.block == block]
         found = calibrate(inputs, here, clusterings, seed=seed, advance=block < last)
-        for (clustering, sparsity), rows in wanted.items():
-            tensors: dict[str, torch.Tensor] = {}
-            for layer in here:
-                if layer.name in rows:
-                    some = torch.tensor(sorted(rows[layer.name]), dtype=torch.int64)
-                    with naming(layer):
-                        pruned = sparse_rows(layer, found[clustering][layer.name], sparsity, some)
-                    tensors |= _tensors(layer.name, pruned)
-            save_tensors(_file(folder, block, (clustering, sparsity)), tensors)
+        mine = ranks.shard().batches(len(wanted))
+        with ranks.together():  # each process has kinds of its own
+            for clustering, sparsity in itertools.islice(wanted, mine.start, None, mine.step):
+                rows = wanted[clustering, sparsity]
+                tensors: dict[str, torch.Tensor] = {}
+                for layer in here:
+                    if layer.name in rows:
+                        some = torch.tensor(sorted(rows[layer.name]), dtype=torch.int64)
+                        with naming(layer):
+                            calibration = found[clustering][layer.name]
+                            pruned = sparse_rows(layer, calibration, sparsity, some)
+                        tensors |= _tensors(layer.name, pruned)
+                save_tensors(_file(folder, block, (clustering, sparsity)), tensors)
 
 
 def sparse_rows(

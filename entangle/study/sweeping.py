@@ -13,9 +13,11 @@ import xarray as xr
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from entangle.model import ranks
 from entangle.model.blocks import BlockWalk
 from entangle.model.layers import LinearLayer, find_layers, replace_layer, weight_of, write_weight
 from entangle.model.packing import load_tensors, save_tensors
+from entangle.model.placing import check_in_memory
 from entangle.model.text import TokenWindows, check_disjoint, check_windows
 from entangle.study import costs, runs
 from entangle.study.budgeting import STRENGTH, UNIFORM, block_outliers
@@ -105,6 +107,7 @@ def sweep(
         strength=strengths,
         across=across,
     )
+    check_in_memory(model, "a sweep")
     chosen = prunable_layers(model, windows, layers, prunings, skip_first)
     check_windows(model, evaluation, skip_first)
     check_disjoint(windows, evaluation)
@@ -128,23 +131,25 @@ def sweep(
     with runs.resumed_run(out, attributes, overwrite=overwrite) as folder:
         files = [folder / "arms" / f"{name}.json" for name in (DENSE, *map(_name, prunings))]
         arms: dict[Path, Pruning | None] = dict(zip(files, (None, *prunings), strict=True))
-        left = {file: pruning for file, pruning in arms.items() if not file.exists()}
+        there = ranks.from_rank(0, [file.exists() for file in arms])
+        left = {f: p for (f, p), done in zip(arms.items(), there, strict=True) if not done}
         grams = folder / "grams"
         for file, pruning in tqdm(left.items(), unit="arm", disable=not progress):
             if pruning and pruning.propagate == "dense":
                 _calibrate_dense(bench, clusterings, grams)  # once: the next arm finds it done
             found, losses = _run_arm(bench, pruning, grams)
             if losses:
-                save_tensors(_losses_file(file), losses)
-            runs.write_json(file, found)
+                ranks.once(save_tensors, _losses_file(file), losses)
+            ranks.once(runs.write_json, file, found)
         results = [runs.read_json(file) for file in files]
         table, per_layer = tables_of([r | _losses(f) for r, f in zip(results, files, strict=True)])
         table.attrs.update(attributes)
-        runs.save_table(table, folder / "tables" / "sweep.csv")
-        runs.save_table(per_layer, folder / "tables" / "layers.csv")
-        runs.save_text(markdown(table), folder / "tables" / "sweep.md")
-        runs.write_json(folder / "log.json", stopwatch.log() | {"arms_run": len(left)})
-        runs.remove_folder(grams)
+        if ranks.rank() == 0:
+            runs.save_table(table, folder / "tables" / "sweep.csv")
+            runs.save_table(per_layer, folder / "tables" / "layers.csv")
+            runs.save_text(markdown(table), folder / "tables" / "sweep.md")
+            runs.write_json(folder / "log.json", stopwatch.log() | {"arms_run": len(left)})
+            runs.remove_folder(grams)
     return table
 
 
@@ -188,7 +193,9 @@ def _calibrate_dense(bench: _Bench, clusterings: Sequence[Clustering], folder: P
     """Save the calibrations of the dense model, block by block, where that is not done."""
     layers = {block: [x for x in bench.layers if x.block == block] for block in bench.blocks}
     files = {block: _files(folder, block, clusterings) for block in layers if layers[block]}
-    left = {block for block in files if not all(file.exists() for file in files[block].values())}
+    missing = {b: [c for c, file in some.items() if not file.exists()] for b, some in files.items()}
+    missing = ranks.from_rank(0, missing)
+    left = {block for block in files if missing[block]}
     if not left:
         return
     walk, held_out = bench.walk(), bench.held_out_walk()
@@ -198,12 +205,12 @@ def _calibrate_dense(bench: _Bench, clusterings: Sequence[Clustering], folder: P
             walk.advance()
             held_out.advance()
             continue
-        seed, missing = bench.windows.seed, [c for c in clusterings if not files[block][c].exists()]
+        seed, wanted = bench.windows.seed, [c for c in clusterings if c in missing[block]]
         rows = sample_inputs(held_out, here, HELD_OUT, seed, advance=True)
-        save_rows(files[block][None], rows)
-        found = calibrate(walk, here, missing, seed=seed, advance=True)
+        ranks.once(save_rows, files[block][None], rows)
+        found = calibrate(walk, here, wanted, seed=seed, advance=True)
         for clustering, calibrations in found.items():
-            save_calibrations(files[block][clustering], calibrations)
+            ranks.once(save_calibrations, files[block][clustering], calibrations)
 
 
 def _files(
