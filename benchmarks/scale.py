@@ -66,7 +66,8 @@ def made(folder: Path) -> Path:
         config = LlamaConfig(**SIZES)
         with torch.device("meta"):
             model = LlamaForCausalLM(config)
-        model = model.to_empty(device="cpu").to(torch.bfloat16)
+        model = model.to(torch.bfloat16).to_empty(device="cpu")
+        model.tie_weights()
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.normal_(std=0.02) if parameter.ndim > 1 else parameter.fill_(1.0)

@@ -22,7 +22,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from entangle.model.layers import LinearLayer, find_layers
-from entangle.model.loading import load_tokenizer, source_of
+from entangle.model.loading import load_tokenizer, save_model, source_of
 from entangle.model.text import token_windows
 
 BATCHES = (2, 8)  # of the small models
@@ -119,8 +119,7 @@ def plan_run(
             small: Any = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
                 _cut(config, count), dtype=kind, trust_remote_code=trust_remote_code
             )
-            small.save_pretrained(folder / str(count))
-            tokenizer.save_pretrained(folder / str(count))
+            save_model(small, tokenizer, folder / str(count))
             del small
         place = ["--offload", str(folder / "offloaded")] if offload else []
         for name, words in commands.items():

@@ -1,5 +1,6 @@
 """Run folders: written whole, opened again, with their tables and figures."""
 
+import gc
 import hashlib
 import json
 import math
@@ -99,6 +100,8 @@ def write_run(
         about = tree.attrs if about is None else about
         for node in tree.subtree:
             _append(node, folder / DATASET, begin=number == 0)
+        del node, tree  # of which there are cycles: what they hold would stay for long
+        gc.collect()
     zarr.consolidate_metadata(folder / DATASET, zarr_format=2)
     write_json(folder / "run.json", {str(name): value for name, value in (about or {}).items()})
     write_json(folder / "log.json", {**log(), "sha256": _sum(folder)})
