@@ -1,5 +1,6 @@
 """Shards, and ranks under torchrun: each counts its own batches, and together they count what one does."""
 
+import contextlib
 import functools
 import itertools
 import json
@@ -13,6 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 import xarray as xr
@@ -39,17 +41,44 @@ def torchrun(processes: int, *words: str | Path) -> list[str]:
     return [sys.executable, *start, *map(str, words)]
 
 
-def ran(words: Sequence[str]) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        words, env=ENVIRONMENT, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300
-    )
+def ran(
+    words: Sequence[str], *, timeout: float = 180, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Run a command to its end; one that does not end is killed with all that it started."""
+    with subprocess.Popen(
+        words,
+        env=ENVIRONMENT | environment,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        try:
+            out, err = process.communicate(timeout=timeout)
+        except BaseException:
+            kill_all(process)
+            raise
+    return subprocess.CompletedProcess(words, process.returncode, out, err)
+
+
+def kill_all(process: subprocess.Popen[Any]) -> None:
+    """Kill a process and all that it started: torchrun's ranks outlive it."""
+    for child in psutil.Process(process.pid).children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            child.kill()
+    process.kill()
+    process.wait()
+
+
+def datasets(tree: xr.DataTree) -> list[xr.Dataset]:
+    """Return a run's neurons and its histograms."""
+    return [node.to_dataset(inherit=False) for node in (tree, tree.children["histogram"])]
 
 
 def assert_same_run(found: xr.DataTree, whole: xr.DataTree) -> None:
     """Assert that two runs are the same bits, but for what is loose, which agrees to 1e-9."""
     assert set(found.children) == set(whole.children) == {"histogram"}
-    for path in ("/", "/histogram"):
-        one, other = (tree[path].to_dataset(inherit=False) for tree in (found, whole))
+    for one, other in zip(datasets(found), datasets(whole), strict=True):
         assert set(one.variables) == set(other.variables)
         for name in map(str, other.variables):
             a, b = one[name], other[name]
@@ -194,7 +223,7 @@ def stopping(model: Any, passes: int) -> Callable[[], None]:
 def test_a_run_that_was_stopped_goes_on_where_it_was(
     shard: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, windows = tiny_model("gpt2"), windows_of(tokens(13))
+    model, windows = tiny_model("gpt2"), windows_of(tokens(25))
     save_after_each_batch(model, monkeypatch)
     words: dict[str, Any] = {"batch_size": 2, "shard": shard}
     unbroken = measure(model, windows, **words)
@@ -207,8 +236,8 @@ def test_a_run_that_was_stopped_goes_on_where_it_was(
     count = model.base_model.register_forward_pre_hook(lambda *_: passes.append(1))
     run = measure(model, windows, **words, out=tmp_path / "run")
     count.remove()
-    # Of 7 batches, or 4, or 3 and the first, which places the bins.
-    assert len(passes) <= {None: 7 - 2, "1/2": 4 - 2, "2/2": 3 - 1}[shard]
+    # Of 13 batches, or 7, or 6 and the first, which places the bins, four were saved.
+    assert len(passes) == (13 if shard is None else 7) - 4
     assert run.identical(unbroken)
     assert open_run(tmp_path / "run").load().identical(unbroken)
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
@@ -267,7 +296,11 @@ def reduced(states: Sequence[Histograms]) -> Histograms:
         copy_of(state).reduce_(*(functools.partial(keep, kind=kind) for kind in kinds))
         given.append(kept)
     queues = [iter(kept) for kept in given]
-    combine = {"add": torch.add, "least": torch.minimum, "most": torch.maximum}
+    combine: dict[str, Callable[..., torch.Tensor]] = {
+        "add": torch.add,
+        "least": torch.minimum,
+        "most": torch.maximum,
+    }
 
     def collective(tensor: torch.Tensor, *, kind: str) -> None:
         for queue in queues:
@@ -420,6 +453,10 @@ for name, windows in (("seven", 7), ("three", 3), ("one", 1)):  # of batches: 4,
         "written": written is None or written.load().identical(run),
     }
 score = entangle.score(tiny_model("gpt2"), windows_of(tokens(7)), batch_size=2, skip_first=3)
+broken, spoilt = tiny_model("llama"), tokens(7)
+spoilt[2, 5] = 1  # which is in no other window, and is rank 1's
+with torch.no_grad():
+    broken.get_input_embeddings().weight[1] = torch.nan
 said["score"] = [score.window_nats.tolist(), score.tokens, score.perplexity]
 
 state = random_state(rank)
@@ -454,6 +491,7 @@ said["taken"] = error(
 said["shard"] = error(
     lambda: entangle.measure(tiny_model("gpt2"), windows_of(tokens(3)), shard="1/3")
 )
+said["broken"] = error(lambda: entangle.score(broken, windows_of(spoilt), batch_size=2))
 said["afterwards"] = error(lambda: lead("still in step"))
 (folder / f"{rank}.json").write_text(json.dumps(said))
 """
@@ -478,14 +516,7 @@ def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("together")
     (folder / "together.py").write_text(TOGETHER)
     words = torchrun(3, folder / "together.py", folder)
-    done = subprocess.run(
-        words,
-        env=ENVIRONMENT | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
+    done = ran(words, PYTHONPATH=str(ROOT))
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -514,14 +545,15 @@ def test_ranks_measure_what_one_process_does_and_all_return_it(
     for rank in range(3):
         assert said[rank][name]["written"]
         assert said[rank][name]["attributes"] == whole.attrs
-        for key, path in (("sums", "/"), ("histogram", "/histogram")):
-            expected = whole[path].to_dataset(inherit=False).variables
+        for key, expected in zip(("sums", "histogram"), datasets(whole), strict=True):
             exact = {
-                n for n in map(str, expected) if n not in LOOSE and expected[n].dtype.kind != "U"
+                n
+                for n in map(str, expected.variables)
+                if n not in LOOSE and expected[n].dtype.kind != "U"
             }
             assert len(exact) >= 12
             for n in exact:
-                assert said[rank][name][key][n] == told(expected[n]), n
+                assert said[rank][name][key][n] == told(expected[n].variable), n
             assert said[rank][name][key] == said[0][name][key]  # in all bits, these too
     assert sorted(path.name for path in (together / name).iterdir()) == [
         "log.json",
@@ -567,6 +599,9 @@ def test_all_ranks_refuse_what_one_has_otherwise(
         assert (kind, "exists already" in message) == (
             ("FileExistsError", True) if rank == 0 else ("StoppedError", False)
         )
+        kind, message = said[rank]["broken"]
+        assert kind == "NotFiniteError"
+        assert "not finite in 1 of 7 windows" in message
         kind, message = said[rank]["shard"]
         assert kind == "ValueError"
         assert "under torchrun each process has its own share, got shard 1/3 too" in message
@@ -591,19 +626,20 @@ def measured(place: Path, out: Path, *options: str) -> list[str]:
     return [*words, "--windows", "13", "--batch-size", "4", *options, "--out", str(out)]
 
 
+@pytest.mark.parametrize("options", [[], ["--difficulty", "20"]])
 def test_the_command_line_in_two_processes(
-    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    options: list[str], place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(measured(place, tmp_path / "one", "--difficulty", "20")) == 0
+    assert main(measured(place, tmp_path / "one", *options)) == 0
     alone = capsys.readouterr().out
-    words = measured(place, tmp_path / "two", "--difficulty", "20")
+    words = measured(place, tmp_path / "zwei ½", *options)
     done = ran(torchrun(2, "-m", "entangle", *words))
     assert done.returncode == 0, done.stderr
-    assert_same_run(open_run(tmp_path / "two"), open_run(tmp_path / "one"))
-    for file in ("run.json", "tables/difficulty.csv"):
-        assert (tmp_path / "two" / file).read_bytes() == (tmp_path / "one" / file).read_bytes()
-    assert (tmp_path / "two" / "figures" / "difficulty.png").is_file()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two"]
+    assert_same_run(open_run(tmp_path / "zwei ½"), open_run(tmp_path / "one"))
+    for file in ["run.json", *(["tables/difficulty.csv"] if options else [])]:
+        assert (tmp_path / "zwei ½" / file).read_bytes() == (tmp_path / "one" / file).read_bytes()
+    assert (tmp_path / "zwei ½" / "figures" / "difficulty.png").is_file() == bool(options)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "zwei ½"]
 
     def findings(said: str) -> list[str]:  # said once, and the same but for what it cost, and where
         return [line for line in said.splitlines() if str(tmp_path) not in line]
@@ -702,7 +738,7 @@ def test_another_number_of_processes_does_not_go_on_wrongly(
     runs_to = tmp_path / "runs"
     runs_to.mkdir()
     words = measured(place, runs_to / "run", "--batch-size", "2")
-    stopped = ran(torchrun(2, tmp_path / "partly.py", "3", *words))
+    stopped = ran(torchrun(2, tmp_path / "partly.py", "3", *words), PYTHONPATH=str(ROOT))
     assert stopped.returncode != 0
     assert "stopped here" in stopped.stderr
     partial = runs_to / "run.partial"

@@ -64,15 +64,16 @@ def new_folder(
 
 
 def partial_of(target: Path) -> Path:
-    """Return the folder that is filled to become ``target``."""
+    """Return the folder that is filled to become ``target``, or what it points to."""
+    target = target.resolve() if target.is_symlink() else target
     return target.with_name(target.name + ".partial")
 
 
 def has_work(partial: Path) -> bool:
     """Tell whether a folder that is being filled holds more than what says what it will be."""
-    return partial.is_dir() and any(
-        path.name not in {".lock", KEPT, "run.json"} for path in partial.iterdir()
-    )
+    files = (path for path in partial.rglob("*") if path.is_file())
+    own = {".lock", KEPT, "run.json"}
+    return any(file.name not in own and ".partial" not in file.name for file in files)
 
 
 def check_target(target: Path, overwrite: bool) -> None:
@@ -155,6 +156,10 @@ def new_file(target: str | Path) -> Iterator[Path]:
     try:
         yield partial
         partial.replace(target)
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(f"cannot write {target}: {error.strerror}") from error
     finally:
         partial.unlink(missing_ok=True)
 

@@ -133,7 +133,9 @@ class Histograms:
 
     def to(self, device: torch.device) -> Self:
         """Return a copy on a device."""
-        return type(self)(**{name: tensor.to(device) for name, tensor in self.tensors().items()})
+        return type(self)(
+            **{name: tensor.to(device, copy=True) for name, tensor in self.tensors().items()}
+        )
 
     def copy_(self, other: Self) -> None:
         """Take the state of as many neurons from ``other``, on whatever device it is."""

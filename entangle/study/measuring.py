@@ -107,7 +107,7 @@ def measure(
     kept = nullcontext() if out is None else runs.resumed_run(out, attributes, overwrite=overwrite)
     with kept as folder:
         difficulties: dict[str, Difficulty] = {}
-        if difficulty and ranks.rank() == 0:  # first: it is what may be impossible
+        if difficulty:  # first: it is what may be impossible
             some = some_windows(windows, DIFFICULTY_WINDOWS)
             arguments = (chosen, difficulty, batch_size, skip_first, progress)
             difficulties = _difficulties(model, some, *arguments)

@@ -28,8 +28,10 @@ def merge_runs(
     Raises:
         FileExistsError: ``out`` exists, and ``overwrite`` is false.
         FileNotFoundError: a folder that holds no run.
-        ValueError: a run that is no shard, shards of different runs, or not all of them.
+        ValueError: no shards, a run that is none, shards of different runs, or not all of them.
     """
+    if not shards:
+        raise ValueError("expected the folders of all shards of a run, got none")
     found = {Path(folder): runs.open_run(folder) for folder in shards}
     attributes = _attributes({folder: tree.attrs for folder, tree in found.items()})
     trees = list(found.values())

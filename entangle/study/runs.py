@@ -94,12 +94,18 @@ def write_run(
 
     Its run.json holds the attributes, those of the first tree unless told otherwise. What ``log``
     returns when all is written is its log.json, with the sum of all files that are not to change.
+
+    Raises:
+        OSError: it cannot be written.
     """
     about: Mapping[Any, Any] | None = attributes
     for number, tree in enumerate(trees):
         about = tree.attrs if about is None else about
-        for node in tree.subtree:
-            _append(node, folder / DATASET, begin=number == 0)
+        try:
+            for node in tree.subtree:
+                _append(node, folder / DATASET, begin=number == 0)
+        except OSError as error:  # such as a full disk, of which zarr says no more
+            raise OSError(f"cannot write {folder / DATASET}: {error.strerror or error}") from error
         del node, tree  # of which there are cycles: what they hold would stay for long
         gc.collect()
     zarr.consolidate_metadata(folder / DATASET, zarr_format=2)
@@ -153,9 +159,11 @@ def read_json(file: Path) -> dict[str, Any]:
         ValueError: it is damaged.
     """
     try:
-        content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{file} is damaged, delete it and run again: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} is damaged, delete it and run again: it holds no object")
     return content
 
 
