@@ -19,7 +19,7 @@ import entangle
 from benchmarks.timing import machine
 
 DATA = Path(__file__).parents[1] / "data"
-SIZES = {
+SIZES: dict[str, Any] = {
     "vocab_size": 49152,
     "hidden_size": 2048,
     "intermediate_size": 5632,
@@ -65,7 +65,7 @@ def made(folder: Path) -> Path:
         torch.manual_seed(0)
         config = LlamaConfig(**SIZES)
         with torch.device("meta"):
-            model = LlamaForCausalLM(config)
+            model: Any = LlamaForCausalLM(config)
         model = model.to(torch.bfloat16).to_empty(device="cpu")
         model.tie_weights()
         with torch.no_grad():

@@ -126,6 +126,9 @@ class BlockWalk:
         self._offloaded = is_offloaded(model)
         self._fetched: nn.Module | None = None
         self.blocks = list(find_blocks(model)[1])
+        if self._offloaded:  # a walk before may have left its last one there
+            for block in self.blocks:
+                give_back(block)
         self.block = 0
         self._device = home_of(model)
         self.counted: list[CountedTokens] = []

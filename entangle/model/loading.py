@@ -3,6 +3,7 @@
 import hashlib
 import shutil
 import textwrap
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -172,7 +173,11 @@ def save_model(
             (folder / EXPANSION).unlink(missing_ok=True)  # of a model that was here before
             # One file after another is read and written.
             size: dict[str, Any] = {"max_shard_size": SHARD} if is_offloaded(model) else {}
-            model.save_pretrained(folder, **size)
+            with warnings.catch_warnings():
+                warnings.filterwarnings(
+                    "ignore", message="Attempting to save a model with offloaded"
+                )
+                model.save_pretrained(folder, **size)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
     except OSError:

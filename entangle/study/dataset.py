@@ -138,13 +138,22 @@ def from_tree(tree: xr.DataTree, span: slice = slice(None)) -> Histograms:
     return Histograms(**{name: torch.from_numpy(group[name].to_numpy()) for name in names})
 
 
-def labels_of(layers: Sequence[LinearLayer]) -> xr.Dataset:
-    """Return the neurons' coordinates: their layer, its block and its role, and their index in it."""
+def labels_of(
+    layers: Sequence[LinearLayer], among: Sequence[LinearLayer] | None = None
+) -> xr.Dataset:
+    """Return the neurons' coordinates: their layer, its block and its role, and their index in it.
+
+    Names have the width of the longest ``among`` layers, so that several datasets become one.
+    """
     sizes = [layer.neurons for layer in layers]
+    every = layers if among is None else among
+    name, role = (
+        np.array(names).dtype for names in zip(*((x.name, x.role) for x in every), strict=True)
+    )
     coordinates: dict[str, Any] = {
-        "layer": ("neuron", np.repeat([layer.name for layer in layers], sizes)),
+        "layer": ("neuron", np.repeat(np.array([layer.name for layer in layers], name), sizes)),
         "block": ("neuron", np.repeat([layer.block for layer in layers], sizes)),
-        "role": ("neuron", np.repeat([layer.role for layer in layers], sizes)),
+        "role": ("neuron", np.repeat(np.array([layer.role for layer in layers], role), sizes)),
         "index": ("neuron", np.concatenate([np.arange(size) for size in sizes])),
     }
     return xr.Dataset(coords=coordinates)

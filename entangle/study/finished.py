@@ -1,5 +1,6 @@
 """The blocks of a model that are pruned already, in files: what a killed command goes on with."""
 
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from entangle.model import ranks
 from entangle.model.experts import ExpertLinear
 from entangle.model.layers import LinearLayer, find_layers
 from entangle.model.packing import load_experts, load_tensors, save_experts, save_tensors
-from entangle.model.placing import home_of, is_offloaded, keep
+from entangle.model.placing import give_back, home_of, is_offloaded, keep
 from entangle.study import runs
 from entangle.study.pruned import PrunedLayer
 
@@ -26,8 +27,7 @@ class FinishedBlocks:
         self.folder = folder
         self._model = model
         self._blocks = folder / "blocks"
-        there = [int(file.stem) for file in self._blocks.glob("*.json")]
-        self.there: set[int] = set(ranks.everyone(there)[0])
+        self.there: set[int] = set(ranks.from_rank(0, self._written()))
 
     def save(self, layers: Sequence[LinearLayer], pruned: Sequence[PrunedLayer]) -> None:
         """Write a block's layers, which are pruned."""
@@ -55,12 +55,16 @@ class FinishedBlocks:
         if "described" in about:
             where = home_of(self._model)
             load_experts(self._model, self.folder, layers, about["described"], device=where)
-        elif not self._leave(layers, file):
+        elif self._leave(layers, file):
+            for layer in layers:
+                give_back(layer.module)  # to be read from there
+        else:
             tensors = load_tensors(file)
             for layer in layers:
                 _stored(layer).copy_(tensors[layer.name])
         nothing = torch.empty(0, dtype=torch.float64)
-        return [PrunedLayer(row, nothing, nothing) for row in about["rows"]]
+        rows = [{k: math.nan if v is None else v for k, v in row.items()} for row in about["rows"]]
+        return [PrunedLayer(row, nothing, nothing) for row in rows]
 
     def _leave(self, layers: Iterable[LinearLayer], file: Path) -> bool:
         """Have the weights of a model in files read from this one, if it is one."""
@@ -81,9 +85,13 @@ class FinishedBlocks:
 
     def described(self) -> dict[str, Any]:
         """Return what describes the expanded layers of all blocks."""
-        files = sorted(self._blocks.glob("*.json"), key=lambda file: int(file.stem))
+        files = [self._blocks / f"{block}.json" for block in self._written()]
         parts = [runs.read_json(file).get("described", {}) for file in files]
         return {name: about for part in parts for name, about in part.items()}
+
+    def _written(self) -> list[int]:
+        files = self._blocks.glob("*.json")
+        return sorted(int(file.stem) for file in files if file.stem.isdecimal())
 
     def remove(self) -> None:
         """Remove what only a killed command needs."""

@@ -1,9 +1,8 @@
 """Measure the distribution of every neuron over a text: at once, in shards, or block by block."""
 
 import dataclasses
-import itertools
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -114,8 +113,7 @@ def measure(
         name = f"{part.number}-of-{part.of}"
         state = None if folder is None else folder / "state"
         parts = recording.blocks(state) if is_offloaded(model) else recording.whole(state, name)
-        labels = dataset.labels_of(chosen)
-        trees = (_tree(labels, *one, attributes, difficulties) for one in parts)
+        trees = (_tree(chosen, *one, attributes, difficulties) for one in parts)
         if folder is None or not is_offloaded(model):
             tree = _joined(list(trees))
             trees = (one for one in [tree])
@@ -131,21 +129,21 @@ def measure(
 
 
 def _tree(
-    labels: xr.Dataset,
-    span: slice,
+    every: Sequence[LinearLayer],
+    layers: Sequence[LinearLayer],
     state: Histograms,
     norms: npt.NDArray[np.float64],
     attributes: Mapping[str, Any],
     difficulties: Mapping[str, Difficulty],
 ) -> xr.DataTree:
-    """Return the run of a span of the neurons."""
-    here = labels.isel(neuron=span).assign(weight_norm=("neuron", norms))
-    tree = dataset.tree_of(state, here, attributes)
+    """Return the run of some of its layers."""
+    labels = dataset.labels_of(layers, every).assign(weight_norm=("neuron", norms))
+    tree = dataset.tree_of(state, labels, attributes)
     return dataset.with_difficulty(tree, difficulties) if difficulties else tree
 
 
 def _joined(trees: Sequence[xr.DataTree]) -> xr.DataTree:
-    """Return one run of the runs of spans."""
+    """Return one run of the runs of some of its layers each."""
     if len(trees) == 1:
         return trees[0]
     whole = {}
@@ -173,7 +171,7 @@ def _shard(words: str | None, difficulty: int) -> Shard:
     return Shard.parse(words)
 
 
-Part = tuple[slice, Histograms, npt.NDArray[np.float64]]  # of all neurons, and their weights' norms
+Part = tuple[Sequence[LinearLayer], Histograms, npt.NDArray[np.float64]]  # and weights' norms
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -215,7 +213,7 @@ class _Recording:
                 done += 1
                 bar.update(batch.numel())
         state = _over_ranks(recorder.state())
-        yield slice(0, state.neurons), state, dataset.weight_norms(self.layers)
+        yield self.layers, state, dataset.weight_norms(self.layers)
 
     def blocks(self, folder: Path | None) -> Iterator[Part]:
         """Run the batches through block after block, and save each one's histograms."""
@@ -224,17 +222,16 @@ class _Recording:
         }
         files = {} if folder is None else {b: folder / f"block-{b}.safetensors" for b in layers}
         done = ranks.everyone([block for block, file in files.items() if file.is_file()])[0]
-        spans = dict(zip(layers, _spans(layers.values()), strict=True))
         for block, part in self._recorded(layers, {*layers} - {*done}):
             if folder is None:
-                yield spans[block], *part
+                yield layers[block], *part
             elif ranks.rank() == 0:
                 norms = {"weight_norm": torch.from_numpy(part[1])}
                 save_tensors(files[block], part[0].tensors() | norms)
         for block, file in files.items() if ranks.rank() == 0 else ():
             tensors = load_tensors(file)
             known = tensors.pop("weight_norm").numpy()
-            yield spans[block], Histograms(**tensors), known
+            yield layers[block], Histograms(**tensors), known
 
     def _recorded(
         self, layers: Mapping[int, list[LinearLayer]], left: set[int]
@@ -256,12 +253,6 @@ class _Recording:
 
     def _bar(self, total: int, unit: str) -> Any:
         return tqdm(total=total, unit=unit, disable=not self.progress)
-
-
-def _spans(layers: Iterable[Sequence[LinearLayer]]) -> list[slice]:
-    """Return where the neurons of groups of layers lie, one group after the other."""
-    ends = list(itertools.accumulate(sum(layer.neurons for layer in some) for some in layers))
-    return [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
 
 
 def _over_ranks(state: Histograms) -> Histograms:

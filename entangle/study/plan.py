@@ -168,7 +168,7 @@ def _cut(config: Any, blocks: int) -> Any:
     before = text.num_hidden_layers
     for name, value in vars(text).items():
         if isinstance(value, list) and len(value) == before:
-            setattr(text, name, value[:blocks])
+            setattr(text, name, [*value, *value[-1:] * blocks][:blocks])
     text.num_hidden_layers = blocks
     return small
 
@@ -237,12 +237,14 @@ def _stage(
     a_block = max(two.seconds - one.seconds, 0.0) - a_batch * one.batches
     seconds = one.seconds + (blocks - 1) * max(a_block, 0.0)
     seconds += (blocks * batches - one.batches) * a_batch
-    on_device = one.device > 0
-    host = 0.0 if on_device else known(blocks, batches)
+    # Where weights and hidden states are; those of a model in files wait on the host.
+    there = "device" if one.device and block_bytes else "memory"
+    memory = {name: max(getattr(cost, name) for cost in costs) for name in ("memory", "device")}
+    memory[there] = rest(there) + known(blocks, batches)
     return Stage(
         command,
-        rest("memory") + known(blocks, batches) if not on_device else max(c.memory for c in costs),
-        rest("device") + host if on_device else 0.0,
+        memory["memory"],
+        memory["device"],
         one.disk + (blocks - 1) * (two.disk - one.disk),
         seconds,
     )
