@@ -560,7 +560,7 @@ def _print(args: argparse.Namespace, result: dict[str, Any], words: Any) -> None
 
 def command_line(args: argparse.Namespace) -> str:
     """Return the command with all that determines its result, and no more."""
-    ignored = {"command", "model", "run", "out", "overwrite", "json", "debug", "shard"}
+    ignored = {"command", "model", "run", "out", "overwrite", "json", "debug", "shard", "offload"}
     words = ["entangle", args.command, str(args.run if "run" in args else args.model)]
     for name, value in sorted(vars(args).items()):
         unsaid = value is None or value is False or value == []

@@ -172,10 +172,11 @@ def parser() -> argparse.ArgumentParser:
 
     plan = commands.add_parser(
         "plan",
-        parents=[model, spread, text, layers, always],
+        parents=[model, text, layers, always],
         help="say what measuring and pruning a model would cost, without loading it",
     )
     plan.add_argument("--bins", type=int, default=1024, help="of a histogram [1024]")
+    plan.add_argument("--offload", type=Path, metavar="FOLDER", help="as measure has it")
     plan.add_argument("--sparsity", default="0.5", help=SPARSITY + " [0.5]")
     plan.add_argument("--experts", type=int, default=1, metavar="N", help=EXPERTS)
 

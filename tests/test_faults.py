@@ -302,7 +302,7 @@ def rank_of(process: psutil.Process) -> str | None:
         return None
 
 
-@pytest.mark.parametrize("victim", ["0", "1"])
+@pytest.mark.parametrize("victim", ["1"])
 def test_when_a_rank_dies_all_end_and_the_next_ones_go_on(
     victim: str, place: Path, tmp_path: Path
 ) -> None:

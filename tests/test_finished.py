@@ -15,10 +15,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from accelerate import cpu_offload
+from accelerate.hooks import attach_align_device_hook
+from accelerate.utils import OffloadedWeightsLoader
 from transformers import PreTrainedModel
 
 import entangle
-from entangle.model.layers import LinearLayer, find_layers, weight_of
+from entangle.model.layers import LinearLayer, find_blocks, find_layers, weight_of
 from entangle.model.loading import load_model
 from entangle.study import expansion, finished, pruned, runs
 from entangle.study.expansion import Sparsified
@@ -454,3 +457,42 @@ def test_killed_while_a_block_is_written_it_goes_on(models: Path, tmp_path: Path
     assert blocks == [1]
     sparsify(loaded(models, "gpt2"), tmp_path / "whole")
     assert contents(tmp_path / "run") == contents(tmp_path / "whole")
+
+
+def on_the_host(models: Path, name: str) -> PreTrainedModel:
+    """Return a model whose blocks wait on the host, as accelerate leaves them beside a full GPU."""
+    model = loaded(models, name)
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    loader = OffloadedWeightsLoader(state_dict=state, index={})
+    prefix, blocks = find_blocks(model)
+    for number, block in enumerate(blocks):
+        attach_align_device_hook(
+            block,
+            execution_device=torch.device("cpu"),
+            offload=True,
+            weights_map=loader,
+            module_name=f"{prefix}.{number}",
+        )
+    vars(model)["hf_device_map"] = {"": 0, prefix: "cpu"}
+    return model
+
+
+@pytest.mark.parametrize("arm", [{"propagate": "sparse"}, {"propagate": "dense"}, {"experts": 3}])
+@pytest.mark.parametrize("name", DEPTH)
+def test_of_a_model_on_the_host_what_is_pruned_is_written_too(
+    name: str, arm: dict[str, Any], models: Path, tmp_path: Path
+) -> None:
+    sparsify(loaded(models, name), tmp_path / "memory", **arm)
+    sparsify(on_the_host(models, name), tmp_path / "host", **arm)
+    one, other = (load_model(tmp_path / place) for place in ("memory", "host"))
+    for (key, expected), (_, found) in zip(
+        one.named_parameters(), other.named_parameters(), strict=True
+    ):
+        assert torch.equal(found, expected), key
+
+
+def test_what_is_offloaded_by_hand_is_not_pruned(models: Path, tmp_path: Path) -> None:
+    model = loaded(models, "llama")
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"gate_proj is offloaded by hand: load the model with"):
+        sparsify(model, tmp_path / "out", layers="*.mlp.*")

@@ -22,6 +22,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from entangle.model import ranks
 from entangle.model.layers import find_layers
 from entangle.model.packing import (
     EXPANSION,
@@ -121,7 +122,10 @@ def _places(
     device: torch.device,
 ) -> dict[str, Any]:
     """Return what says to ``from_pretrained`` where the weights are to be."""
-    folder = {} if offload is None else {"offload_folder": str(offload)}
+    folder = {}
+    if offload is not None:  # where each process writes what it must
+        own = Path(offload) / f"rank-{ranks.rank()}" if ranks.count() > 1 else offload
+        folder = {"offload_folder": str(own)}
     if device_map is not None:
         return {"device_map": device_map} | folder
     config = AutoConfig.from_pretrained(source, **options)

@@ -38,7 +38,10 @@ def check_in_memory(model: nn.Module, deed: str) -> None:
 
 def home_of(model: nn.Module) -> torch.device:
     """Return the device of the first weights that are on one: where a model takes its tokens."""
-    return next(parameter.device for parameter in model.parameters() if not parameter.is_meta)
+    for parameter in model.parameters():
+        if not parameter.is_meta:
+            return parameter.device
+    return torch.device(next(hook.execution_device for _, hook in _offloading(model)))
 
 
 def blocks_in_files(model: PreTrainedModel, device: torch.device) -> dict[str, Any]:
@@ -76,13 +79,20 @@ def give_back(block: nn.Module) -> None:
 
 
 def keep(layer: LinearLayer, file: Path, name: str) -> None:
-    """Have a layer's weight read from a tensor of a safetensors file from now on."""
+    """Have a layer's weight read from a tensor of a safetensors file from now on.
+
+    Raises:
+        ValueError: it is offloaded, but not as `load_model` does it.
+    """
     for module, hook in _offloading(layer.module):
         loader, key = hook.weights_map, "weight"
         while hasattr(loader, "prefix"):  # accelerate's view of one module's part
             loader, key = loader.dataset, loader.prefix + key
+        if not hasattr(loader, "index"):
+            raise ValueError(f"{layer.name} is offloaded by hand: load the model with load_model")
         dtype = str(module.get_parameter("weight").dtype).removeprefix("torch.")
         loader.index[key] = {"safetensors_file": str(file), "weight_name": name, "dtype": dtype}
+        loader.state_dict.pop(key, None)  # of a model on the host, which would come first
 
 
 def stored_parameters(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

@@ -52,10 +52,17 @@ class Shard:
 
 
 def join() -> None:
-    """Join the processes that torchrun started, this one among them."""
+    """Join the processes that torchrun started, this one among them.
+
+    Raises:
+        ValueError: more of them here than GPUs, where there are some.
+    """
     backend = "gloo"
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+        here, gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
+        if here > gpus:
+            raise ValueError(f"{here} processes cannot share {gpus} GPUs: start one for each")
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         backend = "cpu:gloo,cuda:nccl"
     distributed.init_process_group(backend, timeout=PATIENCE)
 
@@ -196,6 +203,7 @@ def spread(costs: Sequence[float]) -> list[int]:
 
 def broadcast_(tensor: torch.Tensor, owner: int) -> None:
     """Make of a tensor that of one rank."""
+    assert tensor.is_contiguous()  # else its values would be mixed up
     if count() > 1:
         with _others():
             distributed.broadcast(tensor, owner)

@@ -13,6 +13,7 @@ import xarray as xr
 
 from entangle.model.blocks import BlockWalk
 from entangle.model.layers import LinearLayer, weight_of
+from entangle.model.ranks import add_
 from entangle.numerics.budgets import graded, largest_remainder, outlier_ratio, ranks, spread
 from entangle.numerics.pruning import Sparsity, wanda_scores
 from entangle.study.dataset import dataset_of
@@ -126,6 +127,8 @@ def block_outliers(walk: BlockWalk, layers: Sequence[LinearLayer]) -> dict[int, 
                 into[layer.name] = into.get(layer.name, 0) + added
 
         first = walk.listen(here, on_inputs, advance=True)
+        for one in squares.values():
+            add_(one)
         scores = [
             wanda_scores(weight_of(layer), squares[first[layer.name]].float()).flatten()
             for layer in here

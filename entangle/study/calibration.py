@@ -76,12 +76,13 @@ def walk_blocks(
     """Return the windows on their way through the model's blocks, under torchrun this process's.
 
     Raises:
-        ValueError: as `BlockWalk` says, or fewer batches than processes.
+        RuntimeError: as `BlockWalk` says, or fewer batches than processes.
+        ValueError: as `BlockWalk` says.
     """
     batches = windows.batches(batch_size)
     mine = ranks.shard().batches(len(batches))
     if len(batches) < ranks.count():
-        raise ValueError(
+        raise RuntimeError(  # of no arm: fewer processes can go on
             f"{len(batches)} batches of {batch_size} windows are too few for {ranks.count()} "
             "processes: use a smaller batch size, more windows or fewer processes"
         )
@@ -156,7 +157,9 @@ def calibrate(
     if several:
         samples = sample_inputs(walk, layers, SAMPLE, seed)
         fitted: dict[int, dict[Clustering, Router]] = {}
-        apart = {id(samples[layer.name]): layer for layer in reversed(layers)}
+        apart: dict[int, LinearLayer] = {}  # one of those that have the same inputs
+        for layer in layers:
+            apart.setdefault(id(samples[layer.name]), layer)
         owners = dict(
             zip(apart, ranks.spread([layer.inputs for layer in apart.values()]), strict=True)
         )

@@ -171,9 +171,9 @@ def sparsify(
             save_model(model, tokenizer, done.folder, done.described())
             whole = {"sparsity": found.sparsity, "error": found.error}
             whole |= costs.totals(rows, dense) | {"model_bytes": costs.size_of(done.folder)}
-            done.remove()
             runs.write_json(done.folder / "sparsity.json", whole | {"layers": rows})
             runs.write_json(done.folder / "log.json", stopwatch.log())
+            done.remove()
     return found
 
 

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from entangle.model import ranks
 from entangle.model.experts import ExpertLinear
-from entangle.model.layers import LinearLayer, find_layers
+from entangle.model.layers import LinearLayer, find_layers, weight_of
 from entangle.model.packing import load_experts, load_tensors, save_experts, save_tensors
 from entangle.model.placing import give_back, home_of, is_offloaded, keep
 from entangle.study import runs
@@ -53,7 +53,8 @@ class FinishedBlocks:
         about = runs.read_json(self._blocks / f"{block}.json")
         file = self._blocks / f"{block}.safetensors"
         if "described" in about:
-            where = home_of(self._model)
+            model, weight = self._model, weight_of(layers[0])
+            where = home_of(model) if is_offloaded(model) else weight.device
             load_experts(self._model, self.folder, layers, about["described"], device=where)
         elif self._leave(layers, file):
             for layer in layers:

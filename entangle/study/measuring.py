@@ -123,6 +123,9 @@ def measure(
             if difficulty:
                 table = rank_correlations(runs.open_run(folder), "wasserstein", ["difficulty"])
                 runs.save_table(table, folder / "tables" / "difficulty.csv")
+        else:
+            for _ in trees:  # of which all share the work
+                pass
     if out is None or not is_offloaded(model):
         return tree
     return runs.open_run(out) if ranks.rank() == 0 else xr.DataTree()
@@ -195,6 +198,7 @@ class _Recording:
             tensors = load_tensors(file)
             done = int(tensors.pop("done"))
             recorder.restore(Histograms(**tensors))
+            del tensors
         backbone, device = backbone_of(self.model), home_of(self.model)
         saved, cost = time.monotonic(), 0.0
         with (
@@ -228,6 +232,7 @@ class _Recording:
             elif ranks.rank() == 0:
                 norms = {"weight_norm": torch.from_numpy(part[1])}
                 save_tensors(files[block], part[0].tensors() | norms)
+            del part  # of one block, while the next is recorded
         for block, file in files.items() if ranks.rank() == 0 else ():
             tensors = load_tensors(file)
             known = tensors.pop("weight_norm").numpy()
@@ -247,6 +252,7 @@ class _Recording:
                     walk.record(layers[block], recorder.add)
                     state = _over_ranks(recorder.state())
                     yield block, (state, dataset.weight_norms(layers[block]))
+                    del recorder, state
                 else:
                     walk.advance()
                 bar.update()

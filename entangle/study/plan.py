@@ -22,7 +22,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from entangle.model.layers import LinearLayer, find_layers
-from entangle.model.loading import load_tokenizer, save_model, source_of
+from entangle.model.loading import DTYPES, load_tokenizer, save_model, source_of
 from entangle.model.text import token_windows
 
 BATCHES = (2, 8)  # of the small models
@@ -95,6 +95,8 @@ def plan_run(
         RuntimeError: a command fails on the small model, with what it says.
         ValueError: a number out of range.
     """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     source, options = source_of(model, revision, trust_remote_code)
     config = AutoConfig.from_pretrained(source, **options)
     stored = getattr(config, "dtype", None) or torch.float32

@@ -186,7 +186,8 @@ def resumed_run(
     """
     if target is None:
         with tempfile.TemporaryDirectory() as temporary:
-            yield Path(temporary)
+            yield Path(ranks.from_rank(0, temporary))
+            ranks.everyone(None)
         return
     if ranks.rank() > 0:
         ranks.agree(attributes)
