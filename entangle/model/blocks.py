@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils import _pytree
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from entangle.model.hooks import (
@@ -173,7 +174,7 @@ class BlockWalk:
         heard: dict[str, str] = {}
         seen: dict[int, tuple[torch.Tensor, str]] = {}  # held, so that no id is given anew
 
-        def hook_of(layer: LinearLayer) -> Callable[..., None]:
+        def listen_to(layer: LinearLayer) -> RemovableHandle:
             def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
                 inputs = args[0] if args else next(iter(kwargs.values()))
                 first = seen.setdefault(id(inputs), (inputs, layer.name))[1]
@@ -188,21 +189,10 @@ class BlockWalk:
                 if first == layer.name:
                     on_inputs(layer, self.counted[self._batch].rows(layer, inputs))
 
-            return hook
+            return layer.module.register_forward_pre_hook(hook, with_kwargs=True)
 
         fired = dict.fromkeys((layer.name for layer in layers), 0)
-        handles = []
-        try:
-            for layer in layers:
-                hook = hook_of(layer)
-                handles.append(layer.module.register_forward_pre_hook(hook, with_kwargs=True))
-            for _ in self._batches(advance=advance):
-                seen.clear()
-        finally:
-            for handle in handles:
-                handle.remove()
-        check_fired(fired, len(self.counted))
-        self.block += advance
+        self._hear(map(listen_to, layers), fired, advance=advance, after=seen.clear)
         return heard
 
     def record(self, layers: Sequence[LinearLayer], on_outputs: OnRows) -> None:
@@ -216,39 +206,45 @@ class BlockWalk:
         assert all(layer.block == self.block for layer in layers)
         fired = dict.fromkeys((layer.name for layer in layers), 0)
 
-        def hook_of(layer: LinearLayer) -> Callable[..., None]:
+        def listen_to(layer: LinearLayer) -> RemovableHandle:
             def hook(_: nn.Module, __: Any, outputs: torch.Tensor) -> None:
                 fired[layer.name] += 1
                 on_outputs(layer, self.counted[self._batch].rows(layer, outputs))
 
-            return hook
+            return layer.module.register_forward_hook(hook)
 
-        handles = []
+        self._hear(map(listen_to, layers), fired, advance=True)
+
+    def advance(self) -> None:
+        """Carry the hidden states through the block, as its weights now are."""
+        self._hear([], {}, advance=True)
+
+    def _hear(
+        self,
+        hooks: Iterable[RemovableHandle],
+        fired: Mapping[str, int],
+        *,
+        advance: bool,
+        after: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Run the block with each batch while these hooks listen, and see that all of them fired.
+
+        ``after`` is called when a batch has run.
+        """
+        handles: list[RemovableHandle] = []
         try:
-            for layer in layers:
-                handles.append(layer.module.register_forward_hook(hook_of(layer)))
-            for _ in self._batches(advance=True):
-                pass
+            handles.extend(hooks)
+            for number in range(len(self._hidden)):
+                self._batch = number
+                hidden = self._run(number)
+                after()
+                if advance:
+                    self._hidden[number] = hidden
         finally:
             for handle in handles:
                 handle.remove()
         check_fired(fired, len(self.counted))
-        self.block += 1
-
-    def advance(self) -> None:
-        """Carry the hidden states through the block, as its weights now are."""
-        for _ in self._batches(advance=True):
-            pass
-        self.block += 1
-
-    def _batches(self, *, advance: bool) -> Iterator[int]:
-        """Run the block with each batch, and return its number when it has run."""
-        for number in range(len(self._hidden)):
-            self._batch = number
-            hidden = self._run(number)
-            if advance:
-                self._hidden[number] = hidden
-            yield number
+        self.block += advance
 
     def _run(self, number: int) -> torch.Tensor:
         block = self.blocks[self.block]

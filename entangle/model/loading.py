@@ -35,7 +35,7 @@ from entangle.model.packing import (
 from entangle.model.placing import blocks_in_files, is_offloaded, stored_parameters
 from entangle.numerics.routing import Router
 
-SHARD = "1GB"  # of a model that is larger than memory
+FILE_SIZE = "1GB"  # of a model that is larger than memory
 DTYPES = {
     "auto": "auto",
     "float32": torch.float32,
@@ -176,7 +176,7 @@ def save_model(
         else:
             (folder / EXPANSION).unlink(missing_ok=True)  # of a model that was here before
             # One file after another is read and written.
-            size: dict[str, Any] = {"max_shard_size": SHARD} if is_offloaded(model) else {}
+            size: dict[str, Any] = {"max_shard_size": FILE_SIZE} if is_offloaded(model) else {}
             with warnings.catch_warnings():
                 warnings.filterwarnings(
                     "ignore", message="Attempting to save a model with offloaded"

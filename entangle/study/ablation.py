@@ -126,8 +126,7 @@ def ablate(
     stopwatch = runs.Stopwatch()
     with runs.resumed_run(out, attributes, overwrite=overwrite) as folder:
         files = {folder / "arms" / f"{_name(arm)}.json": arm for arm in (None, *arms)}
-        there = ranks.from_rank(0, [file.exists() for file in files])
-        left = {f: arm for (f, arm), done in zip(files.items(), there, strict=True) if not done}
+        left = runs.unwritten(files)
         rows = folder / "rows"
         prune = _pruner(bench, [arm for arm in left.values() if arm], rows)
         for file, arm in tqdm(left.items(), unit="arm", disable=not progress):

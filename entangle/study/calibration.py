@@ -107,16 +107,20 @@ def sample_inputs(
         parts.append(rows[chosen[len(parts)].to(rows.device)])
 
     first = walk.listen(layers, on_inputs, advance=advance)
-    places = torch.cat([place[which] for place, which in zip(walk.places, chosen, strict=True)])
+    places = _places(walk, chosen)
     rows = {name: ranks.gather(torch.cat(parts), places) for name, parts in heard.items()}
     return {layer.name: rows[first[layer.name]] for layer in layers}
 
 
 def sampled_places(walk: BlockWalk, size: int, seed: int) -> torch.Tensor:
     """Return the place in the text of each token that `sample_inputs` chooses (tokens,)."""
-    chosen = _choose(walk, size, seed)
-    places = torch.cat([place[which] for place, which in zip(walk.places, chosen, strict=True)])
+    places = _places(walk, _choose(walk, size, seed))
     return ranks.gather(places, places)
+
+
+def _places(walk: BlockWalk, chosen: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return the places of this process's tokens that were chosen."""
+    return torch.cat([place[which] for place, which in zip(walk.places, chosen, strict=True)])
 
 
 def _choose(walk: BlockWalk, size: int, seed: int) -> list[torch.Tensor]:
@@ -170,10 +174,8 @@ def calibrate(
                         found = _fit(samples[layer.name], several, seed)
                         fitted[key] = {clustering: one.cpu() for clustering, one in found.items()}
         for key, layer in apart.items():
-            found, device = (
-                ranks.from_rank(owners[key], fitted.get(key)),
-                samples[layer.name].device,
-            )
+            found = ranks.from_rank(owners[key], fitted.get(key))
+            device = samples[layer.name].device
             fitted[key] = {clustering: one.to(device) for clustering, one in found.items()}
         routers = {(c, x.name): r for x in layers for c, r in fitted[id(samples[x.name])].items()}
     sums: dict[tuple[Clustering, str], ExpertMoments | InputMoments] = {}

@@ -102,6 +102,7 @@ def measure(
     first_counts = 0 in mine
     ours = [batches[number] for number in (mine if first_counts else [0, *mine])]
     recording = _Recording(model, chosen, bins, ours, first_counts, skip_first, progress)
+    streamed = out is not None and is_offloaded(model)  # block after block, and never all of it
     stopwatch = runs.Stopwatch()
     kept = nullcontext() if out is None else runs.resumed_run(out, attributes, overwrite=overwrite)
     with kept as folder:
@@ -114,7 +115,7 @@ def measure(
         state = None if folder is None else folder / "state"
         parts = recording.blocks(state) if is_offloaded(model) else recording.whole(state, name)
         trees = (_tree(chosen, *one, attributes, difficulties) for one in parts)
-        if folder is None or not is_offloaded(model):
+        if not streamed:
             tree = _joined(list(trees))
             trees = (one for one in [tree])
         if folder is not None and ranks.rank() == 0:
@@ -126,7 +127,7 @@ def measure(
         else:
             for _ in trees:  # of which all share the work
                 pass
-    if out is None or not is_offloaded(model):
+    if out is None or not streamed:
         return tree
     return runs.open_run(out) if ranks.rank() == 0 else xr.DataTree()
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pandas as pd
 import psutil
@@ -25,6 +25,8 @@ from matplotlib.figure import Figure
 from numcodecs import Blosc
 
 from entangle.model import folders, ranks
+
+Arm = TypeVar("Arm")
 
 CHUNK = 4096  # neurons
 DATASET = "neurons.zarr"
@@ -224,6 +226,12 @@ def resumed_run(
             write_json(folder / "run.json", attributes)
         yield folder
         ranks.everyone(None)
+
+
+def unwritten(arms: Mapping[Path, Arm]) -> dict[Path, Arm]:
+    """Return the arms whose files are not written yet, as rank 0 sees them."""
+    there = ranks.from_rank(0, [file.exists() for file in arms])
+    return {f: arm for (f, arm), done in zip(arms.items(), there, strict=True) if not done}
 
 
 def remove_folder(folder: Path) -> None:

@@ -131,8 +131,7 @@ def sweep(
     with runs.resumed_run(out, attributes, overwrite=overwrite) as folder:
         files = [folder / "arms" / f"{name}.json" for name in (DENSE, *map(_name, prunings))]
         arms: dict[Path, Pruning | None] = dict(zip(files, (None, *prunings), strict=True))
-        there = ranks.from_rank(0, [file.exists() for file in arms])
-        left = {f: p for (f, p), done in zip(arms.items(), there, strict=True) if not done}
+        left = runs.unwritten(arms)
         grams = folder / "grams"
         for file, pruning in tqdm(left.items(), unit="arm", disable=not progress):
             if pruning and pruning.propagate == "dense":
