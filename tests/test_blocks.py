@@ -511,7 +511,7 @@ def test_what_batches_have_in_common_is_held_once(name: str) -> None:
         assert not all(shared(runs, 0, 3))
 
 
-def test_only_the_hidden_states_before_the_next_block_are_held() -> None:
+def test_hidden_states_are_copied_where_those_before_were_and_nothing_else_is_held() -> None:
     model = tiny_model()
     given: list[list[weakref.ref[torch.Tensor]]] = [[], [], []]
     for block, refs in zip(find_blocks(model)[1], given, strict=True):
@@ -523,18 +523,33 @@ def test_only_the_hidden_states_before_the_next_block_are_held() -> None:
         return [sum(ref() is not None for ref in refs) for refs in given]
 
     walk = BlockWalk(model, BATCHES)
-    alive = {id(tensor) for refs in given for ref in refs if (tensor := ref()) is not None}
-    assert len(alive) == 5  # what the first block is called with, which is handed on
-    for refs in given:
-        refs.clear()
-    Ear(walk, layers_of(model, 0))
     assert held() == [0, 0, 0]
+    places = [hidden.data_ptr() for hidden in walk._hidden]
+    assert len(set(places)) == len(BATCHES)
+    Ear(walk, layers_of(model, 0))
     by_listening(walk, layers_of(model, 0))
-    assert held() == [5, 0, 0]
+    assert walk.block == 1
     walk.advance()
-    assert held() == [0, 5, 0]
     by_listening(walk, layers_of(model, 2))
-    assert held() == [0, 0, 5]
+    assert walk.done
+    assert all(len(refs) > len(BATCHES) for refs in given)
+    assert held() == [0, 0, 0]
+    assert [hidden.data_ptr() for hidden in walk._hidden] == places
+
+
+def test_a_model_may_hold_on_to_the_hidden_states_that_it_begins_with() -> None:
+    """As one does that hands the embeddings on to each block: what is carried on is a copy."""
+    model = tiny_model()
+    blocks = find_blocks(model)[1]
+    embedded: list[torch.Tensor] = []
+    model.get_input_embeddings().register_forward_hook(
+        lambda _, __, output: embedded.append(output)
+    )
+    walk = BlockWalk(model, BATCHES)
+    before = [tensor.clone() for tensor in embedded]
+    for _ in blocks:
+        walk.advance()
+    assert all(map(torch.equal, embedded, before))
 
 
 def test_while_listening_only_one_batch_is_held() -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 import xarray as xr
 from accelerate import init_empty_weights
+from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -21,6 +22,7 @@ from entangle.model.loading import load_model, save_model, weights_hash
 from entangle.model.packing import save_tensors
 from entangle.model.placing import (
     blocks_in_files,
+    bytes_of_block,
     check_in_memory,
     fetch,
     give_back,
@@ -310,6 +312,23 @@ def test_a_model_in_files_is_saved_as_the_model_in_memory(
     save_model(load_model(models / name), None, tmp_path / "b")
     assert weights_hash(load_model(tmp_path / "a")) == weights_hash(load_model(tmp_path / "b"))
     assert weights_hash(load_model(tmp_path / "a")) == weights_hash(load_model(models / name))
+
+
+@pytest.mark.filterwarnings("ignore:Attempting to save a model with offloaded modules")
+@pytest.mark.parametrize("name", NAMES)
+def test_a_file_of_a_saved_model_holds_no_more_than_a_block(
+    name: str, models: Path, tmp_path: Path
+) -> None:
+    """All tensors of a file are in memory when it is written."""
+    model = offloaded(models, name)
+    save_model(model, None, tmp_path)
+    blocks = [sum(p.numel() * 4 for p in b.parameters()) for b in find_blocks(model)[1]]
+    assert bytes_of_block(model) == max(blocks)
+    files = sorted(tmp_path.glob("*.safetensors"))
+    assert len(files) > 1
+    for file in files:
+        sizes = [tensor.nbytes for tensor in load_file(file).values()]
+        assert sum(sizes) <= max(blocks) or len(sizes) == 1
 
 
 # Walks.

@@ -239,7 +239,7 @@ class BlockWalk:
                 hidden = self._run(number)
                 after()
                 if advance:
-                    self._hidden[number] = hidden
+                    self._keep(number, hidden)
         finally:
             for handle in handles:
                 handle.remove()
@@ -257,10 +257,16 @@ class BlockWalk:
             call = self._calls[number][self.block]
             hidden = self._hidden[number]  # a copy, since a block may write over it
             hidden = hidden.to(self._device, copy=True) if self._offloaded else hidden.clone()
-            return self._settled(call(block, hidden))
+            return call(block, hidden)
 
-    def _settled(self, hidden: torch.Tensor) -> torch.Tensor:
-        return hidden.cpu() if self._offloaded else hidden
+    def _keep(self, number: int, hidden: torch.Tensor) -> None:
+        """Write over a batch's hidden states: to move them would leave holes all over the memory."""
+        before = self._hidden[number]
+        with torch.inference_mode():
+            if (before.shape, before.dtype) == (hidden.shape, hidden.dtype):
+                before.copy_(hidden)
+            else:
+                self._hidden[number] = hidden.to(before.device, copy=True)
 
     def _take_up(self, batch: Mapping[str, torch.Tensor], skip_first: int) -> None:
         backbone = backbone_of(self.model)
@@ -275,7 +281,8 @@ class BlockWalk:
             if not all(map(_Call.equals, calls, before)):
                 raise RuntimeError(OTHERWISE.format("what they hand on is more than that"))
         self._calls.append(list(map(_Call.sharing, calls, before)))
-        self._hidden.append(self._settled(hidden))
+        where = torch.device("cpu") if self._offloaded else hidden.device
+        self._hidden.append(hidden.to(where, copy=True))  # the model may hold on to its own
 
 
 def _run_whole(

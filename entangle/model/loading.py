@@ -32,10 +32,14 @@ from entangle.model.packing import (
     pack_layers,
     save_expanded,
 )
-from entangle.model.placing import blocks_in_files, is_offloaded, stored_parameters
+from entangle.model.placing import (
+    blocks_in_files,
+    bytes_of_block,
+    is_offloaded,
+    stored_parameters,
+)
 from entangle.numerics.routing import Router
 
-FILE_SIZE = "1GB"  # of a model that is larger than memory
 DTYPES = {
     "auto": "auto",
     "float32": torch.float32,
@@ -175,8 +179,10 @@ def save_model(
             save_expanded(model, folder, described)
         else:
             (folder / EXPANSION).unlink(missing_ok=True)  # of a model that was here before
-            # One file after another is read and written.
-            size: dict[str, Any] = {"max_shard_size": FILE_SIZE} if is_offloaded(model) else {}
+            # One file after another is in memory, when its weights are read and written.
+            size: dict[str, Any] = (
+                {"max_shard_size": bytes_of_block(model)} if is_offloaded(model) else {}
+            )
             with warnings.catch_warnings():
                 warnings.filterwarnings(
                     "ignore", message="Attempting to save a model with offloaded"

@@ -4,6 +4,8 @@ accelerate's hooks read a module's weights each time that it runs. For many batc
 times; here a block's are fetched once, stay while all batches run, and are given back.
 """
 
+import contextlib
+import ctypes
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -76,6 +78,19 @@ def give_back(block: nn.Module) -> None:
         if not hook.offload:
             hook.offload = True
             hook.post_forward(module, None)
+    _trim()
+
+
+def _trim() -> None:
+    """Hand freed memory back to the system: the C library keeps holes that the next block leaves."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)  # of glibc, and no other
+
+
+def bytes_of_block(model: PreTrainedModel) -> int:
+    """Return how much the largest of a model's blocks weighs: what has to be in memory at once."""
+    _, blocks = find_blocks(model)
+    return max(sum(parameter.nbytes for parameter in block.parameters()) for block in blocks)
 
 
 def keep(layer: LinearLayer, file: Path, name: str) -> None:

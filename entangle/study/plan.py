@@ -18,11 +18,11 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from entangle.model.layers import LinearLayer, find_layers
 from entangle.model.loading import DTYPES, load_tokenizer, save_model, source_of
+from entangle.model.placing import bytes_of_block
 from entangle.model.text import token_windows
 
 BATCHES = (2, 8)  # of the small models
@@ -126,12 +126,12 @@ def plan_run(
         place = ["--offload", str(folder / "offloaded")] if offload else []
         for name, words in commands.items():
             # The first compiles what is not yet compiled on this machine.
-            for count, some in ((1, few), (1, few), (1, more), (2, few)):
+            for count, some in ((1, few), (1, few), (1, more), (2, few), (2, more)):
                 size = ["--windows", str(some * batch_size)]
                 line = [name, str(folder / str(count)), *common, *size, *place, *words]
                 found[name].append(_run(line, folder / "out", count, some))
     hidden = batch_size * length * config.get_text_config(decoder=True).hidden_size * kind.itemsize
-    block = _bytes_of_block(whole, chosen, kind)
+    block = bytes_of_block(whole)
     held = {
         "measure": (block + _histograms(chosen, bins), hidden if offload else 0),
         "sparsify": (block + (experts > 1) * experts * _linear(chosen, kind), hidden),
@@ -175,13 +175,6 @@ def _cut(config: Any, blocks: int) -> Any:
     return small
 
 
-def _bytes_of_block(model: nn.Module, layers: Sequence[LinearLayer], dtype: torch.dtype) -> float:
-    """Return the bytes of a block's weights, of the first that has one of the layers."""
-    name = layers[0].name.removesuffix(f".{layers[0].role}")
-    block = model.get_submodule(name)
-    return sum(parameter.numel() for parameter in block.parameters()) * dtype.itemsize
-
-
 def _histograms(layers: Sequence[LinearLayer], bins: int) -> float:
     first = [layer for layer in layers if layer.block == layers[0].block]
     return sum(layer.neurons for layer in first) * (4 * bins + RUN_BYTES)
@@ -219,12 +212,13 @@ def _stage(
     block_bytes: float,
     hidden_bytes: float,
 ) -> Stage:
-    """Carry over the costs of one block, of more batches, and of two blocks, to all.
+    """Carry over the costs of one block and of two, each with few and with more batches, to all.
 
-    Memory is known but for what does not grow: the weights and histograms that are held of each
-    block, and the hidden states of each batch.
+    Time grows with the blocks and with the batches of each; the last block is not like the others,
+    since nothing runs behind it. Memory is known but for what does not grow: the weights and
+    histograms that are held of each block, and the hidden states of each batch.
     """
-    one, more, two = costs
+    one, one_more, two, two_more = costs
 
     def known(blocks: int, batches: int) -> float:
         return blocks * block_bytes + batches * hidden_bytes
@@ -233,12 +227,12 @@ def _stage(
         parts = [getattr(cost, name) - known(cost.blocks, cost.batches) for cost in costs]
         return float(max(parts))
 
-    a_batch = 0.0
-    if more.batches > one.batches:
-        a_batch = max(more.seconds - one.seconds, 0.0) / (more.batches - one.batches)
-    a_block = max(two.seconds - one.seconds, 0.0) - a_batch * one.batches
-    seconds = one.seconds + (blocks - 1) * max(a_block, 0.0)
-    seconds += (blocks * batches - one.batches) * a_batch
+    def with_all(few: _Cost, more: _Cost) -> float:
+        a_batch = max(more.seconds - few.seconds, 0.0) / max(more.batches - few.batches, 1)
+        return more.seconds + (batches - more.batches) * a_batch
+
+    last = with_all(one, one_more)
+    seconds = last + (blocks - 1) * max(with_all(two, two_more) - last, 0.0)
     # Where weights and hidden states are; those of a model in files wait on the host.
     there = "device" if one.device and block_bytes else "memory"
     memory = {name: max(getattr(cost, name) for cost in costs) for name in ("memory", "device")}

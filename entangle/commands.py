@@ -1,0 +1,587 @@
+"""The commands: each a short list of calls to public names, the package's map."""
+
+import argparse
+import dataclasses
+import json
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import entangle
+from entangle import printed
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import xarray as xr
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from entangle.model.text import Purpose, TokenWindows
+
+
+_PRUNING = (
+    *("method", "mask", "propagate", "experts", "assign", "components", "pull"),
+    *("budget", "strength", "across"),
+)
+
+
+def run_measure(args: argparse.Namespace) -> None:
+    """Measure the distribution of every neuron over a text."""
+    from entangle.model import folders, ranks
+    from entangle.study import dataset
+
+    folders.check_target(args.out, args.overwrite)  # before minutes are spent
+    windows, model = _text(args, "calibration")[0], _model(args)
+    run = entangle.measure(
+        model,
+        windows,
+        layers=args.layers,
+        bins=args.bins,
+        difficulty=args.difficulty,
+        batch_size=args.batch_size,
+        skip_first=args.skip_first,
+        shard=args.shard,
+        out=args.out,
+        overwrite=args.overwrite,
+        progress=_progress(),
+        command=args.command_line,
+    )
+    if ranks.rank() > 0:  # which wrote nothing
+        return
+    if args.difficulty:
+        from entangle.study import runs
+
+        runs.save_figure(entangle.plots.difficulty(run), args.out / "figures" / "difficulty.png")
+    log = json.loads((args.out / "log.json").read_text())
+    _print(args, dataset.summary(run) | {"run": str(args.out), "log": log}, printed.describe)
+
+
+def run_merge(args: argparse.Namespace) -> None:
+    """Make one run of the shards of it that several processes measured."""
+    from entangle.study import dataset
+
+    run = entangle.merge_runs(args.run, out=args.out, overwrite=args.overwrite)
+    log = json.loads((args.out / "log.json").read_text())
+    _print(args, dataset.summary(run) | {"run": str(args.out), "log": log}, printed.describe)
+
+
+def run_plan(args: argparse.Namespace) -> None:
+    """Say what measuring and pruning would cost."""
+    plan = entangle.plan_run(
+        args.model,
+        args.text,
+        revision=args.revision,
+        dtype=args.dtype,
+        device=args.device,
+        offload=args.offload is not None,
+        trust_remote_code=args.trust_remote_code,
+        layers=args.layers,
+        windows=args.windows,
+        length=args.length,
+        batch_size=args.batch_size,
+        bins=args.bins,
+        sparsity=args.sparsity,
+        experts=args.experts,
+    )
+    _print(args, dataclasses.asdict(plan), printed.planned)
+
+
+def run_perplexity(args: argparse.Namespace) -> None:
+    """Score a model on a text."""
+    from entangle.model import ranks
+
+    windows, model = _text(args, "evaluation")[0], _model(args, packed=not args.unpacked)
+    score = entangle.score(
+        model,
+        windows,
+        batch_size=args.batch_size,
+        skip_first=args.skip_first,
+        progress=_progress(),
+    )
+    if ranks.rank() > 0:
+        return
+    numbers = {
+        name: getattr(score, name)
+        for name in ("perplexity", "perplexity_error", "nats", "nats_error", "tokens")
+    }
+    about = {"model": args.model, "text": windows.text, "fingerprint": windows.fingerprint}
+    about |= {"windows": len(windows), "length": windows.length}
+    _print(args, numbers | about, printed.scored)
+
+
+def run_generate(args: argparse.Namespace) -> None:
+    """Let a model go on with a prompt; on a terminal the text is shown as it comes."""
+    tokenizer = entangle.load_tokenizer(args.model, **_source(args))
+    model = _model(args, packed=not args.unpacked)
+    live = sys.stdout.isatty() and not args.json
+    say = partial(print, end="", flush=True) if live else lambda text: None
+    found = entangle.generate(model, tokenizer, args.prompt, tokens=args.tokens, say=say)
+    result = dataclasses.asdict(found) | {"tokens_per_second": found.tokens_per_second}
+    result |= {"model": args.model, "prompt": args.prompt, "device": str(model.device)}
+    words = printed.timed if live else printed.generated
+    _print(args, result, words)
+
+
+def run_sparsify(args: argparse.Namespace) -> None:
+    """Prune a model and save it.
+
+    Raises:
+        ValueError: a strength, and no run whose budget it is of.
+    """
+    from entangle.model import folders
+
+    folders.check_target(args.out, args.overwrite)  # before torch is imported, which takes seconds
+    from entangle.model import ranks
+    from entangle.study import runs
+    from entangle.study.budgeting import STRENGTH
+    from entangle.study.pruned import Pruning
+
+    # A slip is told before a model is loaded.
+    words = {name: getattr(args, name) for name in _PRUNING}
+    (words["budget"],), folder = _budgets([args.budget])
+    auto = args.strength == "auto"
+    _check_budgets([words["budget"]], [args.across], folder, args.strength)
+    words["strength"] = STRENGTH if auto or args.strength is None else args.strength
+    Pruning.of(args.sparsity, **words)
+    run = None if folder is None else entangle.open_run(folder)
+    windows, tokenizer = _text(args, "calibration")
+    model = _model(args)
+    chosen = None
+    if auto:
+        assert run is not None
+        named = {} if Path(args.budget) == folder else {"budgets": [words["budget"]]}
+        chosen = entangle.choose_budget(
+            model,
+            windows,
+            args.sparsity,
+            run,
+            **named,
+            method=args.method,
+            across=[args.across],
+            layers=args.layers,
+            batch_size=args.batch_size,
+            skip_first=args.skip_first,
+            progress=_progress(),
+        )
+        words |= {"budget": chosen.budget, "strength": chosen.strength}
+    found = entangle.sparsify(
+        model,
+        windows,
+        args.sparsity,
+        **words,
+        run=run,
+        layers=args.layers,
+        batch_size=args.batch_size,
+        skip_first=args.skip_first,
+        tokenizer=tokenizer,
+        out=args.out,
+        overwrite=args.overwrite,
+        progress=_progress(),
+        command=args.command_line,
+    )
+    if ranks.rank() > 0:
+        return
+    if chosen is not None:
+        runs.save_table(chosen.table, args.out / "budget.csv")
+    log = json.loads((args.out / "log.json").read_text())
+    rows = found.layers.to_dict(orient="records")
+    numbers = {"realised": found.sparsity, "error": found.error, "layers": rows}
+    whole = json.loads((args.out / "sparsity.json").read_text())
+    numbers |= {name: whole[name] for name in whole if name not in {"sparsity", *numbers}}
+    if chosen is not None:
+        numbers["chosen"] = {
+            "budget": chosen.budget,
+            "strength": chosen.strength,
+            "against_uniform": chosen.against_uniform,
+            "against_uniform_error": chosen.against_uniform_error,
+            "set_aside": int(chosen.table["windows"].max()),
+            "candidates": len(chosen.table) - 1,
+        }
+    _print(
+        args, found.attributes | numbers | {"folder": str(args.out), "log": log}, printed.sparsified
+    )
+
+
+def run_sweep(args: argparse.Namespace) -> None:
+    """Prune a model in several ways and score each."""
+    from entangle.model import folders
+
+    folders.check_target(args.out, args.overwrite)
+    from entangle.study.budgeting import STRENGTH
+    from entangle.study.pruned import arms_of
+
+    # A slip in these words is told before a model is loaded.
+    words = {name: getattr(args, name) for name in _PRUNING}
+    words["budget"], folder = _budgets(args.budget)
+    _check_budgets(words["budget"], args.across, folder, words["strength"] or None)
+    words["strength"] = words["strength"] or (STRENGTH,)
+    arms_of(args.sparsity, **words)
+    run = None if folder is None else entangle.open_run(folder)
+    windows, tokenizer = _text(args, "calibration")
+    evaluation = _windows(args, tokenizer, "evaluation")
+    model = _model(args)
+    table = entangle.sweep(
+        model,
+        windows,
+        evaluation,
+        args.sparsity,
+        methods=words.pop("method"),
+        masks=words.pop("mask"),
+        budgets=words.pop("budget"),
+        strengths=words.pop("strength"),
+        **words,
+        run=run,
+        layers=args.layers,
+        batch_size=args.batch_size,
+        skip_first=args.skip_first,
+        out=args.out,
+        overwrite=args.overwrite,
+        progress=_progress(),
+        command=args.command_line,
+    )
+    _print_table(args, table, "sweep")
+
+
+def _budgets(texts: Sequence[str]) -> tuple[tuple[str, ...], Path | None]:
+    """Return the budgets of rows, and the folder of the run that they are made from.
+
+    Raises:
+        ValueError: they name several runs.
+    """
+    from entangle.study.budgeting import BUDGET, ROWS, TRIM, UNIFORM
+
+    budgets: list[str] = []
+    folders: dict[str, None] = {}
+    for text in texts:
+        folder, _, variable = text.rpartition(":")
+        if text in {UNIFORM, TRIM}:
+            folder, variable = "", text
+        elif not folder or (variable not in ROWS and Path(text).exists()):
+            folder, variable = text, BUDGET
+        budgets.append(variable)
+        folders |= {folder: None} if folder else {}
+    if len({Path(folder).resolve() for folder in folders}) > 1:
+        raise ValueError(f"budgets are made from one run, got {' and '.join(folders)}")
+    return tuple(budgets), Path(next(iter(folders))) if folders else None
+
+
+def _check_budgets(
+    budgets: Sequence[str], across: Sequence[str], folder: Path | None, strength: Any
+) -> None:
+    """See that budgets have the run, and a strength the rows, that they are of.
+
+    Raises:
+        ValueError: they have not.
+    """
+    from entangle.study.budgeting import TRIM, UNIFORM, needs_run
+
+    blocks = [word for word in across if needs_run(UNIFORM, word)]
+    if blocks and folder is None:
+        raise ValueError(
+            f"--across {blocks[0]} needs a measured run: name it with --budget RUN, or with "
+            "--budget RUN:uniform where rows are to be alike"
+        )
+    if strength is not None and {*budgets} <= {UNIFORM, TRIM}:
+        raise ValueError(
+            "--strength is of rows graded by a measured run: give one with --budget RUN[:VARIABLE]"
+        )
+
+
+def _print_table(args: argparse.Namespace, table: "pd.DataFrame", name: str) -> None:
+    """Draw the table of a sweep or an ablation, and print it as it was written."""
+    from entangle.model import ranks
+    from entangle.study import runs
+
+    if ranks.rank() > 0:
+        return
+    file = None
+    if table["perplexity"][1:].notna().any():
+        figure = getattr(entangle.plots, name)(table)
+        file = str(runs.save_figure(figure, args.out / "figures" / f"{name}.png"))
+    result = {str(key): value for key, value in table.attrs.items()}
+    result |= {"table": table.to_dict(orient="records"), "figure": file}
+    text = (args.out / "tables" / f"{name}.md").read_text(encoding="utf-8")
+    drawn = f", with a figure: {file}" if file else "; no arm has a score to draw"
+    _print(args, result, lambda _: f"{text}\nwritten to {args.out}{drawn}")
+
+
+def run_ablate(args: argparse.Namespace) -> None:
+    """Treat the most entangled neurons of a measured model, and others, and score.
+
+    Raises:
+        ValueError: no text to sparsify by.
+    """
+    from entangle.model import folders
+
+    folders.check_target(args.out, args.overwrite)
+    from entangle.study import interventions
+
+    words = (args.intervention, args.sparsity, args.experts, args.sets, args.share, args.seeds)
+    interventions.check_words(*words)
+    if args.text is None and "sparsify" in args.intervention:
+        raise ValueError("sparsifying neurons needs a text to prune by: give one with --text")
+    run = _measured(args)
+    tokenizer = entangle.load_tokenizer(args.model, **_source(args))
+    windows = None if args.text is None else _windows(args, tokenizer, "calibration")
+    evaluation = _windows(args, tokenizer, "evaluation")
+    table = entangle.ablate(
+        _model(args),
+        run,
+        windows,
+        evaluation,
+        shares=args.share,
+        sparsities=args.sparsity,
+        experts=args.experts,
+        interventions=args.intervention,
+        sets=args.sets,
+        seeds=args.seeds,
+        per_block=args.per_block,
+        layers=args.layers,
+        batch_size=args.batch_size,
+        skip_first=args.skip_first,
+        out=args.out,
+        overwrite=args.overwrite,
+        progress=_progress(),
+        command=args.command_line,
+    )
+    _print_table(args, table, "ablation")
+
+
+def run_disentangle(args: argparse.Namespace) -> None:
+    """Say what clusters and their experts make of each neuron of a measured model."""
+    from entangle.model import folders
+
+    folders.check_target(args.out, args.overwrite)
+    from entangle.study import disentangling, runs
+
+    disentangling.check_words(args.experts, args.sparsity)
+    run = _measured(args)
+    windows, tokenizer = _text(args, "calibration")
+    evaluation = _windows(args, tokenizer, "evaluation")
+    found = entangle.disentangle(
+        _model(args),
+        run,
+        windows,
+        evaluation,
+        experts=args.experts,
+        sparsities=args.sparsity,
+        neurons=args.neurons,
+        layers=args.layers,
+        batch_size=args.batch_size,
+        skip_first=args.skip_first,
+        out=args.out,
+        overwrite=args.overwrite,
+        progress=_progress(),
+        command=args.command_line,
+    )
+    figures = {}
+    for kind in ("improvement", "clusters", "sparse"):
+        try:
+            figure = getattr(entangle.plots, kind)(found)
+        except ValueError as error:  # nothing to draw, which costs the others nothing
+            figures[kind] = f"no {kind}.png ({error})"
+            continue
+        figures[kind] = str(runs.save_figure(figure, args.out / "figures" / f"{kind}.png"))
+    result = found.attrs["disentangled"] | {"figures": figures}
+    text = (args.out / "tables" / "disentangle.md").read_text(encoding="utf-8")
+    drawn = ", ".join(figures.values())
+    _print(args, result, lambda _: f"{text}\nwritten to {args.out}, with figures: {drawn}")
+
+
+def run_contexts(args: argparse.Namespace) -> None:
+    """Find the tokens behind neurons' distributions, and add them to the run.
+
+    Raises:
+        ValueError: neither neurons nor how many of the most entangled ones.
+    """
+    if bool(args.neurons) == bool(args.top):
+        both = ", and not both" if args.top else ""
+        raise ValueError(
+            f"name neurons as LAYER:INDEX, or say --top N for each layer's first ones{both}"
+        )
+    run = _measured(args)
+    about, names = run.attrs, args.neurons
+    if args.top:
+        ranked = entangle.top_by_layer(run, count=args.top, layers=args.layers)
+        names = [f"{layer}:{index}" for layer, some in ranked.items() for index in some]
+    tokenizer = entangle.load_tokenizer(args.model, **_source(args))
+    windows = entangle.token_windows(
+        about["text"],
+        tokenizer,
+        windows=about["windows"],
+        length=about["length"],
+        seed=about["seed"],
+        bos=about["bos"],
+    )
+    found = entangle.find_contexts(
+        _model(args), tokenizer, run, windows, names, out=args.run, progress=_progress()
+    )
+    result = {"neurons": [dataclasses.asdict(one) for one in found]}
+    _print(args, result | {"file": str(args.run / "contexts.json")}, printed.contexts)
+
+
+def run_rank(args: argparse.Namespace) -> None:
+    """Print the neurons with the largest distance, or of another variable."""
+    from entangle.study import dataset, runs
+
+    run = entangle.open_run(args.run)
+    table = entangle.top_neurons(run, args.top, by=args.by, layers=args.layers)
+    if args.csv:
+        runs.save_table(table, args.csv)
+    rows = table.to_dict(orient="records")
+    _print(args, dataset.summary(run) | {"neurons": rows}, printed.ranked)
+
+
+def run_diff(args: argparse.Namespace) -> None:
+    """Compare two runs."""
+    from entangle.study import dataset, runs
+
+    pair = [entangle.open_run(folder) for folder in (args.run, args.other)]
+    found = entangle.compare_runs(*pair, layers=args.layers)
+    if args.csv:
+        runs.save_table(found.neurons, args.csv)
+    figure = None
+    if args.out:
+        drawn = entangle.plots.comparison(*pair, layers=args.layers)
+        figure = str(runs.save_figure(drawn, args.out))
+    result = {
+        "runs": [dataset.summary(run) for run in pair],
+        "layers": found.layers.to_dict(orient="records"),
+        "neurons": found.neurons.head(max(args.top, 0)).to_dict(orient="records"),
+        "figure": figure,
+    }
+    _print(args, result, printed.compared)
+
+
+def run_plot(args: argparse.Namespace) -> None:
+    """Draw a run, a sweep, an ablation or what disentangle wrote.
+
+    Raises:
+        ValueError: a neuron for a plot of all, or none for that of one, or a sparsity for a plot
+            that has none.
+    """
+    from entangle.study import runs
+
+    names, kind = args.neurons, args.kind
+    if kind == "neuron" and not names:
+        raise ValueError("plot neuron needs a neuron, written LAYER:INDEX as in the output of rank")
+    if names and kind not in {"neuron", "clusters", "sparse"}:
+        raise ValueError(f"plot {kind} takes no neuron, got {names[0]!r}")
+    if names[1:] and kind != "neuron":
+        raise ValueError(f"plot {kind} takes one neuron, got {' '.join(names)}")
+    run: Any = None
+    if kind in {"sweep", "ablation"}:
+        run = runs.open_table(args.run, kind)
+    else:
+        run = entangle.open_run(args.run)
+    if args.sparsity is not None and kind not in {"improvement", "sparse"}:
+        raise ValueError(f"plot {kind} takes no sparsity, got {args.sparsity!r}")
+    options = {} if args.sparsity is None else {"sparsity": args.sparsity}
+    if names[1:]:
+        figure, name = entangle.plots.neurons(run, names), "neurons"
+    else:
+        figure = getattr(entangle.plots, kind)(run, *names, **options)
+        name = "-".join([kind, *names]).replace(":", "-")
+    file = runs.save_figure(figure, args.out or args.run / "figures" / f"{name}.png")
+    _print(args, {"figure": str(file)}, lambda result: str(result["figure"]))
+
+
+def run_report(args: argparse.Namespace) -> None:
+    """Write what runs hold into one HTML file."""
+    file = entangle.write_report(args.run, args.out or args.run[0] / "report.html")
+    result = {"report": str(file), "bytes": file.stat().st_size}
+    _print(args, result, lambda result: f"{result['report']} ({result['bytes'] / 1e6:.1f} MB)")
+
+
+def _source(args: argparse.Namespace) -> dict[str, Any]:
+    return {"revision": args.revision, "trust_remote_code": args.trust_remote_code}
+
+
+def _text(
+    args: argparse.Namespace, purpose: "Purpose"
+) -> "tuple[TokenWindows, PreTrainedTokenizerBase]":
+    """Read the text first: what is wrong with it is known before a large model is loaded."""
+    tokenizer = entangle.load_tokenizer(args.model, **_source(args))
+    return _windows(args, tokenizer, purpose), tokenizer
+
+
+def _windows(
+    args: argparse.Namespace, tokenizer: "PreTrainedTokenizerBase", purpose: "Purpose"
+) -> "TokenWindows":
+    """Read --text, or for an evaluation --evaluation where the command has one."""
+    scored = purpose == "evaluation" and "evaluation" in args
+    return entangle.token_windows(
+        args.evaluation if scored else args.text,
+        tokenizer,
+        windows=args.evaluation_windows if scored else args.windows,
+        length=args.length,
+        seed=args.seed,
+        bos=args.bos,
+        purpose=purpose,
+    )
+
+
+def _measured(args: argparse.Namespace) -> "xr.DataTree":
+    """Open a run, and take the model from it."""
+    run = entangle.open_run(args.run)
+    args.model, args.revision, args.dtype = (
+        run.attrs[name] for name in ("model", "revision", "dtype")
+    )
+    return run
+
+
+def _model(args: argparse.Namespace, packed: bool = False) -> "PreTrainedModel":
+    options = {"dtype": args.dtype, "device": args.device, "packed": packed}
+    options |= {name: getattr(args, name, None) for name in ("device_map", "offload")}
+    return entangle.load_model(args.model, **options, **_source(args))
+
+
+def _progress() -> bool:
+    return sys.stderr.isatty() and os.environ.get("RANK", "0") == "0"
+
+
+def _print(args: argparse.Namespace, result: dict[str, Any], words: Any) -> None:
+    if args.json:
+        from entangle.study.runs import without_nan
+
+        print(json.dumps(without_nan(result), indent=2, ensure_ascii=False))
+    else:
+        print(words(result))
+    sys.stdout.flush()
+
+
+def command_line(args: argparse.Namespace) -> str:
+    """Return the command with all that determines its result, and no more."""
+    ignored = {"command", "model", "run", "out", "overwrite", "json", "debug", "shard", "offload"}
+    words = ["entangle", args.command, str(args.run if "run" in args else args.model)]
+    for name, value in sorted(vars(args).items()):
+        unsaid = value is None or value is False or value == []
+        if name in ignored or unsaid or (name, value) == ("difficulty", 0):
+            continue
+        words.append("--" + name.replace("_", "-"))
+        if isinstance(value, tuple):
+            words.append(",".join("auto" if item is None else str(item) for item in value))
+        elif value is not True:
+            words += map(str, value) if isinstance(value, list) else [str(value)]
+    return shlex.join(words)
+
+
+COMMANDS = {
+    "measure": run_measure,
+    "merge": run_merge,
+    "plan": run_plan,
+    "perplexity": run_perplexity,
+    "generate": run_generate,
+    "sparsify": run_sparsify,
+    "sweep": run_sweep,
+    "ablate": run_ablate,
+    "disentangle": run_disentangle,
+    "contexts": run_contexts,
+    "rank": run_rank,
+    "diff": run_diff,
+    "plot": run_plot,
+    "report": run_report,
+}
