@@ -1,7 +1,7 @@
 """What a model larger than memory costs: a random Llama of 1.2 billion weights, block by block.
 
 `measure` and `sparsify` run as commands, each in a process of its own, with 16 and with 128 windows,
-beside what `plan` expected of them. Forty minutes on two cores, 8 GB of disk, 3 GB of memory:
+beside what `plan` expected of them. Half an hour on two cores, 8 GB of disk, 3 GB of memory:
 
     python -m benchmarks.scale FOLDER [WINDOWS...]
 """

@@ -41,6 +41,11 @@ def planned(result: dict[str, Any]) -> str:
         f"{result['tokens']:,} tokens of {result['text']} ({result['windows']} windows)",
         "expected of one process, from the same commands on one block and on two, with random weights:",
     ]
+    if result["largest_block_bytes"] > 1.1 * result["block_bytes"]:
+        lines.append(
+            f"all blocks are taken to be like the first, of {result['block_bytes'] / 1e9:.2g} GB, but "
+            f"the largest has {result['largest_block_bytes'] / 1e9:.2g} GB: expect more than this"
+        )
     for stage in result["stages"]:
         gpu = (
             f" and {stage['device_bytes'] / 1e9:.2f} GB on the GPU" if stage["device_bytes"] else ""

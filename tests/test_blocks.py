@@ -552,6 +552,26 @@ def test_a_model_may_hold_on_to_the_hidden_states_that_it_begins_with() -> None:
     assert all(map(torch.equal, embedded, before))
 
 
+@pytest.mark.parametrize("change", [torch.Tensor.double, lambda x: x.mT.contiguous().mT])
+def test_hidden_states_of_another_form_take_the_place_of_those_before(
+    change: Callable[[torch.Tensor], torch.Tensor],
+) -> None:
+    """A block is called with what the one before it returned: its dtype, and how it lies."""
+    model = tiny_model()
+    returned: list[torch.Tensor] = []
+
+    def hook(_: nn.Module, __: Any, output: torch.Tensor) -> torch.Tensor:
+        returned.append(change(output))
+        return returned[-1]
+
+    walk = BlockWalk(model, [BATCHES[0]])
+    walk.blocks[0].register_forward_hook(hook)
+    walk.advance()
+    hidden = walk._hidden[0]
+    assert torch.equal(hidden, returned[0])
+    assert (hidden.dtype, hidden.stride()) == (returned[0].dtype, returned[0].stride())
+
+
 def test_while_listening_only_one_batch_is_held() -> None:
     model = tiny_model()
     layers = layers_of(model, 0)

@@ -11,14 +11,14 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 import entangle
 from entangle.__main__ import main
 from entangle.model.layers import find_blocks, find_layers, weight_of
 from entangle.study import plan
 from entangle.study.plan import _cut, _run, _stage, plan_run
-from tests.tiny_models import ARCHITECTURES, save_tiny, tiny_model, tiny_vision_model
+from tests.tiny_models import ARCHITECTURES, VOCABULARY, save_tiny, tiny_model, tiny_vision_model
 
 WORDS = "The quick brown fox jumps over the lazy dog; a wizard's job is to vex chumps quickly. "
 WINDOWS, LENGTH = 20, 32
@@ -198,6 +198,8 @@ def test_a_plan_counts_what_the_model_has(
     assert found.neurons == sum(layer.neurons for layer in chosen)
     assert found.weights == sum(weight_of(layer).numel() for layer in chosen)
     assert found.model_bytes == sum(parameter.nbytes for parameter in model.parameters())
+    block = sum(parameter.nbytes for parameter in find_blocks(model)[1][0].parameters())
+    assert found.block_bytes == found.largest_block_bytes == block
     assert (found.windows, found.tokens) == (WINDOWS, WINDOWS * LENGTH)
     assert [stage.command for stage in found.stages] == ["measure", "sparsify"]
     for stage in found.stages:
@@ -229,7 +231,7 @@ def test_commands_are_those_that_the_whole_model_would_be_run_with(
         assert ("--bins 64" in words) == (line[0] == "measure")
         assert ("--sparsity 2:4 --experts 3" in words) == (line[0] == "sparsify")
     sizes = [(Path(line[1]).name, line[line.index("--windows") + 1]) for line in lines]
-    assert sizes == [("1", "4"), ("1", "4"), ("1", "16"), ("2", "4"), ("2", "16")] * 2
+    assert sizes == [("1", "4"), ("1", "4"), ("1", "20"), ("2", "4"), ("2", "20")] * 2
     lines.clear()
     planned(place, offload=True, windows=3)
     assert all("--offload" in line for line in lines)
@@ -271,6 +273,26 @@ def test_the_command_line_says_the_plan(
     assert f"- sparsify: about {seconds:.0f} s, " in said
     assert "0.02 GB written" in said
     assert "GPU" not in said
+    assert "like the first" not in said
+
+
+def test_the_command_line_says_that_a_plan_of_the_first_block_is_not_of_the_largest(
+    place: Path, lines: list[list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Mixtures of experts behind a dense block: the experts are not in what was run."""
+    save_tiny(place / "model", "qwen3")
+    sizes: dict[str, Any] = {"hidden_size": 24, "intermediate_size": 37, "num_hidden_layers": 3}
+    sizes |= {"num_attention_heads": 3, "num_key_value_heads": 1, "moe_intermediate_size": 40}
+    config = Qwen3MoeConfig(**sizes, num_experts=8, mlp_only_layers=[0], vocab_size=VOCABULARY)
+    config.save_pretrained(place / "model")
+    assert main(["plan", str(place / "model"), "--text", str(place / "text.txt"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    empty = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+    blocks = [sum(p.nbytes for p in b.parameters()) for b in find_blocks(empty)[1]]
+    assert blocks[0] < blocks[1] == blocks[2]
+    assert [found["block_bytes"], found["largest_block_bytes"]] == blocks[:2]
+    assert main(["plan", str(place / "model"), "--text", str(place / "text.txt")]) == 0
+    assert "all blocks are taken to be like the first, of" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

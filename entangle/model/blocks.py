@@ -91,6 +91,10 @@ def _same(a: Any, b: Any) -> bool:
     return type(a) is type(b) and (a is b or bool(a == b))
 
 
+def _form(tensor: torch.Tensor) -> tuple[Any, ...]:
+    return tensor.shape, tensor.stride(), tensor.dtype
+
+
 def _hidden_of(output: Any) -> torch.Tensor:
     hidden = output[0] if isinstance(output, tuple | list) else output
     if not isinstance(hidden, torch.Tensor):
@@ -240,6 +244,7 @@ class BlockWalk:
                 after()
                 if advance:
                     self._keep(number, hidden)
+                del hidden  # else two batches' are there while the next one runs
         finally:
             for handle in handles:
                 handle.remove()
@@ -261,12 +266,15 @@ class BlockWalk:
 
     def _keep(self, number: int, hidden: torch.Tensor) -> None:
         """Write over a batch's hidden states: to move them would leave holes all over the memory."""
-        before = self._hidden[number]
+        before, where = self._hidden[number], self._where(hidden)
         with torch.inference_mode():
-            if (before.shape, before.dtype) == (hidden.shape, hidden.dtype):
+            if before.device == where and _form(before) == _form(hidden):
                 before.copy_(hidden)
             else:
-                self._hidden[number] = hidden.to(before.device, copy=True)
+                self._hidden[number] = hidden.to(where, copy=True)
+
+    def _where(self, hidden: torch.Tensor) -> torch.device:
+        return torch.device("cpu") if self._offloaded else hidden.device
 
     def _take_up(self, batch: Mapping[str, torch.Tensor], skip_first: int) -> None:
         backbone = backbone_of(self.model)
@@ -281,8 +289,8 @@ class BlockWalk:
             if not all(map(_Call.equals, calls, before)):
                 raise RuntimeError(OTHERWISE.format("what they hand on is more than that"))
         self._calls.append(list(map(_Call.sharing, calls, before)))
-        where = torch.device("cpu") if self._offloaded else hidden.device
-        self._hidden.append(hidden.to(where, copy=True))  # the model may hold on to its own
+        # The model may hold on to its own.
+        self._hidden.append(hidden.to(self._where(hidden), copy=True))
 
 
 def _run_whole(

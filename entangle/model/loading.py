@@ -167,6 +167,7 @@ def save_model(
 ) -> None:
     """Write a model, and its tokenizer, into a folder: an ordinary Hugging Face one.
 
+    What it holds of another model is removed first: it must not be where the weights are read from.
     That of an expanded model only entangle can load (see `packing.save_expanded`).
 
     Raises:
@@ -179,6 +180,8 @@ def save_model(
             save_expanded(model, folder, described)
         else:
             (folder / EXPANSION).unlink(missing_ok=True)  # of a model that was here before
+            for file in folder.glob("model*.safetensors*"):  # or a whole one hides those in parts
+                file.unlink()
             # One file after another is in memory, when its weights are read and written.
             size: dict[str, Any] = (
                 {"max_shard_size": bytes_of_block(model)} if is_offloaded(model) else {}

@@ -74,17 +74,14 @@ def fetch(block: nn.Module) -> None:
 
 def give_back(block: nn.Module) -> None:
     """Let go of the weights that `fetch` fetched: of those that were changed, see `keep`."""
-    for module, hook in _offloading(block):
-        if not hook.offload:
-            hook.offload = True
-            hook.post_forward(module, None)
-    _trim()
-
-
-def _trim() -> None:
-    """Hand freed memory back to the system: the C library keeps holes that the next block leaves."""
-    with contextlib.suppress(AttributeError, OSError, TypeError):
-        ctypes.CDLL(None).malloc_trim(0)  # of glibc, and no other
+    fetched = [(module, hook) for module, hook in _offloading(block) if not hook.offload]
+    for module, hook in fetched:
+        hook.offload = True
+        hook.post_forward(module, None)
+    if fetched:
+        # The C library keeps what is freed between other things: it grew by half a block each time.
+        with contextlib.suppress(AttributeError, OSError, TypeError):
+            ctypes.CDLL(None).malloc_trim(0)  # of glibc, and no other
 
 
 def bytes_of_block(model: PreTrainedModel) -> int:

@@ -161,9 +161,14 @@ def sparsify(
             outliers = block_outliers(walk_blocks(model, windows, batch_size, skip_first), chosen)
         zeros = budget_of(chosen, pruning, run, outliers, windows.seed)
         done = None if folder is None else FinishedBlocks(model, folder)
-        walk = walk_blocks(model, windows, batch_size, skip_first)
         pruned = prune_model(
-            walk, chosen, pruning, seed=windows.seed, zeros=zeros, done=done, progress=progress
+            walk_blocks(model, windows, batch_size, skip_first),
+            chosen,
+            pruning,
+            seed=windows.seed,
+            zeros=zeros,
+            done=done,
+            progress=progress,
         )
         found = Sparsified(pd.DataFrame([layer.row for layer in pruned]), attributes)
         if done is not None and ranks.rank() == 0:

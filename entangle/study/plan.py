@@ -20,12 +20,12 @@ import torch
 from accelerate import init_empty_weights
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from entangle.model.layers import LinearLayer, find_layers
+from entangle.model.layers import LinearLayer, find_blocks, find_layers
 from entangle.model.loading import DTYPES, load_tokenizer, save_model, source_of
 from entangle.model.placing import bytes_of_block
 from entangle.model.text import token_windows
 
-BATCHES = (2, 8)  # of the small models
+BATCHES = (2, 16)  # of the small models
 RUN_BYTES = 3_000  # for a neuron, beside its counts, when histograms become a run
 
 
@@ -51,6 +51,8 @@ class Plan:
     neurons: int
     weights: int  # of the layers
     model_bytes: int  # of all weights
+    block_bytes: int  # of the first block, which all are taken to be like
+    largest_block_bytes: int
     windows: int
     tokens: int
     stages: list[Stage]
@@ -131,7 +133,7 @@ def plan_run(
                 line = [name, str(folder / str(count)), *common, *size, *place, *words]
                 found[name].append(_run(line, folder / "out", count, some))
     hidden = batch_size * length * config.get_text_config(decoder=True).hidden_size * kind.itemsize
-    block = bytes_of_block(whole)
+    block = sum(parameter.nbytes for parameter in find_blocks(whole)[1][0].parameters())
     held = {
         "measure": (block + _histograms(chosen, bins), hidden if offload else 0),
         "sparsify": (block + (experts > 1) * experts * _linear(chosen, kind), hidden),
@@ -148,6 +150,8 @@ def plan_run(
         sum(layer.neurons for layer in chosen),
         sum(layer.neurons * layer.inputs for layer in chosen),
         sum(parameter.nbytes for parameter in whole.parameters()),
+        block,
+        bytes_of_block(whole),
         len(drawn),
         drawn.tokens.numel(),
         stages,
