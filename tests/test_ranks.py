@@ -763,6 +763,7 @@ from pathlib import Path
 import torch
 import entangle
 from entangle.model import ranks
+from entangle.model.text import TokenWindows
 
 torch.set_num_threads(1)
 if "TORCHELASTIC_RUN_ID" in os.environ:
@@ -786,6 +787,18 @@ for words in (
     rows = pruned.layers[["layer", "zeros", "error", "tokens", "clusters", "damping"]]
     nats = entangle.score(model, evaluation, batch_size=2).nats
     found[str(words)] = {**rows.to_dict(orient="list"), "nats": nats}
+# Each half of the vocabulary is a cluster, and every other batch, which is a process's, of one half.
+model = entangle.load_model(place / "model")
+table = model.get_input_embeddings().weight.data
+table[130:] += 5
+table[:130] -= 5
+tokens = torch.randint(3, 130, (5, 2, 32), generator=torch.Generator().manual_seed(0))
+tokens[::2] += 127
+halves = TokenWindows(tokens.flatten(0, 1), "halves", 10, 0, "never")
+pruned = entangle.sparsify(model, halves, 0.5, experts=2, propagate="dense", batch_size=2)
+rows = pruned.layers[["layer", "zeros", "error", "tokens", "smallest_cluster"]]
+nats = entangle.score(model, halves, batch_size=2).nats
+found["halves"] = {**rows.to_dict(orient="list"), "nats": nats}
 model = entangle.load_model(place / "model")
 words = {"propagate": ["dense"], "methods": ["wanda", "magnitude"], "batch_size": 2}
 table = entangle.sweep(model, calibration, evaluation, [0.5], **words)
@@ -808,9 +821,11 @@ def test_two_processes_prune_as_one_does(place: Path, tmp_path: Path) -> None:
     assert_same_run(two, one)
     alone, shared = found
     assert shared.keys() == alone.keys()
+    # All tokens of the second process, whose layers know no other cluster.
+    assert alone["halves"]["smallest_cluster"].count(2 * 2 * 32) > 3
     for words, expected in alone.items():
         for name, values in expected.items():
-            if name in {"layer", "zeros", "tokens", "clusters", "damping"}:
+            if name in {"layer", "zeros", "tokens", "clusters", "smallest_cluster", "damping"}:
                 assert shared[words][name] == values, (words, name)
             else:  # Grams are other sums
                 assert shared[words][name] == pytest.approx(values, rel=1e-3), (words, name)
