@@ -8,8 +8,9 @@ from typing import Any
 
 
 def _measured_on(summary: dict[str, Any]) -> str:
+    part = f"shard {summary['shard']} of a run, " if "shard" in summary else ""
     return (
-        f"{summary['model']}: {summary['neurons_measured']:,} neurons in {summary['layers']} layers, "
+        f"{part}{summary['model']}: {summary['neurons_measured']:,} neurons in {summary['layers']} layers, "
         f"{summary['tokens']:,} tokens of {summary['text']} "
         f"({summary['windows']} windows of {summary['length']})\n"
         f"noise floor {summary['noise_floor']:.4f}: what a Gaussian neuron would show on as many "

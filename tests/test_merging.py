@@ -18,6 +18,7 @@ from entangle.numerics.histograms import Histograms
 from entangle.study import dataset, merging, runs
 from entangle.study.measuring import measure
 from entangle.study.merging import merge_runs
+from entangle.study.recording import check_weights
 from entangle.study.runs import open_run
 from tests.test_ranks import LOOSE, WORDS, assert_same_run
 from tests.test_recording import tokens, windows_of
@@ -176,6 +177,10 @@ def test_a_whole_run_is_no_shard(place: Path, tmp_path: Path) -> None:
         ({"skip_first": 1}, "skip_first is 1, not 0"),
         ({"layers": "*.mlp.*"}, "layers is ['*.mlp.*'], not ['*']"),
         ({"command": "otherwise"}, "command is 'otherwise', not 'as said'"),
+        (
+            {"bins": 64, "command": "otherwise"},
+            "bins is 64, not 1024",
+        ),  # which says what is otherwise
         ({"seed": 1}, "weights is '"),
         ({"text": 1}, "fingerprint is '"),
         ({"windows": 6}, "available_windows is 6, not 7"),
@@ -195,6 +200,27 @@ def test_shards_of_different_numbers_are_refused(place: Path, tmp_path: Path) ->
     other = measured(tmp_path / "other", "2/2")
     said = refused([place / "1", other], tmp_path / "run")
     assert said == "expected shards of one number, got 1/3 and 2/2"
+
+
+def test_a_shard_is_not_where_the_whole_is_written(place: Path, tmp_path: Path) -> None:
+    shutil.copytree(place / "2", tmp_path / "2")
+    parts = [place / "1", tmp_path / "2", place / "3"]
+    with pytest.raises(ValueError, match="2 is one of the shards: give the whole run another"):
+        merge_runs(parts, out=tmp_path / "2", overwrite=True)
+    assert open_run(tmp_path / "2").attrs["shard"] == "2/3"
+
+
+def test_what_needs_a_whole_run_refuses_a_shard_and_its_table_says_what_it_is(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tiny_model()
+    check_weights(model, open_run(place / "whole"))
+    with pytest.raises(ValueError, match="the run is shard 2/3 of one: make it whole first, with"):
+        check_weights(model, open_run(place / "2"))
+    for folder in ("whole", "2"):
+        assert main(["rank", str(place / folder), "--top", "1"]) == 0
+        said = capsys.readouterr().out
+        assert said.startswith("shard 2/3 of a run, ") == (folder == "2")
 
 
 def test_no_shards_at_all_are_refused(tmp_path: Path) -> None:

@@ -331,6 +331,23 @@ def test_a_file_of_a_saved_model_holds_no_more_than_a_block(
         assert sum(sizes) <= max(blocks) or len(sizes) == 1
 
 
+def test_a_file_is_no_place_for_weights(models: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError, match=r"offload needs a folder, and .*file is a file"):
+        load_model(models / "llama", offload=tmp_path / "file")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_recording_of_a_model_in_files_has_the_weights_norms(name: str, models: Path) -> None:
+    found = []
+    for model in (offloaded(models, name), load_model(models / name)):
+        with entangle.record(model) as recorder, torch.inference_mode():
+            model(IDS)
+        found.append(recorder.dataset())
+        assert not resident(model) or not is_offloaded(model)
+    xr.testing.assert_identical(found[0].drop_attrs(), found[1].drop_attrs())
+
+
 # Walks.
 
 

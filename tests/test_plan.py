@@ -302,6 +302,9 @@ def test_the_command_line_says_that_a_plan_of_the_first_block_is_not_of_the_larg
         ({"layers": ["*.up_prj"]}, LookupError, r"no layer matches '\*.up_prj'.*up_proj"),
         ({"length": 9999}, ValueError, "9999"),
         ({"windows": 0}, ValueError, "at least 1 window"),
+        ({"sparsity": "1.5"}, ValueError, "1.5"),
+        ({"experts": 0}, ValueError, "expert.*0"),
+        ({"bins": 1}, ValueError, "bins must be an even number"),
     ],
 )
 def test_bad_input_is_refused_before_a_command_runs(

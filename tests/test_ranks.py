@@ -256,11 +256,16 @@ def test_another_shard_does_not_go_on_with_what_one_left(
     save_after_each_batch(model, monkeypatch)
     undo = stopping(model, 2)
     with pytest.raises(HaltError):
-        measure(model, windows, batch_size=2, shard="1/3", out=tmp_path / "run")
+        measure(model, windows, batch_size=2, shard="1/3", out=tmp_path / "run", command="as said")
     undo()
+    with pytest.raises(FileNotFoundError, match=r"run.partial is unfinished: give the command"):
+        open_run(tmp_path / "run.partial")
+    began = f"Run what began it (as said --shard 1/3 --out {tmp_path / 'run'}) to finish it"
     for other in ("2/3", "1/2", None):
-        with pytest.raises(FileExistsError, match=r"unfinished run with other settings.*shard"):
+        with pytest.raises(FileExistsError, match="unfinished run with other settings") as error:
             measure(model, windows, batch_size=2, shard=other, out=tmp_path / "run")
+        assert "shard '1/3'" in str(error.value)
+        assert began in str(error.value)
     run = measure(model, windows, batch_size=2, out=tmp_path / "run", overwrite=True)
     assert run.identical(measure(model, windows, batch_size=2))
 
@@ -735,7 +740,7 @@ sys.exit(main(sys.argv[2:]))
 def test_another_number_of_processes_does_not_go_on_wrongly(
     processes: int, place: Path, tmp_path: Path
 ) -> None:
-    """Either it is refused, or it counts each batch once: a batch is another rank's now."""
+    """It counts each batch once, and begins anew: a batch is another rank's now."""
     (tmp_path / "partly.py").write_text(PARTLY)
     runs_to = tmp_path / "runs"
     runs_to.mkdir()
@@ -747,10 +752,7 @@ def test_another_number_of_processes_does_not_go_on_wrongly(
     assert list((partial / "state").glob("*.safetensors"))
     again = [sys.executable, "-m", "entangle", *words]
     done = ran(again if processes == 1 else torchrun(processes, "-m", "entangle", *words))
-    if not (runs_to / "run").exists():
-        assert done.returncode != 0
-        assert "unfinished" in done.stderr
-        return
+    assert done.returncode == 0, done.stderr
     assert main(measured(place, tmp_path / "one", "--batch-size", "2")) == 0
     assert_same_run(open_run(runs_to / "run"), open_run(tmp_path / "one"))
 

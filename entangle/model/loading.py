@@ -75,6 +75,7 @@ def load_model(
 
     Raises:
         FileNotFoundError: a path that is not there, or a folder without a model.
+        NotADirectoryError: ``offload`` is a file.
         ValueError: an unknown dtype or device, weights that are missing, a model that cannot be
             loaded, with what transformers says of it, or an expanded one or a GGUF file to spread.
     """
@@ -89,6 +90,8 @@ def load_model(
         raise ValueError(
             f"{name} is {what}, which is loaded whole: leave device_map and offload out"
         )
+    if offload is not None and Path(offload).exists() and not Path(offload).is_dir():
+        raise NotADirectoryError(f"offload needs a folder, and {offload} is a file")
     if expanded:
         return _load_expanded(Path(source), dtype, target, packed, trust_remote_code)
     with _explained(name):

@@ -9,6 +9,7 @@ import torch
 import xarray as xr
 from transformers import PreTrainedModel
 
+from entangle.model.placing import check_in_memory
 from entangle.model.text import TokenWindows
 from entangle.study.budgeting import BUDGET, TRIM, UNIFORM
 from entangle.study.sweeping import sweep
@@ -58,6 +59,7 @@ def choose_budget(
             f"strength auto sets a window in {_EVERY} aside, but there are {len(windows)}: give "
             "more windows, or a strength"
         )
+    check_in_memory(model, "choosing a budget")
     aside = torch.arange(len(windows)) % _EVERY == 0
     rest, scored = (
         dataclasses.replace(windows, tokens=windows.tokens[which]) for which in (~aside, aside)

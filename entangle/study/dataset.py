@@ -11,6 +11,7 @@ import torch
 import xarray as xr
 
 from entangle.model.layers import LinearLayer, say_skipped, weight_of
+from entangle.model.placing import fetch, give_back
 from entangle.numerics import wasserstein
 from entangle.numerics.difficulty import Difficulty
 from entangle.numerics.histograms import Histograms
@@ -161,9 +162,18 @@ def labels_of(
 
 def weight_norms(layers: Sequence[LinearLayer]) -> Array:
     """Return the norm of each neuron's weights."""
-    norms = [torch.linalg.vector_norm(weight_of(layer).double(), dim=-1) for layer in layers]
-    means = [norm.reshape(-1, norm.shape[-1]).mean(dim=0).cpu() for norm in norms]
-    return torch.cat(means).numpy()
+
+    def norms(layer: LinearLayer) -> torch.Tensor:
+        away = weight_of(layer).is_meta  # in a file
+        if away:
+            fetch(layer.module)
+        norm = torch.linalg.vector_norm(weight_of(layer).double(), dim=-1)
+        if away:
+            give_back(layer.module)
+        mean: torch.Tensor = norm.reshape(-1, norm.shape[-1]).mean(dim=0).cpu()
+        return mean
+
+    return torch.cat([norms(layer) for layer in layers]).numpy()
 
 
 def dataset_of(run: xr.DataTree | xr.Dataset) -> xr.Dataset:
@@ -189,18 +199,23 @@ def summary(run: xr.DataTree | xr.Dataset) -> dict[str, Any]:
     median, quantile = np.nanquantile(known, [0.5, 0.95]) if largest is not None else (np.nan,) * 2
     tokens = int(dataset["count"].max())
     names = ("model", "text", "windows", "length")
-    return {name: dataset.attrs.get(name, "?") for name in names} | {
-        "tokens": tokens,
-        "neurons_measured": dataset.sizes["neuron"],
-        "layers": len(set(layers)),
-        "noise_floor": wasserstein.noise_floor(tokens),
-        "median": float(median),
-        "quantile_95": float(quantile),
-        "largest": np.nan if largest is None else float(distance[largest]),
-        "largest_error": np.nan if largest is None else float(error[largest]),
-        "largest_neuron": "none" if largest is None else neuron_name(dataset, largest),
-        "warnings": _warnings(dataset, distance, error),
-    }
+    shard = {name: dataset.attrs[name] for name in ("shard",) if name in dataset.attrs}
+    return (
+        {name: dataset.attrs.get(name, "?") for name in names}
+        | shard
+        | {
+            "tokens": tokens,
+            "neurons_measured": dataset.sizes["neuron"],
+            "layers": len(set(layers)),
+            "noise_floor": wasserstein.noise_floor(tokens),
+            "median": float(median),
+            "quantile_95": float(quantile),
+            "largest": np.nan if largest is None else float(distance[largest]),
+            "largest_error": np.nan if largest is None else float(error[largest]),
+            "largest_neuron": "none" if largest is None else neuron_name(dataset, largest),
+            "warnings": _warnings(dataset, distance, error),
+        }
+    )
 
 
 def _warnings(dataset: xr.Dataset, distance: Array, error: Array) -> list[str]:

@@ -28,10 +28,13 @@ def merge_runs(
     Raises:
         FileExistsError: ``out`` exists, and ``overwrite`` is false.
         FileNotFoundError: a folder that holds no run.
-        ValueError: no shards, a run that is none, shards of different runs, or not all of them.
+        ValueError: no shards, a run that is none, shards of different runs, or not all of them, or
+            ``out`` is one of them.
     """
     if not shards:
         raise ValueError("expected the folders of all shards of a run, got none")
+    if Path(out).resolve() in {Path(folder).resolve() for folder in shards}:
+        raise ValueError(f"{out} is one of the shards: give the whole run another folder")
     found = {Path(folder): runs.open_run(folder) for folder in shards}
     attributes = _attributes({folder: tree.attrs for folder, tree in found.items()})
     trees = list(found.values())
@@ -57,6 +60,7 @@ def _attributes(shards: Mapping[Path, Mapping[Any, Any]]) -> dict[str, Any]:
             raise ValueError(f"{folder} is a whole run, and no shard of one")
         names = {*about, *attributes} - {"shard", "tokens"}
         other = [n for n in sorted(names) if about.get(n) != attributes.get(n)]
+        other.sort(key=lambda n: n == "command")  # it repeats the others
         if other:
             raise ValueError(
                 f"{folder} is no shard of the run that {first} is one of: {other[0]} is "

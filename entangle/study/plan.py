@@ -22,8 +22,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from entangle.model.layers import LinearLayer, find_blocks, find_layers
 from entangle.model.loading import DTYPES, load_tokenizer, save_model, source_of
+from entangle.model.packing import is_expanded
 from entangle.model.placing import bytes_of_block
 from entangle.model.text import token_windows
+from entangle.numerics.histograms import Histograms
+from entangle.study.pruned import Pruning
 
 BATCHES = (2, 16)  # of the small models
 RUN_BYTES = 3_000  # for a neuron, beside its counts, when histograms become a run
@@ -99,7 +102,11 @@ def plan_run(
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    Pruning.of(sparsity, experts=experts)  # these two raise before minutes are spent
+    Histograms.zeros(1, bins=bins)
     source, options = source_of(model, revision, trust_remote_code)
+    if is_expanded(Path(source)):
+        raise ValueError(f"{model} is an expanded model: plan the one that it was made from")
     config = AutoConfig.from_pretrained(source, **options)
     stored = getattr(config, "dtype", None) or torch.float32
     kind: torch.dtype = stored if dtype == "auto" else getattr(torch, dtype)

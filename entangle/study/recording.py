@@ -113,12 +113,16 @@ def record(
 
 
 def check_weights(model: PreTrainedModel, run: xr.DataTree | xr.Dataset) -> None:
-    """See that a run is of this model.
+    """See that a run is of this model, and whole.
 
     Raises:
-        ValueError: it was measured on other weights.
+        ValueError: it was measured on other weights, or is a shard.
     """
     attributes, weights = dataset.dataset_of(run).attrs, weights_hash(model)
+    if "shard" in attributes:
+        raise ValueError(
+            f"the run is shard {attributes['shard']} of one: make it whole first, with entangle merge"
+        )
     if attributes.get("weights") != weights:
         raise ValueError(
             f"the run was measured on other weights ({attributes.get('model', '?')}, "

@@ -210,10 +210,14 @@ def resumed_run(
             names = [key for key in {**left, **wanted} if left.get(key) != wanted.get(key)]
             names = [key for key in names if key != "command"] or names  # it repeats the others
             there = [f"{key} {left.get(key)!r}, not {wanted.get(key)!r}" for key in names]
+            began = left.get("command")
+            if began:  # which does not say what determines no result
+                began += f" --shard {left['shard']}" if "shard" in left else ""
+                began += f" --out {target}"
             raise FileExistsError(
                 f"{partial} holds an unfinished run with other settings: it has "
                 f"{textwrap.shorten('; '.join(there), 300, placeholder=' ...')}. Run what "
-                f"began it ({left.get('command') or 'in Python'}) to finish it, or say --overwrite "
+                f"began it ({began or 'in Python'}) to finish it, or say --overwrite "
                 "to begin anew"
             )
         return False
@@ -247,6 +251,10 @@ def open_run(folder: str | Path) -> xr.DataTree:
         ValueError: a run that is damaged.
     """
     folder = Path(folder)
+    if (folder / folders.KEPT).exists() and not (folder / "log.json").exists():
+        raise FileNotFoundError(
+            f"{folder} is unfinished: give the command that began it again, which goes on from there"
+        )
     if not (folder / "run.json").is_file():
         there = "holds no run.json" if folder.is_dir() else "is not there"
         raise FileNotFoundError(f"{folder} {there}: expected a folder that a command wrote (--out)")
