@@ -16,6 +16,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import entangle
+from entangle.model import ranks
 from entangle.model.blocks import BlockWalk
 from entangle.model.layers import LinearLayer, find_blocks, find_layers, weight_of
 from entangle.model.loading import load_model, save_model, weights_hash
@@ -329,6 +330,14 @@ def test_a_file_of_a_saved_model_holds_no_more_than_a_block(
     for file in files:
         sizes = [tensor.nbytes for tensor in load_file(file).values()]
         assert sum(sizes) <= max(blocks) or len(sizes) == 1
+
+
+def test_each_of_several_processes_has_its_own_device(
+    models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ranks, "count", lambda: 2)
+    with pytest.raises(ValueError, match="under torchrun there are 2: leave it out"):
+        load_model(models / "llama", device_map="auto")
 
 
 def test_a_file_is_no_place_for_weights(models: Path, tmp_path: Path) -> None:

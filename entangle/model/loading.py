@@ -77,7 +77,8 @@ def load_model(
         FileNotFoundError: a path that is not there, or a folder without a model.
         NotADirectoryError: ``offload`` is a file.
         ValueError: an unknown dtype or device, weights that are missing, a model that cannot be
-            loaded, with what transformers says of it, or an expanded one or a GGUF file to spread.
+            loaded, with what transformers says of it, an expanded one or a GGUF file to spread, or
+            a device map under torchrun.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
@@ -92,6 +93,11 @@ def load_model(
         )
     if offload is not None and Path(offload).exists() and not Path(offload).is_dir():
         raise NotADirectoryError(f"offload needs a folder, and {offload} is a file")
+    if device_map is not None and ranks.count() > 1:
+        raise ValueError(
+            "a device_map spreads one process over all devices, and under torchrun there are "
+            f"{ranks.count()}: leave it out, or run one process"
+        )
     if expanded:
         return _load_expanded(Path(source), dtype, target, packed, trust_remote_code)
     with _explained(name):
