@@ -38,16 +38,10 @@ def run_measure(args: argparse.Namespace) -> None:
     run = entangle.measure(
         model,
         windows,
-        layers=args.layers,
         bins=args.bins,
         difficulty=args.difficulty,
-        batch_size=args.batch_size,
-        skip_first=args.skip_first,
         shard=args.shard,
-        out=args.out,
-        overwrite=args.overwrite,
-        progress=_progress(),
-        command=args.command_line,
+        **_work(args),
     )
     if ranks.rank() > 0:  # which wrote nothing
         return
@@ -173,14 +167,8 @@ def run_sparsify(args: argparse.Namespace) -> None:
         args.sparsity,
         **words,
         run=run,
-        layers=args.layers,
-        batch_size=args.batch_size,
-        skip_first=args.skip_first,
         tokenizer=tokenizer,
-        out=args.out,
-        overwrite=args.overwrite,
-        progress=_progress(),
-        command=args.command_line,
+        **_work(args),
     )
     if ranks.rank() > 0:
         return
@@ -234,13 +222,7 @@ def run_sweep(args: argparse.Namespace) -> None:
         strengths=words.pop("strength"),
         **words,
         run=run,
-        layers=args.layers,
-        batch_size=args.batch_size,
-        skip_first=args.skip_first,
-        out=args.out,
-        overwrite=args.overwrite,
-        progress=_progress(),
-        command=args.command_line,
+        **_work(args),
     )
     _print_table(args, table, "sweep")
 
@@ -339,13 +321,7 @@ def run_ablate(args: argparse.Namespace) -> None:
         sets=args.sets,
         seeds=args.seeds,
         per_block=args.per_block,
-        layers=args.layers,
-        batch_size=args.batch_size,
-        skip_first=args.skip_first,
-        out=args.out,
-        overwrite=args.overwrite,
-        progress=_progress(),
-        command=args.command_line,
+        **_work(args),
     )
     _print_table(args, table, "ablation")
 
@@ -369,13 +345,7 @@ def run_disentangle(args: argparse.Namespace) -> None:
         experts=args.experts,
         sparsities=args.sparsity,
         neurons=args.neurons,
-        layers=args.layers,
-        batch_size=args.batch_size,
-        skip_first=args.skip_first,
-        out=args.out,
-        overwrite=args.overwrite,
-        progress=_progress(),
-        command=args.command_line,
+        **_work(args),
     )
     figures = {}
     for kind in ("improvement", "clusters", "sparse"):
@@ -494,6 +464,13 @@ def run_report(args: argparse.Namespace) -> None:
     file = entangle.write_report(args.run, args.out or args.run[0] / "report.html")
     result = {"report": str(file), "bytes": file.stat().st_size}
     _print(args, result, lambda result: f"{result['report']} ({result['bytes'] / 1e6:.1f} MB)")
+
+
+def _work(args: argparse.Namespace) -> dict[str, Any]:
+    """Return what commands that fill a folder have in common."""
+    names = ("layers", "batch_size", "skip_first", "out", "overwrite")
+    shared = {name: getattr(args, name) for name in names}
+    return shared | {"progress": _progress(), "command": args.command_line}
 
 
 def _source(args: argparse.Namespace) -> dict[str, Any]:

@@ -20,7 +20,7 @@ import torch
 from accelerate import init_empty_weights
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from entangle.model.layers import LinearLayer, find_blocks, find_layers
+from entangle.model.layers import find_blocks, find_layers
 from entangle.model.loading import DTYPES, load_tokenizer, save_model, source_of
 from entangle.model.packing import is_expanded
 from entangle.model.placing import bytes_of_block
@@ -141,9 +141,12 @@ def plan_run(
                 found[name].append(_run(line, folder / "out", count, some))
     hidden = batch_size * length * config.get_text_config(decoder=True).hidden_size * kind.itemsize
     block = sum(parameter.nbytes for parameter in find_blocks(whole)[1][0].parameters())
+    first = [layer for layer in chosen if layer.block == chosen[0].block]
+    histograms = sum(layer.neurons for layer in first) * (4 * bins + RUN_BYTES)
+    linear = sum(layer.neurons * layer.inputs for layer in first) * kind.itemsize
     held = {
-        "measure": (block + _histograms(chosen, bins), hidden if offload else 0),
-        "sparsify": (block + (experts > 1) * experts * _linear(chosen, kind), hidden),
+        "measure": (block + histograms, hidden if offload else 0),
+        "sparsify": (block + (experts > 1) * experts * linear, hidden),
     }
     stages = []
     for name, costs in found.items():
@@ -184,16 +187,6 @@ def _cut(config: Any, blocks: int) -> Any:
             setattr(text, name, [*value, *value[-1:] * blocks][:blocks])
     text.num_hidden_layers = blocks
     return small
-
-
-def _histograms(layers: Sequence[LinearLayer], bins: int) -> float:
-    first = [layer for layer in layers if layer.block == layers[0].block]
-    return sum(layer.neurons for layer in first) * (4 * bins + RUN_BYTES)
-
-
-def _linear(layers: Sequence[LinearLayer], dtype: torch.dtype) -> float:
-    first = [layer for layer in layers if layer.block == layers[0].block]
-    return sum(layer.neurons * layer.inputs for layer in first) * dtype.itemsize
 
 
 def _run(words: Sequence[str], out: Path, blocks: int, batches: int) -> _Cost:
