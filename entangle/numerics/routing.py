@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from scipy import linalg
 from sklearn.cluster import KMeans
-from sklearn.decomposition import PCA
 from sklearn.exceptions import ConvergenceWarning
 from threadpoolctl import threadpool_limits
 from torch import nn
@@ -26,6 +26,7 @@ Array = npt.NDArray[np.float64]
 Floats = npt.NDArray[np.float32]
 
 LEAST = 16  # rows of the sample: a smaller cluster is merged with its nearest
+_ROWS = 2048  # of the sample that are made float64 at a time
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -203,16 +204,38 @@ class RandomRouter(Router):
         return torch.bucketize(uniform, self.edges, right=True)
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Clusters:
+    """Clusters of rows by k-means in the space of PCA: the parts that a router is folded from."""
+
+    mean: Array  # (inputs,) of the rows
+    axes: Array | None  # (components, inputs) of PCA, orthonormal; None: no PCA
+    centroids: Array  # (experts, components), or without PCA (experts, inputs), of centred rows
+    sizes: Array  # (experts,) rows of each
+
+
 def fit_router(
     rows: torch.Tensor, experts: int, *, components: int | None = None, seed: int = 0
 ) -> CentroidRouter:
     """Fit PCA and k-means to a sample of a layer's inputs (tokens, inputs), and fold them.
 
+    See `find_clusters` and `fold`. Source: arXiv 2405.15756, Sparse Expansion.
+
+    Raises:
+        ValueError: no rows, rows that are not finite, or a number out of range.
+    """
+    return fold(find_clusters(rows, experts, components=components, seed=seed))
+
+
+def find_clusters(
+    rows: torch.Tensor, experts: int, *, components: int | None = None, seed: int = 0
+) -> Clusters:
+    """Find clusters of rows (tokens, inputs) by PCA and k-means, both in float64.
+
     ``components`` of PCA are ``inputs // 32`` unless told otherwise, as published; 0 is none, as is
     more than there are tokens or inputs. A cluster of k-means with fewer than 16 rows is merged
-    with its nearest, the smallest first. So there may be fewer experts than asked for, at least one.
-
-    Source: arXiv 2405.15756, Sparse Expansion.
+    with its nearest, the smallest first. So there may be fewer clusters than asked for, at least
+    one.
 
     Raises:
         ValueError: no rows, rows that are not finite, or a number out of range.
@@ -228,28 +251,50 @@ def fit_router(
     tokens, inputs = sample.shape
     components = inputs // 32 if components is None else components
     mean, axes = sample.mean(axis=0, dtype=np.float64), None
+    if 0 < components < min(tokens, inputs):
+        axes = _principal_axes(sample, mean, components)
     # k-means adds its threads' sums in the order in which they end: one is deterministic.
-    with (
-        threadpool_limits(1, user_api="openmp"),
-        warnings.catch_warnings(),
-        np.errstate(invalid="ignore"),  # equal rows: PCA's shares of a variance of zero
-    ):
+    with threadpool_limits(1, user_api="openmp"), warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # fewer distinct rows than clusters
-        if 0 < components < min(tokens, inputs):
-            pca = PCA(components, svd_solver="covariance_eigh").fit(sample)
-            mean, axes = pca.mean_.astype(np.float64), pca.components_.astype(np.float64)
-            sample = pca.transform(sample)
-        else:
-            sample = sample - mean.astype(np.float32)
-        kmeans = KMeans(min(experts, tokens), n_init=1, random_state=seed % 2**32).fit(sample)
+        kmeans = KMeans(min(experts, tokens), n_init=1, random_state=seed % 2**32, copy_x=False)
+        kmeans.fit(_reduced(sample, mean, axes))
     sizes = np.bincount(kmeans.labels_, minlength=kmeans.n_clusters).astype(np.float64)
-    centroids, sizes = _merged(kmeans.cluster_centers_.astype(np.float64), sizes)
+    return Clusters(mean, axes, *_merged(kmeans.cluster_centers_, sizes))
+
+
+def _principal_axes(sample: Floats, mean: Array, components: int) -> Array:
+    """Return the axes of largest variance (components, inputs), those of largest variance first.
+
+    In float64: beside massive activations the smaller axes would be rounding in float32, so that
+    another kernel of the processor would find other clusters.
+    """
+    inputs = sample.shape[1]
+    scatter = np.zeros((inputs, inputs))
+    for first in range(0, len(sample), _ROWS):
+        centred = sample[first : first + _ROWS] - mean
+        scatter += centred.T @ centred
+    _, axes = linalg.eigh(scatter, subset_by_index=[inputs - components, inputs - 1])
+    return np.ascontiguousarray(axes.T[::-1])
+
+
+def _reduced(sample: Floats, mean: Array, axes: Array | None) -> Array:
+    """Return centred rows (tokens, components) in the space of the axes, if there are some."""
+    found = np.empty((len(sample), len(mean) if axes is None else len(axes)))
+    for first in range(0, len(sample), _ROWS):
+        centred = sample[first : first + _ROWS] - mean
+        found[first : first + _ROWS] = centred if axes is None else centred @ axes.T
+    return found
+
+
+def fold(clusters: Clusters) -> CentroidRouter:
+    """Fold PCA and centroids into the router that sends a row to its nearest centroid."""
+    centroids, axes = clusters.centroids, clusters.axes
     bias = -0.5 * (centroids**2).sum(axis=1)
     matrix = centroids.T if axes is None else axes.T @ centroids.T  # (inputs, experts)
-    bias -= mean @ matrix
+    bias = bias - clusters.mean @ matrix
     # What is the same for all experts changes no choice, but costs precision. Not the mean: of a
     # cluster of outliers that would be large, and rounding would mix up the others.
-    usual = sizes.argmax()
+    usual = clusters.sizes.argmax()
     matrix, bias = matrix - matrix[:, [usual]], bias - bias[usual]
     return CentroidRouter(torch.from_numpy(matrix).float(), torch.from_numpy(bias).float())
 
