@@ -25,9 +25,10 @@ from benchmarks.timing import machine, side_by_side
 from entangle.model.experts import PackedLinear
 from entangle.model.layers import LinearLayer, find_layers, replace_layer, weight_of
 from entangle.model.packing import weight_bytes
-from entangle.numerics.products import slice_rows
+from entangle.model.sampling import sample_inputs, walk_blocks
 from entangle.numerics.routing import Router, fit_router
-from entangle.study.calibration import SAMPLE, sample_inputs, walk_blocks
+from entangle.numerics.sparse import slice_rows
+from entangle.pruning.calibration import SAMPLE
 
 DATA = Path(__file__).parents[1] / "data"
 SHAPES = [(1536, 576), (576, 1536), (576, 576), (4096, 4096)]  # neurons, inputs

@@ -13,11 +13,12 @@ from torch import nn
 
 from benchmarks.timing import machine, side_by_side
 from entangle.model.experts import ExpertLinear
+from entangle.numerics.masks import prune
 from entangle.numerics.moments import ExpertMoments, InputMoments
-from entangle.numerics.pruning import Sparsity, prune
 from entangle.numerics.routing import fit_router
-from entangle.study.calibration import SAMPLE
-from entangle.study.pruned import PULL
+from entangle.numerics.sparsity import Sparsity
+from entangle.pruning.calibration import SAMPLE
+from entangle.pruning.options import PULL
 
 SHAPES = [(1536, 576), (576, 1536), (2048, 2048)]  # neurons, inputs; the first two SmolLM2-135M's
 EXPERTS = 16

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 
 from benchmarks.timing import machine, side_by_side
+from entangle.numerics.masks import BLOCK, sparse_gpt
 from entangle.numerics.moments import InputMoments, inverse_factor, output_energy
-from entangle.numerics.pruning import BLOCK, Mask, Sparsity, sparse_gpt
+from entangle.numerics.sparsity import Mask, Sparsity
 
 SHAPES = [(512, 2048), (2048, 512), (2048, 2048)]  # neurons, inputs
 EXPERTS = 16

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from entangle.study.runs import versions
+from entangle.runs.setup import versions
 
 ROUNDS = 7
 

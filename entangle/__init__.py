@@ -4,83 +4,83 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from entangle.model.loading import load_model, load_tokenizer
-    from entangle.model.text import token_windows
-    from entangle.show import plots
-    from entangle.show.report import write_report
-    from entangle.study.ablation import ablate
-    from entangle.study.choosing import choose_budget
-    from entangle.study.comparing import compare_runs
-    from entangle.study.contexts import find_contexts
-    from entangle.study.disentangling import disentangle
-    from entangle.study.expansion import sparsify
-    from entangle.study.generation import generate
-    from entangle.study.measuring import measure
-    from entangle.study.merging import merge_runs
-    from entangle.study.perplexity import score
-    from entangle.study.plan import plan_run
-    from entangle.study.ranking import (
+    from entangle.experiments.ablating import ablate
+    from entangle.experiments.budget_search import choose_budget
+    from entangle.experiments.disentangling import disentangle
+    from entangle.experiments.planning import plan
+    from entangle.experiments.sweeping import sweep
+    from entangle.measurement.comparing import diff
+    from entangle.measurement.context_search import contexts
+    from entangle.measurement.measuring import measure
+    from entangle.measurement.merging import merge
+    from entangle.measurement.ranking import (
         matched_random,
+        rank,
         rank_correlations,
         top_by_layer,
-        top_neurons,
     )
-    from entangle.study.recording import record
-    from entangle.study.runs import open_run
-    from entangle.study.sweeping import sweep
+    from entangle.measurement.recording import record
+    from entangle.model.generating import generate
+    from entangle.model.loading import load_model, load_tokenizer
+    from entangle.model.scoring import perplexity
+    from entangle.model.text import token_windows
+    from entangle.pruning.sparsifying import sparsify
+    from entangle.runs.store import open_run
+    from entangle.show import plots
+    from entangle.show.reporting import report
 
 __version__ = "0.1.0"
 
 __all__ = [
     "ablate",
     "choose_budget",
-    "compare_runs",
+    "contexts",
+    "diff",
     "disentangle",
-    "find_contexts",
     "generate",
     "load_model",
     "load_tokenizer",
     "matched_random",
     "measure",
-    "merge_runs",
+    "merge",
     "open_run",
-    "plan_run",
+    "perplexity",
+    "plan",
     "plots",
+    "rank",
     "rank_correlations",
     "record",
-    "score",
+    "report",
     "sparsify",
     "sweep",
     "token_windows",
     "top_by_layer",
-    "top_neurons",
-    "write_report",
 ]
 
 # Looked up when first asked for, so that `import entangle` and `--help` do not import torch.
 _HOMES = {
-    "ablate": "entangle.study.ablation",
-    "choose_budget": "entangle.study.choosing",
-    "compare_runs": "entangle.study.comparing",
-    "disentangle": "entangle.study.disentangling",
-    "find_contexts": "entangle.study.contexts",
-    "generate": "entangle.study.generation",
+    "ablate": "entangle.experiments.ablating",
+    "choose_budget": "entangle.experiments.budget_search",
+    "diff": "entangle.measurement.comparing",
+    "disentangle": "entangle.experiments.disentangling",
+    "contexts": "entangle.measurement.context_search",
+    "generate": "entangle.model.generating",
     "load_model": "entangle.model.loading",
     "load_tokenizer": "entangle.model.loading",
-    "matched_random": "entangle.study.ranking",
-    "measure": "entangle.study.measuring",
-    "merge_runs": "entangle.study.merging",
-    "open_run": "entangle.study.runs",
-    "plan_run": "entangle.study.plan",
-    "rank_correlations": "entangle.study.ranking",
-    "record": "entangle.study.recording",
-    "score": "entangle.study.perplexity",
-    "sparsify": "entangle.study.expansion",
-    "sweep": "entangle.study.sweeping",
+    "matched_random": "entangle.measurement.ranking",
+    "measure": "entangle.measurement.measuring",
+    "merge": "entangle.measurement.merging",
+    "open_run": "entangle.runs.store",
+    "plan": "entangle.experiments.planning",
+    "rank_correlations": "entangle.measurement.ranking",
+    "record": "entangle.measurement.recording",
+    "perplexity": "entangle.model.scoring",
+    "sparsify": "entangle.pruning.sparsifying",
+    "sweep": "entangle.experiments.sweeping",
     "token_windows": "entangle.model.text",
-    "top_by_layer": "entangle.study.ranking",
-    "top_neurons": "entangle.study.ranking",
-    "write_report": "entangle.show.report",
+    "top_by_layer": "entangle.measurement.ranking",
+    "rank": "entangle.measurement.ranking",
+    "report": "entangle.show.reporting",
 }
 
 
@@ -89,7 +89,7 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module("entangle.show.plots")
     if name in {
         "measure",
-        "merge_runs",
+        "merge",
         "open_run",
         "record",
     }:  # they return trees, which get an accessor

@@ -31,7 +31,7 @@ _PRUNING = (
 def run_measure(args: argparse.Namespace) -> None:
     """Measure the distribution of every neuron over a text."""
     from entangle.model import folders, ranks
-    from entangle.study import dataset
+    from entangle.runs import dataset
 
     folders.check_target(args.out, args.overwrite)  # before minutes are spent
     windows, model = _text(args, "calibration")[0], _model(args)
@@ -46,25 +46,25 @@ def run_measure(args: argparse.Namespace) -> None:
     if ranks.rank() > 0:  # which wrote nothing
         return
     if args.difficulty:
-        from entangle.study import runs
+        from entangle.runs import store
 
-        runs.save_figure(entangle.plots.difficulty(run), args.out / "figures" / "difficulty.png")
+        store.save_figure(entangle.plots.difficulty(run), args.out / "figures" / "difficulty.png")
     log = json.loads((args.out / "log.json").read_text())
     _print(args, dataset.summary(run) | {"run": str(args.out), "log": log}, printed.describe)
 
 
 def run_merge(args: argparse.Namespace) -> None:
     """Make one run of the shards of it that several processes measured."""
-    from entangle.study import dataset
+    from entangle.runs import dataset
 
-    run = entangle.merge_runs(args.run, out=args.out, overwrite=args.overwrite)
+    run = entangle.merge(args.run, out=args.out, overwrite=args.overwrite)
     log = json.loads((args.out / "log.json").read_text())
     _print(args, dataset.summary(run) | {"run": str(args.out), "log": log}, printed.describe)
 
 
 def run_plan(args: argparse.Namespace) -> None:
     """Say what measuring and pruning would cost."""
-    plan = entangle.plan_run(
+    plan = entangle.plan(
         args.model,
         args.text,
         revision=args.revision,
@@ -88,7 +88,7 @@ def run_perplexity(args: argparse.Namespace) -> None:
     from entangle.model import ranks
 
     windows, model = _text(args, "evaluation")[0], _model(args, packed=not args.unpacked)
-    score = entangle.score(
+    score = entangle.perplexity(
         model,
         windows,
         batch_size=args.batch_size,
@@ -129,9 +129,8 @@ def run_sparsify(args: argparse.Namespace) -> None:
 
     folders.check_target(args.out, args.overwrite)  # before torch is imported, which takes seconds
     from entangle.model import ranks
-    from entangle.study import runs
-    from entangle.study.budgeting import STRENGTH
-    from entangle.study.pruned import Pruning
+    from entangle.pruning.options import STRENGTH, Pruning
+    from entangle.runs import store
 
     # A slip is told before a model is loaded.
     words = {name: getattr(args, name) for name in _PRUNING}
@@ -173,7 +172,7 @@ def run_sparsify(args: argparse.Namespace) -> None:
     if ranks.rank() > 0:
         return
     if chosen is not None:
-        runs.save_table(chosen.table, args.out / "budget.csv")
+        store.save_table(chosen.table, args.out / "budget.csv")
     log = json.loads((args.out / "log.json").read_text())
     rows = found.layers.to_dict(orient="records")
     numbers = {"realised": found.sparsity, "error": found.error, "layers": rows}
@@ -198,8 +197,7 @@ def run_sweep(args: argparse.Namespace) -> None:
     from entangle.model import folders
 
     folders.check_target(args.out, args.overwrite)
-    from entangle.study.budgeting import STRENGTH
-    from entangle.study.pruned import arms_of
+    from entangle.pruning.options import STRENGTH, arms_of
 
     # A slip in these words is told before a model is loaded.
     words = {name: getattr(args, name) for name in _PRUNING}
@@ -233,7 +231,7 @@ def _budgets(texts: Sequence[str]) -> tuple[tuple[str, ...], Path | None]:
     Raises:
         ValueError: they name several runs.
     """
-    from entangle.study.budgeting import BUDGET, ROWS, TRIM, UNIFORM
+    from entangle.pruning.options import BUDGET, ROWS, TRIM, UNIFORM
 
     budgets: list[str] = []
     folders: dict[str, None] = {}
@@ -258,7 +256,7 @@ def _check_budgets(
     Raises:
         ValueError: they have not.
     """
-    from entangle.study.budgeting import TRIM, UNIFORM, needs_run
+    from entangle.pruning.options import TRIM, UNIFORM, needs_run
 
     blocks = [word for word in across if needs_run(UNIFORM, word)]
     if blocks and folder is None:
@@ -275,14 +273,14 @@ def _check_budgets(
 def _print_table(args: argparse.Namespace, table: "pd.DataFrame", name: str) -> None:
     """Draw the table of a sweep or an ablation, and print it as it was written."""
     from entangle.model import ranks
-    from entangle.study import runs
+    from entangle.runs import store
 
     if ranks.rank() > 0:
         return
     file = None
     if table["perplexity"][1:].notna().any():
         figure = getattr(entangle.plots, name)(table)
-        file = str(runs.save_figure(figure, args.out / "figures" / f"{name}.png"))
+        file = str(store.save_figure(figure, args.out / "figures" / f"{name}.png"))
     result = {str(key): value for key, value in table.attrs.items()}
     result |= {"table": table.to_dict(orient="records"), "figure": file}
     text = (args.out / "tables" / f"{name}.md").read_text(encoding="utf-8")
@@ -299,7 +297,7 @@ def run_ablate(args: argparse.Namespace) -> None:
     from entangle.model import folders
 
     folders.check_target(args.out, args.overwrite)
-    from entangle.study import interventions
+    from entangle.experiments import interventions
 
     words = (args.intervention, args.sparsity, args.experts, args.sets, args.share, args.seeds)
     interventions.check_words(*words)
@@ -331,7 +329,8 @@ def run_disentangle(args: argparse.Namespace) -> None:
     from entangle.model import folders
 
     folders.check_target(args.out, args.overwrite)
-    from entangle.study import disentangling, runs
+    from entangle.experiments import disentangling
+    from entangle.runs import store
 
     disentangling.check_words(args.experts, args.sparsity)
     run = _measured(args)
@@ -354,7 +353,7 @@ def run_disentangle(args: argparse.Namespace) -> None:
         except ValueError as error:  # nothing to draw, which costs the others nothing
             figures[kind] = f"no {kind}.png ({error})"
             continue
-        figures[kind] = str(runs.save_figure(figure, args.out / "figures" / f"{kind}.png"))
+        figures[kind] = str(store.save_figure(figure, args.out / "figures" / f"{kind}.png"))
     result = found.attrs["disentangled"] | {"figures": figures}
     text = (args.out / "tables" / "disentangle.md").read_text(encoding="utf-8")
     drawn = ", ".join(figures.values())
@@ -386,7 +385,7 @@ def run_contexts(args: argparse.Namespace) -> None:
         seed=about["seed"],
         bos=about["bos"],
     )
-    found = entangle.find_contexts(
+    found = entangle.contexts(
         _model(args), tokenizer, run, windows, names, out=args.run, progress=_progress()
     )
     result = {"neurons": [dataclasses.asdict(one) for one in found]}
@@ -395,28 +394,28 @@ def run_contexts(args: argparse.Namespace) -> None:
 
 def run_rank(args: argparse.Namespace) -> None:
     """Print the neurons with the largest distance, or of another variable."""
-    from entangle.study import dataset, runs
+    from entangle.runs import dataset, store
 
     run = entangle.open_run(args.run)
-    table = entangle.top_neurons(run, args.top, by=args.by, layers=args.layers)
+    table = entangle.rank(run, args.top, by=args.by, layers=args.layers)
     if args.csv:
-        runs.save_table(table, args.csv)
+        store.save_table(table, args.csv)
     rows = table.to_dict(orient="records")
     _print(args, dataset.summary(run) | {"neurons": rows}, printed.ranked)
 
 
 def run_diff(args: argparse.Namespace) -> None:
     """Compare two runs."""
-    from entangle.study import dataset, runs
+    from entangle.runs import dataset, store
 
     pair = [entangle.open_run(folder) for folder in (args.run, args.other)]
-    found = entangle.compare_runs(*pair, layers=args.layers)
+    found = entangle.diff(*pair, layers=args.layers)
     if args.csv:
-        runs.save_table(found.neurons, args.csv)
+        store.save_table(found.neurons, args.csv)
     figure = None
     if args.out:
         drawn = entangle.plots.comparison(*pair, layers=args.layers)
-        figure = str(runs.save_figure(drawn, args.out))
+        figure = str(store.save_figure(drawn, args.out))
     result = {
         "runs": [dataset.summary(run) for run in pair],
         "layers": found.layers.to_dict(orient="records"),
@@ -433,7 +432,7 @@ def run_plot(args: argparse.Namespace) -> None:
         ValueError: a neuron for a plot of all, or none for that of one, or a sparsity for a plot
             that has none.
     """
-    from entangle.study import runs
+    from entangle.runs import store
 
     names, kind = args.neurons, args.kind
     if kind == "neuron" and not names:
@@ -444,7 +443,7 @@ def run_plot(args: argparse.Namespace) -> None:
         raise ValueError(f"plot {kind} takes one neuron, got {' '.join(names)}")
     run: Any = None
     if kind in {"sweep", "ablation"}:
-        run = runs.open_table(args.run, kind)
+        run = store.open_table(args.run, kind)
     else:
         run = entangle.open_run(args.run)
     if args.sparsity is not None and kind not in {"improvement", "sparse"}:
@@ -455,13 +454,13 @@ def run_plot(args: argparse.Namespace) -> None:
     else:
         figure = getattr(entangle.plots, kind)(run, *names, **options)
         name = "-".join([kind, *names]).replace(":", "-")
-    file = runs.save_figure(figure, args.out or args.run / "figures" / f"{name}.png")
+    file = store.save_figure(figure, args.out or args.run / "figures" / f"{name}.png")
     _print(args, {"figure": str(file)}, lambda result: str(result["figure"]))
 
 
 def run_report(args: argparse.Namespace) -> None:
     """Write what runs hold into one HTML file."""
-    file = entangle.write_report(args.run, args.out or args.run[0] / "report.html")
+    file = entangle.report(args.run, args.out or args.run[0] / "report.html")
     result = {"report": str(file), "bytes": file.stat().st_size}
     _print(args, result, lambda result: f"{result['report']} ({result['bytes'] / 1e6:.1f} MB)")
 
@@ -522,7 +521,7 @@ def _progress() -> bool:
 
 def _print(args: argparse.Namespace, result: dict[str, Any], words: Any) -> None:
     if args.json:
-        from entangle.study.runs import without_nan
+        from entangle.runs.store import without_nan
 
         print(json.dumps(without_nan(result), indent=2, ensure_ascii=False))
     else:

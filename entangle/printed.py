@@ -97,7 +97,7 @@ def timed(result: dict[str, Any]) -> str:
 
 def sparsified(result: dict[str, Any]) -> str:
     """Return what pruning made of a model, in words."""
-    from entangle.model.layers import say_skipped
+    from entangle.runs.dataset import say_skipped
 
     known = [layer for layer in result["layers"] if math.isfinite(layer["error"])]
     worst = max(known or result["layers"], key=lambda layer: layer["error"])

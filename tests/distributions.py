@@ -1,7 +1,7 @@
 """Named distributions of zero mean and unit variance, with their W1 to N(0, 1) and their modes.
 
 A law's W1 to the Gaussian fitted to it is the same number at any mean and scale. Each is the
-integral of |F⁻¹ - Φ⁻¹| to the digits given; `tests/test_wasserstein.py` integrates them again.
+integral of |F⁻¹ - Φ⁻¹| to the digits given; `tests/numerics/test_wasserstein.py` integrates them again.
 """
 
 import dataclasses

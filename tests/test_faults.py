@@ -17,12 +17,13 @@ import psutil
 import pytest
 
 from entangle.__main__ import main
+from entangle.measurement import measuring
+from entangle.measurement.measuring import measure
+from entangle.measurement.merging import merge
 from entangle.model import folders, packing
-from entangle.study import measuring
-from entangle.study.measuring import measure
-from entangle.study.merging import merge_runs
-from entangle.study.runs import open_run
-from tests.test_ranks import (
+from entangle.runs.store import open_run
+from tests.measurement.test_recording import tokens, windows_of
+from tests.model.test_ranks import (
     ENVIRONMENT,
     ROOT,
     WORDS,
@@ -34,7 +35,6 @@ from tests.test_ranks import (
     stopping,
     torchrun,
 )
-from tests.test_recording import tokens, windows_of
 from tests.tiny_models import save_tiny, tiny_model
 
 
@@ -89,7 +89,7 @@ from safetensors import safe_open
 
 import entangle
 from entangle.__main__ import main
-from entangle.study import measuring
+from entangle.measurement import measuring
 
 entangle.measure, entangle.load_model, entangle.load_tokenizer, entangle.token_windows  # imported
 
@@ -203,7 +203,7 @@ def test_an_error_while_a_run_is_written_does_not_lose_what_was_counted(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("entangle.study.runs.write_run", full)
+        patch.setattr("entangle.runs.store.write_run", full)
         with pytest.raises(OSError, match="No space left"):
             measure(model, windows, batch_size=2, out=tmp_path / "run")
     passes: list[int] = []
@@ -229,7 +229,7 @@ def test_what_a_kill_before_any_work_leaves_is_in_nobodys_way(
         _leave(partial)
         assert not folders.has_work(partial)
         if command == "merge":
-            run = merge_runs([tmp_path / "1", tmp_path / "2"], out=tmp_path / "run")
+            run = merge([tmp_path / "1", tmp_path / "2"], out=tmp_path / "run")
             assert_same_run(run, whole)
         else:
             bins = 1024 if command == "again" else 64
@@ -246,7 +246,7 @@ def test_what_a_kill_before_any_work_leaves_is_in_nobodys_way(
     (partial / "state" / "some").touch()
     assert folders.has_work(partial)
     with pytest.raises(FileExistsError, match=r"run\.partial holds unfinished work"):
-        merge_runs([tmp_path / "1", tmp_path / "2"], out=tmp_path / "run")
+        merge([tmp_path / "1", tmp_path / "2"], out=tmp_path / "run")
     with pytest.raises(FileExistsError, match=r"unfinished run with other settings"):
         measure(model, windows, batch_size=2, out=tmp_path / "run")
     assert (partial / "state" / "some").is_file()
@@ -288,7 +288,7 @@ def test_an_error_before_any_work_leaves_nothing(tmp_path: Path) -> None:
 RANK = """
 import sys
 from entangle.__main__ import main
-from entangle.study import measuring
+from entangle.measurement import measuring
 measuring.SECONDS = 0.0
 sys.exit(main(sys.argv[1:]))
 """
@@ -533,7 +533,7 @@ def test_a_full_disk_is_told_and_with_room_the_run_is_finished(
 HOLD = """
 import sys, time
 from entangle.__main__ import main
-from entangle.study import recording, measuring
+from entangle.measurement import recording, measuring
 
 def hold(*args, **words):
     print("ready", flush=True)

@@ -22,9 +22,9 @@ import xarray as xr
 
 import entangle
 from entangle.__main__ import main
-from entangle.numerics.wasserstein import from_samples
-from entangle.study import runs
-from entangle.study.choosing import STRENGTHS, VARIABLES
+from entangle.experiments.budget_search import STRENGTHS, VARIABLES
+from entangle.numerics.gaussian import from_samples
+from entangle.runs import store
 from tests.tiny_models import ARCHITECTURES, CONTEXT, save_tiny
 
 WORDS = "The quick brown fox jumps over the lazy dog; a wizard's job is to vex chumps quickly. "
@@ -236,7 +236,7 @@ def test_a_full_disk_leaves_the_old_run(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     before = _contents(place / "run")
-    monkeypatch.setattr(runs, "write_json", full)
+    monkeypatch.setattr(store, "write_json", full)
     assert main(_measure(place, "run", "--overwrite")) == 2
     assert "No space left" in capsys.readouterr().err
     assert _contents(place / "run") == before
@@ -320,7 +320,7 @@ def test_perplexity_is_that_of_the_python_function(
     printed = json.loads(capsys.readouterr().out)
     tokenizer = entangle.load_tokenizer(place / "model")
     windows = entangle.token_windows(place / "text.txt", tokenizer, windows=20, length=32)
-    score = entangle.score(entangle.load_model(place / "model"), windows)
+    score = entangle.perplexity(entangle.load_model(place / "model"), windows)
     assert printed["perplexity"] == score.perplexity
     assert printed["perplexity_error"] == score.perplexity_error
     assert printed["tokens"] == 20 * 31
@@ -434,7 +434,7 @@ def test_a_sparse_model_is_run_without_its_zeros_unless_told(
     assert scores[0] == pytest.approx(scores[1], rel=1e-4)
     tokenizer = entangle.load_tokenizer(out)
     windows = entangle.token_windows(place / "text.txt", tokenizer, windows=6, length=32)
-    assert scores[1] == entangle.score(model, windows).perplexity
+    assert scores[1] == entangle.perplexity(model, windows).perplexity
 
 
 def _pruning(place: Path, command: str, out: Path, *options: str) -> list[str]:
@@ -603,7 +603,7 @@ def test_a_mixture_is_made_told_of_and_taken_as_a_model(
     windows = entangle.token_windows(
         place / "text.txt", entangle.load_tokenizer(out), windows=4, length=32
     )
-    assert scored["perplexity"] == entangle.score(model, windows).perplexity
+    assert scored["perplexity"] == entangle.perplexity(model, windows).perplexity
     assert main(["measure", str(out), *words, "--out", str(tmp_path / "run")]) == 0
     capsys.readouterr()
     assert main(["rank", str(tmp_path / "run"), "--json"]) == 0
@@ -650,7 +650,7 @@ def test_a_sweep_has_a_line_for_each_number_of_experts(
     assert "--components auto,0" in noted
     assert "--experts 1,3" in noted
     assert "--pull 0.0,0.5" in noted
-    table = runs.open_table(out, "sweep")
+    table = store.open_table(out, "sweep")
     assert len(table) == 1 + 1 + 2 * 2 * 2 + 1
     assert (out / "figures" / "sweep.png").stat().st_size > 10_000
 
@@ -873,7 +873,7 @@ def test_ablate_prints_its_table_and_draws_it(
     assert said.startswith((out / "tables" / "ablation.md").read_text())
     assert f"written to {out}, with a figure: {out / 'figures' / 'ablation.png'}" in said
     assert "scored on 217 tokens" in said  # 7 windows of 32, the first token of each not scored
-    table = runs.open_table(out, "ablation")
+    table = store.open_table(out, "ablation")
     kinds = [("sparsify", "0.6", 1), ("sparsify", "0.6", 3), ("negative", "", 1)]
     arms = [(*kind, share, name) for kind in kinds for share in (0.1, 0.3) for name in
             ("wasserstein", "random")]  # fmt: skip

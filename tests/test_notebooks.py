@@ -14,7 +14,7 @@ import xarray as xr
 
 import entangle
 from entangle.model.text import TokenWindows
-from entangle.numerics.wasserstein import from_samples
+from entangle.numerics.gaussian import from_samples
 from notebooks.execute import NOTEBOOKS, execute, read, write
 from tests.tiny_models import save_tiny
 
@@ -240,7 +240,7 @@ def test_the_ablation_scores_the_dense_model_and_treats_so_many(
 ) -> None:
     chosen, table = tables_of(executed["3"])
     held_out = windows_of(folder, windows=6, purpose="evaluation")
-    dense = entangle.score(entangle.load_model(folder / "model"), held_out).perplexity
+    dense = entangle.perplexity(entangle.load_model(folder / "model"), held_out).perplexity
     rows = {row["set"]: row for row in table}
     assert float(table[0]["perplexity"]) == pytest.approx(dense, abs=1e-4)
     assert {*rows} == {"", "wasserstein", "kurtosis", "std", "random", "bottom"}

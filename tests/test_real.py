@@ -11,9 +11,9 @@ from scipy import stats
 
 import entangle
 from entangle.model.layers import find_layers
-from entangle.numerics import wasserstein
+from entangle.numerics import gaussian, wasserstein
 from entangle.numerics.histograms import Histograms
-from entangle.study import runs
+from entangle.runs import store
 
 DATA = Path(__file__).parents[1] / "data"
 LAYERS = [
@@ -52,7 +52,7 @@ class Measured:
         for handle in handles:
             handle.remove()
         self.raw = {name: torch.cat(outputs) for name, outputs in parts.items()}
-        self.exact = {name: wasserstein.from_samples(rows) for name, rows in self.raw.items()}
+        self.exact = {name: gaussian.from_samples(rows) for name, rows in self.raw.items()}
 
     def values(self, variable: str, layer: str) -> Array:
         dataset = self.run.to_dataset()
@@ -110,9 +110,9 @@ def test_the_libraries_agree_to_their_own_sampling_error(measured: Measured) -> 
     fine = stats.norm.ppf((np.arange(64 * len(rows)) + 0.5) / (64 * len(rows)))
     sampling_error = np.abs(np.repeat(drawn, 64) - fine).mean()
     assert sampling_error == pytest.approx(1.3 / len(rows) ** 0.5, rel=0.9)
-    exact = wasserstein.from_samples(rows)
+    exact = gaussian.from_samples(rows)
     for method in ("pot", "scipy"):
-        theirs = wasserstein.from_samples(rows, method=method, seed=7)
+        theirs = gaussian.from_samples(rows, method=method, seed=7)
         assert np.abs(theirs - exact).max() <= sampling_error * 1.001
 
 
@@ -132,12 +132,12 @@ def test_what_is_known_of_the_model_is_found(measured: Measured) -> None:
     assert 4 < (by_layer.max() / by_layer.median()).median() < 7
     up = frame[frame["layer"] == "model.layers.5.mlp.up_proj"]
     assert up["index"].iloc[int(up["wasserstein"].argmax())] == 816
-    top = entangle.top_neurons(measured.run, 20)
+    top = entangle.rank(measured.run, 20)
     assert (top["neuron"].str.startswith("model.layers.11.mlp.down_proj:")).sum() >= 10
 
 
 def test_a_saved_run_is_what_was_measured(measured: Measured, tmp_path: Path) -> None:
-    runs.write_run(tmp_path, [measured.run], dict)
+    store.write_run(tmp_path, [measured.run], dict)
     opened = entangle.open_run(tmp_path)
     assert opened.identical(measured.run)
     plain = xr.open_zarr(tmp_path / "neurons.zarr", chunks=None)

@@ -11,9 +11,12 @@ from transformers import AutoModelForCausalLM
 import entangle
 from benchmarks.prune import published
 from entangle.model.layers import find_layers, weight_of
+from entangle.model.sampling import walk_blocks
+from entangle.numerics.masks import sparse_gpt, wanda
 from entangle.numerics.moments import output_energy
-from entangle.numerics.pruning import Sparsity, sparse_gpt, wanda
-from entangle.study.calibration import ONE, Calibration, calibrate, walk_blocks
+from entangle.numerics.sparsity import Sparsity
+from entangle.pruning.calibration import Calibration, calibrate
+from entangle.pruning.options import ONE
 
 DATA = Path(__file__).parents[1] / "data"
 MODEL = DATA / "smollm2-135m"
@@ -82,17 +85,17 @@ def test_the_pruned_model_loads_anywhere_and_scores_the_same(tmp_path: Path) -> 
     few: dict[str, Any] = {"windows": 2, "length": 128}
     windows = entangle.token_windows(DATA / "python-docs", tokenizer, **few)
     held_out = entangle.token_windows(DATA / "python-docs", tokenizer, **few, purpose="evaluation")
-    dense = entangle.score(model, held_out)
+    dense = entangle.perplexity(model, held_out)
     found = entangle.sparsify(
         model, windows, 0.5, method="wanda", tokenizer=tokenizer, out=tmp_path / "pruned"
     )
-    pruned = entangle.score(model, held_out)
+    pruned = entangle.perplexity(model, held_out)
     assert dense.perplexity < pruned.perplexity < 20 * dense.perplexity
     assert len(found.layers) == 210
     assert found.sparsity == 0.5
     plain: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned")
     plain.eval()
-    assert np.array_equal(entangle.score(plain, held_out).window_nats, pruned.window_nats)
+    assert np.array_equal(entangle.perplexity(plain, held_out).window_nats, pruned.window_nats)
     zeros = sum(int((weight_of(layer) == 0).sum()) for layer in find_layers(plain))
     assert zeros == found.layers["zeros"].sum() == found.layers["weights"].sum() / 2
 
@@ -126,9 +129,9 @@ def test_sixteen_experts_lose_less_on_text_that_they_have_not_seen(tmp_path: Pat
     )  # fmt: skip
     loaded = entangle.load_model(tmp_path / "mixture")
     assert np.array_equal(
-        entangle.score(loaded, held).window_nats, entangle.score(model, held).window_nats
+        entangle.perplexity(loaded, held).window_nats, entangle.perplexity(model, held).window_nats
     )
-    assert entangle.score(loaded, held).nats == table["nats"][2]
+    assert entangle.perplexity(loaded, held).nats == table["nats"][2]
     size = sum(file.stat().st_size for file in (tmp_path / "mixture" / "experts").iterdir())
     assert 0 <= size - table["disk_bytes"][2] < 5_000  # names and shapes
     assert size < 16 * (0.3 + 1 / 32) * 3 * 576 * 1536 * 4 * 1.001

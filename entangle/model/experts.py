@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from entangle.numerics.products import slice_rows
 from entangle.numerics.routing import CentroidRouter, Router, Routes
+from entangle.numerics.sparse import slice_rows
 
 
 class Mixture(nn.Module):

@@ -69,6 +69,18 @@ def partial_of(target: Path) -> Path:
     return target.with_name(target.name + ".partial")
 
 
+def shared_partial(target: Path) -> Path:
+    """Return the folder that another process fills to become ``target``, made if it is not there."""
+    folder = partial_of(target)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder that is no longer needed, if it is there."""
+    shutil.rmtree(folder, ignore_errors=True)
+
+
 def has_work(partial: Path) -> bool:
     """Tell whether a folder that is being filled holds more than what says what it will be."""
     files = (path for path in partial.rglob("*") if path.is_file())

@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import fnmatch
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,7 +19,6 @@ from entangle.model.experts import ExpertLinear, PackedLinear
 
 if TYPE_CHECKING:  # it takes seconds to import, which commands that need no model need not wait for
     from transformers import PreTrainedModel
-
 
 _LINEAR = (nn.Linear, Conv1D, ExpertLinear)
 
@@ -194,11 +194,14 @@ def skipped_parameters(model: "PreTrainedModel") -> list[str]:
     ]
 
 
-def say_skipped(names: Sequence[str], deed: str) -> list[str]:
-    """Return a line that says what `skipped_parameters` found was not ``deed``, or none."""
-    if not names:
-        return []
-    return [
-        f"{len(names)} matrices in the blocks are no linear layers and were not {deed}: "
-        f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
-    ]
+@contextmanager
+def naming(layer: LinearLayer) -> Iterator[None]:
+    """Name the layer in an error's message.
+
+    Raises:
+        ValueError: the error.
+    """
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{layer.name}: {error}") from error

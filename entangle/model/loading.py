@@ -32,12 +32,7 @@ from entangle.model.packing import (
     pack_layers,
     save_expanded,
 )
-from entangle.model.placing import (
-    blocks_in_files,
-    bytes_of_block,
-    is_offloaded,
-    stored_parameters,
-)
+from entangle.model.placing import blocks_in_files, bytes_of_block, is_offloaded, stored_parameters
 from entangle.numerics.routing import Router
 
 DTYPES = {

@@ -24,8 +24,8 @@ from entangle.model import folders
 from entangle.model.experts import ExpertLinear, Packed, PackedLinear, pack, unpack
 from entangle.model.layers import LinearLayer, find_layers, replace_layer, weight_of
 from entangle.model.placing import stored_parameters
-from entangle.numerics.products import PACKABLE
 from entangle.numerics.routing import Router, router_of
+from entangle.numerics.sparse import PACKABLE
 
 DENSE, EXPANSION = "dense.safetensors", "expansion.json"
 GENERATION = "generation_config.json"

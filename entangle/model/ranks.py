@@ -9,10 +9,12 @@ import datetime
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
-import torch
-from torch import distributed
+LAUNCHED = "TORCHELASTIC_RUN_ID" in os.environ  # by torchrun
+if TYPE_CHECKING or LAUNCHED:  # alone nothing is sent, and who reads a run need not wait for torch
+    import torch
+    from torch import distributed
 
 Value = TypeVar("Value")
 
@@ -69,12 +71,16 @@ def join() -> None:
 
 def count() -> int:
     """Return how many processes there are."""
-    return distributed.get_world_size() if distributed.is_initialized() else 1
+    return distributed.get_world_size() if _joined() else 1
 
 
 def rank() -> int:
     """Return the number of this process, from 0."""
-    return distributed.get_rank() if distributed.is_initialized() else 0
+    return distributed.get_rank() if _joined() else 0
+
+
+def _joined() -> bool:
+    return LAUNCHED and distributed.is_initialized()
 
 
 def shard() -> Shard:
@@ -82,25 +88,27 @@ def shard() -> Shard:
     return Shard(rank(), count())
 
 
-def add_(tensor: torch.Tensor) -> None:
+def add_(tensor: "torch.Tensor") -> None:
     """Make of a tensor its sum over all ranks."""
-    _reduce_(tensor, distributed.ReduceOp.SUM)
-
-
-def least_(tensor: torch.Tensor) -> None:
-    """Make of a tensor its least values over all ranks."""
-    _reduce_(tensor, distributed.ReduceOp.MIN)
-
-
-def most_(tensor: torch.Tensor) -> None:
-    """Make of a tensor its largest values over all ranks."""
-    _reduce_(tensor, distributed.ReduceOp.MAX)
-
-
-def _reduce_(tensor: torch.Tensor, how: Any) -> None:
     if count() > 1:
-        with _others():
-            distributed.all_reduce(tensor, how)
+        _reduce_(tensor, distributed.ReduceOp.SUM)
+
+
+def least_(tensor: "torch.Tensor") -> None:
+    """Make of a tensor its least values over all ranks."""
+    if count() > 1:
+        _reduce_(tensor, distributed.ReduceOp.MIN)
+
+
+def most_(tensor: "torch.Tensor") -> None:
+    """Make of a tensor its largest values over all ranks."""
+    if count() > 1:
+        _reduce_(tensor, distributed.ReduceOp.MAX)
+
+
+def _reduce_(tensor: "torch.Tensor", how: Any) -> None:
+    with _others():
+        distributed.all_reduce(tensor, how)
 
 
 def everyone(value: Value) -> list[Value]:
@@ -201,7 +209,7 @@ def spread(costs: Sequence[float]) -> list[int]:
     return owners
 
 
-def broadcast_(tensor: torch.Tensor, owner: int) -> None:
+def broadcast_(tensor: "torch.Tensor", owner: int) -> None:
     """Make of a tensor that of one rank."""
     assert tensor.is_contiguous()  # else its values would be mixed up
     if count() > 1:
@@ -218,7 +226,7 @@ def from_rank(owner: int, value: Value | None) -> Value:
     return found[0]  # type: ignore[return-value]
 
 
-def gather(rows: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+def gather(rows: "torch.Tensor", places: "torch.Tensor") -> "torch.Tensor":
     """Return all ranks' rows (tokens, ...), in the order of their places (tokens,)."""
     if count() == 1:
         return rows

@@ -1,11 +1,12 @@
 """Which tokens make a neuron's distance to a Gaussian, and how sure that distance is."""
 
-import numba
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from entangle.numerics.wasserstein import gaussian_bins, integrate_bin
+from entangle.numerics import threads as _threads  # noqa: F401
+from entangle.numerics.gaussian import gaussian_bins
+from entangle.numerics.kernels.distances_cpu import fill_distances, fill_parts
 
 Array = npt.NDArray[np.float64]
 
@@ -21,7 +22,7 @@ def distance_parts(samples: npt.ArrayLike | torch.Tensor) -> Array:
     order = np.argsort(rows, axis=0, kind="stable")
     columns = np.ascontiguousarray(np.take_along_axis(rows, order, axis=0).T)
     parts = np.full(columns.shape, np.nan)
-    _fill_parts(columns, *gaussian_bins(len(rows)), parts)
+    fill_parts(columns, *gaussian_bins(len(rows)), parts)
     found = np.empty(rows.shape)
     np.put_along_axis(found, order, parts.T, axis=0)
     return found
@@ -48,7 +49,7 @@ def bootstrap(
     columns = np.ascontiguousarray(np.take_along_axis(rows, order, axis=0).T)
     distances = np.full((draws, rows.shape[1]), np.nan)
     owner = np.ascontiguousarray((order // window).T.astype(np.int32))
-    _fill_distances(columns, owner, weights, *gaussian_bins(len(rows)), distances)
+    fill_distances(columns, owner, weights, *gaussian_bins(len(rows)), distances)
     return distances
 
 
@@ -59,51 +60,3 @@ def _rows(samples: npt.ArrayLike | torch.Tensor) -> npt.NDArray[np.float32]:
     if rows.ndim != 2:
         raise ValueError(f"expected samples of shape (tokens, neurons), got {rows.shape}")
     return rows
-
-
-@numba.njit(parallel=True, nogil=True, cache=True)
-def _fill_parts(columns, quantiles, densities, parts):  # type: ignore[no-untyped-def]
-    """Fill the parts of sorted columns (neurons, tokens), equal values sharing theirs."""
-    neurons, n = columns.shape
-    for i in numba.prange(neurons):
-        column = columns[i]
-        if n < 2 or not column[0] < column[-1]:
-            continue
-        mean = column.astype(np.float64).mean()
-        inverse = 1 / np.sqrt(((column - mean) ** 2).mean())
-        first = 0
-        while first < n:
-            last, total = first, 0.0
-            while last < n and column[last] == column[first]:
-                x = (column[last] - mean) * inverse
-                total += integrate_bin(x, last, n, quantiles, densities)
-                last += 1
-            parts[i, first:last] = total / (last - first)
-            first = last
-
-
-@numba.njit(parallel=True, nogil=True, cache=True)
-def _fill_distances(columns, owner, weights, quantiles, densities, distances):  # type: ignore[no-untyped-def]
-    """Fill distances of sorted columns (neurons, tokens), each token as often as its window is."""
-    neurons, n = columns.shape
-    for i in numba.prange(neurons):
-        column = columns[i].astype(np.float64)
-        if n < 2 or not column[0] < column[-1]:
-            continue
-        for draw in range(len(weights)):
-            mean, square = 0.0, 0.0
-            for k in range(n):
-                mean += weights[draw, owner[i, k]] * column[k]
-            mean /= n
-            for k in range(n):
-                square += weights[draw, owner[i, k]] * (column[k] - mean) ** 2
-            if not square > 0:
-                continue
-            inverse = 1 / np.sqrt(square / n)
-            place, total = 0, 0.0
-            for k in range(n):
-                x = (column[k] - mean) * inverse
-                for _ in range(weights[draw, owner[i, k]]):
-                    total += integrate_bin(x, place, n, quantiles, densities)
-                    place += 1
-            distances[draw, i] = total

@@ -1,6 +1,6 @@
 """One histogram per neuron, filled in one pass and merged without loss.
 
-Guarantees, for any rows whatever (``tests/test_histograms.py`` holds them):
+Guarantees, for any rows whatever (``tests/numerics/test_histograms.py`` holds them):
 
 * Memory is bounded: ``bins`` counts and a dozen numbers a neuron, however many tokens.
 * Counts, mean and std are sums of integers, so they are the same bits under any split, order or
@@ -19,25 +19,18 @@ import math
 from collections.abc import Callable
 from typing import Self
 
-import numba
 import numpy as np
 import numpy.typing as npt
 import torch
 from scipy.ndimage import gaussian_filter1d
 from scipy.signal import find_peaks
 
-STEPS = 64  # lattice steps in a bin
-HALF_RANGE = 8  # the bins end at this many scales on either side of the center
-MAX_BINS = 2048  # so that a step's index fits 17 bits, and its square summed over 2^31 tokens int64
+from entangle.numerics import threads as _threads  # noqa: F401
+from entangle.numerics.kernels.bins import HALF_RANGE, MAX_BINS, MAX_EXCESS, MAX_SQUARES, STEPS
+from entangle.numerics.kernels.histograms_cpu import add_rows
+
 MAX_TOKENS = 2**31 - 1  # counts are int32
-MAX_EXCESS = 2**30  # in bins: what lies farther out is not summed, and its neuron is NaN
-MAX_SQUARES = 2**62  # in squared bins: a tail's sum stops here, and its neuron is NaN
-
-_SHIFT = np.int32(6)  # STEPS is 2 to this
-_LATER = np.uint16(2**16 - 1)  # in place of a bin's number: not yet added
-_CHUNK = 128  # tokens: a chunk's bin numbers for 64 neurons fill half of a 32 KiB L1 cache
 _EXACT_ROWS = 2**18  # float64 holds the sum of this many squared steps, in quarters, exactly
-
 Array = npt.NDArray[np.float64]
 InPlace = Callable[[torch.Tensor], None]
 
@@ -186,7 +179,7 @@ class Histograms:
         for part in rows.detach().float().split(_EXACT_ROWS):
             self.count.add_(len(part))
             if part.device.type == "cpu":
-                _add_numba(*self._kernel_arguments(part))
+                add_rows(*self._kernel_arguments(part))
             else:
                 _add_torch(self, part)
 
@@ -349,118 +342,6 @@ def _mean_and_std(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     parts = zip(rows.split(256, dim=1), mean.split(256), strict=True)
     variance = torch.cat([(part.double() - m).square().mean(dim=0) for part, m in parts])
     return mean, variance.sqrt()
-
-
-@numba.njit(parallel=True, nogil=True, cache=True, fastmath={"contract"})
-def _add_numba(  # type: ignore[no-untyped-def]
-    rows,
-    center,
-    inverse,
-    counts,
-    steps,
-    powers,
-    tail_count,
-    tail_excess,
-    tail_square,
-    minimum,
-    maximum,
-    nonfinite,
-    beyond,
-):
-    """Add float32 rows (tokens, neurons) to the state in place, 64 neurons at a time.
-
-    A chunk of tokens becomes bin numbers and sums in vector registers, four tokens at once for a
-    quarter of the stores; then each neuron counts its column, so that its counts stay in the L1
-    cache. What the first pass leaves (`_LATER`) is added there, one by one.
-    """
-    tokens, neurons = rows.shape
-    edge = np.float32(STEPS // 2 * counts.shape[1])
-    shift = np.int32(edge)
-    half = np.float32(0.5)
-    for block in numba.prange((neurons + 63) // 64):
-        begin = block * 64
-        end = min(begin + 64, neurons)
-        n = end - begin
-        c, v = center[begin:end].copy(), inverse[begin:end].copy()
-        low, high = minimum[begin:end].copy(), maximum[begin:end].copy()
-        s1, s2, s3, s4 = np.zeros(n), np.zeros(n), np.zeros(n), np.zeros(n)
-        numbers = np.empty((_CHUNK, n), np.uint16)
-        seen = np.empty(n, np.uint16)
-        outside = np.zeros(n, np.int64)
-        for first in range(0, tokens, _CHUNK):
-            length = min(_CHUNK, tokens - first)
-            numbers[length // 4 * 4 :] = _LATER
-            seen[:] = _LATER if length % 4 else 0
-            for t in range(0, length - 3, 4):
-                # One row at a time: Numba knows only such a slice to be contiguous.
-                x0, x1 = rows[first + t, begin:end], rows[first + t + 1, begin:end]
-                x2, x3 = rows[first + t + 2, begin:end], rows[first + t + 3, begin:end]
-                k0, k1, k2, k3 = numbers[t], numbers[t + 1], numbers[t + 2], numbers[t + 3]
-                for j in range(n):
-                    y0, y1 = np.floor((x0[j] - c[j]) * v[j]), np.floor((x1[j] - c[j]) * v[j])
-                    y2, y3 = np.floor((x2[j] - c[j]) * v[j]), np.floor((x3[j] - c[j]) * v[j])
-                    in0, in1 = abs(y0 + half) < edge, abs(y1 + half) < edge
-                    in2, in3 = abs(y2 + half) < edge, abs(y3 + half) < edge
-                    y0, y1 = y0 if in0 else -half, y1 if in1 else -half
-                    y2, y3 = y2 if in2 else -half, y3 if in3 else -half
-                    b0 = np.uint16((np.int32(y0) + shift) >> _SHIFT) if in0 else _LATER
-                    b1 = np.uint16((np.int32(y1) + shift) >> _SHIFT) if in1 else _LATER
-                    b2 = np.uint16((np.int32(y2) + shift) >> _SHIFT) if in2 else _LATER
-                    b3 = np.uint16((np.int32(y3) + shift) >> _SHIFT) if in3 else _LATER
-                    k0[j], k1[j], k2[j], k3[j] = b0, b1, b2, b3
-                    seen[j] |= b0 | b1 | b2 | b3
-                    d0, d1 = np.float64(y0 + half), np.float64(y1 + half)
-                    d2, d3 = np.float64(y2 + half), np.float64(y3 + half)
-                    e0, e1, e2, e3 = d0 * d0, d1 * d1, d2 * d2, d3 * d3
-                    s1[j] += (d0 + d1) + (d2 + d3)
-                    s2[j] += (e0 + e1) + (e2 + e3)
-                    s3[j] += (e0 * d0 + e1 * d1) + (e2 * d2 + e3 * d3)
-                    s4[j] += (e0 * e0 + e1 * e1) + (e2 * e2 + e3 * e3)
-                    low[j] = min(low[j], min(min(x0[j], x1[j]), min(x2[j], x3[j])))
-                    high[j] = max(high[j], max(max(x0[j], x1[j]), max(x2[j], x3[j])))
-            for j in range(n):
-                bins = counts[begin + j]
-                if seen[j] < MAX_BINS:
-                    for t in range(length):
-                        bins[numbers[t, j]] += np.int32(1)
-                    continue
-                for t in range(length):
-                    if numbers[t, j] != _LATER:
-                        bins[numbers[t, j]] += np.int32(1)
-                        continue
-                    x, i = rows[first + t, begin + j], begin + j
-                    low[j], high[j] = min(low[j], x), max(high[j], x)
-                    y = np.floor((x - c[j]) * v[j])
-                    if (y >= -edge) & (y < edge):
-                        bins[(np.int32(y) + shift) >> _SHIFT] += np.int32(1)
-                        d = np.float64(y + half)
-                        s1[j], s2[j] = s1[j] + d, s2[j] + d * d
-                        s3[j], s4[j] = s3[j] + d**3, s4[j] + d**4
-                        continue
-                    outside[j] += 1
-                    if not np.isfinite(x):
-                        nonfinite[i] += 1
-                        continue
-                    y = (np.float64(x) - c[j]) * v[j]
-                    side = 0 if y < 0 else 1
-                    excess = max(np.floor(abs(y)) - edge, 0.0)
-                    square = np.rint(((excess + 0.5) / STEPS) ** 2)
-                    if excess > MAX_EXCESS * STEPS:
-                        beyond[i] += 1
-                        continue
-                    tail_count[i, side] += 1
-                    tail_excess[i, side] += int(excess)
-                    tail_square[i, side] = min(tail_square[i, side] + int(square), MAX_SQUARES)
-                    d = edge + excess + 0.5
-                    powers[i, 0] += d**3 if side else -(d**3)
-                    powers[i, 1] += d**4
-        for j in range(n):
-            i, inside = begin + j, tokens - outside[j]
-            steps[i, 0] += int(s1[j] - inside / 2)
-            steps[i, 1] += int(s2[j] - inside / 4)
-            powers[i, 0] += s3[j]
-            powers[i, 1] += s4[j]
-            minimum[i], maximum[i] = low[j], high[j]
 
 
 def _add_torch(state: Histograms, rows: torch.Tensor) -> None:

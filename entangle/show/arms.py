@@ -11,10 +11,10 @@ from matplotlib import ticker
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from entangle.experiments.ablation_table import said
+from entangle.experiments.interventions import RANDOM
+from entangle.experiments.sweep_table import BUDGETED
 from entangle.show.panels import DASHES, STYLE, Picture
-from entangle.study.effects import said
-from entangle.study.interventions import RANDOM
-from entangle.study.tables import BUDGETED
 
 _MARKS = {"sparsegpt": "o", "wanda": "s", "magnitude": "^"}
 _RIVALS = ("#b8306b", "#8c6d31")

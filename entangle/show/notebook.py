@@ -11,11 +11,11 @@ import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from entangle.numerics.wasserstein import from_samples, noise_floor
+from entangle.numerics.gaussian import from_samples, noise_floor
+from entangle.runs.dataset import position_of
 from entangle.show import plots
 from entangle.show.panels import subject_of
 from entangle.show.sketches import sketch
-from entangle.study.dataset import position_of
 
 _BARS = 72
 _FACTS = ("mean", "std", "skewness", "kurtosis", "modes", "min", "max", "weight_norm", "count")

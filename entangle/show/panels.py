@@ -15,10 +15,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 from numpy.typing import NDArray
 
-from entangle.numerics.histograms import HALF_RANGE
-from entangle.numerics.wasserstein import noise_floor
-from entangle.study.dataset import TRUSTED_ERROR, UNITS, dataset_of, trusted
-from entangle.study.ranking import matching
+from entangle.numerics.gaussian import noise_floor
+from entangle.numerics.kernels.bins import HALF_RANGE
+from entangle.runs.dataset import TRUSTED_ERROR, UNITS, dataset_of, matching, trusted
 
 Run = xr.DataTree | xr.Dataset
 Names = str | Sequence[str] | None

@@ -18,7 +18,8 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
 
-from entangle.numerics.wasserstein import noise_floor
+from entangle.numerics.gaussian import noise_floor
+from entangle.runs.dataset import TRUSTED_ERROR, position_of
 from entangle.show.arms import ablation, sweep
 from entangle.show.outputs import clusters, sparse
 from entangle.show.panels import (
@@ -46,7 +47,6 @@ from entangle.show.panels import (
 )
 from entangle.show.relations import comparison, difficulty, improvement
 from entangle.show.sketches import sketch
-from entangle.study.dataset import TRUSTED_ERROR, position_of
 
 __all__ = [
     "ablation",

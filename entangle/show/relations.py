@@ -8,6 +8,9 @@ from matplotlib import ticker
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from entangle.measurement.comparing import diff
+from entangle.measurement.ranking import rank_correlations
+from entangle.runs.dataset import dataset_of, matching
 from entangle.show.panels import (
     BAND,
     DASHES,
@@ -26,9 +29,6 @@ from entangle.show.panels import (
     place_of,
     subject_of,
 )
-from entangle.study.comparing import compare_runs
-from entangle.study.dataset import dataset_of
-from entangle.study.ranking import matching, rank_correlations
 
 _LEAST = 25  # neurons that a median is drawn of
 
@@ -134,7 +134,7 @@ def comparison(run: Run, other: Run, *, layers: Names = None, figure: Sheet = No
     Raises:
         LookupError: if the runs share no neuron with a distance.
     """
-    found = compare_runs(run, other, layers=layers or "*")
+    found = diff(run, other, layers=layers or "*")
     data, place = dataset_of(run), found.layers.set_index("layer")
     neurons = found.neurons.assign(layer=found.neurons["neuron"].str.rpartition(":")[0])
     frame = neurons.join(place[["block", "role"]], on="layer")

@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 import xarray as xr
 
-from entangle.numerics.histograms import HALF_RANGE
+from entangle.numerics.kernels.bins import HALF_RANGE
 
 Floats = npt.NDArray[np.float64]
 

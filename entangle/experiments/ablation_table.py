@@ -1,0 +1,314 @@
+"""What treating neurons does to a score: against the dense model, and against random neurons."""
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+from scipy import stats
+
+from entangle.experiments.interventions import RANDOM
+from entangle.model.score import Score
+from entangle.runs.dataset import say_skipped
+from entangle.runs.markdown import table_lines, with_error
+
+Array = npt.NDArray[np.float64]
+Result = Mapping[str, Any]
+
+_DRAWS = 500  # of a bootstrap
+KIND = ("intervention", "sparsity", "experts", "block")  # what is done, and where
+_AGAINST_RANDOM = (
+    "over_random",
+    "over_random_error",
+    "times_random",
+    "times_low",
+    "times_high",
+    "equivalent_share",
+    "equivalent_low",
+    "equivalent_high",
+)
+NAMES = {"wasserstein": "top wasserstein", "bottom": "bottom wasserstein", "random": "random"}
+
+
+def table_of(results: Sequence[Result]) -> pd.DataFrame:
+    """Return a row per arm, the first being the dense model: what was done, and its score."""
+    dense = _nats(results[0])
+    return pd.DataFrame(
+        [_arm(result) | _scored(_nats(result)[None], dense, result) for result in results]
+    )
+
+
+def effects_of(results: Sequence[Result]) -> pd.DataFrame:
+    """Return a row per set of neurons, the first being the dense model; random ones are merged.
+
+    ``difference`` is in nats a token against the dense model and ``ratio`` its exponential; errors
+    are standard errors over windows, those of differences paired. Of random neurons all are means
+    over seeds, with 95% t-intervals over seeds, ``low`` to ``high``.
+
+    Against random neurons of the same share stand ``over_random``, a difference in nats whose error
+    has a part from windows and one from seeds; ``times_random``, the increase of perplexity over
+    that of random ones, NaN where that is none; and the ``equivalent_share`` of random neurons that
+    hurts as much (see `equivalent_share`), infinite where random neurons of all shares that were run
+    hurt less. Both with 95% intervals of a bootstrap of windows and seeds.
+    """
+    dense = _nats(results[0])
+    groups: dict[tuple[Any, ...], list[Result]] = {}
+    for result in results:
+        arm = _arm(result)
+        key = tuple(arm[name] for name in (*KIND, "share", "set"))
+        groups.setdefault(key, []).append(result)
+    rows = []
+    for key, members in groups.items():
+        nats = np.array([_nats(member) for member in members])  # (seeds, windows)
+        row = _arm(members[0]) | {"seeds": len(members) if key[-1] == RANDOM else 0}
+        row |= _scored(nats, dense, members[0])
+        problems = [member["problem"] for member in members if "problem" in member]
+        row |= {"problem": "; ".join(dict.fromkeys(problems))}
+        rows.append(row | _against_random(key, nats, groups, dense))
+    return pd.DataFrame(rows).drop(columns="seed")
+
+
+def _nats(result: Result) -> Array:
+    return np.array(result["window_nats"], dtype=np.float64)
+
+
+def _arm(result: Result) -> dict[str, Any]:
+    """Return what an arm did to which neurons."""
+    block = result.get("block")
+    return {
+        "intervention": result["intervention"],
+        "sparsity": result.get("sparsity", ""),
+        "experts": result.get("experts", 1),
+        "block": "" if block is None else str(block),
+        "set": result.get("neurons", ""),
+        "share": result.get("share", 0.0),
+        "seed": "" if result.get("seed") is None else str(result["seed"]),
+        "neurons": result.get("neurons_treated", 0),
+        "realised": result.get("realised", math.nan),
+        "model_sparsity": result.get("model_sparsity", math.nan),
+    }
+
+
+def _scored(nats: Array, dense: Array, result: Result) -> dict[str, Any]:
+    """Return the score of arms' nats (seeds, windows): means, errors over windows, and intervals."""
+    tokens = int(result["tokens"])
+    mean = nats.mean(axis=0)  # (windows,)
+    change = Score(mean - dense, tokens)
+    perplexities = np.array([Score(one, tokens).perplexity for one in nats])
+    perplexity, perplexity_half = _interval(perplexities)
+    ratio = float(np.exp((nats - dense).mean(axis=1)).mean())
+    difference, difference_half = _interval((nats - dense).mean(axis=1))
+    scored = Score(mean, tokens)
+    return {
+        "perplexity": perplexity,
+        "perplexity_error": perplexity * scored.nats_error,
+        "perplexity_low": perplexity - perplexity_half,
+        "perplexity_high": perplexity + perplexity_half,
+        "ratio": ratio,
+        "ratio_error": ratio * change.nats_error,
+        "difference": difference,
+        "difference_error": change.nats_error,
+        "difference_low": difference - difference_half,
+        "difference_high": difference + difference_half,
+        "windows": len(dense),
+        "tokens": tokens,
+        "problem": result.get("problem", ""),
+    }
+
+
+def _interval(values: Array) -> tuple[float, float]:
+    """Return a mean and half of its 95% t-interval, NaN for one value."""
+    n = len(values)
+    if n < 2:
+        return float(values.mean()), math.nan
+    if not np.isfinite(values).all():
+        return float(values.mean()), math.nan
+    half = stats.t.ppf(0.975, n - 1) * values.std(ddof=1) / math.sqrt(n)
+    return float(values.mean()), float(half)
+
+
+def _against_random(
+    key: tuple[Any, ...],
+    nats: Array,
+    groups: Mapping[tuple[Any, ...], Sequence[Result]],
+    dense: Array,
+) -> dict[str, float]:
+    """Compare a set's nats (1, windows) with those of random neurons that were treated the same."""
+    *kind, share, name = key
+    found = dict.fromkeys(_AGAINST_RANDOM, math.nan)
+    random = {
+        other[-2]: np.array([_nats(result) for result in members])
+        for other, members in groups.items()
+        if list(other[:-2]) == kind and other[-1] == RANDOM
+    }
+    if name == RANDOM or share not in random or np.isnan(nats).any():
+        return found
+    seeds = random[share]  # (seeds, windows)
+    over = Score(nats[0] - seeds.mean(axis=0), 0)
+    spread = seeds.mean(axis=1).std(ddof=1) / math.sqrt(len(seeds)) if len(seeds) > 1 else math.nan
+    error = math.hypot(over.nats_error, spread)
+    found |= {"over_random": over.nats, "over_random_error": error}
+    curve = {one: random[one] for one in sorted(random)}
+    found["times_random"] = _times(nats[0], seeds, dense)
+    found["equivalent_share"] = _equivalent_to(nats[0], curve, dense)
+    return found | _bootstrap(nats[0], share, curve, dense)
+
+
+def _times(nats: Array, random: Array, dense: Array) -> float:
+    """Return the increase of perplexity over that of random neurons (seeds, windows)."""
+    before = Score(dense, 0).perplexity
+    increase, *others = (Score(one, 0).perplexity - before for one in (nats, *random))
+    mean = float(np.mean(others))
+    return increase / mean if mean > 0 else math.nan
+
+
+def _equivalent_to(nats: Array, curve: Mapping[float, Array], dense: Array) -> float:
+    differences = [float((random - dense).mean()) for random in curve.values()]
+    return equivalent_share(float((nats - dense).mean()), list(curve), differences)
+
+
+def _bootstrap(
+    nats: Array, share: float, curve: Mapping[float, Array], dense: Array
+) -> dict[str, float]:
+    """Return 95% intervals: windows are drawn with replacement, for all alike, and so are seeds.
+
+    With one seed there are none; nor where more than one draw in twenty has no value, since random
+    neurons cost nothing in it.
+    """
+    if min(map(len, curve.values())) < 2:
+        return {}
+    generator = np.random.default_rng(0)
+    found: dict[str, list[float]] = {"times": [], "equivalent": []}
+    for _ in range(_DRAWS):
+        windows = generator.integers(len(dense), size=len(dense))
+        seeds = generator.integers(len(curve[share]), size=len(curve[share]))
+        drawn = {one: random[seeds % len(random)][:, windows] for one, random in curve.items()}
+        arguments = nats[windows], dense[windows]
+        found["times"].append(_times(arguments[0], drawn[share], arguments[1]))
+        found["equivalent"].append(_equivalent_to(arguments[0], drawn, arguments[1]))
+    ends = {}
+    for name, values in found.items():
+        known = np.array(values)
+        known = known[~np.isnan(known)]
+        known = known if len(known) >= 0.95 * _DRAWS else known[:0]
+        for end, quantile in (("low", 0.025), ("high", 0.975)):
+            value = np.quantile(known, quantile, method="nearest") if len(known) else math.nan
+            ends[f"{name}_{end}"] = float(value)
+    return ends
+
+
+def equivalent_share(
+    difference: float, shares: Sequence[float], differences: Sequence[float]
+) -> float:
+    """Return the share of random neurons that makes a difference, in nats, as large as this.
+
+    Interpolated linearly between the shares (ascending) that were run, from no difference at share
+    0 on, to where it is first reached; infinite where it is not.
+    """
+    if math.isnan(difference) or np.isnan(differences).any():
+        return math.nan
+    if difference <= 0:
+        return 0.0
+    points = list(zip((0.0, *shares), (0.0, *differences), strict=True))
+    for (share, low), (next_share, high) in itertools.pairwise(points):
+        if high >= difference:
+            return share + (next_share - share) * (difference - low) / (high - low)
+    return math.inf
+
+
+def markdown(table: pd.DataFrame) -> str:
+    """Return the table in Markdown, with what it was measured on above it."""
+    about, run = table.attrs, table.attrs["run"]
+    pruned = (
+        f" Sparsified rows were pruned by SparseGPT, mask by row, by {about['tokens']:,} tokens of "
+        f"{about['text']} ({about['windows']} windows of {about['length']}) through the dense model."
+        if about["pruned"]
+        else ""
+    )
+    lines = [
+        f"{about['model']}, neurons of {' '.join(about['layers'])} chosen by what "
+        f"{run.get('tokens', 0):,} tokens of {run.get('text', '?')} show of them, scored on "
+        f"{int(table['tokens'].max()):,} tokens of {about['evaluation']} "
+        f"({about['evaluation_windows']} windows of {about['evaluation_length']} that do not overlap, each "
+        f"scored from its own start).{pruned} ± is the standard error over windows, that of "
+        "differences paired by window; of random neurons the mean over seeds and its 95% t-interval "
+        "over seeds. Times random is the increase of perplexity over that of random neurons of the "
+        "same share; the equivalent share is that of random neurons which hurt as much, "
+        "interpolated between the shares that were run; both with 95% intervals of a bootstrap of "
+        "windows and seeds. Realised is the share of zeros in the treated rows, model that in all weights "
+        "of the model, its embedding included.",
+        *say_skipped(about["skipped_parameters"], "treated"),
+    ]
+    if about["missing_sets"]:
+        lines.append(
+            f"\nThe run has no {' and no '.join(about['missing_sets'])}, so that set is left out."
+        )
+    heads = ["intervention", "sparsity", "experts", "block", "share", "neurons", "realised"]
+    heads += ["model", "perplexity", "ratio", "difference, nats", "over random, nats"]
+    heads += ["times random", "equivalent share"]
+    rows = []
+    for row in table.to_dict(orient="records"):
+        if row["intervention"] == "dense":
+            cells = ["dense", *["-"] * 6, _share(row["model_sparsity"])]
+        else:
+            cells = [row["intervention"], row["sparsity"] or "-", str(row["experts"])]
+            cells += [row["block"] or "-", f"{row['share']:.2%}".replace(".00%", "%")]
+            cells += [f"{said(row['set'])}, {row['neurons']:,}"]
+            cells += [_share(row["realised"]), _share(row["model_sparsity"])]
+        rows.append([*cells, *_numbers(row)])
+    kept = [i for i, head in enumerate(heads) if head != "block" or table["block"].any()]
+    lines += ["", *table_lines([[row[i] for i in kept] for row in [heads, *rows]])]
+    for row in table.to_dict(orient="records"):
+        if row["problem"]:
+            lines.append(
+                f"\nNo score for {row['intervention']} {said(row['set'])}: {row['problem']}"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def said(name: str) -> str:
+    """Return what a set of neurons is called."""
+    return NAMES.get(name, f"top {name}")
+
+
+def _share(value: float) -> str:
+    return f"{value:.2%}" if math.isfinite(value) else "-"
+
+
+def _numbers(row: Mapping[Any, Any]) -> list[str]:
+    """Return the cells of a row's score."""
+    if row["problem"]:
+        return ["-"] * 6
+    if row["set"] == RANDOM:
+        perplexity = _with_interval(row, "perplexity")
+        difference = _with_interval(row, "difference")
+    else:
+        perplexity = with_error(row["perplexity"], row["perplexity_error"])
+        difference = with_error(row["difference"], row["difference_error"])
+    cells = [perplexity, f"{row['ratio']:.4g}", difference]
+    if not math.isfinite(row["over_random"]):
+        return [*cells, "-", "-", "-"]
+    cells += [with_error(row["over_random"], row["over_random_error"])]
+    times, low, high = row["times_random"], row["times_low"], row["times_high"]
+    words = f"{times:.3g}" if math.isfinite(times) else "-"
+    words += f" [{low:.3g}, {high:.3g}]" if math.isfinite(low) else ""
+    cells += [words, _equivalent(row)]
+    return cells
+
+
+def _with_interval(row: Mapping[Any, Any], name: str) -> str:
+    low, high = row[f"{name}_low"], row[f"{name}_high"]
+    if not math.isfinite(low):  # one seed
+        return with_error(row[name], row[f"{name}_error"])
+    return f"{row[name]:.4g} [{low:.4g}, {high:.4g}]"
+
+
+def _equivalent(row: Mapping[Any, Any]) -> str:
+    ends = [row[f"equivalent_{end}"] for end in ("share", "low", "high")]
+    words = ["not reached" if math.isinf(end) else f"{end:.2%}" for end in ends]
+    if math.isnan(ends[1]):
+        return words[0]
+    return words[0] if len({*words}) == 1 else f"{words[0]} [{words[1]}, {words[2]}]"

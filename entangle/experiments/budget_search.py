@@ -1,0 +1,91 @@
+"""Choose a budget's strength, and its variable, on calibration windows set aside."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import pandas as pd
+import torch
+import xarray as xr
+from transformers import PreTrainedModel
+
+from entangle.experiments.sweeping import sweep
+from entangle.model.placing import check_in_memory
+from entangle.model.text import TokenWindows
+from entangle.pruning.options import BUDGET, TRIM, UNIFORM
+
+STRENGTHS = (0.1, 0.25, 0.4)
+VARIABLES = (BUDGET, "ranks", "wasserstein")
+_EVERY = 4  # a window in so many is set aside
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ChosenBudget:
+    """What was chosen, and the table that says why."""
+
+    budget: str
+    strength: float
+    against_uniform: float  # nats a token on the windows set aside; NaN if uniform rows are best
+    against_uniform_error: float
+    table: pd.DataFrame  # as `sweep` returns it, scored on the windows set aside
+
+
+def choose_budget(
+    model: PreTrainedModel,
+    windows: TokenWindows,
+    sparsity: str | float,
+    run: xr.DataTree | xr.Dataset,
+    *,
+    budgets: Sequence[str] = VARIABLES,
+    strengths: Sequence[float] = STRENGTHS,
+    method: str = "sparsegpt",
+    **options: Any,
+) -> ChosenBudget:
+    """Return the budget of rows with the lowest perplexity on a fourth of the calibration windows.
+
+    The other windows are pruned by, with one expert and dense propagation, so that a candidate
+    costs a pruning and a score. Uniform rows are a candidate too, of strength 0. ``options`` are
+    others of `sweep`. The evaluation text is not seen.
+
+    Raises:
+        ValueError: as `sweep` does, fewer than four windows, a budget without a strength, or no
+            candidate has a score.
+    """
+    alike = sorted({UNIFORM, TRIM} & {*budgets})
+    if alike:
+        raise ValueError(f"a budget of {alike[0]} rows has no strength to choose: name another")
+    if len(windows) < _EVERY:
+        raise ValueError(
+            f"strength auto sets a window in {_EVERY} aside, but there are {len(windows)}: give "
+            "more windows, or a strength"
+        )
+    check_in_memory(model, "choosing a budget")
+    aside = torch.arange(len(windows)) % _EVERY == 0
+    rest, scored = (
+        dataclasses.replace(windows, tokens=windows.tokens[which]) for which in (~aside, aside)
+    )
+    table = sweep(
+        model,
+        rest,
+        scored,
+        (sparsity,),
+        budgets=[UNIFORM, *budgets],
+        strengths=strengths,
+        run=run,
+        methods=[method],
+        propagate=["dense"],
+        **options,
+    )
+    arms = table[1:].dropna(subset="nats").sort_values("nats", kind="stable")
+    if arms.empty:
+        problems = [problem for problem in table["problem"].unique() if problem]
+        raise ValueError(f"no budget has a score: {'; '.join(problems)}")
+    best = arms.to_dict(orient="records")[0]
+    strength = float(best["strength"] or 0)
+    return ChosenBudget(
+        budget=str(best["budget"]),
+        strength=strength,
+        against_uniform=best["against_uniform"],
+        against_uniform_error=best["against_uniform_error"],
+        table=table,
+    )

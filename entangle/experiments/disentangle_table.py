@@ -1,0 +1,214 @@
+"""What clusters and their experts gain: by layer, and by how entangled a neuron is in its layer."""
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import xarray as xr
+
+from entangle.measurement.ranking import correlation
+from entangle.runs.dataset import dataset_of, say_skipped, trusted
+from entangle.runs.markdown import table_lines, with_error
+
+Array = npt.NDArray[np.float64]
+
+QUANTILES = (0.0, 0.5, 0.9, 0.95, 0.99, 1.0)  # of a layer's distances
+MEASURES = {  # what an improvement may go with, and where it is found
+    "wasserstein": "wasserstein",
+    "difficulty": "held_out_difficulty",
+    "kurtosis": "kurtosis",
+    "weight_norm": "weight_norm",
+    "std": "std",
+}
+
+
+def _kinds(tree: xr.DataTree) -> Iterator[tuple[dict[str, Any], dict[str, Array]]]:
+    """Give each number of experts and sparsity, with what was found for them, by neuron."""
+    data = dataset_of(tree)
+    values = {str(name): data[name].to_numpy() for name in data.data_vars}
+    experts = data["experts"].to_numpy()
+    shown = {
+        "wasserstein": values["held_out_wasserstein"],
+        "difficulty": values["held_out_difficulty"],
+    }
+    # Arms come as one expert, and then in pairs: k-means, at random.
+    for arm in range(1, len(experts), 2):
+        for place, sparsity in enumerate(data["sparsity"].to_numpy()):
+            found = dict(shown)
+            for name in ("wasserstein", "difficulty"):
+                found[f"{name}_within"] = values[f"{name}_within"][:, arm]
+                found[f"{name}_random"] = values[f"{name}_within"][:, arm + 1]
+                differ = found[f"{name}_random"] - found[f"{name}_within"]
+                found[f"{name}_less"] = np.where(np.isnan(differ), np.nan, differ > 0)
+            # Without a loss in experts an improvement is infinite, and is left out.
+            found["improvement"] = _finite(values["improvement"][:, place, arm])
+            found["improvement_random"] = _finite(values["improvement"][:, place, arm + 1])
+            found["improvement_halves"] = _finite(values["improvement_halves"][:, place, arm])
+            for name, other in (("one", 0), ("experts", arm), ("random", arm + 1)):
+                found[f"distance_{name}"] = values["distance_to_dense"][:, place, other]
+            yield {"experts": int(experts[arm]), "sparsity": str(sparsity)}, found
+
+
+def layers_table(tree: xr.DataTree) -> pd.DataFrame:
+    """Return a row per number of experts, sparsity and layer, over its neurons with a distance.
+
+    Medians, but of ``less``, which are shares of neurons: that have a lower distance (difficulty)
+    within clusters than within random ones. ``reliability`` is the rank correlation of the
+    improvements on the even and the odd windows: of half of the tokens; ``with_`` are those of the improvement with a
+    measure of the neuron.
+    """
+    data = dataset_of(tree)
+    table = []
+    for kind, found in _kinds(tree):
+        for layer, rows in _layers(data).items():
+            row: dict[str, Any] = {**kind, "layer": layer}
+            row |= {name: data[name].to_numpy()[rows[0]] for name in ("block", "role")}
+            row |= {"neurons": len(rows)}
+            for name, values in found.items():
+                here = values[rows]
+                if name.endswith("_less"):
+                    row[name] = _nanmean(here)
+                elif name != "improvement_halves":
+                    row[name] = float(np.nanmedian(here)) if np.isfinite(here).any() else math.nan
+            improvement = found["improvement"][rows]
+            known = improvement[np.isfinite(improvement)]
+            row["improvement_sd"] = float(known.std(ddof=1)) if len(known) > 1 else math.nan
+            row["reliability"] = _correlation(*found["improvement_halves"][rows].T)
+            for name, variable in MEASURES.items():
+                measure = data[variable].to_numpy()[rows]
+                row[f"with_{name}"] = _correlation(improvement, measure)
+            table.append(row)
+    return pd.DataFrame(table)
+
+
+def quantiles_table(tree: xr.DataTree) -> pd.DataFrame:
+    """Return a row per number of experts, sparsity and range of quantiles of a layer's distances.
+
+    The distances are those that the run was measured with, so that what is found on held-out tokens
+    does not depend on who was chosen. Values are means over neurons, averaged over layers;
+    ``_error`` is the standard error over layers.
+    """
+    data = dataset_of(tree)
+    ranks = {}
+    for layer, rows in _layers(data).items():
+        order = np.argsort(data["wasserstein"].to_numpy()[rows], kind="stable")
+        ranks[layer] = np.empty(len(rows))
+        ranks[layer][order] = (np.arange(len(rows)) + 0.5) / len(rows)
+    ranges = [(QUANTILES[0], QUANTILES[-1]), *itertools.pairwise(QUANTILES)]
+    table = []
+    for kind, found in _kinds(tree):
+        halves = found.pop("improvement_halves")
+        for low, high in ranges:
+            here = {
+                layer: rows[(ranks[layer] >= low) & (ranks[layer] < high)]
+                for layer, rows in _layers(data).items()
+            }
+            here = {layer: rows for layer, rows in here.items() if len(rows)}
+            if not here:
+                continue
+            row: dict[str, Any] = {**kind, "from": low, "to": high}
+            row |= {"layers": len(here), "neurons": sum(map(len, here.values()))}
+            for name, values in found.items():
+                means = np.array([_nanmean(values[rows]) for rows in here.values()])
+                row |= dict(zip((name, f"{name}_error"), _mean_error(means), strict=True))
+            same = np.array([_correlation(*halves[rows].T) for rows in here.values()])
+            row |= dict(zip(("reliability", "reliability_error"), _mean_error(same), strict=True))
+            table.append(row)
+    return pd.DataFrame(table)
+
+
+def _layers(data: xr.Dataset) -> dict[str, npt.NDArray[np.int64]]:
+    """Return the places of each layer's neurons that have a distance to be ranked by."""
+    known = np.flatnonzero(trusted(data))
+    groups = pd.Series(known).groupby(data["layer"].to_numpy()[known], sort=False)
+    return {str(name): rows.to_numpy() for name, rows in groups}
+
+
+def _finite(values: Array) -> Array:
+    return np.where(np.isfinite(values), values, np.nan)
+
+
+def _nanmean(values: Array) -> float:
+    return float(np.nanmean(values)) if np.isfinite(values).any() else math.nan
+
+
+def _mean_error(values: Array) -> tuple[float, float]:
+    """Return the mean of what is known of values, and its standard error."""
+    known = values[np.isfinite(values)]
+    if not len(known):
+        return math.nan, math.nan
+    error = known.std(ddof=1) / math.sqrt(len(known)) if len(known) > 1 else math.nan
+    return float(known.mean()), float(error)
+
+
+def _correlation(x: Array, y: Array) -> float:
+    both = np.isfinite(x) & np.isfinite(y)
+    return correlation(x[both], y[both])[0]
+
+
+def markdown(about: Mapping[Any, Any], layers: pd.DataFrame, quantiles: pd.DataFrame) -> str:
+    """Return both tables in Markdown, with what they were measured on above them."""
+    run = about["run"]
+    lines = [
+        f"{about['model']}, {' '.join(about['layers'])}: clusters and experts from "
+        f"{about['tokens']:,} tokens of {about['text']} ({about['windows']} windows of "
+        f"{about['length']}), measured on {about['held_out_tokens']:,} held-out tokens of "
+        f"{about['evaluation']}, all through the dense model; SparseGPT, mask by row. "
+        "± is the standard error over layers.",
+        *say_skipped(about["skipped_parameters"], "measured"),
+        "",
+        "Relative improvement of a neuron (RMSE with one expert over that with several): its median "
+        "and standard deviation over a layer's neurons, its reliability (rank correlation between "
+        "the even and the odd held-out windows: that of half of the tokens), and its rank correlations with measures of the "
+        f"neuron (`wasserstein`, `kurtosis` and `std` on {run.get('tokens', 0):,} tokens of "
+        f"{run.get('text', '?')}, mapping difficulty on the held-out ones); means over layers.",
+        "",
+    ]
+    heads = ["experts", "sparsity", "improvement", "at random", "sd", "reliability"]
+    heads += [f"with {name}" for name in MEASURES]
+    names = ["improvement", "improvement_random", "improvement_sd", "reliability"]
+    names += [f"with_{name}" for name in MEASURES]
+    rows = [heads]
+    for (experts, sparsity), part in layers.groupby(["experts", "sparsity"], sort=False):
+        cells = [_cell(*_mean_error(part[name].to_numpy())) for name in names]
+        rows.append([str(experts), str(sparsity), *cells])
+    lines += [
+        *table_lines(rows),
+        "",
+        "By how entangled a neuron is in its layer, means over its neurons: distance to a Gaussian of the dense outputs, of "
+        "all held-out tokens and within clusters (mean weighted by tokens), within random clusters "
+        "of the same sizes (those of k-means with the tokens shuffled), and the share of neurons that have less within clusters than within "
+        "random ones, which alone says how much a small cluster's noise adds; relative improvement and its reliability; distance between sparse and dense outputs with one "
+        "expert, with several, and with several at random.",
+        "",
+    ]
+    names = ["wasserstein", "wasserstein_within", "wasserstein_random", "wasserstein_less"]
+    names += ["improvement", "improvement_random", "reliability"]
+    names += ["distance_one", "distance_experts", "distance_random"]
+    heads = ["experts", "sparsity", "neurons of a layer", "distance", "within clusters"]
+    heads += ["within random ones", "less", "improvement", "at random", "reliability"]
+    heads += ["to dense, one", "several", "at random"]
+    lines += [*_by_quantile(quantiles, heads, names), "", "The same for mapping difficulty.", ""]
+    names = ["difficulty", "difficulty_within", "difficulty_random", "difficulty_less"]
+    heads = ["experts", "sparsity", "neurons of a layer", "difficulty", "within clusters"]
+    heads += ["within random ones", "less"]
+    once = quantiles[quantiles["sparsity"] == quantiles["sparsity"].iloc[0]].assign(sparsity="any")
+    return "\n".join([*lines, *_by_quantile(once, heads, names)]) + "\n"
+
+
+def _by_quantile(quantiles: pd.DataFrame, heads: Sequence[str], names: Sequence[str]) -> list[str]:
+    """Return the lines of a table with a row per range of quantiles."""
+    rows = [list(heads)]
+    for row in quantiles.to_dict(orient="records"):
+        span = "all" if row["to"] - row["from"] == 1 else f"{row['from']:.0%} to {row['to']:.0%}"
+        cells = [_cell(row[name], row[f"{name}_error"]) for name in names]
+        rows.append([str(row["experts"]), row["sparsity"], f"{span} ({row['neurons']:,})", *cells])
+    return table_lines(rows)
+
+
+def _cell(value: float, error: float) -> str:
+    return with_error(value, error) if math.isfinite(value) else "-"

@@ -1,0 +1,302 @@
+"""Disentangle: what clusters of a layer's inputs, and experts for them, make of each neuron.
+
+All of it is on held-out tokens, beside random clusters of the same sizes: in a cluster there are
+fewer tokens, so that its noise floor is higher, and only against these can it be read.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import xarray as xr
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from entangle.experiments.disentangle_table import layers_table, markdown, quantiles_table
+from entangle.experiments.held_out import measure_layer
+from entangle.measurement.ranking import top_by_layer
+from entangle.model import folders
+from entangle.model.hooks import check_hooks
+from entangle.model.layers import LinearLayer, naming
+from entangle.model.packing import load_tensors, save_tensors
+from entangle.model.placing import check_in_memory
+from entangle.model.sampling import sample_inputs, sampled_places, walk_blocks
+from entangle.model.text import TokenWindows, check_disjoint, check_windows, some_windows
+from entangle.numerics.sparsity import Sparsity
+from entangle.pruning.calibration import HELD_OUT, calibrate
+from entangle.pruning.options import ONE, Clustering
+from entangle.pruning.sparsifying import check_layers
+from entangle.runs import resuming, setup, store
+from entangle.runs.dataset import dataset_of, labelled
+from entangle.runs.setup import check_run, layers_of, provenance
+
+Array = npt.NDArray[np.float64]
+HELD_OUT_WINDOWS = 64  # that the held-out tokens are drawn from
+
+Tensors = dict[str, torch.Tensor]
+
+ARMS = {  # of a variable that has a value for each way to cluster: with sparse weights, or without
+    "wasserstein_within": False,
+    "difficulty_within": False,
+    "wasserstein_share": False,
+    "difficulty_share": False,
+    "distance_to_dense": True,
+    "improvement": True,
+    "improvement_halves": True,
+}
+
+
+def disentangle(
+    model: PreTrainedModel,
+    run: xr.DataTree | xr.Dataset,
+    windows: TokenWindows,
+    evaluation: TokenWindows,
+    *,
+    experts: Sequence[int] = (4, 16),
+    sparsities: Sequence[str | float] = (0.8,),
+    neurons: Sequence[str] = (),
+    layers: str | Sequence[str] = ("*",),
+    batch_size: int = 4,
+    skip_first: int = 0,
+    out: str | Path | None = None,
+    overwrite: bool = False,
+    progress: bool = False,
+    command: str | None = None,
+) -> xr.DataTree:
+    """Measure each neuron within clusters and pruned for them, on at most 8,192 held-out tokens.
+
+    ``run`` is what `measure` returned for this model. Routers and Grams come from ``windows``, the
+    held-out tokens from at most 64 windows of ``evaluation``, both through the dense model. Arms are one expert, and for
+    each number of ``experts`` clusters by k-means and at random.
+
+    Returns the run's dataset with these variables more, and as child ``outputs`` those of each
+    layer's most entangled neuron, and of ``neurons``, written LAYER:INDEX:
+
+    * ``held_out_wasserstein``, ``held_out_difficulty``: of the dense outputs of all tokens.
+    * ``wasserstein_within``, ``difficulty_within`` (neuron, arm): the mean of those within clusters,
+      weighted by tokens. Random clusters are those of k-means with the tokens shuffled. A cluster in
+      which a neuron is constant counts in neither; ``wasserstein_share`` of the tokens does.
+    * ``distance_to_dense`` (neuron, sparsity, arm): 1-Wasserstein distance between the outputs of
+      the pruned weights and the dense ones, in std of the dense ones.
+    * ``improvement`` (neuron, sparsity, arm): RMSE of the outputs with one expert, over that with
+      these; ``improvement_halves`` on the even and the odd windows.
+
+    The model is not changed. With ``out`` all is written to that folder, with tables; a run that was
+    killed goes on where it was.
+
+    Raises:
+        FileExistsError: ``out`` exists, or an unfinished run of other settings is there, and
+            ``overwrite`` is false.
+        LookupError: a pattern matches no layer of the run, or it has no such neuron.
+        RuntimeError: a model that cannot be run block by block.
+        ValueError: as `ablate` says.
+    """
+    parsed, arms = check_words(experts, sparsities)
+    evaluation = some_windows(evaluation, HELD_OUT_WINDOWS)
+    chosen = layers_of(model, run, layers)
+    names = [layer.name for layer in chosen]
+    kept = _kept(run, names, neurons)
+    check_run(model, run, evaluation)
+    for text in (windows, evaluation):
+        check_windows(model, text, skip_first)
+    check_hooks(model, skip_first)
+    check_in_memory(model, "disentangling")
+    check_disjoint(windows, evaluation)
+    check_layers(model, chosen, parsed)
+    attributes = provenance(
+        model,
+        windows,
+        layers=layers,
+        batch_size=batch_size,
+        skip_first=skip_first,
+        command=command,
+        evaluation=evaluation,
+    )
+    attributes |= {"experts": list(experts), "sparsities": list(map(str, parsed))}
+    attributes |= {"neurons": list(neurons), "run": dict(dataset_of(run).attrs)}
+    tokens = len(evaluation) * (evaluation.length - skip_first)
+    attributes |= {"held_out_tokens": min(tokens, HELD_OUT)}
+    stopwatch = setup.Stopwatch()
+    with resuming.resumed_run(out, attributes, overwrite=overwrite) as folder:
+        parts = folder / "blocks"
+        _measure_blocks(
+            chosen,
+            kept,
+            arms,
+            parsed,
+            parts,
+            walks=lambda: [
+                walk_blocks(model, text, batch_size, skip_first) for text in (windows, evaluation)
+            ],
+            length=evaluation.length,
+            seed=windows.seed,
+            progress=progress,
+        )
+        found: Tensors = {}
+        for block in sorted({layer.block for layer in chosen}):
+            found |= load_tensors(_file(parts, block))
+        tree = _tree(run, names, kept, arms, parsed, found)
+        tree.attrs |= {"disentangled": attributes}  # beside the run's own, of whose text most are
+        per_layer, by_quantile = layers_table(tree), quantiles_table(tree)
+        store.save_table(per_layer, folder / "tables" / "layers.csv")
+        store.save_table(by_quantile, folder / "tables" / "quantiles.csv")
+        words = markdown(attributes, per_layer, by_quantile)
+        store.save_text(words, folder / "tables" / "disentangle.md")
+        store.write_run(folder, [tree], stopwatch.log, attributes)
+        folders.remove_folder(parts)
+    return tree
+
+
+def check_words(
+    experts: Sequence[int], sparsities: Sequence[str | float]
+) -> tuple[list[Sparsity], list[Clustering]]:
+    """Return the sparsities and the arms that words stand for.
+
+    Raises:
+        ValueError: no sparsity, or a number of experts below two.
+    """
+    parsed = [Sparsity.parse(sparsity) for sparsity in sparsities]
+    several = [count for count in dict.fromkeys(experts) if count > 1]
+    if not parsed or not several or min(experts) < 1:
+        raise ValueError(
+            f"expected at least one sparsity, and numbers of experts of which one is above 1, got "
+            f"{', '.join(map(str, sparsities)) or 'none'} and {', '.join(map(str, experts)) or 'none'}"
+        )
+    arms = [ONE]
+    for count in several:
+        arms += [Clustering(count), Clustering(count, "random")]
+    return list(dict.fromkeys(parsed)), arms
+
+
+def _kept(
+    run: xr.DataTree | xr.Dataset, layers: Sequence[str], neurons: Sequence[str]
+) -> dict[str, list[int]]:
+    """Return the neurons of each layer whose outputs are kept: its most entangled, and those named.
+
+    Raises:
+        LookupError: there is no such neuron.
+    """
+    kept = {name: top.tolist() for name, top in top_by_layer(run, count=1, layers=layers).items()}
+    data = dataset_of(run)
+    known = {name: int((data["layer"] == name).sum()) for name in kept}
+    for neuron in neurons:
+        layer, _, index = neuron.rpartition(":")
+        if not index.isdecimal() or int(index) >= known.get(layer, 0):
+            example = next(iter(kept))
+            raise LookupError(
+                f"no neuron {neuron!r} in these layers of the run: expected LAYER:INDEX such as "
+                f"{example}:{known[example] - 1}"
+            )
+        if int(index) not in kept[layer]:
+            kept[layer].append(int(index))
+    return kept
+
+
+def _file(folder: Path, block: int) -> Path:
+    return folder / f"{block}.safetensors"
+
+
+def _measure_blocks(
+    layers: Sequence[LinearLayer],
+    kept: Mapping[str, Sequence[int]],
+    arms: Sequence[Clustering],
+    sparsities: Sequence[Sparsity],
+    folder: Path,
+    *,
+    walks: Callable[[], Sequence[Any]],
+    length: int,
+    seed: int,
+    progress: bool,
+) -> None:
+    """Save what is found of each block where that is not done."""
+    left = sorted({x.block for x in layers if not _file(folder, x.block).exists()})
+    if not left:
+        return
+    walk, held_out = walks()
+    halves = sampled_places(held_out, HELD_OUT, seed) // length % 2  # of whole windows
+    for block in tqdm(range(left[-1] + 1), unit="block", desc="disentangle", disable=not progress):
+        if block not in left:
+            walk.advance()
+            held_out.advance()
+            continue
+        here = [layer for layer in layers if layer.block == block]
+        rows = sample_inputs(held_out, here, HELD_OUT, seed, advance=True)
+        found = calibrate(walk, here, arms, seed=seed, advance=True)
+        tensors: Tensors = {}
+        for layer in here:
+            calibrations = [found[arm][layer.name] for arm in arms]
+            with naming(layer), torch.inference_mode():
+                inputs = rows[layer.name]
+                measured = measure_layer(
+                    layer,
+                    calibrations,
+                    sparsities,
+                    inputs,
+                    halves.to(inputs.device),
+                    kept[layer.name],
+                    seed,
+                )
+            tensors |= {f"{layer.name} {name}": value for name, value in measured.items()}
+        save_tensors(_file(folder, block), tensors)
+
+
+def _tree(
+    run: xr.DataTree | xr.Dataset,
+    layers: Sequence[str],
+    kept: Mapping[str, Sequence[int]],
+    arms: Sequence[Clustering],
+    sparsities: Sequence[Sparsity],
+    found: Mapping[str, torch.Tensor],
+) -> xr.DataTree:
+    """Return the run's dataset of these layers with what was found."""
+    data = dataset_of(run)
+    data = data.isel(neuron=data["layer"].isin(layers).to_numpy()).load()
+
+    def joined(name: str) -> Array:
+        return np.concatenate([found[f"{layer} {name}"].numpy() for layer in layers])
+
+    lost = joined("lost")
+    with np.errstate(divide="ignore", invalid="ignore"):  # a neuron that loses nothing
+        halves = np.sqrt(lost[:, :, :1] / lost)
+        whole = lost.sum(axis=-1)
+        improvement = np.sqrt(whole[:, :, :1] / whole)
+    values = {name: joined(name) for name, sparse in ARMS.items() if f"{layers[0]} {name}" in found}
+    values |= {"improvement": improvement, "improvement_halves": halves}
+    variables: dict[str, Any] = {}
+    for name, value in values.items():
+        dimensions = ("neuron", *(("sparsity",) if ARMS[name] else ()), "arm")
+        dimensions += ("half",) if value.ndim > len(dimensions) else ()
+        variables[name] = (dimensions, value, labelled(name, value)[2])
+    for name in ("wasserstein", "difficulty"):
+        variables[f"held_out_{name}"] = labelled(f"held_out_{name}", values[f"{name}_within"][:, 0])
+    coordinates = {
+        "experts": ("arm", [arm.experts for arm in arms]),
+        "assign": ("arm", [arm.assign for arm in arms]),
+        "sparsity": list(map(str, sparsities)),
+    }
+    pairs = [(layer, place, index) for layer in layers for place, index in enumerate(kept[layer])]
+    outputs = xr.Dataset(
+        {
+            "clusters": (
+                ("clustered", "arm", "token"),
+                np.stack([found[f"{layer} clusters"].numpy() for layer in layers]),
+            ),
+            "dense": (
+                ("kept", "token"),
+                np.stack([found[f"{layer} outputs"][:, place] for layer, place, _ in pairs]),
+            ),
+            "sparse": (
+                ("kept", "sparsity", "arm", "token"),
+                np.stack([found[f"{layer} sparse"][..., place] for layer, place, _ in pairs]),
+            ),
+        },
+        coords={
+            "kept": [f"{layer}:{index}" for layer, _, index in pairs],
+            "clustered": list(layers),
+        },
+    )
+    whole_run = data.assign(variables).assign_coords(coordinates)
+    return xr.DataTree.from_dict({"/": whole_run, "/outputs": outputs})

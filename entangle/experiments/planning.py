@@ -1,0 +1,250 @@
+"""What commands will cost, before hours are spent: the same ones on one block and on two, and sums.
+
+No weight of the model is read. Of its configuration models of one block and of two are made with
+random weights, then measured and pruned as the whole one would be, by the same commands in
+processes of their own; what these take is carried over to all blocks and all windows.
+"""
+
+import copy
+import dataclasses
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from entangle.model.layers import find_blocks, find_layers
+from entangle.model.loading import DTYPES, load_tokenizer, save_model, source_of
+from entangle.model.packing import is_expanded
+from entangle.model.placing import bytes_of_block
+from entangle.model.text import token_windows
+from entangle.numerics.histograms import Histograms
+from entangle.pruning.options import Pruning
+
+BATCHES = (2, 16)  # of the small models
+RUN_BYTES = 3_000  # for a neuron, beside its counts, when histograms become a run
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """What a command is expected to cost."""
+
+    command: str
+    memory_bytes: float  # peak of the process
+    device_bytes: float  # peak on a GPU, 0 without one
+    disk_bytes: float  # of what it writes
+    seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A model and a text, and what commands on them are expected to cost."""
+
+    model: str
+    text: str
+    blocks: int  # up to the last that has one of the layers
+    layers: int
+    neurons: int
+    weights: int  # of the layers
+    model_bytes: int  # of all weights
+    block_bytes: int  # of the first block, which all are taken to be like
+    largest_block_bytes: int
+    windows: int
+    tokens: int
+    stages: list[Stage]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Cost:
+    """What a command took on so many blocks and batches."""
+
+    blocks: int
+    batches: int
+    seconds: float  # from the start of the process
+    memory: float
+    device: float
+    disk: float
+
+
+def plan(
+    model: str | Path,
+    text: str | Path,
+    *,
+    revision: str | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    offload: bool = False,
+    trust_remote_code: bool = False,
+    layers: str | Sequence[str] = ("*",),
+    windows: int = 128,
+    length: int = 512,
+    batch_size: int = 4,
+    bins: int = 1024,
+    sparsity: str = "0.5",
+    experts: int = 1,
+) -> Plan:
+    """Say what measuring and pruning a model would take of memory, of disk and of time, in one process.
+
+    The model is not loaded, and need not fit here; all its blocks are taken to be like the first.
+
+    Raises:
+        FileNotFoundError: no model or text there.
+        LookupError: a pattern matches no layer.
+        RuntimeError: a command fails on the small model, with what it says.
+        ValueError: a number out of range.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    Pruning.of(sparsity, experts=experts)  # these two raise before minutes are spent
+    Histograms.zeros(1, bins=bins)
+    source, options = source_of(model, revision, trust_remote_code)
+    if is_expanded(Path(source)):
+        raise ValueError(f"{model} is an expanded model: plan the one that it was made from")
+    config = AutoConfig.from_pretrained(source, **options)
+    stored = getattr(config, "dtype", None) or torch.float32
+    kind: torch.dtype = stored if dtype == "auto" else getattr(torch, dtype)
+    whole = _empty(config, kind, trust_remote_code)
+    chosen = find_layers(whole, layers)
+    tokenizer = load_tokenizer(model, revision=revision, trust_remote_code=trust_remote_code)
+    drawn = token_windows(text, tokenizer, windows=windows, length=length)
+    batches = len(drawn.batches(batch_size))
+    blocks = 1 + max(layer.block for layer in chosen)
+    few, more = (min(count, batches) for count in BATCHES)
+    common = ["--text", str(text), "--length", str(length), "--batch-size", str(batch_size)]
+    common += ["--device", device, "--layers", *sorted({f"*.{layer.role}" for layer in chosen})]
+    commands = {
+        "measure": ["--bins", str(bins)],
+        "sparsify": ["--sparsity", sparsity, "--experts", str(experts)],
+    }
+    found: dict[str, list[_Cost]] = {name: [] for name in commands}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        for count in (1, 2):
+            small: Any = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+                _cut(config, count), dtype=kind, trust_remote_code=trust_remote_code
+            )
+            save_model(small, tokenizer, folder / str(count))
+            del small
+        place = ["--offload", str(folder / "offloaded")] if offload else []
+        for name, words in commands.items():
+            # The first compiles what is not yet compiled on this machine.
+            for count, some in ((1, few), (1, few), (1, more), (2, few), (2, more)):
+                size = ["--windows", str(some * batch_size)]
+                line = [name, str(folder / str(count)), *common, *size, *place, *words]
+                found[name].append(_run(line, folder / "out", count, some))
+    hidden = batch_size * length * config.get_text_config(decoder=True).hidden_size * kind.itemsize
+    block = sum(parameter.nbytes for parameter in find_blocks(whole)[1][0].parameters())
+    first = [layer for layer in chosen if layer.block == chosen[0].block]
+    histograms = sum(layer.neurons for layer in first) * (4 * bins + RUN_BYTES)
+    linear = sum(layer.neurons * layer.inputs for layer in first) * kind.itemsize
+    held = {
+        "measure": (block + histograms, hidden if offload else 0),
+        "sparsify": (block + (experts > 1) * experts * linear, hidden),
+    }
+    stages = []
+    for name, costs in found.items():
+        each, batch = held[name]
+        stages.append(_stage(name, costs[1:], blocks, batches, 0 if offload else each, batch))
+    return Plan(
+        str(model),
+        drawn.text,
+        blocks,
+        len(chosen),
+        sum(layer.neurons for layer in chosen),
+        sum(layer.neurons * layer.inputs for layer in chosen),
+        sum(parameter.nbytes for parameter in whole.parameters()),
+        block,
+        bytes_of_block(whole),
+        len(drawn),
+        drawn.tokens.numel(),
+        stages,
+    )
+
+
+def _empty(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> Any:
+    with init_empty_weights():
+        model: Any = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+            config, dtype=dtype, trust_remote_code=trust_remote_code
+        )
+    model.tie_weights()
+    return model
+
+
+def _cut(config: Any, blocks: int) -> Any:
+    """Return a configuration with so many blocks, and lists that have an entry for each cut too."""
+    small = copy.deepcopy(config)
+    text = small.get_text_config(decoder=True)
+    before = text.num_hidden_layers
+    for name, value in vars(text).items():
+        if isinstance(value, list) and len(value) == before:
+            setattr(text, name, [*value, *value[-1:] * blocks][:blocks])
+    text.num_hidden_layers = blocks
+    return small
+
+
+def _run(words: Sequence[str], out: Path, blocks: int, batches: int) -> _Cost:
+    """Run a command, and return what it took.
+
+    Raises:
+        RuntimeError: it fails.
+    """
+    begin = time.perf_counter()
+    line = [sys.executable, "-m", "entangle", *words, "--out", str(out), "--overwrite"]
+    done = subprocess.run(line, capture_output=True, text=True, check=False)
+    seconds = time.perf_counter() - begin
+    if done.returncode:
+        said = done.stderr.strip().removeprefix("entangle: ") or f"exit code {done.returncode}"
+        raise RuntimeError(f"{words[0]} fails on {blocks} of the model's blocks: {said}")
+    log = json.loads((out / "log.json").read_text(encoding="utf-8"))
+    disk = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
+    device = log.get("peak_device_bytes", 0)
+    return _Cost(blocks, batches, seconds, log["peak_memory_bytes"], device, disk)
+
+
+def _stage(
+    command: str,
+    costs: Sequence[_Cost],
+    blocks: int,
+    batches: int,
+    block_bytes: float,
+    hidden_bytes: float,
+) -> Stage:
+    """Carry over the costs of one block and of two, each with few and with more batches, to all.
+
+    Time grows with the blocks and with the batches of each; the last block is not like the others,
+    since nothing runs behind it. Memory is known but for what does not grow: the weights and
+    histograms that are held of each block, and the hidden states of each batch.
+    """
+    one, one_more, two, two_more = costs
+
+    def known(blocks: int, batches: int) -> float:
+        return blocks * block_bytes + batches * hidden_bytes
+
+    def rest(name: str) -> float:
+        parts = [getattr(cost, name) - known(cost.blocks, cost.batches) for cost in costs]
+        return float(max(parts))
+
+    def with_all(few: _Cost, more: _Cost) -> float:
+        a_batch = max(more.seconds - few.seconds, 0.0) / max(more.batches - few.batches, 1)
+        return more.seconds + (batches - more.batches) * a_batch
+
+    last = with_all(one, one_more)
+    seconds = last + (blocks - 1) * max(with_all(two, two_more) - last, 0.0)
+    # Where weights and hidden states are; those of a model in files wait on the host.
+    there = "device" if one.device and block_bytes else "memory"
+    memory = {name: max(getattr(cost, name) for cost in costs) for name in ("memory", "device")}
+    memory[there] = rest(there) + known(blocks, batches)
+    return Stage(
+        command,
+        memory["memory"],
+        memory["device"],
+        one.disk + (blocks - 1) * (two.disk - one.disk),
+        seconds,
+    )

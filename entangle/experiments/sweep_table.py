@@ -1,0 +1,234 @@
+"""Tables of arms: what each scored, its change against the dense model, and their errors."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from entangle.model.score import Score
+from entangle.runs.dataset import say_skipped
+from entangle.runs.markdown import table_lines, with_error
+
+COSTS = (
+    "density",
+    "multiply_adds",
+    "router_multiply_adds",
+    "dense_multiply_adds",
+    "model_multiply_adds",
+    "model_dense_multiply_adds",
+    "stored",
+    "disk_bytes",
+    "memory_bytes",
+)
+BUDGETED = {"budget": "uniform", "strength": "", "across": "uniform"}
+WORDS = ("method", "mask", "propagate", "experts", "assign", "components", "pull", *BUDGETED)
+WORDS += ("sparsity",)
+USUAL = {"assign": "kmeans", "components": "auto", "pull": "0.5"}  # what need not be said
+Losses = npt.NDArray[np.float64]
+
+
+def tables_of(results: Sequence[Mapping[str, Any]]) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Return a row per arm, the first being the dense model, and a row per arm and layer."""
+    nats = [np.array(result["window_nats"], dtype=np.float64) for result in results]
+    rows, layers = [], []
+    for result, found in zip(results, nats, strict=True):
+        arm = {name: str(result.get(name, BUDGETED.get(name, ""))) for name in WORDS}
+        arm["experts"] = result.get("experts", 1)
+        scored, change = Score(found, result["tokens"]), Score(found - nats[0], result["tokens"])
+        usual = _uniform(result, results)
+        uniform = None if usual is None else Score(found - nats[usual], result["tokens"])
+        pruned = pd.DataFrame(result["layers"])
+        means = dict.fromkeys(
+            ("error", "held_out_error"), 0.0 if result is results[0] else math.nan
+        )
+        damping, improvements = 0.0 if result is results[0] else math.nan, {}
+        ranges = dict.fromkeys(("least", "most", "least_layer", "most_layer"), math.nan)
+        if len(pruned):
+            means = {name: float(pruned[name].astype(float).mean()) for name in means}
+            damping = pruned["damping"].max()
+            if "least" in pruned:
+                ranges = {"least": pruned["least"].min(), "most": pruned["most"].max()}
+                ranges["least_layer"] = pruned["realised"].min()
+                ranges["most_layer"] = pruned["realised"].max()
+            improvements = _improvements(result, results)
+            for name, values in improvements.items():
+                pruned[name] = _medians(values, result["layers"])
+            layers.append(pd.DataFrame([arm]).merge(pruned, how="cross"))
+        row = arm | {
+            "realised": result.get("realised", math.nan),
+            "model_sparsity": result.get("model_sparsity", math.nan),
+            **ranges,
+            "perplexity": scored.perplexity,
+            "perplexity_error": scored.perplexity_error,
+            "ratio": change.perplexity,  # exp of the mean difference: a ratio of perplexities
+            "ratio_error": change.perplexity_error,
+            "nats": scored.nats,
+            "nats_error": scored.nats_error,
+            "difference": change.nats,
+            "difference_error": change.nats_error,
+            "against_uniform": uniform.nats if uniform else math.nan,
+            "against_uniform_error": uniform.nats_error if uniform else math.nan,
+            "layer_error": means["error"],
+            "held_out_error": means["held_out_error"],
+            "improvement": _median(improvements.get("improvement")),
+            "held_out_improvement": _median(improvements.get("held_out_improvement")),
+            "damping": damping,
+            **{name: result.get("costs", {}).get(name, math.nan) for name in COSTS},
+            "windows": len(found),
+            "tokens": scored.tokens,
+            "problem": result.get("problem", ""),
+        }
+        rows.append(row)
+    return pd.DataFrame(rows), pd.concat(layers, ignore_index=True) if layers else pd.DataFrame()
+
+
+def _uniform(result: Mapping[str, Any], results: Sequence[Mapping[str, Any]]) -> int | None:
+    """Return the arm that is the same with uniform rows and blocks, but for the arm itself.
+
+    Where none has uniform blocks, that with uniform rows and the same blocks.
+    """
+    same = [name for name in WORDS if name not in {*BUDGETED, "mask"}]
+    alike = [
+        place
+        for place, one in enumerate(results)
+        if one.get("mask") == "row" and all(one.get(name) == result.get(name) for name in same)
+        if one.get("budget", "uniform") == "uniform"
+    ]
+    for across in ("uniform", result.get("across", "uniform")):
+        for place in alike:
+            if results[place].get("across", "uniform") == across:
+                return None if results[place] is result else place
+    return None
+
+
+def _improvements(
+    result: Mapping[str, Any], results: Sequence[Mapping[str, Any]]
+) -> dict[str, Losses]:
+    """Return each neuron's RMSE with one expert over that with several, where both ran.
+
+    That is on the same inputs, and so with dense propagation only.
+    """
+    same = [name for name in WORDS if name not in {"experts", "assign", "components", "pull"}]
+    if result["experts"] == 1 or result["propagate"] == "sparse":  # which has other inputs
+        return {}
+    for one in results:
+        if one.get("experts") == 1 and all(one.get(name) == result.get(name) for name in same):
+            break
+    else:
+        return {}
+    found = {}
+    for losses, name in (("lost", "improvement"), ("held_out_lost", "held_out_improvement")):
+        if losses in one and losses in result:
+            before, after = (arm[losses].astype(np.float64) for arm in (one, result))
+            with np.errstate(divide="ignore", invalid="ignore"):  # nothing lost, or no such layer
+                found[name] = np.sqrt(before / after)
+    return found
+
+
+def _medians(values: Losses, layers: Sequence[Mapping[str, Any]]) -> list[float]:
+    edges = np.cumsum([layer["neurons"] for layer in layers])[:-1]
+    return [_median(part) for part in np.split(values, edges)]
+
+
+def _median(values: Losses | None) -> float:
+    """Return the median of what is known of values."""
+    known = values[~np.isnan(values)] if values is not None else np.zeros(0)
+    return float(np.median(known)) if len(known) else math.nan
+
+
+def markdown(table: pd.DataFrame) -> str:
+    """Return a sweep's table in Markdown, with what it was measured on above it."""
+    attributes, tokens = table.attrs, int(table["tokens"].max())
+    lines = [
+        f"{attributes['model']}, {' '.join(attributes['layers'])} pruned by "
+        f"{attributes['tokens']:,} tokens of {attributes['text']} "
+        f"({attributes['windows']} windows of {attributes['length']}), scored on {tokens:,} tokens "
+        f"of {attributes['evaluation']} ({attributes['evaluation_windows']} windows of "
+        f"{attributes['evaluation_length']} that do not overlap, each scored from its own start). "
+        "± is the standard error over windows; difference and ratio are to the dense model, "
+        "paired by window, as is the difference to uniform rows; layer error is the mean relative squared error of the layers' outputs "
+        "on the calibration's inputs, and on held-out inputs. Multiply-adds are those of a token's "
+        "non-zero weights in the pruned layers and of their routers, over the dense ones; stored "
+        "are the non-zero weights of all experts, over the dense ones; bytes are those of the "
+        "pruned layers, on disk and in memory.",
+        *say_skipped(attributes["skipped_parameters"], "pruned"),
+        "",
+    ]
+    arms = table[table["method"] != "dense"]
+    mixtures = arms[arms["experts"] > 1]
+    words = [name for name in WORDS if name not in USUAL or {*mixtures[name]} - {USUAL[name]}]
+    words = [name for name in words if name not in BUDGETED or _differs(arms, name)]
+    budgeted = any(name in words for name in BUDGETED)
+    if not len(mixtures):
+        words.remove("experts")
+    improved = table["held_out_improvement"].notna().any()
+    heads = [
+        "realised",
+        *(["of rows", "of layers"] if budgeted else []),
+        "perplexity",
+        "ratio",
+        "difference (nats)",
+        *(["against uniform rows"] if budgeted else []),
+        "layer error",
+        "held out",
+    ]
+    heads += ["improvement"] if improved else []
+    heads += ["multiply-adds", "stored", "disk", "memory"]
+    rows = [[*words, *heads]]
+    for row in table.to_dict(orient="records"):
+        cells = [str(row[name]) or "-" for name in words]
+        cells = cells if row["method"] != "dense" else ["dense", *["-"] * (len(words) - 1)]
+        if row["problem"]:
+            rows.append([*cells, *["-"] * len(heads)])
+            continue
+        cells += [
+            f"{row['realised']:.4f}",
+            *([_range(row, ""), _range(row, "_layer")] if budgeted else []),
+            with_error(row["perplexity"], row["perplexity_error"]),
+            f"{row['ratio']:.4g}",
+            with_error(row["difference"], row["difference_error"]),
+            *([_against(row)] if budgeted else []),
+            f"{row['layer_error']:.4g}",
+            f"{row['held_out_error']:.4g}",
+        ]
+        gain = row["held_out_improvement"]
+        cells += [f"{gain:.3f}" if math.isfinite(gain) else "-"] if improved else []
+        cells += [
+            f"{row['density']:.1%}",
+            f"{row['stored'] / row['dense_multiply_adds']:.3g}x",
+            f"{row['disk_bytes'] / 1e6:,.4g} MB",
+            f"{row['memory_bytes'] / 1e6:,.4g} MB",
+        ]
+        rows.append(cells)
+    lines += [*table_lines(rows), *_remarks(table, words)]
+    return "\n".join(lines) + "\n"
+
+
+def _differs(arms: pd.DataFrame, name: str) -> bool:
+    return bool({*arms[name].astype(str)} - {BUDGETED[name]})
+
+
+def _against(row: Mapping[Any, Any]) -> str:
+    nats = row["against_uniform"]
+    return with_error(nats, row["against_uniform_error"]) if math.isfinite(nats) else "-"
+
+
+def _range(row: Mapping[Any, Any], of: str) -> str:
+    """Return the smallest and the largest share of zeros, of rows or of layers."""
+    ends = row[f"least{of}"], row[f"most{of}"]
+    return "-" if not math.isfinite(ends[0]) else f"{ends[0]:.3f} to {ends[1]:.3f}"
+
+
+def _remarks(table: pd.DataFrame, words: Sequence[str]) -> list[str]:
+    """Say which arms have no score, and where more damping was needed than is usual."""
+    lines = []
+    for row in table.to_dict(orient="records"):
+        arm = " ".join(str(row[name]) for name in words)
+        if row["problem"]:
+            lines.append(f"\nNo score for {arm}: {row['problem']}")
+        if row["damping"] > 0.01:
+            lines.append(f"\nA Gram needed damping of {row['damping']:g} instead of 0.01: {arm}")
+    return lines

@@ -1,0 +1,1 @@
+"""What neurons do: their distributions recorded, ranked, compared and looked into."""

@@ -1,0 +1,78 @@
+"""Compare two runs: how distances moved between checkpoints, texts or precisions."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+
+from entangle.measurement.ranking import correlation
+from entangle.runs.dataset import dataset_of, matching, trusted
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Comparison:
+    """What moved: ``layers`` has a row each, ``neurons`` too, those first that moved most."""
+
+    layers: pd.DataFrame
+    neurons: pd.DataFrame
+
+
+def diff(
+    run: xr.DataTree | xr.Dataset,
+    other: xr.DataTree | xr.Dataset,
+    *,
+    layers: str | Sequence[str] = ("*",),
+) -> Comparison:
+    """Compare the distances of the neurons that both runs have; return tables of both.
+
+    ``correlation`` is Spearman's over a layer's neurons, with its standard error for independent
+    neurons. A neuron's ``change`` is from the first run to the other, ``bound`` the sum of the
+    certified errors of both, and ``beyond`` how far the change exceeds it. The tokens that each run
+    counted add noise of their own (see `noise_floor`), which no bound holds. Neurons without a
+    distance, or with one whose bound is above 0.1, in either run are left out.
+
+    Raises:
+        LookupError: a pattern matches no layer of the first run, or the runs share no neuron.
+    """
+    tables = []
+    for one in map(dataset_of, (run, other)):
+        kept = one[["wasserstein", "wasserstein_error"]].isel(neuron=trusted(one))
+        tables.append(kept.to_dataframe())
+    keys = ["layer", "block", "role", "index"]
+    both = tables[0].merge(tables[1], on=keys, suffixes=("_first", ""))
+    names = dataset_of(run)["layer"].to_numpy().astype(str)
+    wanted = set(names[matching(names, layers)])
+    both = both[both["layer"].isin(wanted)]
+    if both.empty:
+        raise LookupError(
+            f"the runs share no neuron with a distance: the first has layers such as {names[0]}, "
+            f"the other such as {dataset_of(other)['layer'].to_numpy()[0]}"
+        )
+    both["first"], both["other"] = both["wasserstein_first"], both["wasserstein"]
+    both["change"] = both["other"] - both["first"]
+    both["bound"] = both["wasserstein_error_first"] + both["wasserstein_error"]
+    both["beyond"] = (both["change"].abs() - both["bound"]).clip(lower=0)
+    rows: list[dict[str, Any]] = []
+    for (layer, block, role), part in both.groupby(["layer", "block", "role"], sort=False):
+        rho, error = correlation(part["first"].to_numpy(), part["other"].to_numpy())
+        rows.append(
+            {
+                "layer": layer,
+                "block": block,
+                "role": role,
+                "neurons": len(part),
+                "correlation": rho,
+                "correlation_error": error,
+                "median": float(part["first"].median()),
+                "other_median": float(part["other"].median()),
+                "beyond": float((part["beyond"] > 0).mean()),
+            }
+        )
+    order = np.argsort(-both["change"].abs().to_numpy() + both["bound"].to_numpy(), kind="stable")
+    neurons = both.iloc[order].reset_index(drop=True)
+    neurons.insert(0, "neuron", neurons["layer"] + ":" + neurons["index"].astype(str))
+    columns = ["neuron", "first", "other", "change", "bound", "beyond"]
+    return Comparison(pd.DataFrame(rows), neurons[columns])

@@ -1,0 +1,89 @@
+"""Make one run of shards, as one process would have measured it."""
+
+import functools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import xarray as xr
+
+from entangle.model import folders
+from entangle.model.ranks import Shard
+from entangle.runs import labelling, setup, store
+
+NEURONS = 2**16  # that are merged at a time: what they hold of memory is bounded
+
+
+def merge(
+    shards: Sequence[str | Path],
+    *,
+    out: str | Path,
+    overwrite: bool = False,
+) -> xr.DataTree:
+    """Merge the shards of a run that ``measure(..., shard="3/8")`` wrote, in any order.
+
+    Returns the run, and writes it to ``out``: the bits of what one process would have measured, but
+    for skewness and kurtosis, which are the same to 1e-9.
+
+    Raises:
+        FileExistsError: ``out`` exists, and ``overwrite`` is false.
+        FileNotFoundError: a folder that holds no run.
+        ValueError: no shards, a run that is none, shards of different runs, or not all of them, or
+            ``out`` is one of them.
+    """
+    if not shards:
+        raise ValueError("expected the folders of all shards of a run, got none")
+    if Path(out).resolve() in {Path(folder).resolve() for folder in shards}:
+        raise ValueError(f"{out} is one of the shards: give the whole run another folder")
+    found = {Path(folder): store.open_run(folder) for folder in shards}
+    attributes = _attributes({folder: tree.attrs for folder, tree in found.items()})
+    trees = list(found.values())
+    stopwatch = setup.Stopwatch()
+    with folders.new_folder(out, overwrite=overwrite) as folder:
+        size = trees[0].sizes["neuron"]
+        spans = [slice(start, start + NEURONS) for start in range(0, size, NEURONS)]
+        merged = (_merged(trees, span, attributes) for span in spans)
+        store.write_run(folder, merged, stopwatch.log)
+    return store.open_run(out)
+
+
+def _attributes(shards: Mapping[Path, Mapping[Any, Any]]) -> dict[str, Any]:
+    """Return the attributes of the whole, having seen that these are all its shards.
+
+    Raises:
+        ValueError: they are not.
+    """
+    first, about = next(iter(shards.items()))
+    parts: dict[Shard, Path] = {}
+    for folder, attributes in shards.items():
+        if "shard" not in attributes:
+            raise ValueError(f"{folder} is a whole run, and no shard of one")
+        names = {*about, *attributes} - {"shard", "tokens"}
+        other = [n for n in sorted(names) if about.get(n) != attributes.get(n)]
+        other.sort(key=lambda n: n == "command")  # it repeats the others
+        if other:
+            raise ValueError(
+                f"{folder} is no shard of the run that {first} is one of: {other[0]} is "
+                f"{attributes.get(other[0])!r}, not {about.get(other[0])!r}"
+            )
+        shard = Shard.parse(attributes["shard"])
+        if shard in parts:
+            raise ValueError(f"{parts[shard]} and {folder} are the same shard {shard}")
+        parts[shard] = folder
+    of = {shard.of for shard in parts}
+    if len(of) > 1:
+        raise ValueError(f"expected shards of one number, got {' and '.join(map(str, parts))}")
+    missing = [str(s) for s in (Shard(n, *of) for n in range(*of)) if s not in parts]
+    if missing:
+        raise ValueError(f"of {len(parts) + len(missing)} shards {', '.join(missing)} is missing")
+    tokens = sum(attributes["tokens"] for attributes in shards.values())
+    whole = {name: value for name, value in about.items() if name != "shard"}
+    return whole | {"tokens": tokens}
+
+
+def _merged(trees: Sequence[xr.DataTree], span: slice, attributes: dict[str, Any]) -> xr.DataTree:
+    """Return some of the neurons of a run."""
+    states = (labelling.from_tree(tree, span) for tree in trees)
+    state = functools.reduce(lambda one, other: one.merged(other), states)
+    labels = trees[0].to_dataset()[["weight_norm"]].isel(neuron=span)
+    return labelling.tree_of(state, labels.load(), attributes)

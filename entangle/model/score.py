@@ -1,0 +1,40 @@
+"""The score of a model on a text, with its standard error over windows."""
+
+import dataclasses
+import math
+
+import numpy as np
+import numpy.typing as npt
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Score:
+    """The negative log-likelihood of a text under a model, with its standard error over windows.
+
+    Each window stands alone, the convention of the pruning papers: its first token is given and
+    not scored, and what is scored has on average half a window of context.
+    """
+
+    window_nats: npt.NDArray[np.float64]  # (windows,): mean over a window's scored tokens
+    tokens: int  # scored
+
+    @property
+    def nats(self) -> float:
+        """The mean negative log-likelihood of a token."""
+        return float(self.window_nats.mean())
+
+    @property
+    def nats_error(self) -> float:
+        """The standard error of ``nats`` over windows; NaN for one window."""
+        n = len(self.window_nats)
+        return float(self.window_nats.std(ddof=1) / math.sqrt(n)) if n > 1 else math.nan
+
+    @property
+    def perplexity(self) -> float:
+        """The exponential of ``nats``; infinite where that is beyond floats."""
+        return math.exp(self.nats) if not self.nats > 709 else math.inf
+
+    @property
+    def perplexity_error(self) -> float:
+        """The standard error of the perplexity, to first order."""
+        return self.perplexity * self.nats_error

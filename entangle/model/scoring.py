@@ -1,0 +1,63 @@
+"""Score a model on a text."""
+
+import numpy as np
+import torch
+from torch.nn.functional import cross_entropy
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from entangle.model import ranks
+from entangle.model.placing import home_of
+from entangle.model.score import Score
+from entangle.model.text import TokenWindows, check_windows
+
+
+class NotFiniteError(RuntimeError):
+    """A model's log-likelihood is NaN or infinite."""
+
+
+def perplexity(
+    model: PreTrainedModel,
+    windows: TokenWindows,
+    *,
+    batch_size: int = 4,
+    skip_first: int = 0,
+    progress: bool = False,
+) -> Score:
+    """Score every token but the first of each window, given those before it in the window.
+
+    The first ``skip_first`` tokens of each window are given and not scored. Under torchrun each
+    process scores its share of the batches, and all return the whole.
+
+    Raises:
+        NotFiniteError: the model's outputs are not finite.
+        ValueError: windows or ``skip_first`` that do not fit the model (see `check_windows`).
+    """
+    check_windows(model, windows, skip_first)
+    first = max(skip_first, 1)
+    batches = windows.batches(batch_size)
+    found = torch.zeros(len(windows), dtype=torch.float64)
+    with (
+        torch.inference_mode(),
+        tqdm(total=windows.tokens.numel(), unit="token", disable=not progress) as bar,
+    ):
+        for number in ranks.shard().batches(len(batches)):
+            batch = batches[number]
+            tokens = batch.to(home_of(model))
+            logits = model(input_ids=tokens, use_cache=False).logits
+            # A window at a time: in float32 all of them would double the peak of memory.
+            for place, (window, scores) in enumerate(zip(tokens, logits, strict=True)):
+                losses = cross_entropy(
+                    scores[first - 1 : -1].float(), window[first:], reduction="none"
+                )
+                found[number * batch_size + place] = float(losses.double().mean())
+            bar.update(batch.numel())
+    ranks.add_(found)
+    nats = found.numpy()
+    if not np.isfinite(nats).all():
+        bad = int((~np.isfinite(nats)).sum())
+        raise NotFiniteError(
+            f"the model's log-likelihood is not finite in {bad} of {len(nats)} windows: its "
+            "weights or its dtype overflow"
+        )
+    return Score(nats, len(windows) * (windows.length - first))

@@ -1,0 +1,1 @@
+"""What only a processor understands: one file a kernel and processor."""

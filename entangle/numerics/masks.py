@@ -1,0 +1,303 @@
+"""One-shot pruning of one weight matrix, from the moments of its inputs.
+
+The data come first and without weights (`InputMoments`), then the weights without data: one Gram
+serves every method, sparsity and subset of rows. Weights are ``(neurons, inputs)``; moments of
+several experts give as many pruned copies ``(experts, neurons, inputs)``.
+
+A sparsity is one for all rows, or says how many weights of each are pruned: ``zeros`` (neurons,).
+
+Guarantees (``tests/numerics/test_masks.py`` holds them): the pruned count is exact, on ties too; with
+``mask="row"`` a neuron's result is the same bits whatever other neurons, or experts, are pruned
+with it, and however many of their weights.
+
+Sources: Wanda, arXiv 2306.11695, eq. 1; SparseGPT, arXiv 2301.00774, section 3 and algorithm 1.
+"""
+
+import dataclasses
+
+import torch
+
+from entangle.numerics import threads as _threads  # noqa: F401
+from entangle.numerics.kernels.masks_cpu import TILE, mark_lowest, solve_block
+from entangle.numerics.moments import InputMoments, inverse_factor
+from entangle.numerics.sparsity import Mask, Method, Sparsity
+
+BLOCK = 128  # columns that SparseGPT solves before it updates those to their right, as published
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Pruned:
+    """A pruned weight matrix, one for each expert, and the damping that SparseGPT needed for it."""
+
+    weight: torch.Tensor  # ([experts,] neurons, inputs)
+    damping: tuple[float, ...]  # of each expert; 0 for the other methods
+
+
+def prune(
+    weight: torch.Tensor,
+    moments: InputMoments,
+    sparsity: Sparsity | torch.Tensor,
+    *,
+    method: Method = "sparsegpt",
+    mask: Mask = "row",
+) -> Pruned:
+    """Prune a weight (neurons, inputs) by a method's name.
+
+    ``sparsity`` is one for all rows, or the number of weights of each row to prune (neurons,).
+
+    Raises:
+        ValueError: as the method's own function does, or an unknown name of method or mask.
+    """
+    if mask not in {"row", "block"}:
+        raise ValueError(f"mask must be 'row' or 'block', got {mask!r}")
+    if method == "sparsegpt":
+        return sparse_gpt(weight, moments, sparsity, mask=mask)
+    experts = moments.lower.shape[:-2]
+    if method == "wanda":
+        pruned = wanda(weight, moments, sparsity, mask=mask)
+    elif method == "magnitude":
+        pruned = magnitude(weight, sparsity, mask=mask).expand(*experts, *weight.shape)
+    else:
+        raise ValueError(f"method must be 'sparsegpt', 'wanda' or 'magnitude', got {method!r}")
+    return Pruned(pruned, (0.0,) * (experts[0] if experts else 1))
+
+
+def magnitude(
+    weight: torch.Tensor, sparsity: Sparsity | torch.Tensor, *, mask: Mask = "row"
+) -> torch.Tensor:
+    """Return the weight (neurons, inputs) without its smallest entries.
+
+    Raises:
+        ValueError: weights that are not finite, or inputs that n:m does not divide, or counts of
+            zeros that are not those of rows.
+    """
+    _check_finite(weight, "weights")
+    return _without_lowest(weight, weight.abs().float(), sparsity, mask)
+
+
+def wanda(
+    weight: torch.Tensor,
+    moments: InputMoments,
+    sparsity: Sparsity | torch.Tensor,
+    *,
+    mask: Mask = "row",
+) -> torch.Tensor:
+    """Return the weight without the entries of smallest |w| · ‖x‖ (see `wanda_scores`).
+
+    Raises:
+        ValueError: moments of other inputs or not finite, or inputs that n:m does not divide, or
+            counts of zeros that are not those of rows.
+    """
+    _check(weight, moments)
+    return _without_lowest(weight, wanda_scores(weight, moments.squares), sparsity, mask)
+
+
+def wanda_scores(weight: torch.Tensor, squares: torch.Tensor) -> torch.Tensor:
+    """Return |w| · ‖x‖ of each weight, ‖x‖² being the sums of squares (inputs,) of its inputs."""
+    return weight.abs().float() * squares.sqrt().unsqueeze(-2)
+
+
+def _without_lowest(
+    weight: torch.Tensor, scores: torch.Tensor, sparsity: Sparsity | torch.Tensor, mask: Mask
+) -> torch.Tensor:
+    neurons, inputs = weight.shape
+    if isinstance(sparsity, torch.Tensor):
+        pruned = _lowest(scores, _check_zeros(sparsity, weight, mask))
+        return weight.masked_fill(pruned, 0)
+    check_group(inputs, sparsity)
+    if sparsity.group:
+        groups = scores.unflatten(-1, (-1, sparsity.group))
+        pruned = _lowest(groups, sparsity.group - sparsity.kept).flatten(-2)
+    elif mask == "row":
+        pruned = _lowest(scores, round(sparsity.share * inputs))
+    else:
+        pruned = torch.zeros_like(scores, dtype=torch.bool)
+        for first, end, count in _block_counts(neurons, inputs, sparsity):
+            block = scores[..., first:end]
+            pruned[..., first:end] = _lowest(block.flatten(-2), count).view_as(block)
+    return weight.masked_fill(pruned, 0)
+
+
+def _lowest(scores: torch.Tensor, count: int | torch.Tensor) -> torch.Tensor:
+    """Return where the ``count`` lowest scores along the last axis are, of ties the first.
+
+    The count is one for all rows, or one for each (rows,). Scores are float32 and not negative.
+    """
+    counts = torch.as_tensor(count, device=scores.device).expand(scores.shape[:-1])
+    if scores.device.type == "cpu":
+        flat = scores.detach().reshape(-1, scores.shape[-1]).contiguous()
+        lowest = torch.empty_like(flat, dtype=torch.bool)
+        mark_lowest(flat.numpy(), lowest.numpy(), counts.reshape(-1).numpy())
+        return lowest.view_as(scores)
+    return _lowest_torch(scores, counts)
+
+
+def _lowest_torch(scores: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    counts = counts.unsqueeze(-1)
+    last = (counts - 1).clamp(min=0)
+    highest = scores.sort(dim=-1).values.gather(-1, last)
+    below, ties = scores < highest, scores == highest
+    spare = counts - below.sum(dim=-1, keepdim=True)
+    chosen = below | (ties & (ties.cumsum(dim=-1, dtype=torch.int32) <= spare))
+    return chosen & (counts > 0)
+
+
+def _block_counts(rows: int, inputs: int, sparsity: Sparsity) -> list[tuple[int, int, int]]:
+    """Return each column block's first and end column, and how many weights to prune.
+
+    No group of an n:m sparsity is cut by an edge. The counts are differences of one rounded line,
+    so that they add up to the exact total.
+    """
+    total = round(sparsity.share * inputs * rows)
+    step = max(BLOCK // sparsity.group, 1) * sparsity.group if sparsity.group else BLOCK
+    edges = [*range(0, inputs, step), inputs]
+    line = [round(total * edge / inputs) for edge in edges]
+    return [
+        (first, end, after - before)
+        for first, end, before, after in zip(edges, edges[1:], line, line[1:], strict=False)
+    ]
+
+
+def sparse_gpt(
+    weight: torch.Tensor,
+    moments: InputMoments,
+    sparsity: Sparsity | torch.Tensor,
+    *,
+    mask: Mask = "row",
+) -> Pruned:
+    """Prune by optimal brain surgeon, column after column, as SparseGPT does.
+
+    ``mask="row"`` gives every neuron exactly its sparsity, its count carried over the blocks of
+    128 columns; ``"block"``, as published, chooses in each block among the weights of all rows.
+    n:m chooses in each row and group of m columns, as published.
+
+    A block B is published to change by -E·U[:B, B], E the errors of the columns left of it. With D
+    what the weights there lost, E = D·R for R = U⁻¹, and so the change is D·R[:B, B]·U[B, B]: of
+    U only such squares are computed.
+
+    Raises:
+        ValueError: moments of other inputs or not finite, a Gram that no damping makes regular,
+            inputs that n:m does not divide, or counts of zeros that are not those of rows.
+    """
+    _check(weight, moments)
+    neurons, inputs = weight.shape
+    if isinstance(sparsity, torch.Tensor):
+        zeros, sparsity = _check_zeros(sparsity, weight, mask), Sparsity(0)
+    else:
+        check_group(inputs, sparsity)
+        zeros = torch.full((neurons,), round(sparsity.share * inputs))
+    factors = [inverse_factor(lower) for lower in moments.lower.reshape(-1, inputs, inputs)]
+    # Columns first, so that a column's neurons lie side by side.
+    columns = torch.zeros(inputs, -(-neurons // TILE) * TILE, device=weight.device)
+    columns[:, :neurons] = weight.detach().float().T
+    solved = columns.new_zeros(len(factors), *columns.shape)  # D·R in blocks not yet solved
+    for first, end, joint in _block_counts(neurons, inputs, sparsity):
+        counts = torch.zeros(columns.shape[1], dtype=torch.int64)  # of the rows in this block
+        counts[:neurons] = _on_line(zeros, end, inputs) - _on_line(zeros, first, inputs)
+        square = torch.stack([factor.square(first, end) for factor in factors])
+        block = columns[first:end].repeat(len(factors), 1, 1)  # (experts, columns, padded)
+        finite = square.nan_to_num(posinf=0.0)  # nothing is carried to an input always zero
+        for one, u, carried in zip(block, finite, solved, strict=True):
+            one.addmm_(u.T, carried[first:end])
+        pruned = torch.zeros_like(block, dtype=torch.bool)
+        if mask == "block" and not sparsity.group:
+            diagonal = square.diagonal(dim1=1, dim2=2).unsqueeze(-1)
+            scores = (block[:, :, :neurons] / diagonal).abs()
+            pruned[:, :, :neurons] = _lowest(scores.flatten(1), joint).view_as(scores)
+            counts.zero_()  # nothing is left to choose
+        if block.device.type == "cpu":
+            arrays = (tensor.numpy() for tensor in (block, pruned, square, counts))
+            solve_block(*arrays, sparsity.kept, sparsity.group)  # type: ignore[call-arg]
+        else:
+            _solve_torch(block, pruned, square, counts.to(block.device), sparsity)
+        solved[:, first:end] = block
+        for later, factor, one in zip(solved[:, end:], factors, block, strict=True):
+            later.addmm_(factor.root[first:end, end:].T, columns[first:end] - one)
+    result = solved[:, :, :neurons].mT.to(weight.dtype).contiguous()
+    return Pruned(
+        result.reshape(*moments.lower.shape[:-2], neurons, inputs),
+        tuple(factor.damping for factor in factors),
+    )
+
+
+def _on_line(zeros: torch.Tensor, column: int, inputs: int) -> torch.Tensor:
+    """Return how many of its zeros each row has left of a column."""
+    return (zeros.double() * column / inputs).round().long()
+
+
+def _check_zeros(zeros: torch.Tensor, weight: torch.Tensor, mask: Mask) -> torch.Tensor:
+    """See that there is a whole number of weights to prune for each row; return them as int64.
+
+    Raises:
+        ValueError: there is not, or the mask is by block.
+    """
+    neurons, inputs = weight.shape
+    if mask == "block":
+        raise ValueError(
+            "a mask by block chooses among all rows, so it takes no budget of rows: use mask row"
+        )
+    if zeros.shape != (neurons,) or zeros.is_floating_point():
+        raise ValueError(
+            f"expected a whole number of zeros for each of {neurons} rows, got "
+            f"{tuple(zeros.shape)} of {zeros.dtype}"
+        )
+    if bool(((zeros < 0) | (zeros > inputs)).any()):
+        raise ValueError(
+            f"a row has {inputs} weights, got {int(zeros.min())} to {int(zeros.max())} zeros"
+        )
+    return zeros.long().cpu()
+
+
+def _check(weight: torch.Tensor, moments: InputMoments) -> None:
+    inputs = weight.shape[1]
+    if moments.inputs != inputs:
+        raise ValueError(f"expected the moments of {inputs} inputs, got those of {moments.inputs}")
+    _check_finite(weight, "weights")
+    _check_finite(moments.lower.tril(), "moments of the inputs")
+
+
+def _check_finite(values: torch.Tensor, name: str) -> None:
+    if bool(values.sum().isfinite()):
+        return  # so is each of them
+    bad = int((~torch.isfinite(values)).sum())
+    if bad:
+        raise ValueError(
+            f"{bad:,} of the {name} are NaN or infinite: the model or its inputs overflow, "
+            "try another dtype, or leave the layer out with a narrower pattern"
+        )
+
+
+def check_group(inputs: int, sparsity: Sparsity) -> None:
+    """See that the inputs can be cut into the groups of an n:m sparsity.
+
+    Raises:
+        ValueError: if not.
+    """
+    if sparsity.group and inputs % sparsity.group:
+        raise ValueError(
+            f"{sparsity} needs groups of {sparsity.group}, but there are {inputs} inputs: choose "
+            "groups that divide them, or leave the layer out with a narrower pattern"
+        )
+
+
+def _solve_torch(
+    block: torch.Tensor,
+    pruned: torch.Tensor,
+    factor: torch.Tensor,
+    counts: torch.Tensor,
+    sparsity: Sparsity,
+) -> None:
+    """Do as `_solve_numba` with torch, on any device."""
+    diagonal = factor.diagonal(dim1=1, dim2=2).unsqueeze(-1)  # (experts, columns, 1)
+    if not sparsity.group and bool(counts.any()):
+        pruned.copy_(_lowest((block / diagonal).abs().mT, counts).mT)
+    for j in range(block.shape[1]):
+        if sparsity.group and j % sparsity.group == 0:
+            part = slice(j, j + sparsity.group)
+            scores = (block[:, part] / diagonal[:, part]).abs().mT
+            pruned[:, part] = _lowest(scores, sparsity.group - sparsity.kept).mT
+        error = torch.where(pruned[:, j], block[:, j] / diagonal[:, j], 0.0)
+        block[:, j].masked_fill_(pruned[:, j], 0.0)
+        block[:, j + 1 :].baddbmm_(
+            factor[:, j, j + 1 :].unsqueeze(-1), error.unsqueeze(1), alpha=-1
+        )

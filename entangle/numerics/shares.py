@@ -1,0 +1,147 @@
+"""Who gets the zeros: weights to prune in each row of a matrix, and in each part of a model.
+
+Totals are exact: shares become whole numbers by largest remainder, so that budgets that differ only
+in who gets what have the same number of zeros, to the last one.
+
+Sources: OWL, arXiv 2310.05175, section 3.2; TRIM, arXiv 2505.16743, section 3 and algorithm 1.
+"""
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from entangle.numerics.masks import wanda
+from entangle.numerics.moments import InputMoments
+
+Floats = npt.NDArray[np.float64]
+Counts = npt.NDArray[np.int64]
+
+OUTLIER = 5.0  # times the mean score: beyond, OWL calls a weight an outlier
+STEPS, RATES = 10, (-0.05, 0.02, 0.05, 0.1)  # of TRIM
+
+
+def largest_remainder(shares: npt.ArrayLike, sizes: npt.ArrayLike, total: int) -> Counts:
+    """Return whole numbers close to ``shares * sizes`` that add up to ``total``.
+
+    Each is from 0 to its size. What shares leave of the total goes to the largest remainders, of
+    equal ones to the first; where shares add up to another total, all are moved alike first.
+
+    Raises:
+        ValueError: the total is not from 0 to the sum of the sizes.
+    """
+    sizes = np.asarray(sizes, dtype=np.int64)
+    if not 0 <= total <= sizes.sum():
+        raise ValueError(f"{total:,} of {sizes.sum():,} weights cannot be pruned")
+    quotas = _moved(np.asarray(shares, dtype=np.float64), sizes, total) * sizes
+    counts: Counts = np.floor(quotas + 1e-9).astype(np.int64).clip(0, sizes)
+    order = np.argsort(counts - quotas, kind="stable")
+    missing = total - int(counts.sum())
+    for step in np.resize(order if missing > 0 else order[::-1], 4 * len(sizes)):
+        if missing == 0:
+            break
+        sign = 1 if missing > 0 else -1
+        if 0 <= counts[step] + sign <= sizes[step]:
+            counts[step] += sign
+            missing -= sign
+    return counts
+
+
+def _moved(shares: Floats, sizes: Counts, total: int) -> Floats:
+    """Return the shares, within 0 and 1, moved alike until they make the total."""
+    low, high = -1.0, 1.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        if float((shares + middle).clip(0, 1) @ sizes) < total:
+            low = middle
+        else:
+            high = middle
+    moved: Floats = (shares + (low + high) / 2).clip(0, 1)
+    return moved
+
+
+def ranks(values: npt.ArrayLike) -> Floats:
+    """Return ranks from 0 (the smallest value) to 1, of equal ones the first lower, NaN ½."""
+    values = np.asarray(values, dtype=np.float64)
+    known = np.isfinite(values)
+    found = np.full(len(values), 0.5)
+    if known.sum() > 1:
+        place = np.argsort(np.argsort(values[known], kind="stable"), kind="stable")
+        found[known] = place / (known.sum() - 1)
+    return found
+
+
+def graded(sparsity: float, rank: npt.ArrayLike, strength: float) -> Floats:
+    """Return a sparsity for each row: less for high ranks, ``sparsity`` on average.
+
+    It is s + strength · (1 - 2 · rank) · min(s, 1 - s), so within 0 and 1.
+
+    Raises:
+        ValueError: a strength that is not from 0 to 1.
+    """
+    if not 0 <= strength <= 1:
+        raise ValueError(f"strength must be from 0 (all rows alike) to 1, got {strength!r}")
+    reach = min(sparsity, 1 - sparsity)
+    found: Floats = sparsity + strength * (1 - 2 * np.asarray(rank, dtype=np.float64)) * reach
+    return found
+
+
+def spread(sparsity: float, scores: npt.ArrayLike, sizes: npt.ArrayLike, width: float) -> Floats:
+    """Return a sparsity for each part of a model: less where its score is high.
+
+    Densities are linear in the scores, which become a range of twice the width, around the mean
+    weighted by sizes: OWL's rule with λ = ``width``. The width gives way where a part would have
+    more weights than there are, or less than none. Equal scores change nothing.
+    """
+    scores, sizes = (np.asarray(values, dtype=np.float64) for values in (scores, sizes))
+    reach = scores.max() - scores.min()
+    if not reach > 0:
+        return np.full(len(scores), sparsity)
+    scaled = (scores - np.average(scores, weights=sizes)) / reach  # of a range of 1
+    width = min(width, sparsity / (2 * scaled.max()), (1 - sparsity) / (-2 * scaled.min()))
+    found: Floats = sparsity - 2 * width * scaled
+    return found
+
+
+def outlier_ratio(scores: torch.Tensor) -> float:
+    """Return OWL's layer outlier ratio: the share of Wanda's scores above 5 times their mean."""
+    return float((scores > OUTLIER * scores.mean(dtype=torch.float64)).double().mean())
+
+
+def even_quality(weight: torch.Tensor, moments: InputMoments, sparsity: float) -> Floats:
+    """Return TRIM's sparsity for each row of a weight (neurons, inputs), ``sparsity`` on average.
+
+    A row's quality is the cosine of its outputs before and after pruning by Wanda. Step by step,
+    rows of a higher quality than the mean are pruned more (or less, where the rate is negative),
+    and of all steps and rates that is kept which leaves the whole layer's outputs the highest
+    cosine. Written from the description: the quality is scaled to a range of 1, and the rates are
+    ours.
+    """
+    neurons, inputs = weight.shape
+    total = round(sparsity * weight.numel())
+    dense, gram = weight.float(), moments.gram
+    products = dense @ gram
+    energy = (products * dense).double().sum(dim=1)
+
+    def judge(shares: Floats) -> tuple[float, Floats]:
+        counts = largest_remainder(shares, sizes, total)
+        pruned = wanda(dense, moments, torch.from_numpy(counts))
+        along = (products * pruned).double().sum(dim=1)
+        left = ((pruned @ gram) * pruned).double().sum(dim=1)
+        cosine = along / (energy * left).sqrt()
+        whole = along.sum() / (energy.sum() * left.sum()).sqrt()
+        return float(whole), np.nan_to_num(cosine.cpu().numpy())
+
+    sizes, uniform = np.full(neurons, inputs), np.full(neurons, sparsity)
+    best, quality = judge(uniform)
+    found, first = uniform, quality
+    for rate in RATES:
+        shares, quality = uniform, first
+        for _ in range(STEPS):
+            reach = np.ptp(quality)
+            if not reach > 0:
+                break
+            shares = _moved(shares + rate * (quality - quality.mean()) / reach, sizes, total)
+            whole, quality = judge(shares)
+            if whole > best:
+                best, found = whole, shares
+    return found

@@ -1,0 +1,41 @@
+"""What a pruned matrix is asked to be: its sparsity, its method and its kind of mask."""
+
+import dataclasses
+from typing import Literal, Self
+
+Mask = Literal["row", "block"]
+Method = Literal["sparsegpt", "wanda", "magnitude"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Sparsity:
+    """How many weights are zero: a share of a row, or all but ``kept`` of every ``group``."""
+
+    share: float
+    kept: int = 0
+    group: int = 0  # 0: unstructured
+
+    @classmethod
+    def parse(cls, text: str | float) -> Self:
+        """Read ``0.8`` or ``n:m``, n kept of m: ``1:4`` is 75% sparse.
+
+        Raises:
+            ValueError: neither a share from 0 to 1 nor n:m with 0 <= n <= m.
+        """
+        try:
+            if ":" in str(text):
+                kept, group = map(int, str(text).split(":"))
+                share = 1 - kept / group
+            else:
+                kept, group, share = 0, 0, float(text)
+        except (ValueError, ZeroDivisionError):
+            kept, group, share = 0, 0, -1.0
+        if not 0 <= share <= 1 or group < 0:
+            raise ValueError(
+                f"expected a sparsity from 0 to 1, or n:m as n kept of every m (80% is 0.8), got "
+                f"{text!r}"
+            )
+        return cls(share, kept, group)
+
+    def __str__(self) -> str:
+        return f"{self.kept}:{self.group}" if self.group else repr(self.share).removesuffix(".0")

@@ -1,0 +1,1 @@
+"""How a model becomes sparse: options, calibration, budgets, masks, checkpoints."""

@@ -1,0 +1,185 @@
+"""What pruning needs to know of a text: clusters of each layer's inputs and their moments."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from entangle.model import ranks
+from entangle.model.blocks import BlockWalk
+from entangle.model.layers import LinearLayer, naming, weight_of
+from entangle.model.packing import load_tensors, router_from, router_tensors, save_tensors
+from entangle.model.sampling import sample_inputs
+from entangle.numerics.moments import ExpertMoments, InputMoments, output_energy
+from entangle.numerics.routing import CentroidRouter, Router, fit_router, random_router
+from entangle.pruning.options import ONE, Clustering
+
+SAMPLE = 16_384  # tokens that a router is fitted on
+HELD_OUT = 8_192  # tokens of other text that the outputs' error is measured on
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Calibration:
+    """What pruning one layer needs to know of a text.
+
+    Layers that have the same inputs share moments and router, as the same objects.
+    """
+
+    moments: InputMoments  # of its inputs, stacked where there is a router
+    router: Router | None  # None: one expert
+    energy: float  # ‖WX‖² of its dense weights W: what an error is relative to
+
+
+Calibrations = dict[str, Calibration]  # by the layer's name
+
+
+def calibrate(
+    walk: BlockWalk,
+    layers: Sequence[LinearLayer],
+    clusterings: Sequence[Clustering] = (ONE,),
+    *,
+    seed: int = 0,
+    advance: bool,
+) -> dict[Clustering, Calibrations]:
+    """Run the block and return calibrations of these layers of it, for each clustering.
+
+    Clusters cost one run more, in which a sample of the inputs is heard. With ``advance`` the walk
+    goes on behind the block, with the weights as they are.
+
+    Raises:
+        ValueError: inputs of which no clusters can be made; the message names the layer.
+    """
+    routers: dict[tuple[Clustering, str], Router | None] = {}
+    several = [clustering for clustering in clusterings if clustering.experts > 1]
+    if several:
+        samples = sample_inputs(walk, layers, SAMPLE, seed)
+        fitted: dict[int, dict[Clustering, Router]] = {}
+        apart: dict[int, LinearLayer] = {}  # one of those that have the same inputs
+        for layer in layers:
+            apart.setdefault(id(samples[layer.name]), layer)
+        owners = dict(
+            zip(apart, ranks.spread([layer.inputs for layer in apart.values()]), strict=True)
+        )
+        with ranks.together():
+            for key, layer in apart.items():
+                if owners[key] == ranks.rank():
+                    with naming(layer):
+                        found = _fit(samples[layer.name], several, seed)
+                        fitted[key] = {clustering: one.cpu() for clustering, one in found.items()}
+        for key, layer in apart.items():
+            found = ranks.from_rank(owners[key], fitted.get(key))
+            device = samples[layer.name].device
+            fitted[key] = {clustering: one.to(device) for clustering, one in found.items()}
+        routers = {(c, x.name): r for x in layers for c, r in fitted[id(samples[x.name])].items()}
+    sums: dict[tuple[Clustering, str], ExpertMoments | InputMoments] = {}
+
+    def on_inputs(layer: LinearLayer, rows: torch.Tensor) -> None:
+        for clustering in clusterings:
+            key = clustering, layer.name
+            if key not in sums:
+                sums[key] = _no_moments(layer, routers.get(key), rows.device)
+            sums[key].add(rows)
+
+    first = walk.listen(layers, on_inputs, advance=advance)
+    moments = {
+        key: found.moments() if isinstance(found, ExpertMoments) else found
+        for key, found in sums.items()
+    }
+    for one in moments.values():
+        ranks.add_(one.lower)
+        ranks.add_(one.count)
+    return {
+        clustering: {
+            layer.name: Calibration(
+                moments[clustering, first[layer.name]],
+                routers.get((clustering, first[layer.name])),
+                _energy(layer, moments[clustering, first[layer.name]]),
+            )
+            for layer in layers
+        }
+        for clustering in clusterings
+    }
+
+
+def _fit(
+    rows: torch.Tensor, clusterings: Sequence[Clustering], seed: int
+) -> dict[Clustering, Router]:
+    """Fit a router for each clustering; a random one has the sizes of k-means' clusters."""
+    fitted: dict[Clustering, CentroidRouter] = {}
+    found: dict[Clustering, Router] = {}
+    for clustering in clusterings:
+        key = dataclasses.replace(clustering, assign="kmeans")
+        if key not in fitted:
+            router = fit_router(rows, key.experts, components=key.components, seed=seed)
+            fitted[key] = router.to(rows.device)
+        found[clustering] = fitted[key]
+        if clustering.assign == "random":
+            sizes = fitted[key].assign(rows).bincount(minlength=fitted[key].experts)
+            found[clustering] = random_router(rows.shape[1], sizes, seed=seed).to(rows.device)
+    return found
+
+
+def _no_moments(
+    layer: LinearLayer, router: Router | None, device: torch.device
+) -> ExpertMoments | InputMoments:
+    with torch.inference_mode(False):  # the block runs in it, but these are added to later too
+        if router is None:
+            return InputMoments.zeros(layer.inputs, device=device)
+        moments = InputMoments.zeros(layer.inputs, experts=router.experts, device=device)
+    return ExpertMoments(moments, router.assign)
+
+
+def _energy(layer: LinearLayer, moments: InputMoments) -> float:
+    pooled = moments.pooled() if moments.count.ndim else moments
+    return float(output_energy(weight_of(layer), pooled).sum())
+
+
+def save_calibrations(file: Path, calibrations: Calibrations) -> None:
+    """Write calibrations, what several layers share only once."""
+    tensors: dict[str, torch.Tensor] = {}
+    owners: dict[int, str] = {}
+    for name, calibration in calibrations.items():
+        owner = owners.setdefault(id(calibration.moments), name)
+        tensors[f"{owner} lower"] = calibration.moments.lower
+        tensors[f"{owner} count"] = calibration.moments.count
+        if calibration.router is not None:
+            tensors |= router_tensors(owner, calibration.router)
+        tensors[f"{name} {owner}"] = torch.tensor(calibration.energy, dtype=torch.float64)
+    save_tensors(file, tensors)
+
+
+def load_calibrations(file: Path, device: torch.device) -> Calibrations:
+    """Read what `save_calibrations` wrote."""
+    tensors = load_tensors(file, device)
+    shared: dict[str, tuple[InputMoments, Router | None]] = {}
+    for key in tensors:
+        owner, what = key.split(" ", 1)
+        if what == "lower":
+            moments = InputMoments(tensors[key], tensors[f"{owner} count"])
+            several = moments.count.ndim > 0
+            shared[owner] = moments, router_from(owner, tensors) if several else None
+    return {
+        name: Calibration(*shared[owner], float(tensors[key]))
+        for key in tensors
+        for name, owner in [key.split(" ", 1)]
+        if owner in shared
+    }
+
+
+def save_rows(file: Path, rows: Mapping[str, torch.Tensor]) -> None:
+    """Write inputs by layer (see `sample_inputs`), what several layers share only once."""
+    owners: dict[int, str] = {}
+    tensors: dict[str, torch.Tensor] = {}
+    for name, values in rows.items():
+        owner = owners.setdefault(id(values), name)
+        tensors[owner] = rows[owner]
+        tensors[f"{name} {owner}"] = torch.zeros(0)
+    save_tensors(file, tensors)
+
+
+def load_rows(file: Path, device: torch.device) -> dict[str, torch.Tensor]:
+    """Read what `save_rows` wrote."""
+    tensors = load_tensors(file, device)
+    pairs = [key.split(" ") for key in tensors if " " in key]
+    return {name: tensors[owner] for name, owner in pairs}

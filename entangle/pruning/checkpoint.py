@@ -1,0 +1,105 @@
+"""The blocks of a model that are pruned already, in files: what a killed command goes on with."""
+
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from entangle.model import folders, ranks
+from entangle.model.experts import ExpertLinear
+from entangle.model.layers import LinearLayer, find_layers, weight_of
+from entangle.model.packing import load_experts, load_tensors, save_experts, save_tensors
+from entangle.model.placing import give_back, home_of, is_offloaded, keep
+from entangle.pruning.block import PrunedLayer
+from entangle.runs import store
+
+
+class FinishedBlocks:
+    """Blocks of a model that are pruned, each in files: a command that was killed goes on with them.
+
+    Under torchrun rank 0 writes them, into a folder that all processes see.
+    """
+
+    def __init__(self, model: PreTrainedModel, folder: Path) -> None:
+        self.folder = folder
+        self._model = model
+        self._blocks = folder / "blocks"
+        self.there: set[int] = set(ranks.from_rank(0, self._written()))
+
+    def save(self, layers: Sequence[LinearLayer], pruned: Sequence[PrunedLayer]) -> None:
+        """Write a block's layers, which are pruned."""
+        block = layers[0].block
+        about: dict[str, Any] = {"rows": [one.row for one in pruned]}
+        here = {x.name: x for x in find_layers(self._model, [layer.name for layer in layers])}
+        expanded = [x for x in here.values() if isinstance(x.module, ExpertLinear)]
+        file = self._blocks / f"{block}.safetensors"
+        if ranks.rank() == 0:
+            if expanded:
+                about["described"] = save_experts(self.folder, expanded)
+            else:
+                save_tensors(file, {name: _stored(x) for name, x in here.items()})
+            store.write_json(self._blocks / f"{block}.json", about)
+        self.there.add(block)
+        if not expanded:
+            ranks.everyone(block)  # until the file is there
+            self._leave(here.values(), file)
+
+    def load(self, layers: Sequence[LinearLayer]) -> list[PrunedLayer]:
+        """Give a block's layers what `save` wrote."""
+        block = layers[0].block
+        about = store.read_json(self._blocks / f"{block}.json")
+        file = self._blocks / f"{block}.safetensors"
+        if "described" in about:
+            model, weight = self._model, weight_of(layers[0])
+            where = home_of(model) if is_offloaded(model) else weight.device
+            load_experts(self._model, self.folder, layers, about["described"], device=where)
+        elif self._leave(layers, file):
+            for layer in layers:
+                give_back(layer.module)  # to be read from there
+        else:
+            tensors = load_tensors(file)
+            for layer in layers:
+                _stored(layer).copy_(tensors[layer.name])
+        nothing = torch.empty(0, dtype=torch.float64)
+        rows = [{k: math.nan if v is None else v for k, v in row.items()} for row in about["rows"]]
+        return [PrunedLayer(row, nothing, nothing) for row in rows]
+
+    def _leave(self, layers: Iterable[LinearLayer], file: Path) -> bool:
+        """Have the weights of a model in files read from this one, if it is one."""
+        if not is_offloaded(self._model):
+            return False
+        for layer in layers:
+            keep(layer, file, layer.name)
+        return True
+
+    def let_go(self, block: int) -> None:
+        """Free the experts of a block that is done, if the model is larger than memory."""
+        if is_offloaded(self._model):
+            for layer in find_layers(self._model):
+                if layer.block == block and isinstance(layer.module, ExpertLinear):
+                    layer.module.weight = torch.nn.Parameter(
+                        layer.module.weight.to("meta"), requires_grad=False
+                    )
+
+    def described(self) -> dict[str, Any]:
+        """Return what describes the expanded layers of all blocks."""
+        files = [self._blocks / f"{block}.json" for block in self._written()]
+        parts = [store.read_json(file).get("described", {}) for file in files]
+        return {name: about for part in parts for name, about in part.items()}
+
+    def _written(self) -> list[int]:
+        files = self._blocks.glob("*.json")
+        return sorted(int(file.stem) for file in files if file.stem.isdecimal())
+
+    def remove(self) -> None:
+        """Remove what only a killed command needs."""
+        folders.remove_folder(self._blocks)
+
+
+def _stored(layer: LinearLayer) -> torch.Tensor:
+    weight = layer.module.weight
+    assert isinstance(weight, torch.Tensor)
+    return weight.detach()

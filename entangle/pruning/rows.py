@@ -1,0 +1,147 @@
+"""Prune once, swap rows: pruned weights of the neurons that any arm treats, each pruned once.
+
+With a mask by row SparseGPT solves each row alone, so that a row has the same bits whatever lies
+beside it: an arm takes its rows from those of all arms.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch.nn import functional
+from tqdm.auto import tqdm
+
+from entangle.model import ranks
+from entangle.model.blocks import BlockWalk
+from entangle.model.experts import ExpertLinear
+from entangle.model.layers import LinearLayer, naming, weight_of
+from entangle.model.packing import load_tensors, router_from, router_tensors, save_tensors
+from entangle.numerics.masks import prune
+from entangle.numerics.routing import Router
+from entangle.numerics.sparsity import Sparsity
+from entangle.pruning.calibration import Calibration, calibrate
+from entangle.pruning.options import ONE, PULL, Clustering
+
+Kind = tuple[Clustering, Sparsity]
+Outputs = Callable[[torch.Tensor], torch.Tensor]  # of chosen neurons, from a layer's inputs
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class SparseRows:
+    """The pruned weights of some neurons of a layer, for one expert or several."""
+
+    neurons: torch.Tensor  # (some,) int64, ascending
+    weight: torch.Tensor  # ([experts,] some, inputs)
+    router: Router | None
+    counts: list[int]  # the calibration's tokens of each expert
+
+    def among(self, neurons: torch.Tensor) -> "SparseRows":
+        """Return those of fewer neurons, which must be among these."""
+        places = torch.searchsorted(self.neurons, neurons)
+        weight = self.weight.index_select(-2, places)
+        return dataclasses.replace(self, neurons=neurons, weight=weight)
+
+    def outputs(self, layer: LinearLayer) -> Outputs:
+        """Return what gives their outputs (..., some) from the layer's inputs, its bias included."""
+        bias = getattr(layer.module, "bias", None)
+        bias = None if bias is None else bias.detach()[self.neurons]
+        if self.router is not None:
+            return ExpertLinear(self.weight, bias, self.router, self.counts)
+        return lambda inputs: functional.linear(inputs, self.weight, bias)
+
+
+def prune_rows(
+    layers: Sequence[LinearLayer],
+    wanted: Mapping[Kind, Mapping[str, set[int]]],
+    folder: Path,
+    *,
+    walk: Callable[[], BlockWalk],
+    seed: int,
+    progress: bool,
+) -> None:
+    """Prune all wanted rows of each layer, once for each kind, and save them where not yet done."""
+    blocks = sorted({layer.block for layer in layers})
+    left = [b for b in blocks if not all(_file(folder, b, kind).exists() for kind in wanted)]
+    left = ranks.from_rank(0, left)
+    if not left:
+        return
+    inputs = walk()
+    clusterings = list(dict.fromkeys(clustering for clustering, _ in wanted))
+    last = left[-1]
+    for block in tqdm(range(last + 1), unit="block", desc="prune", disable=not progress):
+        if block not in left:
+            inputs.advance()
+            continue
+        here = [layer for layer in layers if layer.block == block]
+        found = calibrate(inputs, here, clusterings, seed=seed, advance=block < last)
+        mine = ranks.shard().batches(len(wanted))
+        with ranks.together():  # each process has kinds of its own
+            for clustering, sparsity in itertools.islice(wanted, mine.start, None, mine.step):
+                rows = wanted[clustering, sparsity]
+                tensors: dict[str, torch.Tensor] = {}
+                for layer in here:
+                    if layer.name in rows:
+                        some = torch.tensor(sorted(rows[layer.name]), dtype=torch.int64)
+                        with naming(layer):
+                            calibration = found[clustering][layer.name]
+                            pruned = sparse_rows(layer, calibration, sparsity, some)
+                        tensors |= _tensors(layer.name, pruned)
+                save_tensors(_file(folder, block, (clustering, sparsity)), tensors)
+
+
+def sparse_rows(
+    layer: LinearLayer, calibration: Calibration, sparsity: Sparsity, neurons: torch.Tensor
+) -> SparseRows:
+    """Prune some rows of a layer's weight, each with its own mask: the same bits as among others."""
+    weight, moments = weight_of(layer), calibration.moments
+    neurons = neurons.to(weight.device)
+    used = moments if calibration.router is None else moments.pulled(PULL)
+    pruned = prune(weight[neurons], used, sparsity)
+    counts = moments.count.reshape(-1).tolist()
+    return SparseRows(neurons, pruned.weight, calibration.router, counts)
+
+
+def _file(folder: Path, block: int, kind: Kind) -> Path:
+    clustering, sparsity = kind
+    return folder / f"{block}-{clustering.experts}-{sparsity}.safetensors".replace(":", "of")
+
+
+def _tensors(name: str, rows: SparseRows) -> dict[str, torch.Tensor]:
+    tensors = {f"{name} neurons": rows.neurons, f"{name} weight": rows.weight}
+    tensors[f"{name} counts"] = torch.tensor(rows.counts)
+    if rows.router is not None:  # cloned: a file holds no tensor twice, and layers may share it
+        tensors |= {key: value.clone() for key, value in router_tensors(name, rows.router).items()}
+    return tensors
+
+
+def load_rows(
+    folder: Path, layers: Sequence[LinearLayer], kind: Kind, neurons: Mapping[str, torch.Tensor]
+) -> dict[str, SparseRows]:
+    """Read the pruned rows of some neurons of each layer."""
+    found = {}
+    for block in sorted({layer.block for layer in layers}):
+        here = [layer for layer in layers if layer.block == block]
+        device = weight_of(here[0]).device
+        tensors = load_tensors(_file(folder, block, kind), device)
+        routers: list[Router] = []  # layers with the same inputs share one, and so its routes
+        for name in (layer.name for layer in here):
+            router = None if kind[0] == ONE else _shared(router_from(name, tensors), routers)
+            parts = (tensors[f"{name} neurons"], tensors[f"{name} weight"])
+            rows = SparseRows(*parts, router, tensors[f"{name} counts"].tolist())
+            found[name] = rows.among(neurons[name])
+    return found
+
+
+def _shared(router: Router, known: list[Router]) -> Router:
+    """Return the equal one among those known, to which it is added if there is none."""
+    state = router.state_dict()
+    for other in known:
+        same = other.state_dict()
+        if same.keys() == state.keys() and all(
+            torch.equal(value, same[name]) for name, value in state.items()
+        ):
+            return other
+    known.append(router)
+    return router

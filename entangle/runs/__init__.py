@@ -1,0 +1,1 @@
+"""Results of commands: names, folders and JSON."""

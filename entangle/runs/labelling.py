@@ -1,0 +1,131 @@
+"""Histograms of neurons as a labelled run: an xarray tree, a row per neuron."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import xarray as xr
+
+from entangle.model.layers import LinearLayer, weight_of
+from entangle.model.placing import fetch, give_back
+from entangle.numerics import wasserstein
+from entangle.numerics.difficulty import Difficulty
+from entangle.numerics.histograms import Histograms
+from entangle.runs.dataset import Array, labelled
+
+_DIMENSIONS = {"counts": ("neuron", "bin")} | dict.fromkeys(
+    ("tail_count", "tail_excess", "tail_square"), ("neuron", "side")
+)
+
+
+def to_tree(
+    histograms: Histograms, layers: Sequence[LinearLayer], attributes: Mapping[str, Any]
+) -> xr.DataTree:
+    """Return the run: its root the dataset, its child ``histogram`` the whole mergeable state.
+
+    ``histograms`` holds the neurons of ``layers`` one after the other; the tree shares its memory.
+    """
+    labels = labels_of(layers).assign(weight_norm=("neuron", weight_norms(layers)))
+    return tree_of(histograms, labels, attributes)
+
+
+def tree_of(
+    histograms: Histograms, labels: xr.Dataset, attributes: Mapping[str, Any]
+) -> xr.DataTree:
+    """Return the run of neurons with these labels (`labels_of`, and their ``weight_norm``)."""
+    moments = histograms.moments()
+    distances = wasserstein.from_histograms(histograms, moments)
+    invalid = histograms.invalid()
+    values = {
+        "wasserstein": distances.wasserstein,
+        "wasserstein_error": distances.error,
+        "mean": moments.mean,
+        "std": moments.std,
+        "skewness": moments.skewness,
+        "kurtosis": moments.kurtosis,
+        "modes": histograms.modes(moments),
+        "min": np.where(invalid, np.nan, histograms.minimum.cpu().numpy()),
+        "max": np.where(invalid, np.nan, histograms.maximum.cpu().numpy()),
+        "count": moments.count,
+        "nonfinite": np.maximum(invalid, (histograms.nonfinite + histograms.beyond).cpu().numpy()),
+        "weight_norm": labels["weight_norm"].to_numpy(),
+    }
+    dataset = xr.Dataset(
+        {name: labelled(name, value) for name, value in values.items()},
+        coords=labels.coords,
+        attrs=dict(attributes),
+    )
+    state = {
+        name: (_DIMENSIONS.get(name, ("neuron", "moment")[: tensor.ndim]), tensor.cpu().numpy())
+        for name, tensor in histograms.tensors().items()
+    }
+    histogram = xr.Dataset(state)
+    return xr.DataTree.from_dict({"/": dataset, "/histogram": histogram})
+
+
+def with_difficulty(tree: xr.DataTree, found: Mapping[str, Difficulty]) -> xr.DataTree:
+    """Return the run with the mapping difficulty of its neurons, found by layer."""
+    dataset = tree.to_dataset()
+    names = dataset["layer"].to_numpy()
+    layers = [found[name] for name in dict.fromkeys(names)]
+    sizes = [len(layer.difficulty) for layer in layers]
+    values = {
+        "difficulty": np.concatenate([layer.difficulty for layer in layers]),
+        "difficulty_pairs": np.repeat([layer.pairs for layer in layers], sizes),
+        "difficulty_equal": np.repeat([layer.equal for layer in layers], sizes),
+    }
+    dataset = dataset.assign({name: labelled(name, value) for name, value in values.items()})
+    histogram = tree.children["histogram"].to_dataset(inherit=False)
+    return xr.DataTree.from_dict({"/": dataset, "/histogram": histogram})
+
+
+def from_tree(tree: xr.DataTree, span: slice = slice(None)) -> Histograms:
+    """Return the mergeable state that a run holds of its neurons, or of some of them.
+
+    Raises:
+        ValueError: the tree has no histograms.
+    """
+    if "histogram" not in tree.children:
+        raise ValueError("this run has no histograms: it holds the dataset alone")
+    group = tree["histogram"].to_dataset().isel(neuron=span)
+    names = [field.name for field in dataclasses.fields(Histograms)]
+    return Histograms(**{name: torch.from_numpy(group[name].to_numpy()) for name in names})
+
+
+def labels_of(
+    layers: Sequence[LinearLayer], among: Sequence[LinearLayer] | None = None
+) -> xr.Dataset:
+    """Return the neurons' coordinates: their layer, its block and its role, and their index in it.
+
+    Names have the width of the longest ``among`` layers, so that several datasets become one.
+    """
+    sizes = [layer.neurons for layer in layers]
+    every = layers if among is None else among
+    name, role = (
+        np.array(names).dtype for names in zip(*((x.name, x.role) for x in every), strict=True)
+    )
+    coordinates: dict[str, Any] = {
+        "layer": ("neuron", np.repeat(np.array([layer.name for layer in layers], name), sizes)),
+        "block": ("neuron", np.repeat([layer.block for layer in layers], sizes)),
+        "role": ("neuron", np.repeat(np.array([layer.role for layer in layers], role), sizes)),
+        "index": ("neuron", np.concatenate([np.arange(size) for size in sizes])),
+    }
+    return xr.Dataset(coords=coordinates)
+
+
+def weight_norms(layers: Sequence[LinearLayer]) -> Array:
+    """Return the norm of each neuron's weights."""
+
+    def norms(layer: LinearLayer) -> torch.Tensor:
+        away = weight_of(layer).is_meta  # in a file
+        if away:
+            fetch(layer.module)
+        norm = torch.linalg.vector_norm(weight_of(layer).double(), dim=-1)
+        if away:
+            give_back(layer.module)
+        mean: torch.Tensor = norm.reshape(-1, norm.shape[-1]).mean(dim=0).cpu()
+        return mean
+
+    return torch.cat([norms(layer) for layer in layers]).numpy()

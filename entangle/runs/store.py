@@ -1,0 +1,201 @@
+"""Run folders: written whole, opened again, with their tables and figures."""
+
+import gc
+import hashlib
+import json
+import math
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+import xarray as xr
+import zarr
+from numcodecs import Blosc
+
+from entangle.model import folders
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+CHUNK = 4096  # neurons
+DATASET = "neurons.zarr"
+_WORDS = {"method", "mask", "propagate", "assign", "components", "pull", "sparsity", "problem"}
+_WORDS |= {
+    "intervention",
+    "block",
+    "set",
+    "budget",
+    "strength",
+    "across",
+}  # columns of text, where an empty one is no NaN
+
+
+def write_run(
+    folder: Path,
+    trees: Iterable[xr.DataTree],
+    log: Callable[[], Mapping[str, Any]],
+    attributes: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a run, tree after tree of some of its neurons, into its folder (`folders.new_folder`).
+
+    Its run.json holds the attributes, those of the first tree unless told otherwise. What ``log``
+    returns when all is written is its log.json, with the sum of all files that are not to change.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    about: Mapping[Any, Any] | None = attributes
+    for number, tree in enumerate(trees):
+        about = tree.attrs if about is None else about
+        try:
+            for node in tree.subtree:
+                _append(node, folder / DATASET, begin=number == 0)
+        except OSError as error:  # such as a full disk, of which zarr says no more
+            raise OSError(f"cannot write {folder / DATASET}: {error.strerror or error}") from error
+        del node, tree  # of which there are cycles: what they hold would stay for long
+        gc.collect()
+    zarr.consolidate_metadata(folder / DATASET, zarr_format=2)
+    write_json(folder / "run.json", {str(name): value for name, value in (about or {}).items()})
+    write_json(folder / "log.json", {**log(), "sha256": _sum(folder)})
+
+
+def _append(node: xr.DataTree, store: Path, *, begin: bool) -> None:
+    """Write a dataset of a tree, or append it along its neurons."""
+    compressor = Blosc(cname="zstd", clevel=3, shuffle=Blosc.BITSHUFFLE)
+    dataset = node.to_dataset(inherit=False)
+    encoding = {
+        str(name): {"compressors": compressor, "chunks": (CHUNK, *variable.shape[1:])}
+        for name, variable in dataset.variables.items()
+    }
+    how: dict[str, Any] = {"append_dim": "neuron"}
+    if begin:
+        how = {"mode": "w" if node.path == "/" else "a", "encoding": encoding}
+    with warnings.catch_warnings():  # of what comes last
+        warnings.filterwarnings("ignore", message=".*consolidated metadata.*")
+        dataset.to_zarr(
+            store, group=node.path.strip("/") or None, zarr_format=2, consolidated=False, **how
+        )
+
+
+def _sum(folder: Path) -> str:
+    """Return the SHA-256 of a run's dataset and of its run.json."""
+    files = sorted(path for path in (folder / DATASET).rglob("*") if path.is_file())
+    names = ["run.json", *(path.relative_to(folder).as_posix() for path in files)]
+    return hashlib.sha256(repr(folders.sums(folder, names)).encode()).hexdigest()
+
+
+def write_json(file: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON file for people and programs to read, whole or not at all."""
+    save_text(json.dumps(without_nan(content), indent=2, ensure_ascii=False) + "\n", file)
+
+
+def without_nan(value: Any) -> Any:
+    """Return the value with null for NaN and infinity, which JSON does not have."""
+    if isinstance(value, Mapping):
+        return {name: without_nan(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Read a JSON file that `write_json` wrote.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged, delete it and run again: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} is damaged, delete it and run again: it holds no object")
+    return content
+
+
+def open_run(folder: str | Path) -> xr.DataTree:
+    """Open a run: its root the dataset, its child ``histogram`` the mergeable state, read lazily.
+
+    Raises:
+        FileNotFoundError: no folder there, or none that holds a run.
+        ValueError: a run that is damaged.
+    """
+    folder = Path(folder)
+    if (folder / folders.KEPT).exists() and not (folder / "log.json").exists():
+        raise FileNotFoundError(
+            f"{folder} is unfinished: give the command that began it again, which goes on from there"
+        )
+    if not (folder / "run.json").is_file():
+        there = "holds no run.json" if folder.is_dir() else "is not there"
+        raise FileNotFoundError(f"{folder} {there}: expected a folder that a command wrote (--out)")
+    others = {
+        "tables": "tables: entangle plot RUN sweep or ablation draws them",
+        "sparsity.json": "a model",
+    }
+    for name, what in others.items():
+        if (folder / name).exists() and not (folder / DATASET).exists():
+            raise FileNotFoundError(f"{folder} is no measured run, but holds {what}")
+    try:
+        # chunks=None reads without dask; what is read at once is the coordinates.
+        written = read_json(folder / "log.json").get("sha256")
+        if written is None:
+            raise ValueError("a version of entangle wrote it that kept no sum of its files")
+        if _sum(folder) != written:  # a missing file would be read as NaN or 0
+            raise ValueError("its files are not those that were written")
+        tree = xr.open_datatree(folder / DATASET, engine="zarr", chunks=None)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"the run {folder} is damaged, measure again: {error}") from error
+    return tree
+
+
+def open_table(folder: str | Path, name: str) -> pd.DataFrame:
+    """Return the table of a sweep or an ablation; its ``attrs`` are what it was made of (run.json).
+
+    Raises:
+        FileNotFoundError: no table of this name there.
+        ValueError: a sweep of a version that did not count multiply-adds.
+    """
+    folder = Path(folder)
+    file = folder / "tables" / f"{name}.csv"
+    if not file.is_file():
+        a = "an" if name[0] in "aeiou" else "a"
+        raise FileNotFoundError(
+            f"{folder} holds no tables/{name}.csv: expected the folder of {a} {name}"
+        )
+    table = pd.read_csv(file, dtype=dict.fromkeys(_WORDS, str))
+    if name == "sweep" and "density" not in table:
+        raise ValueError(f"{folder} is a sweep of an older version of entangle: run it again")
+    table = table.fillna({word: "" for word in _WORDS if word in table})
+    table.attrs.update(read_json(folder / "run.json"))
+    return table
+
+
+def save_figure(figure: "Figure", file: str | Path) -> Path:
+    """Write a figure in the format of the file's ending, or as PNG, and close nothing.
+
+    Raises:
+        ValueError: an ending that matplotlib does not know.
+    """
+    file = Path(file)
+    file = file if file.suffix else file.with_suffix(".png")
+    with folders.new_file(file) as partial:
+        figure.savefig(partial, dpi=160)
+    return file
+
+
+def save_table(table: pd.DataFrame, file: str | Path) -> Path:
+    """Write a table as CSV, numbers in full."""
+    file = Path(file)
+    with folders.new_file(file) as partial:
+        table.to_csv(partial, index=False)
+    return file
+
+
+def save_text(text: str, file: str | Path) -> Path:
+    """Write a text, such as a table in Markdown."""
+    file = Path(file)
+    with folders.new_file(file) as partial:
+        partial.write_text(text, encoding="utf-8")
+    return file

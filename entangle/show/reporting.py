@@ -1,0 +1,326 @@
+"""One HTML file of what runs hold: to read it takes a browser, and neither network nor Python."""
+
+import base64
+import dataclasses
+import json
+import zlib
+from collections.abc import Mapping, Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import xarray as xr
+from markdown_it import MarkdownIt
+from plotly.offline import get_plotlyjs
+
+from entangle.runs import store
+from entangle.runs.dataset import summary, trusted
+from entangle.show import plots
+from entangle.show.panels import held_out_subject, subject_of
+from entangle.show.sketches import sketch
+
+MOST = 200_000  # neurons of a run that the file holds, as many of each layer
+_BARS, _LEVELS = 40, 63  # of a sketch
+_BEFORE, _AFTER = 60, 25  # characters around a token
+_FREQUENT = 8  # tokens whose share is shown
+_PLACES = 32  # groups of window positions whose shares are shown
+_FLOATS = (
+    *("wasserstein", "wasserstein_error", "mean", "std"),
+    *("skewness", "kurtosis", "min", "max"),
+)
+_MADE_OF = (
+    *("command", "model", "class", "revision", "weights", "dtype", "device", "text", "windows"),
+    *("length", "tokens", "seed", "bos", "skip_first", "evaluation", "evaluation_windows"),
+    *("fingerprint", "layers", "versions"),
+)
+_FIGURES = {  # of each kind of run, beside what a reader can touch
+    "measure": ("layers", "difficulty"),
+    "disentangle": ("improvement", "clusters", "sparse"),
+    "sweep": ("sweep",),
+    "ablation": ("ablation",),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Section:
+    """What the page says of one run."""
+
+    name: str
+    kind: str
+    subject: str
+    made_of: dict[str, str]
+    notes: list[str]
+    figures: dict[str, str]  # name -> a PNG in base64
+    tables: str = ""  # HTML, of all but a measured run
+    found: dict[str, str] = dataclasses.field(default_factory=dict)  # of a measured run
+    data: dict[str, str] = dataclasses.field(default_factory=dict)  # name -> deflated, in base64
+
+
+def report(folders: str | Path | Sequence[str | Path], out: str | Path) -> Path:
+    """Write what runs hold into one HTML file, in the order given, and return its path.
+
+    A measured run becomes heatmaps and a table to search, sort and open by neuron, with the contexts
+    that were found; a sweep, an ablation and what `disentangle` wrote become their tables and
+    figures. Of a run with more than 200,000 neurons each layer's most entangled are shown. A folder
+    that is named twice is shown once.
+
+    Raises:
+        FileNotFoundError: a folder holds no run.
+        ValueError: there is no run, or a damaged one, or ``out`` is no name of an HTML file.
+    """
+    out = Path(out)
+    if out.suffix.lower() not in {".html", ".htm"} or out.is_dir():
+        raise ValueError(f"a report is an HTML file, so its name ends in .html: got {out}")
+    folders = [folders] if isinstance(folders, str | Path) else folders
+    if not folders:
+        raise ValueError("a report needs a run: give at least one folder that a command wrote")
+    paths = {Path(folder).resolve(): Path(folder) for folder in folders}
+    sections = [_section(folder) for folder in paths.values()]
+    names = [section.name for section in sections]
+    sections = [  # names alone where they tell runs apart
+        section
+        if names.count(section.name) == 1
+        else dataclasses.replace(section, name=str(folder))
+        for section, folder in zip(sections, paths.values(), strict=True)
+    ]
+    loader = jinja2.PackageLoader("entangle.show", "page")
+    page = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    touched = any(section.data for section in sections)
+    text = page.get_template("report.html").render(
+        sections=sections,
+        style=loader.get_source(page, "report.css")[0],
+        script=loader.get_source(page, "report.js")[0],
+        plotly=_packed(get_plotlyjs().encode()) if touched else "",
+    )
+    return store.save_text(text, out)
+
+
+def _section(folder: Path) -> Section:
+    """Read a run of any kind."""
+    for kind in ("sweep", "ablation"):
+        if (folder / "tables" / f"{kind}.csv").is_file():
+            table = store.open_table(folder, kind)  # its attributes are run.json
+            return _tabled(folder, kind, table, table.attrs, str(table.attrs.get("model", "")))
+    run = store.open_run(folder)
+    if "disentangled" in run.attrs:
+        about, subject = run.attrs["disentangled"], held_out_subject(run.to_dataset())
+        return _tabled(folder, "disentangle", run, about, subject)
+    found = summary(run)
+    data, left_out = _touchable(run, _contexts(folder / "contexts.json"))
+    figures, not_drawn = _drawn(run, "measure")
+    return Section(
+        name=folder.resolve().name,
+        kind="measure",
+        subject=subject_of(run.to_dataset()),
+        found=_findings(found),
+        made_of=_made_of(run.attrs, folder),
+        notes=[*found["warnings"], *left_out, *not_drawn],
+        figures=figures,
+        data=data,
+    )
+
+
+def _tabled(
+    folder: Path,
+    kind: str,
+    run: xr.DataTree | pd.DataFrame,
+    about: Mapping[Any, Any],
+    subject: str,
+) -> Section:
+    """Show the tables and figures that a run has."""
+    figures, notes = _drawn(run, kind)
+    return Section(
+        name=folder.resolve().name,
+        kind=kind,
+        subject=subject,
+        made_of=_made_of(about, folder),
+        notes=notes,
+        tables=_tables((folder / "tables" / f"{kind}.md").read_text(encoding="utf-8")),
+        figures=figures,
+    )
+
+
+def _findings(about: Mapping[str, Any]) -> dict[str, str]:
+    """Return what was found of all neurons, each with what it was measured on."""
+    return {
+        "neurons": f"{about['neurons_measured']:,} in {about['layers']:,} layers",
+        "tokens": f"{about['tokens']:,} ({about['windows']} windows of {about['length']})",
+        "median distance": f"{about['median']:.4f} std",
+        "95% of neurons below": f"{about['quantile_95']:.4f} std",
+        "largest": f"{about['largest']:.4f} ± {about['largest_error']:.4f} std, "
+        f"{about['largest_neuron']}",
+        "noise floor": f"{about['noise_floor']:.4f} std",
+    }
+
+
+def _made_of(about: Mapping[Any, Any], folder: Path) -> dict[str, str]:
+    """Return what determines a run, and what it cost, in words."""
+    words = {}
+    for name in _MADE_OF:
+        value = about.get(name)
+        if isinstance(value, Mapping):
+            value = ", ".join(f"{key} {item}" for key, item in value.items())
+        elif isinstance(value, list):
+            value = " ".join(map(str, value))
+        if value is not None:
+            words[name.replace("_", " ")] = f"{value:,}" if name == "tokens" else str(value)
+    log = store.read_json(folder / "log.json")
+    if log:
+        words["cost"] = (
+            f"{log['seconds']:,.0f} s on {log['cores']} cores ({log['machine']}), peak memory "
+            f"{log['peak_memory_bytes'] / 1e9:.2f} GB, begun {log['started']}"
+        )
+    return words
+
+
+def _tables(words: str) -> str:
+    """Return Markdown as HTML, each table in a box that scrolls, with the keyboard too.
+
+    Stars are those of patterns of layers, and no emphasis.
+    """
+    page = str(MarkdownIt("zero").enable(["table", "backticks"]).render(words))
+    box = '<div class="scroll" role="region" aria-label="table" tabindex="0"><table>'
+    return page.replace("<table>", box).replace("</table>", "</table></div>")
+
+
+def _drawn(run: xr.DataTree | pd.DataFrame, kind: str) -> tuple[dict[str, str], list[str]]:
+    """Return a run's figures as PNGs in base64, and why others are not there."""
+    figures, notes = {}, []
+    for name in _FIGURES[kind]:
+        if name == "difficulty" and "difficulty" not in run:
+            continue
+        try:
+            figure = getattr(plots, name)(run)
+        except (ValueError, LookupError) as error:
+            notes.append(f"no picture of {name}: {error}")
+            continue
+        figure.savefig(buffer := BytesIO(), format="png", dpi=160)
+        figures[name] = base64.b64encode(buffer.getvalue()).decode()
+    return figures, notes
+
+
+def _touchable(run: xr.DataTree, contexts: Mapping[str, Any]) -> tuple[dict[str, str], list[str]]:
+    """Return all that the page has of each neuron, most entangled first within its layer.
+
+    Numbers keep 15 bits after the point, 3 bytes each; a sketch is 40 bars in 63 levels of the
+    highest. Both lie column by column, since neighbours resemble each other and so pack well.
+    """
+    data = run.to_dataset().load()
+    histograms = run.children["histogram"].to_dataset(inherit=False)
+    names, known = data["layer"].to_numpy().astype(str), trusted(data)
+    starts = np.flatnonzero(np.append(True, names[1:] != names[:-1]))
+    ends = np.append(starts[1:], len(names))
+    counts = np.add.reduceat(known.astype(np.int64), starts).tolist()
+    if not any(counts):
+        return {}, ["no neuron has a distance to show"]
+    most = _most_of_each(counts)
+    layers, rows, bars = [], [], []
+    for start, end, count in zip(starts, ends, counts, strict=True):
+        distance = np.where(known[start:end], data["wasserstein"].to_numpy()[start:end], -np.inf)
+        ranked = np.argsort(-distance, kind="stable")[: min(most, count)]
+        layers.append(
+            {
+                "name": str(names[start]),
+                "block": int(data["block"].to_numpy()[start]),
+                "role": str(data["role"].to_numpy()[start]),
+                "neurons": int(end - start),
+                "shown": len(ranked),
+            }
+        )
+        if not len(ranked):
+            continue
+        part = data.isel(neuron=slice(start, end))
+        held = histograms.isel(neuron=slice(start, end)).load()
+        drawn = sketch(held, part["mean"].to_numpy(), part["std"].to_numpy(), bars=_BARS)
+        bars.append(np.column_stack([drawn.low, drawn.high, drawn.shares])[ranked])
+        rows.append(start + ranked)
+    row, drawn_bars = np.concatenate(rows), np.concatenate(bars)
+    highest = drawn_bars[:, 2:].max(axis=1)
+    levels = np.round(_LEVELS * drawn_bars[:, 2:] / highest[:, None]).astype(np.uint8)
+    columns = {name: data[name].to_numpy()[row] for name in _FLOATS}
+    columns |= {"low": drawn_bars[:, 0], "high": drawn_bars[:, 1], "highest": highest}
+    header = {
+        "layers": layers,
+        "bars": _BARS,
+        "levels": _LEVELS,
+        "tokens": int(data["count"].max()),
+        "contexts": contexts,
+    }
+    packed = {"header": _packed(_json(header))}
+    packed |= {name: _packed(_three_bytes(values)) for name, values in columns.items()}
+    packed["index"] = _packed(_planes(data["index"].to_numpy()[row].astype("<u4")))
+    packed["modes"] = _packed(data["modes"].to_numpy()[row].clip(0, 255).astype(np.uint8))
+    packed["sketch"] = _packed(np.diff(levels.T, axis=0, prepend=np.uint8(0)))  # (bars, neurons)
+    shown = len(row)
+    cut = (
+        f"the {most:,} most entangled neurons of each layer are shown, {shown:,} of {sum(counts):,}"
+    )
+    return packed, [cut] if shown < sum(counts) else []
+
+
+def _most_of_each(counts: Sequence[int]) -> int:
+    """Return how many neurons of each layer can be shown, such that all are at most MOST."""
+    most = max(counts)
+    while np.minimum(counts, most).sum() > MOST:
+        most = int(most * 0.98)
+    return most
+
+
+def _contexts(file: Path) -> dict[str, Any]:
+    """Return what was found of neurons, with as much text as the page shows.
+
+    Raises:
+        ValueError: the file is not one that this version wrote.
+    """
+    found = store.read_json(file) if file.is_file() else {}
+    try:
+        return {name: _shortened(one) for name, one in found.items()}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{file} is not what this version of entangle contexts writes ({error!r}): delete it and "
+            "find the contexts again"
+        ) from error
+
+
+def _shortened(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a neuron's contexts with as much text as the page shows."""
+    positions = np.array_split(np.array(found["positions"]), _PLACES)
+    keys = ("tokens", "wasserstein", "low", "high", "without")
+    return {key: found[key] for key in keys} | {
+        "contexts": [
+            {key: one[key] for key in ("why", "window", "position", "token")}
+            | {"before": one["before"][-_BEFORE:], "after": one["after"][:_AFTER]}
+            | {"output": float(f"{one['output']:.4g}"), "deviation": round(one["deviation"], 1)}
+            for one in found["contexts"]
+        ],
+        "frequent": [
+            {"token": one["token"], "share": round(one["share"], 4)}
+            for one in found["frequent"][:_FREQUENT]
+        ],
+        "positions": [round(float(part.sum()), 4) for part in positions if len(part)],
+    }
+
+
+def _three_bytes(values: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
+    """Return the upper three bytes of each float32, rounded: (3, neurons)."""
+    bits = values.astype("<f4").view("<u4").astype(np.uint64) + 0x80
+    return _planes(np.minimum(bits, 0xFFFFFFFF).astype("<u4"))[1:]
+
+
+def _planes(values: npt.NDArray[np.uint32]) -> npt.NDArray[np.uint8]:
+    """Return the four bytes of each number, (4, neurons)."""
+    return np.ascontiguousarray(values.view(np.uint8).reshape(-1, 4).T)
+
+
+def _json(content: Mapping[str, Any]) -> bytes:
+    words = json.dumps(store.without_nan(content), ensure_ascii=False, separators=(",", ":"))
+    return words.encode()
+
+
+def _packed(content: bytes | npt.NDArray[np.uint8]) -> str:
+    raw = content if isinstance(content, bytes) else np.ascontiguousarray(content).tobytes()
+    return base64.b64encode(zlib.compress(raw, 9)).decode()

@@ -1,0 +1,321 @@
+"""Sweeps: each arm against the same pruning done alone, and a table that a kill does not change."""
+
+import itertools
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from transformers import PreTrainedModel
+
+import entangle
+from entangle import arguments
+from entangle.experiments import sweeping
+from entangle.model import packing
+from entangle.model.blocks import BlockWalk
+from entangle.model.scoring import NotFiniteError
+from entangle.numerics.sparsity import Mask, Method
+from entangle.pruning.options import CHOICES, Propagate, arms_of
+from entangle.runs import store
+from tests.pruning.test_sparsifying import random_windows
+from tests.tiny_models import tiny_model
+
+METHODS = ("sparsegpt", "wanda", "magnitude")
+OPTIONS: dict[str, Any] = {"layers": ["*.self_attn.*", "*.gate_proj"], "batch_size": 2}
+
+
+def held_out(windows: int = 5) -> Any:
+    return random_windows(windows, seed=7)
+
+
+def run(model: PreTrainedModel, sparsities: Sequence[str | float], **options: Any) -> pd.DataFrame:
+    return entangle.sweep(model, random_windows(), held_out(), sparsities, **OPTIONS | options)
+
+
+def same_weights(model: PreTrainedModel) -> bool:
+    dense = tiny_model("llama").state_dict()
+    return all(torch.equal(tensor, dense[name]) for name, tensor in model.state_dict().items())
+
+
+def test_each_arm_scores_as_the_model_pruned_alone() -> None:
+    model = tiny_model("llama")
+    table = run(model, ["0.5", "2:4"], masks=("row", "block"), propagate=("dense", "sparse"))
+    assert same_weights(model)
+    assert len(table) == 1 + 2 * (2 * 2 + 2) + 3  # sparsegpt, wanda; magnitude; n:m by row only
+    dense = entangle.perplexity(tiny_model("llama"), held_out(), batch_size=2)
+    assert table["method"][0] == "dense"
+    assert (table["perplexity"][0], table["ratio"][0]) == (dense.perplexity, 1)
+    for arm in table[1:].to_dict(orient="records"):
+        alone = tiny_model("llama")
+        words = {name: arm[name] for name in ("method", "mask", "propagate")}
+        found = entangle.sparsify(alone, random_windows(), arm["sparsity"], **words, **OPTIONS)
+        score = entangle.perplexity(alone, held_out(), batch_size=2)
+        assert arm["nats"] == score.nats, words
+        assert arm["perplexity_error"] == score.perplexity_error
+        change = score.window_nats - dense.window_nats
+        assert arm["difference"] == pytest.approx(np.mean(change), rel=1e-12)
+        assert arm["difference_error"] == pytest.approx(np.std(change, ddof=1) / math.sqrt(5))
+        assert arm["ratio"] == pytest.approx(score.perplexity / dense.perplexity, rel=1e-9)
+        assert arm["realised"] == found.sparsity
+        assert arm["layer_error"] == found.error
+        assert 0 < arm["held_out_error"] < 1
+        zeros = sum(int((p == 0).sum()) for p in alone.parameters())
+        assert arm["model_sparsity"] == zeros / sum(p.numel() for p in alone.parameters())
+        assert (arm["windows"], arm["tokens"]) == (5, 75)
+
+
+def test_arms_that_would_be_the_same_run_once() -> None:
+    arms = arms_of(
+        ["0.5", "2:4"], method=METHODS, mask=("block", "row"), propagate=("sparse", "dense")
+    )
+    words = ["-".join(map(str, arm.words().values())) for arm in arms]
+    assert len(words) == len(set(words)) == 15
+    assert [word for word in words if word.startswith("magnitude")] == [
+        "magnitude-block-sparse-1-0.5",
+        "magnitude-row-sparse-1-2:4",
+        "magnitude-row-sparse-1-0.5",
+    ]
+    with pytest.raises(ValueError, match="at least one value of sparsity"):
+        arms_of([], method=METHODS, mask=("row",))
+
+
+def test_only_sparsegpt_has_experts_and_one_expert_has_no_router() -> None:
+    arms = arms_of(
+        [0.5],
+        method=METHODS,
+        experts=(1, 4, 16),
+        assign=("random", "kmeans"),
+        components=(None, 0),
+        pull=(0.0, 0.5),
+    )
+    kinds = [(arm.method, arm.experts, arm.assign, arm.components, arm.pull) for arm in arms]
+    mixtures = [kind for kind in kinds if kind[1] > 1]
+    expected = itertools.product((4, 16), ("random", "kmeans"), (None, 0), (0.0, 0.5))
+    assert mixtures == [("sparsegpt", *kind) for kind in expected]
+    assert [kind for kind in kinds if kind[1] == 1] == [
+        (method, 1, "kmeans", None, 0.5) for method in METHODS
+    ]
+    (grouped,) = arms_of(["2:4"], mask=("block",), experts=(4,))
+    assert (grouped.mask, grouped.experts) == ("row", 4)
+
+
+def test_dense_arms_share_one_pass_over_the_calibration(monkeypatch: pytest.MonkeyPatch) -> None:
+    walks, steps = [], []
+
+    class Counted(BlockWalk):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            walks.append(self)
+            super().__init__(*args, **options)
+
+        def _run(self, number: int) -> torch.Tensor:
+            steps.append(number)
+            return super()._run(number)
+
+    monkeypatch.setattr("entangle.model.sampling.BlockWalk", Counted)
+    table = run(tiny_model("llama"), [0.3, 0.5, 0.7], masks=("row", "block"), propagate=("dense",))
+    assert len(table) == 1 + 18
+    # The calibration's and the evaluation's windows: blocks by batches, each once.
+    assert (len(walks), len(steps)) == (2, 3 * 3 + 3 * 3)
+
+
+def test_tables_are_written_and_read(tmp_path: Path) -> None:
+    table = run(tiny_model("llama"), [0.5, "2:4"], propagate=("dense",), out=tmp_path / "run")
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
+        "arms",
+        "log.json",
+        "run.json",
+        "tables",
+    ]
+    opened = store.open_table(tmp_path / "run", "sweep")
+    pd.testing.assert_frame_equal(opened, table, check_exact=True)
+    assert opened.attrs["evaluation_fingerprint"] == held_out().fingerprint
+    assert opened.attrs["arms"] == table.attrs["arms"]
+    layers = pd.read_csv(tmp_path / "run" / "tables" / "layers.csv")
+    assert len(layers) == 6 * 15
+    arm = layers[(layers["method"] == "wanda") & (layers["sparsity"] == "2:4")]
+    assert arm["error"].mean() == pytest.approx(
+        table.query("method == 'wanda' and sparsity == '2:4'")["layer_error"].item()
+    )
+    words = (tmp_path / "run" / "tables" / "sweep.md").read_text()
+    assert "96 tokens of random (6 windows of 16)" in words
+    assert "75 tokens of random (5 windows of 16 that do not overlap" in words
+    row = next(line for line in words.splitlines() if line.startswith("| sparsegpt"))
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    expected = table.query("method == 'sparsegpt'").iloc[0]
+    assert cells[:4] == ["sparsegpt", "row", "dense", "0.5"]
+    assert float(cells[5].split(" ± ")[0]) == pytest.approx(expected["perplexity"], rel=1e-2)
+    assert float(cells[7].split(" ± ")[1]) == pytest.approx(expected["difference_error"], rel=0.05)
+    with pytest.raises(FileNotFoundError, match="no measured run, but holds tables"):
+        entangle.open_run(tmp_path / "run")
+    with pytest.raises(FileNotFoundError, match=r"no tables/sweep.csv"):
+        store.open_table(tmp_path, "sweep")
+    table.drop(columns="density").to_csv(tmp_path / "run" / "tables" / "sweep.csv")
+    with pytest.raises(ValueError, match="run is a sweep of an older version of entangle"):
+        store.open_table(tmp_path / "run", "sweep")
+
+
+def test_an_arm_that_fails_says_why_and_costs_the_others_nothing(tmp_path: Path) -> None:
+    model: Any = tiny_model("llama")
+    with torch.no_grad():  # so that no token reaches the MLP of block 1
+        model.model.layers[1].post_attention_layernorm.weight.zero_()
+    table = run(model, [0.5], propagate=("dense",), out=tmp_path / "run")
+    assert table["method"].tolist() == ["dense", *METHODS]
+    assert np.isfinite(table["perplexity"]).tolist() == [True, False, True, True]
+    assert (table["problem"] == "").tolist() == [True, False, True, True]
+    assert "model.layers.1.mlp.gate_proj: the Gram" in table["problem"][1]
+    words = (tmp_path / "run" / "tables" / "sweep.md").read_text()
+    assert "No score for sparsegpt row dense 0.5: model.layers.1.mlp.gate_proj: the Gram" in words
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, RuntimeError, OSError])
+def test_after_an_error_the_weights_are_back_and_what_is_done_is_kept(
+    error: type[Exception], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = run(tiny_model("llama"), [0.5], propagate=("dense",))
+    model, calls = tiny_model("llama"), []
+
+    def scored(*args: Any, **options: Any) -> Any:
+        calls.append(args)
+        if len(calls) == 3:
+            raise error("can't allocate memory")
+        return entangle.perplexity(*args, **options)
+
+    monkeypatch.setattr(sweeping, "perplexity", scored)
+    with pytest.raises(error, match="can't allocate"):
+        run(model, [0.5], propagate=("dense",), out=tmp_path / "run")
+    assert same_weights(model)
+    assert len(list((tmp_path / "run.partial" / "arms").glob("*.json"))) == 2
+    resumed = run(model, [0.5], propagate=("dense",), out=tmp_path / "run")
+    assert len(calls) == 3 + 2
+    pd.testing.assert_frame_equal(resumed, whole, check_exact=True)
+    assert not (tmp_path / "run.partial").exists()
+
+
+def test_a_score_that_is_not_finite_is_a_problem_of_its_arm_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def broken(model: PreTrainedModel, *args: Any, **options: Any) -> Any:
+        if (model.get_parameter("model.layers.0.self_attn.q_proj.weight") == 0).any():
+            raise NotFiniteError("not finite in 5 of 5 windows")
+        return entangle.perplexity(model, *args, **options)
+
+    monkeypatch.setattr(sweeping, "perplexity", broken)
+    table = run(tiny_model("llama"), [0.5], methods=("wanda",), propagate=("dense",))
+    assert table["problem"].tolist() == ["", "not finite in 5 of 5 windows"]
+    assert np.isfinite(table["perplexity"]).tolist() == [True, False]
+
+
+def test_a_full_disk_is_told_and_what_is_done_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved: list[Path] = []
+
+    def full(tensors: Any, file: Path, metadata: Any) -> None:
+        saved.append(file)
+        if len(saved) == 4:
+            raise SafetensorError("I/O error: No space left on device")
+        save_file(tensors, file, metadata)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(packing, "save_file", full)
+        with pytest.raises(OSError, match=r"cannot write .*1-1-kmeans-None.safetensors: I/O"):
+            run(tiny_model("llama"), [0.5], propagate=("dense",), out=tmp_path / "run")
+    grams = tmp_path / "run.partial" / "grams"
+    assert len(list(grams.iterdir())) == 3  # block 0, and the held-out inputs of block 1
+    for name in ("1-1-kmeans-None", "2", "2-1-kmeans-None"):
+        (grams / f"{name}.safetensors").write_bytes(b"cut off")
+    with pytest.raises(
+        OSError, match=r"1-1-kmeans-None.safetensors is damaged, delete it and run again"
+    ):
+        run(tiny_model("llama"), [0.5], propagate=("dense",), out=tmp_path / "run")
+
+
+def test_words_are_the_same_on_the_command_line_and_in_python() -> None:
+    assert arguments.METHODS == CHOICES["method"] == get_args(Method)
+    assert set(arguments.MASKS) == set(CHOICES["mask"]) == set(get_args(Mask))
+    assert CHOICES["across"] == arguments.ACROSS_BLOCKS
+    assert set(arguments.PROPAGATE) == set(CHOICES["propagate"]) == set(get_args(Propagate))
+
+
+def test_an_unfinished_sweep_of_other_settings_is_not_gone_on_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    score = entangle.score
+    scored: list[int] = []
+
+    def interrupt(*args: Any, **words: Any) -> Any:
+        scored.append(1)
+        if len(scored) == 2:
+            raise KeyboardInterrupt
+        return score(*args, **words)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sweeping, "perplexity", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run(tiny_model("llama"), [0.5], out=tmp_path / "run")
+    with pytest.raises(FileExistsError, match=r"unfinished run with other settings.*batch_size 2"):
+        run(tiny_model("llama"), [0.5], out=tmp_path / "run", batch_size=3)
+    with pytest.raises(FileExistsError, match="it has weights '"):
+        run(tiny_model("llama", seed=1), [0.5], out=tmp_path / "run")
+    assert (tmp_path / "run.partial" / "run.json").exists()
+    table = run(tiny_model("llama"), [0.5], out=tmp_path / "run", batch_size=3, overwrite=True)
+    assert len(table) == 4
+
+
+def test_what_cannot_be_swept_is_refused_before_anything_runs(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    with pytest.raises(ValueError, match=r"6 of 6 evaluation windows .* are calibration windows"):
+        entangle.sweep(model, random_windows(), random_windows(), [0.5])
+    with pytest.raises(ValueError, match="down_proj: 2:4 needs groups of 4"):
+        run(model, [0.5, "2:4"], layers="*", out=tmp_path / "run")
+    with pytest.raises(ValueError, match="method must be one of"):
+        run(model, [0.5], methods=("luck",), out=tmp_path / "run")
+    with pytest.raises(ValueError, match="longer than the model's context of 64"):
+        entangle.sweep(model, random_windows(), random_windows(2, 65), [0.5])
+    assert list(tmp_path.iterdir()) == []
+
+
+KILLED = """
+import sys, torch
+from pathlib import Path
+from tests.experiments.test_sweeping import run
+from tests.tiny_models import tiny_model
+torch.set_num_threads(1)
+words = {"propagate": ("dense", "sparse"), "experts": (1, 2)}
+run(tiny_model("llama"), [0.4, 0.6], out=Path(sys.argv[1]), **words)
+"""
+
+
+def test_killed_at_any_time_it_ends_with_the_same_tables(tmp_path: Path) -> None:
+    """Kill while Grams are saved, and after the first arms; each time a new process goes on."""
+    words = [sys.executable, "-c", KILLED]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run([*words, str(tmp_path / "whole")], check=True, env=environment)
+    partial = tmp_path / "killed.partial"
+    marks = ["grams/0.safetensors", "arms/dense.json", "arms/wanda-row-dense-1-0.6.json"]
+    killed = 0
+    for mark in [*marks, "arms/sparsegpt-row-sparse-2-kmeans-auto-0.5-0.4.json"]:
+        process = subprocess.Popen([*words, str(tmp_path / "killed")], env=environment)
+        while process.poll() is None and not (partial / mark).exists():
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        killed += process.wait() == -signal.SIGKILL
+    assert killed >= 2  # or the machine is too fast for this test
+    subprocess.run([*words, str(tmp_path / "killed")], check=True, env=environment)
+    for name in ("sweep.csv", "layers.csv", "sweep.md"):
+        written = [(tmp_path / folder / "tables" / name) for folder in ("whole", "killed")]
+        assert written[0].read_bytes() == written[1].read_bytes()
+    log = json.loads((tmp_path / "killed" / "log.json").read_text())
+    assert log["arms_run"] < 15

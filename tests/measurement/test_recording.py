@@ -1,0 +1,525 @@
+"""What is recorded is what the layers put out: on every architecture, padded or not, cached or not."""
+
+import inspect
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+import xarray as xr
+from transformers import PreTrainedModel
+
+import entangle
+from entangle.measurement.measuring import measure
+from entangle.measurement.ranking import rank
+from entangle.measurement.recording import record
+from entangle.model.layers import find_layers
+from entangle.model.text import TokenWindows
+from entangle.numerics import gaussian
+from entangle.numerics.difficulty import mapping_difficulty
+from entangle.runs.dataset import summary
+from entangle.runs.labelling import from_tree
+from entangle.runs.store import open_run
+from tests.pruning.test_sparsifying import inputs_of
+from tests.tiny_models import ARCHITECTURES, CONTEXT, VOCABULARY, tiny_model
+
+Array = npt.NDArray[np.float64]
+LENGTH = 16
+LATTICE = 16 / 1024 / 64  # a step of the histograms' lattice, in stds of the pilot
+
+
+def tokens(windows: int, length: int = LENGTH, seed: int = 0) -> torch.Tensor:
+    return torch.randint(3, VOCABULARY, (windows, length), generator=torch.manual_seed(seed))
+
+
+def windows_of(ids: torch.Tensor) -> TokenWindows:
+    return TokenWindows(ids, "random tokens", len(ids), 0, "never")
+
+
+@contextmanager
+def captured(model: PreTrainedModel) -> Iterator[dict[str, list[torch.Tensor]]]:
+    """Keep the outputs of all layers with hooks of this test's own: (windows, length, neurons)."""
+    outputs: dict[str, list[torch.Tensor]] = {layer.name: [] for layer in find_layers(model)}
+    handles = [
+        model.get_submodule(name).register_forward_hook(
+            lambda _, __, output, kept=kept: kept.append(output.float().clone())
+        )
+        for name, kept in outputs.items()
+    ]
+    with torch.no_grad():
+        yield outputs
+    for handle in handles:
+        handle.remove()
+
+
+def flat(outputs: dict[str, list[torch.Tensor]], skip_first: int = 0) -> Array:
+    """Return all counted rows of all layers side by side (tokens, neurons)."""
+    layers = []
+    for kept in outputs.values():  # those of OPT's MLP are rows already
+        parts = [(x[:, skip_first:] if skip_first else x).flatten(0, -2) for x in kept]
+        layers.append(torch.cat(parts))
+    return torch.cat(layers, dim=1).double().numpy()
+
+
+def neuron_names(run: xr.DataTree) -> list[str]:
+    table = run.to_dataset().to_dataframe()
+    return [f"{layer}:{i}" for layer, i in zip(table["layer"], table["index"], strict=True)]
+
+
+def agrees(dataset: xr.Dataset, rows: Array) -> None:
+    """Compare a dataset with the rows (tokens, neurons) that should have been counted."""
+    values = {str(name): dataset[name].to_numpy() for name in dataset}
+    std = rows.std(axis=0)
+    assert (values["count"] == len(rows)).all()
+    assert np.array_equal(values["min"], rows.min(axis=0))
+    assert np.array_equal(values["max"], rows.max(axis=0))
+    # Values are summed to half a lattice step; the pilot's std is within a factor 2 of the final.
+    np.testing.assert_allclose(values["mean"] / std, rows.mean(axis=0) / std, atol=LATTICE)
+    np.testing.assert_allclose(values["std"] / std, 1, atol=LATTICE)
+    exact = gaussian.from_samples(rows)
+    assert (np.abs(values["wasserstein"] - exact) <= values["wasserstein_error"] + 1e-12).all()
+    assert (values["wasserstein_error"] < 0.02).mean() > 0.99
+
+
+# Every architecture.
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_measure_counts_what_each_layer_puts_out(name: str, dtype: torch.dtype) -> None:
+    model = tiny_model(name, dtype=dtype)
+    windows = windows_of(tokens(12))
+    run = measure(model, windows, batch_size=5)
+    with captured(model) as outputs:
+        for batch in windows.tokens.split(5):
+            model(batch)
+    agrees(run.to_dataset(), flat(outputs))
+    sizes = {name: kept[0].shape[-1] for name, kept in outputs.items()}
+    assert neuron_names(run) == [f"{name}:{i}" for name, size in sizes.items() for i in range(size)]
+    assert summary(run)["warnings"] == (
+        [
+            "6 matrices in the blocks are no linear layers and were not measured: "
+            "model.layers.0.mlp.gate.weight, model.layers.0.mlp.experts.gate_up_proj, "
+            "model.layers.0.mlp.experts.down_proj, ..."
+        ]
+        if name == "mixtral"
+        else []
+    )
+
+
+# Padding and positions.
+
+
+def ragged(model: PreTrainedModel, side: str) -> Iterator[dict[str, torch.Tensor]]:
+    """Give the arguments of padded batches: windows of several lengths, each padded to 16."""
+    for seed, lengths in enumerate([(11, 16, 3), (7, 1, 13)], start=1):
+        ids = tokens(3, seed=seed)
+        mask = torch.zeros_like(ids)
+        for window, length in enumerate(lengths):
+            mask[window, :length] = 1
+        if side == "left":
+            ids, mask = ids.flip(1), mask.flip(1)
+        arguments = {"input_ids": ids.where(mask == 1, 0), "attention_mask": mask}
+        if side == "left" and "position_ids" in inspect.signature(model.forward).parameters:
+            arguments["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
+        yield arguments
+
+
+def unpadded(batches: Iterable[dict[str, torch.Tensor]]) -> Iterator[dict[str, torch.Tensor]]:
+    for batch in batches:
+        for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True):
+            yield {"input_ids": ids[mask == 1][None]}
+
+
+def recorded(
+    model: PreTrainedModel, batches: Iterable[dict[str, torch.Tensor]], **options: Any
+) -> xr.Dataset:
+    """Record batches after a pilot of whole windows, the same in every run."""
+    with record(model, bins=2048, **options) as recorder, torch.no_grad():
+        model(tokens(6))
+        for batch in batches:
+            model(**batch)
+    return recorder.dataset()
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_padding_is_not_counted_and_changes_nothing(name: str, side: str) -> None:
+    model = tiny_model(name)
+    padded = recorded(model, ragged(model, side))
+    plain = recorded(model, unpadded(ragged(model, side)))
+    assert (padded["count"] == 6 * LENGTH + 11 + 16 + 3 + 7 + 1 + 13).all()
+    assert (padded["count"] == plain["count"]).all()
+    # The same tokens through other batches: equal to rounding, and a value that rounding carries
+    # over the edge of a bin moves the distance by 1/128 std / 147 tokens.
+    for key in ("mean", "std"):
+        np.testing.assert_allclose(padded[key] / plain["std"], plain[key] / plain["std"], atol=1e-5)
+    np.testing.assert_allclose(padded["wasserstein"], plain["wasserstein"], atol=1e-4)
+    for key in ("min", "max"):
+        np.testing.assert_allclose(padded[key] / plain["std"], plain[key] / plain["std"], atol=1e-4)
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_the_first_tokens_left_out_are_those_of_each_window_not_its_padding(side: str) -> None:
+    model = tiny_model("qwen2")
+    padded = recorded(model, ragged(model, side), skip_first=4)
+    plain = recorded(model, unpadded(ragged(model, side)), skip_first=4)
+    assert (padded["count"] == 6 * 12 + 7 + 12 + 0 + 3 + 0 + 9).all()
+    assert (padded["count"] == plain["count"]).all()
+    np.testing.assert_allclose(padded["wasserstein"], plain["wasserstein"], atol=1e-4)
+
+
+@pytest.mark.parametrize("skip_first", [0, 1, 15])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "falcon-alibi"])
+def test_measure_leaves_out_the_first_tokens_of_each_window(name: str, skip_first: int) -> None:
+    model = tiny_model(name)
+    windows = windows_of(tokens(40))
+    run = measure(model, windows, batch_size=20, skip_first=skip_first)
+    with captured(model) as outputs:
+        model(windows.tokens)
+    agrees(run.to_dataset(), flat(outputs, skip_first))
+    assert run.attrs["tokens"] == 40 * (LENGTH - skip_first)
+
+
+def test_a_first_batch_of_nothing_but_padding_is_refused() -> None:
+    model = tiny_model()
+
+    def record_padding() -> None:
+        with record(model):
+            model(tokens(2), attention_mask=torch.zeros(2, LENGTH))
+
+    with pytest.raises(ValueError, match="the pilot has no rows: its batch holds no counted token"):
+        record_padding()
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "gemma3", "bloom"])
+def test_generating_text_records_each_token_once(name: str) -> None:
+    model: Any = tiny_model(name)
+    prompts = tokens(8)
+    lengths = {"min_new_tokens": 9, "max_new_tokens": 9}
+    with record(model) as recorder:
+        written = model.generate(prompts, do_sample=False, use_cache=True, **lengths)
+    with captured(model) as outputs:
+        model(written[:, :-1])  # the last token is written, but never read
+    dataset = recorder.dataset()
+    rows = flat(outputs)
+    assert (dataset["count"] == 8 * (LENGTH + 8)).all()
+    np.testing.assert_allclose(dataset["min"], rows.min(axis=0), atol=1e-4)
+    np.testing.assert_allclose(dataset["mean"], rows.mean(axis=0), atol=1e-3)
+    difference = np.abs(dataset["wasserstein"] - gaussian.from_samples(rows))
+    assert (difference <= dataset["wasserstein_error"] + 1e-4).all()
+
+
+# The recorder.
+
+
+def same(first: xr.DataTree, second: xr.DataTree) -> bool:
+    return all(
+        torch.equal(tensor.nan_to_num(), other.nan_to_num())
+        for tensor, other in zip(
+            from_tree(first).tensors().values(), from_tree(second).tensors().values(), strict=True
+        )
+    )
+
+
+def test_what_is_recorded_can_be_read_at_any_time(tmp_path: Path) -> None:
+    model = tiny_model()
+    with record(model, "*.1.mlp.*") as recorder:
+        with pytest.raises(RuntimeError, match="nothing is recorded: call the model inside the"):
+            recorder.tree()
+        with torch.no_grad():
+            model(tokens(4))
+        assert (recorder.dataset()["count"] == 64).all()
+        with torch.no_grad():
+            model(tokens(3, seed=1))
+        assert (recorder.dataset()["count"] == 112).all()
+    after = recorder.tree()
+    assert after.attrs["tokens"] == 112
+    assert recorder.dataset().identical(after.to_dataset())
+    with torch.no_grad():
+        model(tokens(4))
+    assert same(recorder.tree(), after)  # outside the with block nothing is heard
+
+
+def test_two_recorders_at_once_record_what_each_does_alone() -> None:
+    model = tiny_model("gpt2")
+
+    def alone(**options: Any) -> xr.DataTree:
+        with record(model, **options) as recorder, torch.no_grad():
+            for seed in range(3):
+                model(tokens(4, seed=seed))
+        return recorder.tree()
+
+    mlp: dict[str, Any] = {"layers": ["*.mlp.*"], "skip_first": 2, "bins": 64}
+    with record(model) as one, record(model, **mlp) as two, torch.no_grad():
+        for seed in range(3):
+            model(tokens(4, seed=seed))
+    assert same(one.tree(), alone())
+    assert same(two.tree(), alone(**mlp))
+
+
+def test_gradients_and_training_go_on_while_recording() -> None:
+    model = tiny_model()
+    ids = tokens(4)
+    model(ids, labels=ids).loss.backward()
+    expected: dict[str, Any] = {key: p.grad for key, p in model.named_parameters()}
+    model.zero_grad(set_to_none=True)
+    with record(model) as recorder:
+        model(ids, labels=ids).loss.backward()
+    assert (recorder.dataset()["count"] == 64).all()
+    for key, parameter in model.named_parameters():
+        assert parameter.grad is not None
+        assert torch.equal(parameter.grad, expected[key]), key
+
+
+def test_after_a_pass_that_broke_off_nothing_is_handed_out() -> None:
+    model = tiny_model()
+
+    def explode(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    def swallow() -> None:
+        with record(model) as recorder, torch.no_grad():
+            model(tokens(4))
+            handle = model.get_submodule("model.layers.1").register_forward_hook(explode)
+            with pytest.raises(KeyboardInterrupt):
+                model(tokens(4))
+            handle.remove()
+            with pytest.raises(RuntimeError, match="forward pass did not come to its end"):
+                recorder.tree()
+            with pytest.raises(RuntimeError, match="forward pass did not come to its end"):
+                recorder.dataset()
+
+    with pytest.raises(RuntimeError, match="leave this recorder and record again"):
+        swallow()
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"layers": "*.mlp.fc"}, LookupError, r"no layer matches '\*.mlp.fc'; near matches"),
+        ({"bins": 7}, ValueError, "bins must be an even number from 2 to 2048, got 7"),
+        ({"skip_first": -1}, ValueError, "skip_first must not be negative, got -1"),
+    ],
+)
+def test_options_out_of_range_are_refused(
+    options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        record(tiny_model(), **options).__enter__()
+
+
+# Measuring a text.
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"windows": windows_of(tokens(2, CONTEXT + 1))}, "65 tokens are longer than .* of 64"),
+        ({"windows": windows_of(tokens(2) + 200)}, "has token 4.., but the model knows 260 tokens"),
+        ({"skip_first": LENGTH}, "leaving out the first 16 tokens of windows of 16 leaves none"),
+        ({"batch_size": 0}, "at least one window, got batch size 0"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        measure(tiny_model(), **{"windows": windows_of(tokens(4))} | options)
+
+
+def test_a_model_in_training_mode_is_refused() -> None:
+    with pytest.raises(
+        ValueError, match=r"training mode, where dropout is on: call model.eval\(\)"
+    ):
+        measure(tiny_model().train(), windows_of(tokens(4)))
+
+
+def test_a_run_knows_what_it_was_measured_on(tmp_path: Path) -> None:
+    model = tiny_model("mixtral")
+    windows = windows_of(tokens(4))
+    run = measure(model, windows, layers="*.0.*", batch_size=3, skip_first=1, bins=128)
+    expected = {
+        "tokens": 60,
+        "bins": 128,
+        "class": "MixtralForCausalLM",
+        "dtype": "float32",
+        "device": "cpu",
+        "text": "random tokens",
+        "fingerprint": windows.fingerprint,
+        "windows": 4,
+        "length": 16,
+        "available_windows": 4,
+        "seed": 0,
+        "bos": "never",
+        "skip_first": 1,
+        "batch_size": 3,
+        "layers": ["*.0.*"],
+    }
+    assert run.attrs | expected == run.attrs
+    assert len(run.attrs["skipped_parameters"]) == 6
+    assert set(run["block"].to_numpy()) == {0}
+
+
+def test_the_same_measurement_is_the_same_in_every_bit_on_disk_too(tmp_path: Path) -> None:
+    model, windows = tiny_model("gpt2"), windows_of(tokens(6))
+    first = measure(model, windows, batch_size=4, out=tmp_path / "a")
+    measure(model, windows, batch_size=4, out=tmp_path / "b")
+    files = {path.relative_to(tmp_path / "a") for path in (tmp_path / "a").rglob("*")}
+    assert files == {path.relative_to(tmp_path / "b") for path in (tmp_path / "b").rglob("*")}
+    for file in files:
+        if (tmp_path / "a" / file).is_file() and file.name != "log.json":
+            assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+    assert same(open_run(tmp_path / "a"), first)
+
+
+def test_a_run_that_exists_is_refused_before_the_model_runs(tmp_path: Path) -> None:
+    model, windows = tiny_model(), windows_of(tokens(4))
+    measure(model, windows, layers="*.0.*", out=tmp_path / "run")
+    passes = []
+    model.register_forward_pre_hook(lambda *_: passes.append(1))
+    model.base_model.register_forward_pre_hook(lambda *_: passes.append(1))
+    with pytest.raises(FileExistsError, match="run exists already"):
+        measure(model, windows, out=tmp_path / "run")
+    assert passes == []
+    measure(model, windows, layers="*.1.*", out=tmp_path / "run", overwrite=True)
+    assert set(open_run(tmp_path / "run")["block"].to_numpy()) == {1}
+
+
+def test_a_measurement_that_is_interrupted_leaves_nothing(tmp_path: Path) -> None:
+    model = tiny_model()
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    model.get_submodule("model.layers.2").register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        measure(model, windows_of(tokens(4)), out=tmp_path / "run")
+    assert list(tmp_path.iterdir()) == []
+
+
+# Neurons that cannot be measured.
+
+
+def test_broken_and_dead_neurons_are_named_and_the_others_are_as_ever() -> None:
+    clean, broken = tiny_model("gpt2"), tiny_model("gpt2")
+    last: Any = broken.get_submodule("transformer.h.1.mlp.c_proj")
+    with torch.no_grad():
+        last.weight[:, 3] = 0.0  # dead: its bias and nothing else
+        last.weight[0, 5] = torch.nan
+        last.weight[0, 7] = torch.inf
+    windows = windows_of(tokens(5))
+    expected = measure(clean, windows).to_dataset()
+    run = measure(broken, windows)
+    dataset = run.to_dataset()
+    at = [f"transformer.h.1.mlp.c_proj:{i}" for i in (3, 5, 7)]
+    wrong = np.isin(neuron_names(run), at)
+    assert wrong.sum() == 3
+    assert np.array_equal(np.isnan(dataset["wasserstein"]), wrong)
+    assert dataset["nonfinite"].to_numpy()[wrong].tolist() == [0, 80, 80]
+    for key in ("wasserstein", "mean", "std", "count", "min", "max"):
+        values, truth = dataset[key].to_numpy(), expected[key].to_numpy()
+        assert np.array_equal(values[~wrong], truth[~wrong])
+    assert summary(run)["warnings"] == [
+        "2 with outputs that are NaN, infinite or beyond all bounds, so without a distance: "
+        "transformer.h.1.mlp.c_proj:5, transformer.h.1.mlp.c_proj:7",
+        "1 dead (constant), so without a distance: transformer.h.1.mlp.c_proj:3",
+    ]
+    assert not {*at} & {*rank(run, 1000)["neuron"]}
+
+
+# Mapping difficulty.
+
+
+def by_hand(
+    model: PreTrainedModel, ids: torch.Tensor, skip_first: int = 0, pairs: int = 10_000
+) -> tuple[Array, list[int]]:
+    """Return all layers' difficulties, and pairs, from inputs and outputs that hooks gather."""
+    windows, layers = windows_of(ids), find_layers(model)
+    inputs = inputs_of(model, layers, windows, skip_first)
+    with captured(model) as outputs:
+        for batch in ids.split(2):
+            model(batch)
+    found = []
+    for layer in layers:
+        kept = [part.reshape(-1, ids.shape[1], layer.neurons) for part in outputs[layer.name]]
+        rows = torch.cat(kept)[:, skip_first:].flatten(0, 1)
+        found.append(mapping_difficulty(inputs[layer.name], rows, pairs, seed=0))
+    counted = [one.pairs for one in found for _ in one.difficulty]
+    return np.concatenate([one.difficulty for one in found]), counted
+
+
+@pytest.mark.parametrize("skip_first", [0, 3])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt-neox", "opt", "gemma2", "bloom"])
+def test_difficulty_is_that_of_the_inputs_and_outputs_that_hooks_see(
+    name: str, skip_first: int
+) -> None:
+    model, ids = tiny_model(name), tokens(7)
+    run = measure(model, windows_of(ids), difficulty=99, batch_size=2, skip_first=skip_first)
+    expected, pairs = by_hand(model, ids, skip_first)
+    dataset = run.to_dataset()
+    np.testing.assert_allclose(dataset["difficulty"], expected, rtol=1e-3)
+    assert dataset["difficulty_pairs"].to_numpy().tolist() == pairs
+    together = dataset["difficulty_pairs"] + dataset["difficulty_equal"]
+    assert (together == 7 * (LENGTH - skip_first) // 2).all()
+    if name == "llama":  # whose first layer sees of a token nothing but which one it is
+        first = dataset.isel(
+            neuron=dataset["layer"].to_numpy() == "model.layers.0.self_attn.q_proj"
+        )
+        last = dataset.isel(neuron=dataset["layer"].to_numpy() == "model.layers.2.mlp.up_proj")
+        ids = ids[:, skip_first:].flatten()
+        order = np.random.default_rng(0).permutation(len(ids))
+        half = len(ids) // 2 * 2
+        same_token = int((ids[order[0:half:2]] == ids[order[1:half:2]]).sum())
+        assert (first["difficulty_equal"] == same_token).all()
+        assert (last["difficulty_equal"] == 0).all()
+
+
+def test_difficulty_of_an_expanded_model() -> None:
+    model, ids = tiny_model("llama"), tokens(8)
+    entangle.sparsify(model, windows_of(tokens(12, seed=4)), 0.5, experts=3, layers="*.mlp.*")
+    run = measure(model, windows_of(ids), difficulty=200, batch_size=2)
+    np.testing.assert_allclose(run["difficulty"], by_hand(model, ids)[0], rtol=1e-3)
+
+
+def test_difficulty_changes_nothing_else_and_only_some_layers_have_it(tmp_path: Path) -> None:
+    model, windows = tiny_model("llama"), windows_of(tokens(6))
+    plain = measure(model, windows, layers=["*.1.mlp.*", "*.2.mlp.up_proj"])
+    words: dict[str, Any] = {"layers": ["*.1.mlp.*", "*.2.mlp.up_proj"], "out": tmp_path / "run"}
+    run = measure(model, windows, difficulty=20, **words)
+    assert same(run, plain)
+    names = ["difficulty", "difficulty_pairs", "difficulty_equal"]
+    assert run.to_dataset().drop_vars(names).drop_attrs().identical(plain.to_dataset().drop_attrs())
+    assert run.attrs == plain.attrs | {"difficulty": 20}
+    assert (run["difficulty_pairs"] == 20).all()
+    opened = open_run(tmp_path / "run")
+    assert opened.attrs["difficulty"] == 20
+    assert opened.to_dataset().load().identical(run.to_dataset())
+    assert same(opened, run)
+
+
+def test_the_pairs_do_not_depend_on_the_batches() -> None:
+    model, windows = tiny_model("qwen2"), windows_of(tokens(9))
+    first, second = (
+        measure(model, windows, difficulty=25, batch_size=size)["difficulty"] for size in (2, 5)
+    )
+    np.testing.assert_allclose(first, second, rtol=1e-3)
+    every = measure(model, windows, difficulty=72, batch_size=5)["difficulty"]
+    assert not np.allclose(every, second, rtol=0.01)
+
+
+def test_pairs_are_of_at_most_64_windows_evenly_spread() -> None:
+    model, ids = tiny_model("gpt2"), tokens(70, 4)
+    run = measure(model, windows_of(ids), difficulty=10_000, batch_size=2)
+    places = np.linspace(0, 69, 64).round().astype(int)
+    expected, _ = by_hand(model, ids[torch.from_numpy(places)])
+    np.testing.assert_allclose(run["difficulty"], expected, rtol=1e-3)
+    assert (run["difficulty_pairs"] + run["difficulty_equal"] == 64 * 4 // 2).all()
+    assert (run["count"] == 280).all()
+
+
+def test_a_negative_number_of_pairs_is_refused() -> None:
+    with pytest.raises(ValueError, match="at least one pair of tokens, got -1"):
+        measure(tiny_model(), windows_of(tokens(4)), difficulty=-1)

@@ -1,0 +1,428 @@
+"""A model comes in as it was stored, in eval mode, or with a message that helps."""
+
+import json
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from entangle.model.loading import load_model, load_tokenizer, save_model, weights_hash
+from tests.tiny_models import ARCHITECTURES, CONTEXT, save_tiny, tiny_model, tiny_tokenizer
+
+IDS = torch.arange(3, 27).reshape(2, 12)
+
+
+def logits(model: PreTrainedModel) -> torch.Tensor:
+    with torch.inference_mode():
+        output: torch.Tensor = model(IDS).logits
+    return output
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "llama"
+    save_tiny(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(saved: Path, tmp_path: Path) -> Path:
+    """A copy of the saved model, to be damaged."""
+    copy = tmp_path / "model"
+    copy.mkdir()
+    for file in saved.iterdir():
+        (copy / file.name).write_bytes(file.read_bytes())
+    return copy
+
+
+# What is right.
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3", "mixtral"])
+def test_a_saved_model_comes_back_the_same_and_in_eval_mode(name: str, tmp_path: Path) -> None:
+    model = save_tiny(tmp_path / "model", name)
+    for where in (tmp_path / "model", str(tmp_path / "model")):
+        loaded = load_model(where)
+        assert not any(module.training for module in loaded.modules())
+        assert torch.equal(logits(loaded), logits(model))
+        assert type(loaded) is type(model)
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("asked", ["auto", "float32", "bfloat16", "float16"])
+def test_the_dtype_is_the_stored_one_or_the_one_asked_for(
+    tmp_path: Path, stored: torch.dtype, asked: str
+) -> None:
+    save_tiny(tmp_path, dtype=stored)
+    expected = stored if asked == "auto" else getattr(torch, asked)
+    dtypes = {parameter.dtype for parameter in load_model(tmp_path, dtype=asked).parameters()}
+    assert dtypes == {expected}
+
+
+def test_the_tokenizer_comes_from_the_same_name(saved: Path) -> None:
+    tokenizer = load_tokenizer(saved)
+    text = "Größe 12 <s>"
+    assert tokenizer(text)["input_ids"] == tiny_tokenizer()(text)["input_ids"]
+    assert tokenizer.model_max_length == CONTEXT
+
+
+# A GGUF file, as llama.cpp would write it.
+
+PARTS = {
+    "model.embed_tokens.weight": "token_embd.weight",
+    "model.norm.weight": "output_norm.weight",
+    "lm_head.weight": "output.weight",
+    "model.layers": "blk",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+}
+
+
+def write_gguf(file: Path, model: PreTrainedModel, rule: str) -> None:
+    """Write a Llama and the tiny tokenizer, with the word `12` added."""
+    config: Any = model.config
+    writer = gguf.GGUFWriter(file, "llama")
+    writer.add_name("tiny")
+    writer.add_context_length(CONTEXT)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(10_000.0)
+    vocabulary = tiny_tokenizer().get_vocab()
+    words = [*sorted(vocabulary, key=vocabulary.__getitem__), "12"]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(rule)
+    writer.add_token_list(words)
+    writer.add_token_merges(["1 2"])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
+    for name, tensor in model.state_dict().items():
+        for ours, theirs in PARTS.items():
+            name = name.replace(ours, theirs)
+        array = tensor.numpy()
+        if (part := name.split(".")[-2]) in heads:  # llama.cpp rotates neighbours, not halves
+            shape = (heads[part], 2, -1, array.shape[1])
+            array = np.ascontiguousarray(array.reshape(shape).swapaxes(1, 2)).reshape(array.shape)
+        writer.add_tensor(name, array)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.fixture
+def llama() -> PreTrainedModel:
+    return tiny_model("llama", num_attention_heads=4, num_key_value_heads=2, mlp_bias=False)
+
+
+def test_a_gguf_file_is_the_model_that_was_written_to_it(
+    llama: PreTrainedModel, tmp_path: Path
+) -> None:
+    write_gguf(tmp_path / "tiny.gguf", llama, "smollm")
+    loaded = load_model(tmp_path / "tiny.gguf")
+    assert loaded.dtype == torch.float32
+    torch.testing.assert_close(logits(loaded), logits(llama), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("rule", "words"),
+    [("smollm", ["a", "1", "2", "1", "2", "b"]), ("gpt-2", ["a", "12", "12", "b"])],
+)
+def test_the_rule_of_a_gguf_file_for_digits_is_kept(
+    llama: PreTrainedModel, tmp_path: Path, rule: str, words: list[str]
+) -> None:
+    write_gguf(tmp_path / "tiny.gguf", llama, rule)
+    tokenizer = load_tokenizer(tmp_path / "tiny.gguf")
+    assert tokenizer.tokenize("a1212b") == words
+    assert tokenizer.model_max_length == CONTEXT
+
+
+# Back to a folder.
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_what_is_saved_is_an_ordinary_folder_of_the_same_model(name: str, tmp_path: Path) -> None:
+    model = tiny_model(name)
+    folder = tmp_path / "more" / "model"
+    save_model(model, tiny_tokenizer(), folder)
+    theirs = AutoModelForCausalLM.from_pretrained(folder)
+    ours = load_model(folder)
+    assert torch.equal(logits(theirs), logits(model))
+    assert torch.equal(logits(ours), logits(model))
+    assert type(theirs) is type(ours) is type(model)
+    assert weights_hash(theirs) == weights_hash(ours) == weights_hash(model)
+    text = "Größe 12 <s>"
+    assert load_tokenizer(folder)(text)["input_ids"] == tiny_tokenizer()(text)["input_ids"]
+
+
+def test_a_model_may_be_saved_without_a_tokenizer_and_over_another(tmp_path: Path) -> None:
+    save_model(tiny_model("gpt2"), None, tmp_path)
+    assert not list(tmp_path.glob("tokenizer*"))
+    model = tiny_model(dtype=torch.bfloat16)
+    save_model(model, None, tmp_path)
+    assert weights_hash(load_model(tmp_path)) == weights_hash(model)
+
+
+def test_a_model_from_a_gguf_file_is_saved_as_one_of_plain_floats(
+    llama: PreTrainedModel, tmp_path: Path
+) -> None:
+    write_gguf(tmp_path / "tiny.gguf", llama, "smollm")
+    loaded = load_model(tmp_path / "tiny.gguf")
+    save_model(loaded, load_tokenizer(tmp_path / "tiny.gguf"), tmp_path / "model")
+    assert "quantization_config" not in json.loads((tmp_path / "model/config.json").read_text())
+    for again in (
+        load_model(tmp_path / "model"),
+        AutoModelForCausalLM.from_pretrained(tmp_path / "model"),
+    ):
+        assert not getattr(again, "is_quantized", False)
+        assert getattr(again, "hf_quantizer", None) is None
+        assert {parameter.dtype for parameter in again.parameters()} == {torch.float32}
+        assert torch.equal(logits(again), logits(loaded))
+    words = load_tokenizer(tmp_path / "model")
+    assert words.tokenize("a1212b") == ["a", "1", "2", "1", "2", "b"]
+    assert words.model_max_length == CONTEXT
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o007, 0o660), (0o077, 0o600)])
+def test_all_files_may_be_read_by_the_same_people(tmp_path: Path, umask: int, mode: int) -> None:
+    before = os.umask(umask)
+    try:
+        save_model(tiny_model(), tiny_tokenizer(), tmp_path)
+    finally:
+        os.umask(before)
+    modes = {file.name: file.stat().st_mode & 0o777 for file in tmp_path.iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= modes.keys()
+    assert set(modes.values()) == {mode}
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (SafetensorError("I/O error: No space left on device (os error 28)"), OSError),
+        (Exception("No space left on device (os error 28)"), OSError),  # as tokenizers says it
+        (ValueError("The generation config " + "is invalid\n" * 100), ValueError),
+        (RuntimeError("The weights share memory"), ValueError),
+        (TypeError("Object of type set is not JSON serializable"), ValueError),
+    ],
+)
+@pytest.mark.parametrize("of", ["model", "tokenizer"])
+def test_why_a_model_cannot_be_saved_is_told(
+    of: str,
+    error: Exception,
+    kind: type[Exception],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    monkeypatch.setattr({"model": model, "tokenizer": tokenizer}[of], "save_pretrained", fail)
+    message = f"cannot save the model to {tmp_path}: {str(error)[:20]}"
+    with pytest.raises(kind, match=re.escape(message)) as caught:
+        save_model(model, tokenizer, tmp_path)
+    assert type(caught.value) is kind
+    assert caught.value.__cause__ is error
+    assert len(str(caught.value)) < 400 + len(str(tmp_path))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"), KeyboardInterrupt()])
+def test_an_error_that_says_enough_stays_as_it_is(
+    error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    model = tiny_model()
+    monkeypatch.setattr(model, "save_pretrained", fail)
+    with pytest.raises(type(error)) as caught:
+        save_model(model, None, tmp_path)
+    assert caught.value is error
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_a_file_that_cannot_be_written_is_an_error_of_the_system(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).mkdir()
+    with pytest.raises(OSError, match=f"{tmp_path}.*") as caught:
+        save_model(tiny_model(), tiny_tokenizer(), tmp_path)
+    assert "Is a directory" in str(caught.value)
+
+
+def test_a_folder_that_is_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "model").write_text("notes")
+    with pytest.raises(FileExistsError, match=str(tmp_path / "model")):
+        save_model(tiny_model(), tiny_tokenizer(), tmp_path / "model")
+    assert (tmp_path / "model").read_text() == "notes"
+
+
+def test_a_model_that_transformers_does_not_save_is_refused(tmp_path: Path) -> None:
+    model = tiny_model()
+    model.generation_config.temperature = 0.3
+    with pytest.raises(ValueError, match=f"cannot save the model to {tmp_path}: GenerationConfig"):
+        save_model(model, None, tmp_path)
+
+
+# What is wrong is told.
+
+
+@pytest.mark.parametrize("load", [load_model, load_tokenizer])
+@pytest.mark.parametrize(
+    ("name", "error", "message"),
+    [
+        ("/nowhere/at/all", FileNotFoundError, "no model at /nowhere/at/all: expected a folder or"),
+        ("./model", FileNotFoundError, "there is no model at"),
+        ("some/more/parts", FileNotFoundError, "there is no model at some/more/parts"),
+        ("Makefile", FileNotFoundError, "there is no model at Makefile: expected a folder or a"),
+        ("model.gguf", FileNotFoundError, "there is no GGUF file at model.gguf"),
+        ("tests", FileNotFoundError, "the folder tests holds no model: it has no config.json"),
+        ("gpt3", ValueError, "cannot load gpt3: it is no folder here, and .* internet connection"),
+        ("nobody/model", ValueError, "cannot load nobody/model: it is no folder here, and transf"),
+        ("not a model!", ValueError, "cannot load not a model!: it is no folder here, .* Repo id"),
+    ],
+)
+def test_a_name_that_stands_for_nothing(
+    load: Callable[[str], Any],
+    name: str,
+    error: type[Exception],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(Path(__file__).parents[2])
+    with pytest.raises(error, match=message) as caught:
+        load(name)
+    assert len(str(caught.value)) < 400
+    assert "\n" not in str(caught.value)
+
+
+def change(folder: Path, **values: Any) -> None:
+    config = json.loads((folder / "config.json").read_text()) | values
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def cut(file: Path, size: int) -> None:
+    os.truncate(file, file.stat().st_size - size)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda at: (at / "config.json").write_text("{not"), "config.json' is not a valid JSON"),
+        (lambda at: change(at, model_type="martian"), "model type `martian` but Transformers does"),
+        (lambda at: change(at, model_type="t5"), "T5Config'> for this kind of AutoModel"),
+        (lambda at: (at / "model.safetensors").unlink(), "no file named model.safetensors"),
+        (lambda at: cut(at / "model.safetensors", 100), "incomplete metadata, file not fully"),
+        (lambda at: (at / "model.safetensors").write_text("{"), "header"),
+        (
+            lambda at: change(at, num_hidden_layers=4),
+            r"12 of the weights .* are not in its files, .* first model.layers.3.input_layernorm",
+        ),
+        (
+            lambda at: change(at, intermediate_size=38),
+            r"15 of the weights .* have another shape there, first model.layers.0.mlp.down_proj",
+        ),
+    ],
+)
+def test_a_damaged_model_is_refused(
+    folder: Path, damage: Callable[[Path], Any], message: str
+) -> None:
+    damage(folder)
+    with pytest.raises(ValueError, match=f"cannot load {folder}: .*{message}") as caught:
+        load_model(folder)
+    assert len(str(caught.value)) < 500
+    assert "\n" not in str(caught.value)
+
+
+def test_a_damaged_tokenizer_is_refused(folder: Path) -> None:
+    (folder / "tokenizer.json").write_text('{"model": 1}')
+    with pytest.raises(ValueError, match=f"cannot load {folder}: transformers says: "):
+        load_tokenizer(folder)
+
+
+def test_a_file_that_is_no_gguf_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "x.gguf").write_bytes(b"a recipe for bread")
+    for load in (load_model, load_tokenizer):
+        with pytest.raises(ValueError, match=r"cannot load .*/x.gguf: transformers says: .* GGUF"):
+            load(tmp_path / "x.gguf")
+
+
+def test_code_that_comes_with_a_model_does_not_run_unasked(folder: Path) -> None:
+    code = f"from pathlib import Path\nPath({str(folder / 'ran')!r}).touch()\n"
+    (folder / "theirs.py").write_text(code)
+    classes = {"AutoConfig": "theirs.Config", "AutoModelForCausalLM": "theirs.Model"}
+    change(folder, model_type="theirs", auto_map=classes)
+    with pytest.raises(ValueError, match=r"contains custom code which must be executed"):
+        load_model(folder)
+    assert not (folder / "ran").exists()
+
+
+def test_an_unknown_dtype_or_device_is_told_before_anything_is_read() -> None:
+    with pytest.raises(ValueError, match="one of auto, float32, bfloat16, float16, got 'int8'"):
+        load_model("/nowhere", dtype="int8")
+    for device in ("gpu", "cuda:99", "warp"):
+        with pytest.raises(
+            ValueError, match=f"no device '{device}' here, expected one of auto, cpu"
+        ):
+            load_model("/nowhere", device=device)
+
+
+# The hash of the weights.
+
+
+def test_the_hash_is_of_the_weights_alone(saved: Path, tmp_path: Path) -> None:
+    digest = weights_hash(load_model(saved))
+    assert digest == weights_hash(load_model(saved, device="cpu")) == weights_hash(tiny_model())
+    load_model(saved).save_pretrained(tmp_path / "again")
+    assert digest == weights_hash(load_model(tmp_path / "again"))
+    others = [tiny_model(seed=1), tiny_model(dtype=torch.bfloat16), tiny_model("qwen2")]
+    assert len({digest, *map(weights_hash, others)}) == 4
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral"])
+def test_the_hash_changes_with_any_one_weight(name: str) -> None:
+    model = tiny_model(name)
+    digest = weights_hash(model)
+    for key, parameter in model.named_parameters():
+        value = parameter.data.view(-1)[-1].item()
+        parameter.data.view(-1)[-1] = np.nextafter(np.float32(value), np.float32(9)).item()
+        assert weights_hash(model) != digest, key
+        parameter.data.view(-1)[-1] = value
+    assert weights_hash(model) == digest
+
+
+def test_the_hash_counts_names_and_shapes_and_tied_weights_once() -> None:
+    model = tiny_model("gpt2")
+    digest = weights_hash(model)
+    lm_head: Any = model.lm_head
+    assert lm_head.weight is model.get_parameter("transformer.wte.weight")
+    lm_head.weight = nn.Parameter(lm_head.weight.detach().clone())
+    assert weights_hash(model) != digest  # untied: the same numbers, but another model
+    changed = tiny_model("llama")
+    mlp: Any = changed.model.layers[0].mlp
+    digests = [weights_hash(changed)]
+    mlp.up_proj.weight = nn.Parameter(mlp.up_proj.weight.detach().reshape(24, 37))
+    digests.append(weights_hash(changed))
+    mlp.upper_proj = mlp.up_proj
+    del mlp.up_proj
+    digests.append(weights_hash(changed))
+    assert len(set(digests)) == 3

@@ -1,0 +1,29 @@
+"""What Numba's threads do to torch's, in a process of their own."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+PRUNE = """
+import torch
+from entangle.numerics.moments import InputMoments
+from entangle.numerics.masks import prune
+from entangle.numerics.sparsity import Sparsity
+before = torch.get_num_threads()
+rows = torch.randn(500, 64)
+moments = InputMoments.zeros(64)
+moments.add(rows)
+prune(torch.randn(70, 64), moments, Sparsity(0.5))
+print(before, torch.get_num_threads())
+"""
+
+
+@pytest.mark.parametrize("threads", ["1", "2"])
+def test_torch_keeps_its_number_of_threads(threads: str) -> None:
+    # If not, the first layer that a process prunes has other bits than a later one.
+    environment = os.environ | {"OMP_NUM_THREADS": threads, "NUMBA_NUM_THREADS": "2"}
+    words = [sys.executable, "-c", PRUNE]
+    done = subprocess.run(words, check=True, capture_output=True, text=True, env=environment)
+    assert done.stdout.split() == [threads, threads]

@@ -1,0 +1,88 @@
+"""Run folders: what is written is what is opened, by plain xarray too."""
+
+import json
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import pytest
+import torch
+import xarray as xr
+
+import entangle
+from entangle.model.layers import find_layers
+from entangle.numerics.histograms import Histograms
+from entangle.runs import labelling, setup, store
+from tests.tiny_models import tiny_model
+
+
+@pytest.fixture
+def tree() -> xr.DataTree:
+    layers = find_layers(tiny_model("opt"))
+    neurons = sum(layer.neurons for layer in layers)
+    rows = torch.randn(300, neurons, generator=torch.Generator().manual_seed(2))
+    rows[:, 3] = 0
+    attributes = {"model": "tiny", "revision": None, "layers": ["*"], "versions": {"torch": "2"}}
+    return labelling.to_tree(Histograms.from_rows(rows), layers, attributes)
+
+
+def test_an_opened_run_is_what_was_written(tree: xr.DataTree, tmp_path: Path) -> None:
+    store.write_run(tmp_path, [tree], lambda: {"seconds": 1.0})
+    assert entangle.open_run(tmp_path).identical(tree)
+    assert json.loads((tmp_path / "run.json").read_text()) == tree.attrs
+    assert json.loads((tmp_path / "log.json").read_text())["seconds"] == 1.0
+    state = labelling.from_tree(entangle.open_run(tmp_path))
+    assert torch.equal(state.counts, torch.from_numpy(tree["histogram/counts"].to_numpy()))
+
+
+def test_plain_xarray_opens_it(tree: xr.DataTree, tmp_path: Path) -> None:
+    store.write_run(tmp_path, [tree], dict)
+    opened = xr.open_zarr(tmp_path / "neurons.zarr", chunks=None)
+    assert opened.identical(tree.to_dataset())
+    assert opened["layer"].dtype.kind == "U"
+    histogram = xr.open_zarr(tmp_path / "neurons.zarr", group="histogram", chunks=None)
+    assert histogram["counts"].identical(tree["histogram/counts"])
+
+
+def test_a_folder_that_holds_no_run_is_refused(tree: xr.DataTree, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="nowhere is not there"):
+        entangle.open_run(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match=r"holds no run.json: expected"):
+        entangle.open_run(tmp_path)
+    (tmp_path / "run.json").write_text("{}")
+    with pytest.raises(ValueError, match="damaged, measure again"):
+        entangle.open_run(tmp_path)
+
+
+def test_the_log_has_time_and_memory() -> None:
+    log = setup.Stopwatch().log()
+    assert 0 <= log["seconds"] < 10
+    assert 5e7 < log["peak_memory_bytes"] < log["memory_bytes"]
+
+
+def test_tables_keep_numbers_in_full(tmp_path: Path) -> None:
+    table = pd.DataFrame({"neuron": ["a:1", "b:2"], "wasserstein": [1 / 3, 1e-17]})
+    file = store.save_table(table, tmp_path / "deep" / "table.csv")
+    assert pd.read_csv(file).equals(table)
+
+
+def test_figures_take_the_format_of_their_ending(tmp_path: Path) -> None:
+    figure = plt.figure()
+    assert store.save_figure(figure, tmp_path / "a").name == "a.png"
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    store.save_figure(figure, tmp_path / "a.pdf")
+    assert (tmp_path / "a.pdf").read_bytes().startswith(b"%PDF")
+    with pytest.raises(ValueError, match="wrong"):
+        store.save_figure(figure, tmp_path / "a.wrong")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.pdf", "a.png"]
+    plt.close(figure)
+
+
+@pytest.mark.parametrize("chunk", ["wasserstein/0", "layer/0", "histogram/counts/0.0"])
+def test_a_run_with_a_missing_piece_is_refused(
+    tree: xr.DataTree, tmp_path: Path, chunk: str
+) -> None:
+    store.write_run(tmp_path, [tree], dict)
+    (tmp_path / "neurons.zarr" / chunk).unlink()
+    with pytest.raises(ValueError, match=r"damaged, measure again: its files are not those"):
+        entangle.open_run(tmp_path)

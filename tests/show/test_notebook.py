@@ -1,0 +1,100 @@
+"""One neuron in a notebook: what it shows is what the run holds."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import xarray as xr
+
+import entangle
+from entangle.numerics.gaussian import from_samples
+from tests.pruning.test_sparsifying import random_windows
+from tests.tiny_models import tiny_model
+
+LAYER = "model.layers.1.mlp.up_proj"
+
+
+@pytest.fixture(scope="module")
+def run() -> xr.DataTree:
+    return entangle.measure(tiny_model("llama"), random_windows(20), layers=[LAYER])
+
+
+def test_a_neuron_says_its_numbers_and_draws_its_histogram(run: xr.DataTree) -> None:
+    neuron = run.entangle.neuron(f"{LAYER}:3")
+    values = run.to_dataset().isel(neuron=3)
+    distance = float(values["wasserstein"])
+    assert repr(neuron).startswith(f"{LAYER}:3: W1 {distance:.4f} ± ")
+    words = neuron._repr_html_()
+    assert f"<td>{distance:.4f}</td>" in words
+    assert f"<td>{float(values['kurtosis']):.4g}</td>" in words
+    assert f"<b>{LAYER}:3</b>" in words
+    heights = np.array([float(x) for x in re.findall(r"height='([\d.]+)' fill", words)])
+    line = re.search(r"points='([^']*)'", words)
+    assert line is not None
+    gaussian = 100 - np.array([float(p.split(",")[1]) for p in line.group(1).split()])
+    assert len(heights) == len(gaussian) == 72
+    assert max(heights.max(), gaussian.max()) == pytest.approx(100, abs=0.1)
+    # Both are densities on one scale: all but some tokens, and all but a little of the Gaussian.
+    assert heights.sum() == pytest.approx(gaussian.sum(), rel=0.03)
+    figure = neuron.plot()
+    assert f"{LAYER}:3" in figure.axes[0].get_title(loc="left")
+    with pytest.raises(LookupError, match="has 37 neurons, 0 to 36"):
+        run.entangle.neuron(f"{LAYER}:37")
+
+
+def test_contexts_are_those_in_the_runs_folder(run: xr.DataTree, tmp_path: Path) -> None:
+    entangle.measure(tiny_model("llama"), random_windows(), layers=[LAYER], out=tmp_path / "run")
+    neuron = entangle.open_run(tmp_path / "run").entangle.neuron(f"{LAYER}:0")
+    with pytest.raises(LookupError, match=f"entangle contexts .*run {LAYER}:0"):
+        _ = neuron.contexts
+    contexts = [{"why": "lowest", "token": "a"}, {"why": "highest", "token": "b"}]
+    found = {f"{LAYER}:0": {"contexts": contexts, "low": 0.1}}
+    (tmp_path / "run" / "contexts.json").write_text(json.dumps(found))
+    assert neuron.contexts["token"].tolist() == ["a", "b"]
+    assert neuron.contexts.attrs == {"low": 0.1}
+    with pytest.raises(LookupError, match="were not found yet"):
+        _ = run.entangle.neuron(f"{LAYER}:0").contexts  # a run that is in no folder
+
+
+def test_clusters_are_those_of_its_kept_outputs(run: xr.DataTree) -> None:
+    found = entangle.disentangle(
+        tiny_model("llama"),
+        run,
+        random_windows(40, seed=1),
+        random_windows(30, seed=2),
+        experts=[3],
+        neurons=[f"{LAYER}:5"],
+        layers=[LAYER],
+    )
+    table = found.entangle.neuron(f"{LAYER}:5").by_cluster
+    outputs = found["outputs"].to_dataset()
+    dense = outputs["dense"].sel(kept=f"{LAYER}:5").to_numpy()
+    labels = outputs["clusters"].sel(clustered=LAYER).to_numpy()
+    assert table.groupby(["experts", "assign"])["tokens"].sum().tolist() == [480, 480, 480]
+    for arm, (experts, assign) in enumerate([(1, "kmeans"), (3, "kmeans"), (3, "random")]):
+        rows = table[(table["experts"] == experts) & (table["assign"] == assign)]
+        assert rows["cluster"].tolist() == sorted({*labels[arm].tolist()})
+        for row in rows.to_dict(orient="records"):
+            part = dense[labels[arm] == row["cluster"]]
+            assert row["tokens"] == len(part)
+            assert row["mean"] == pytest.approx(part.mean(), rel=1e-5)
+            assert row["wasserstein"] == from_samples(part[:, None])[0]
+    with pytest.raises(LookupError, match="clusters are known to a run that disentangle wrote"):
+        _ = run.entangle.neuron(f"{LAYER}:5").by_cluster
+    others = {int(str(name).rpartition(":")[2]) for name in outputs["kept"].to_numpy()}
+    other = next(index for index in range(37) if index not in others)
+    with pytest.raises(LookupError, match=f"tell disentangle by --neurons {LAYER}:{other}"):
+        _ = found.entangle.neuron(f"{LAYER}:{other}").by_cluster
+
+
+def test_the_accessor_comes_with_what_returns_runs_and_not_before() -> None:
+    words = (
+        "import sys, entangle; assert 'torch' not in sys.modules; import xarray as xr;"
+        "assert not hasattr(xr.DataTree, 'entangle'); entangle.open_run;"
+        "assert hasattr(xr.DataTree, 'entangle')"
+    )
+    subprocess.run([sys.executable, "-c", words], check=True)
