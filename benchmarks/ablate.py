@@ -31,10 +31,10 @@ def main() -> None:
             arms: partial(
                 entangle.ablate,
                 model,
-                run,
                 windows,
                 held_out,
-                shares=[SHARE],
+                run=run,
+                share=[SHARE],
                 experts=[experts],
                 sets=["random"],
                 seeds=arms,
@@ -44,7 +44,7 @@ def main() -> None:
         }
         seconds = side_by_side(
             {
-                "evaluation": partial(entangle.score, model, held_out),
+                "evaluation": partial(entangle.perplexity, model, held_out),
                 "few": cases[FEW],
                 "many": cases[MANY],
             },

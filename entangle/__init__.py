@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from entangle.show import plots
     from entangle.show.reporting import report
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 __all__ = [
     "ablate",

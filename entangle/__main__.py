@@ -1,6 +1,7 @@
 """The command line: it reads what is asked, runs that command, and says what went wrong."""
 
 import argparse
+import contextvars
 import os
 import signal
 import sys
@@ -9,9 +10,11 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
+from typing import NoReturn
 
 from entangle.arguments import parser
 from entangle.commands import COMMANDS, command_line
+from entangle.model import ranks
 
 TOGETHER = ("measure", "perplexity", "sparsify", "sweep", "ablate")
 
@@ -43,9 +46,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         if "TORCHELASTIC_RUN_ID" in os.environ:
             _join(args.command)
-        COMMANDS[args.command](args)
+        contextvars.copy_context().run(COMMANDS[args.command], args)
+        ranks.leave()
     except BrokenPipeError:  # the reader, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        ranks.leave()
     except KeyboardInterrupt:
         return _fail(args, f"interrupted: {_left(args)}", 130)
     except (ValueError, LookupError, OSError) as error:
@@ -65,8 +70,6 @@ def _join(command: str) -> None:
     Raises:
         ValueError: the command is for one process.
     """
-    from entangle.model import ranks
-
     if command not in TOGETHER:
         raise ValueError(
             f"{command} runs in one process, and torchrun starts several: those of "
@@ -98,8 +101,6 @@ def _left(args: argparse.Namespace) -> str:
 
 
 def _fail(args: argparse.Namespace, message: str, code: int) -> int:
-    from entangle.model import ranks
-
     if args.debug:
         traceback.print_exc()
     where = f" (rank {ranks.rank()})" if ranks.rank() else ""
@@ -107,5 +108,15 @@ def _fail(args: argparse.Namespace, message: str, code: int) -> int:
     return code
 
 
+def run() -> NoReturn:
+    """Run one command, and end this process with its code."""
+    code = main()
+    if ranks.LAUNCHED:  # threads of torch.distributed may abort a process that ends as usual
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

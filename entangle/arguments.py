@@ -6,18 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import entangle
+from entangle.experiments.interventions import INTERVENTIONS, SETS
+from entangle.pruning.options import METHODS, OPTIONS, read_count, read_number
 
 RUN_PLOTS = ("heatmap", "layers", "ranks", "neuron", "difficulty")
 DISENTANGLED_PLOTS = ("improvement", "clusters", "sparse")
 PLOTS = (*RUN_PLOTS, "sweep", "ablation", *DISENTANGLED_PLOTS)
-METHODS = ("sparsegpt", "wanda", "magnitude")
-MASKS = ("row", "block")
-PROPAGATE = ("sparse", "dense")
-ASSIGN = ("kmeans", "random")
-ACROSS_BLOCKS = ("uniform", "entanglement", "shuffled", "depth", "owl")
-INTERVENTIONS = ("sparsify", "zero", "mean", "negative")
-SETS = ("wasserstein", "bottom", "random", "kurtosis", "weight_norm", "std", "difficulty")
-
 ABLATE = """Treat a share of each layer's neurons, keep the rest dense, and score the model. Sets:
 wasserstein (the neurons with the largest), bottom (with the smallest), random (with --seeds draws 0,
 1, ...), and those with the largest kurtosis, weight_norm, std and difficulty (if RUN was measured with
@@ -28,61 +22,57 @@ DISENTANGLE = """Measure each neuron within clusters of its layer's inputs, and 
 most 8,192 held-out tokens from 64 windows of --evaluation; clusters and experts come from --text. A
 command that was stopped goes on when it is given again."""
 TEXT = "a file, a folder of *.txt, or hub:NAME[/CONFIG][:SPLIT][#COLUMN]"
-SPARSITY = "share of zeros such as 0.8, or n:m, n kept of every m such as 2:4"
-MASK = "row: each neuron has exactly the sparsity; block: chosen per 128 columns [row]"
-CARRIED = "prune a block for the inputs from the pruned blocks before it or the dense ones [sparse]"
-EXPERTS = "pruned copies of each layer, one for each cluster of its inputs [1]"
-ASSIGNED = "tokens to experts by k-means or, as a control, at random [kmeans]"
-COMPONENTS = "of PCA before k-means, 0 for none [auto: inputs // 32]"
 UNPACKED = """on the CPU, keep the zeros of layers that are zero by half or more [packed: less memory, and
 faster token by token]"""
-COPIES = "pruned copies of each layer, one for each cluster of its inputs [4,16]"
-SHARE = "or several: of each layer's neurons to treat [0.03]"
+SHARE = "one or several: of each layer's neurons to treat [0.03]"
 KEPT = "whose outputs to keep, beside each layer's most entangled neuron"
 SPREAD = "spread the model over the devices here and the host, as accelerate does [one device]"
 OFFLOAD = """leave the model's blocks in files and have one at a time on the device; the folder takes what
 transformers must write anew [all of it in memory]"""
 SHARD = "count only a part of the text, such as 3/8, for merge to put together [all of it]"
 PAIRS = "of tokens over which to measure the mapping difficulty too [none]"
-BUDGET = """rows alike (uniform), or graded by what RUN measured of their neurons, as RUN[:VARIABLE] with
-wasserstein*std (default), wasserstein, std, ranks (the sum of both's), kurtosis, weight_norm, shuffled
-(the control) or uniform; or trim, TRIM's rule [uniform]"""
-STRENGTH = "how much graded rows differ, from 0 to 1 [0.25]"
-AUTO = f"""{STRENGTH}; auto chooses it, and the variable if none is named, on a fourth of the calibration
-windows set aside"""
-ACROSS = """blocks alike (uniform), or denser by their share of entangled neurons in --budget's RUN
-(entanglement), by shares shuffled over blocks, by depth or by OWL's rule [uniform]"""
-PULL = "an expert's Gram is pulled towards all tokens' by so many times its width in tokens [0.5]"
 
 
-def _words(text: str) -> tuple[str, ...]:
-    return tuple(word.strip() for word in text.split(",") if word.strip())
+def _one(read: Callable[[str], Any]) -> Callable[[str], Any]:
+    """Return what reads one value, and says of an error what was expected."""
 
-
-def _several(kind: Callable[[str], Any], what: str) -> Callable[[str], tuple[Any, ...]]:
-    """Return what reads several words with commas between them."""
-
-    def read(text: str) -> tuple[Any, ...]:
+    def one(text: str) -> Any:
         try:
-            return tuple(map(kind, _words(text)))
+            return read(text)
         except ValueError as error:
-            raise argparse.ArgumentTypeError(f"expected {what}, got {text!r}") from error
+            raise argparse.ArgumentTypeError(str(error)) from error
 
-    return read
-
-
-def _strength(text: str) -> float | str:
-    try:
-        return text if text == "auto" else float(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"expected a number or auto, got {text!r}") from error
+    return one
 
 
-def _components(text: str) -> int | None:
-    try:
-        return None if text == "auto" else int(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"expected a number or auto, got {text!r}") from error
+def _several(read: Callable[[str], Any] = str) -> Callable[[str], tuple[Any, ...]]:
+    """Return what reads one value or several, with commas between them."""
+
+    def several(text: str) -> tuple[Any, ...]:
+        return tuple(read(word.strip()) for word in text.split(",") if word.strip())
+
+    return several
+
+
+def _add_options(command: argparse.ArgumentParser, *, several: bool) -> None:
+    """Add the options of pruning, each of one value or of several."""
+    for option in OPTIONS.values():
+        usual = METHODS if several and option.name == "method" else option.default
+        unsaid = usual is ... or option.name == "strength"  # which needs graded rows, if it is said
+        words: dict[str, Any] = {"required": usual is ..., "metavar": option.metavar}
+        read, choices = _one(option.read), option.choices if option.metavar is None else None
+        if several:
+            listed = f"{', '.join(choices)}: " if choices else ""
+            help = f"{listed}{option.help}; one or several"
+            words |= {"type": _several(read), "metavar": "A,B"}
+            default = usual if usual is METHODS else (usual,)
+        else:
+            help, default = option.help, usual
+            words |= {"type": read, "choices": choices}
+        shown = {METHODS: "all", None: "auto"}.get(usual, usual)
+        help += "" if usual is ... else f" [{shown}]"
+        words |= {"default": None if unsaid else default, "help": help.replace("%", "%%")}
+        command.add_argument(f"--{option.name}", **words)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -177,8 +167,9 @@ def parser() -> argparse.ArgumentParser:
     )
     plan.add_argument("--bins", type=int, default=1024, help="of a histogram [1024]")
     plan.add_argument("--offload", type=Path, metavar="FOLDER", help="as measure has it")
-    plan.add_argument("--sparsity", default="0.5", help=SPARSITY + " [0.5]")
-    plan.add_argument("--experts", type=int, default=1, metavar="N", help=EXPERTS)
+    sparsity, copies = OPTIONS["sparsity"].help, OPTIONS["experts"].help
+    plan.add_argument("--sparsity", default="0.5", help=f"{sparsity} [0.5]")
+    plan.add_argument("--experts", type=int, default=1, metavar="N", help=f"{copies} [1]")
 
     runs_only = argparse.ArgumentParser(add_help=False)
     runs_only.add_argument("--unpacked", action="store_true", help=UNPACKED)
@@ -203,17 +194,7 @@ def parser() -> argparse.ArgumentParser:
         help="prune a model, or expand it to sparse experts, and save it",
     )
     sparsify.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="a new folder")
-    sparsify.add_argument("--sparsity", required=True, help=SPARSITY)
-    sparsify.add_argument("--method", default="sparsegpt", choices=METHODS, help="[sparsegpt]")
-    sparsify.add_argument("--mask", default="row", choices=MASKS, help=MASK)
-    sparsify.add_argument("--propagate", default="sparse", choices=PROPAGATE, help=CARRIED)
-    sparsify.add_argument("--experts", type=int, default=1, metavar="N", help=EXPERTS)
-    sparsify.add_argument("--assign", default="kmeans", choices=ASSIGN, help=ASSIGNED)
-    sparsify.add_argument("--components", type=_components, metavar="N", help=COMPONENTS)
-    sparsify.add_argument("--pull", type=float, default=0.5, metavar="X", help=PULL)
-    sparsify.add_argument("--budget", default="uniform", metavar="RUN[:VARIABLE]", help=BUDGET)
-    sparsify.add_argument("--strength", type=_strength, metavar="X", help=AUTO)
-    sparsify.add_argument("--across", default="uniform", choices=ACROSS_BLOCKS, help=ACROSS)
+    _add_options(sparsify, several=False)
 
     sweep = commands.add_parser(
         "sweep",
@@ -221,26 +202,7 @@ def parser() -> argparse.ArgumentParser:
         help="prune a model in several ways and score each: one table and one figure",
     )
     sweep.add_argument("--out", type=Path, required=True, metavar="RUN", help="a new folder")
-    lists: dict[str, Any] = {"type": _words, "metavar": "A,B"}
-    sweep.add_argument("--sparsity", required=True, help=f"several: {SPARSITY}", **lists)
-    sweep.add_argument(
-        "--method", default=METHODS, help=f"several of {', '.join(METHODS)} [all]", **lists
-    )
-    sweep.add_argument("--mask", default=("row",), help=f"or several: {MASK}", **lists)
-    sweep.add_argument("--propagate", default=("sparse",), help=f"or several: {CARRIED}", **lists)
-    sweep.add_argument("--assign", default=("kmeans",), help=f"or several: {ASSIGNED}", **lists)
-    sweep.add_argument("--budget", default=("uniform",), help=f"or several: {BUDGET}", **lists)
-    sweep.add_argument("--across", default=("uniform",), help=f"or several: {ACROSS}", **lists)
-    several: list[tuple[str, Any, Any, str]] = [
-        ("--experts", _several(int, "numbers such as 1,16"), (1,), EXPERTS),
-        ("--components", _several(_components, "numbers or auto"), (None,), COMPONENTS),
-        ("--pull", _several(float, "numbers such as 0,0.5"), (0.5,), PULL),
-        ("--strength", _several(float, "numbers such as 0.1,0.25"), None, STRENGTH),
-    ]
-    for name, kind, default, words in several:
-        sweep.add_argument(
-            name, type=kind, default=default, metavar="N,N", help=f"or several: {words}"
-        )
+    _add_options(sweep, several=True)
 
     ablate = commands.add_parser(
         "ablate",
@@ -250,22 +212,23 @@ def parser() -> argparse.ArgumentParser:
     )
     ablate.add_argument("--text", help=f"to sparsify by, and needed for that alone: {TEXT}")
     ablate.add_argument("--out", type=Path, required=True, metavar="NEW", help="a new folder")
-    numbers = _several(float, "numbers such as 0.01,0.03")
-    counts = _several(int, "numbers such as 1,16")
-    ablate.add_argument("--share", type=numbers, default=(0.03,), metavar="X,X", help=SHARE)
+    words: dict[str, Any] = {"type": _several(), "metavar": "A,B"}
+    numbers: dict[str, Any] = {"type": _several(_one(read_number)), "metavar": "X,X"}
+    counts: dict[str, Any] = {"type": _several(_one(read_count)), "metavar": "N,N"}
+    ablate.add_argument("--share", default=(0.03,), help=SHARE, **numbers)
     ablate.add_argument(
-        "--sparsity", default=("0.9",), help=f"or several: {SPARSITY} [0.9]", **lists
+        "--sparsity", default=("0.9",), help=f"one or several: {sparsity} [0.9]", **words
     )
-    ablate.add_argument(
-        "--experts", type=counts, default=(1,), metavar="N,N", help=f"or several: {EXPERTS}"
-    )
+    ablate.add_argument("--experts", default=(1,), help=f"one or several: {copies} [1]", **counts)
     ablate.add_argument(
         "--intervention",
         default=("sparsify",),
-        help=f"or several of {', '.join(INTERVENTIONS)} [sparsify]",
-        **lists,
+        help=f"one or several of {', '.join(INTERVENTIONS)} [sparsify]",
+        **words,
     )
-    ablate.add_argument("--sets", default=SETS, help=f"several of {', '.join(SETS)} [all]", **lists)
+    ablate.add_argument(
+        "--sets", default=SETS, help=f"one or several of {', '.join(SETS)} [all]", **words
+    )
     ablate.add_argument("--seeds", type=int, default=5, metavar="N", help="of random sets [5]")
     ablate.add_argument("--per-block", action="store_true", help="treat one block at a time")
 
@@ -277,10 +240,10 @@ def parser() -> argparse.ArgumentParser:
     )
     disentangle.add_argument("--out", type=Path, required=True, metavar="NEW", help="a new folder")
     disentangle.add_argument(
-        "--experts", type=counts, default=(4, 16), metavar="N,N", help=f"several: {COPIES}"
+        "--experts", default=(4, 16), help=f"one or several: {copies} [4,16]", **counts
     )
     disentangle.add_argument(
-        "--sparsity", default=("0.8",), help=f"or several: {SPARSITY} [0.8]", **lists
+        "--sparsity", default=("0.8",), help=f"one or several: {sparsity} [0.8]", **words
     )
     disentangle.add_argument("--neurons", nargs="+", default=[], metavar="LAYER:INDEX", help=KEPT)
 

@@ -22,12 +22,6 @@ if TYPE_CHECKING:
     from entangle.model.text import Purpose, TokenWindows
 
 
-_PRUNING = (
-    *("method", "mask", "propagate", "experts", "assign", "components", "pull"),
-    *("budget", "strength", "across"),
-)
-
-
 def run_measure(args: argparse.Namespace) -> None:
     """Measure the distribution of every neuron over a text."""
     from entangle.model import folders, ranks
@@ -49,8 +43,9 @@ def run_measure(args: argparse.Namespace) -> None:
         from entangle.runs import store
 
         store.save_figure(entangle.plots.difficulty(run), args.out / "figures" / "difficulty.png")
-    log = json.loads((args.out / "log.json").read_text())
-    _print(args, dataset.summary(run) | {"run": str(args.out), "log": log}, printed.describe)
+    _print(
+        args, dataset.summary(run) | {"run": str(args.out), "log": _log(args.out)}, printed.describe
+    )
 
 
 def run_merge(args: argparse.Namespace) -> None:
@@ -58,8 +53,9 @@ def run_merge(args: argparse.Namespace) -> None:
     from entangle.runs import dataset
 
     run = entangle.merge(args.run, out=args.out, overwrite=args.overwrite)
-    log = json.loads((args.out / "log.json").read_text())
-    _print(args, dataset.summary(run) | {"run": str(args.out), "log": log}, printed.describe)
+    _print(
+        args, dataset.summary(run) | {"run": str(args.out), "log": _log(args.out)}, printed.describe
+    )
 
 
 def run_plan(args: argparse.Namespace) -> None:
@@ -120,66 +116,38 @@ def run_generate(args: argparse.Namespace) -> None:
 
 
 def run_sparsify(args: argparse.Namespace) -> None:
-    """Prune a model and save it.
-
-    Raises:
-        ValueError: a strength, and no run whose budget it is of.
-    """
+    """Prune a model and save it."""
     from entangle.model import folders
 
     folders.check_target(args.out, args.overwrite)  # before torch is imported, which takes seconds
     from entangle.model import ranks
-    from entangle.pruning.options import STRENGTH, Pruning
+    from entangle.pruning.options import Pruning
     from entangle.runs import store
 
-    # A slip is told before a model is loaded.
-    words = {name: getattr(args, name) for name in _PRUNING}
-    (words["budget"],), folder = _budgets([args.budget])
     auto = args.strength == "auto"
-    _check_budgets([words["budget"]], [args.across], folder, args.strength)
-    words["strength"] = STRENGTH if auto or args.strength is None else args.strength
-    Pruning.of(args.sparsity, **words)
+    options, folder = _options(args)
+    Pruning.of(**(_without(options, "strength") if auto else options))
     run = None if folder is None else entangle.open_run(folder)
     windows, tokenizer = _text(args, "calibration")
-    model = _model(args)
+    model, work = _model(args), _work(args)
     chosen = None
-    if auto:
-        assert run is not None
-        named = {} if Path(args.budget) == folder else {"budgets": [words["budget"]]}
-        chosen = entangle.choose_budget(
-            model,
-            windows,
-            args.sparsity,
-            run,
-            **named,
-            method=args.method,
-            across=[args.across],
-            layers=args.layers,
-            batch_size=args.batch_size,
-            skip_first=args.skip_first,
-            progress=_progress(),
-        )
-        words |= {"budget": chosen.budget, "strength": chosen.strength}
-    found = entangle.sparsify(
-        model,
-        windows,
-        args.sparsity,
-        **words,
-        run=run,
-        tokenizer=tokenizer,
-        **_work(args),
-    )
+    if auto and run is not None:
+        named = [] if Path(args.budget) == folder else ["budget"]
+        search = {n: options[n] for n in ("sparsity", "method", "mask", "across", *named)}
+        how = {name: work[name] for name in ("layers", "batch_size", "skip_first", "progress")}
+        chosen = entangle.choose_budget(model, windows, run=run, **search, **how)
+        options |= {"budget": chosen.budget, "strength": chosen.strength}
+    found = entangle.sparsify(model, windows, run=run, tokenizer=tokenizer, **options, **work)
     if ranks.rank() > 0:
         return
+    result = found.attributes | {"folder": str(args.out), "log": _log(args.out)}
+    result |= {"realised": found.sparsity, "error": found.error}
+    whole = store.read_json(args.out / "sparsity.json")
+    result |= {name: whole[name] for name in whole if name not in {"sparsity", "error"}}
+    result |= {"layers": found.layers.to_dict(orient="records")}
     if chosen is not None:
         store.save_table(chosen.table, args.out / "budget.csv")
-    log = json.loads((args.out / "log.json").read_text())
-    rows = found.layers.to_dict(orient="records")
-    numbers = {"realised": found.sparsity, "error": found.error, "layers": rows}
-    whole = json.loads((args.out / "sparsity.json").read_text())
-    numbers |= {name: whole[name] for name in whole if name not in {"sparsity", *numbers}}
-    if chosen is not None:
-        numbers["chosen"] = {
+        result["chosen"] = {
             "budget": chosen.budget,
             "strength": chosen.strength,
             "against_uniform": chosen.against_uniform,
@@ -187,9 +155,7 @@ def run_sparsify(args: argparse.Namespace) -> None:
             "set_aside": int(chosen.table["windows"].max()),
             "candidates": len(chosen.table) - 1,
         }
-    _print(
-        args, found.attributes | numbers | {"folder": str(args.out), "log": log}, printed.sparsified
-    )
+    _print(args, result, printed.sparsified)
 
 
 def run_sweep(args: argparse.Namespace) -> None:
@@ -197,32 +163,44 @@ def run_sweep(args: argparse.Namespace) -> None:
     from entangle.model import folders
 
     folders.check_target(args.out, args.overwrite)
-    from entangle.pruning.options import STRENGTH, arms_of
+    from entangle.pruning.options import arms_of
 
-    # A slip in these words is told before a model is loaded.
-    words = {name: getattr(args, name) for name in _PRUNING}
-    words["budget"], folder = _budgets(args.budget)
-    _check_budgets(words["budget"], args.across, folder, words["strength"] or None)
-    words["strength"] = words["strength"] or (STRENGTH,)
-    arms_of(args.sparsity, **words)
+    options, folder = _options(args)
+    arms_of(**options)
     run = None if folder is None else entangle.open_run(folder)
     windows, tokenizer = _text(args, "calibration")
     evaluation = _windows(args, tokenizer, "evaluation")
     model = _model(args)
-    table = entangle.sweep(
-        model,
-        windows,
-        evaluation,
-        args.sparsity,
-        methods=words.pop("method"),
-        masks=words.pop("mask"),
-        budgets=words.pop("budget"),
-        strengths=words.pop("strength"),
-        **words,
-        run=run,
-        **_work(args),
-    )
+    table = entangle.sweep(model, windows, evaluation, run=run, **options, **_work(args))
     _print_table(args, table, "sweep")
+
+
+def _options(args: argparse.Namespace) -> tuple[dict[str, Any], Path | None]:
+    """Return the options of pruning, and the folder of the run that budgets are made from.
+
+    A slip in them is told before a model is loaded.
+
+    Raises:
+        ValueError: they name several runs, or none where one is needed.
+    """
+    from entangle.pruning.options import OPTIONS, TRIM, UNIFORM, needs_run, several
+
+    options = {name: getattr(args, name) for name in OPTIONS}
+    budgets, folder = _budgets(several(args.budget))
+    options["budget"] = budgets if isinstance(args.budget, tuple) else budgets[0]
+    blocks = [word for word in several(args.across) if needs_run(UNIFORM, word)]
+    if blocks and folder is None:
+        raise ValueError(
+            f"--across {blocks[0]} needs a measured run: name it with --budget RUN, or with "
+            "--budget RUN:uniform where rows are to be alike"
+        )
+    if args.strength is None:
+        options.pop("strength")
+    elif {*budgets} <= {UNIFORM, TRIM}:
+        raise ValueError(
+            "--strength is of rows graded by a measured run: give one with --budget RUN[:VARIABLE]"
+        )
+    return options, folder
 
 
 def _budgets(texts: Sequence[str]) -> tuple[tuple[str, ...], Path | None]:
@@ -231,7 +209,7 @@ def _budgets(texts: Sequence[str]) -> tuple[tuple[str, ...], Path | None]:
     Raises:
         ValueError: they name several runs.
     """
-    from entangle.pruning.options import BUDGET, ROWS, TRIM, UNIFORM
+    from entangle.pruning.options import DISTANCE, OPTIONS, TRIM, UNIFORM
 
     budgets: list[str] = []
     folders: dict[str, None] = {}
@@ -239,8 +217,8 @@ def _budgets(texts: Sequence[str]) -> tuple[tuple[str, ...], Path | None]:
         folder, _, variable = text.rpartition(":")
         if text in {UNIFORM, TRIM}:
             folder, variable = "", text
-        elif not folder or (variable not in ROWS and Path(text).exists()):
-            folder, variable = text, BUDGET
+        elif not folder or (variable not in OPTIONS["budget"].choices and Path(text).exists()):
+            folder, variable = text, DISTANCE
         budgets.append(variable)
         folders |= {folder: None} if folder else {}
     if len({Path(folder).resolve() for folder in folders}) > 1:
@@ -248,26 +226,8 @@ def _budgets(texts: Sequence[str]) -> tuple[tuple[str, ...], Path | None]:
     return tuple(budgets), Path(next(iter(folders))) if folders else None
 
 
-def _check_budgets(
-    budgets: Sequence[str], across: Sequence[str], folder: Path | None, strength: Any
-) -> None:
-    """See that budgets have the run, and a strength the rows, that they are of.
-
-    Raises:
-        ValueError: they have not.
-    """
-    from entangle.pruning.options import TRIM, UNIFORM, needs_run
-
-    blocks = [word for word in across if needs_run(UNIFORM, word)]
-    if blocks and folder is None:
-        raise ValueError(
-            f"--across {blocks[0]} needs a measured run: name it with --budget RUN, or with "
-            "--budget RUN:uniform where rows are to be alike"
-        )
-    if strength is not None and {*budgets} <= {UNIFORM, TRIM}:
-        raise ValueError(
-            "--strength is of rows graded by a measured run: give one with --budget RUN[:VARIABLE]"
-        )
+def _without(options: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if name not in names}
 
 
 def _print_table(args: argparse.Namespace, table: "pd.DataFrame", name: str) -> None:
@@ -297,10 +257,11 @@ def run_ablate(args: argparse.Namespace) -> None:
     from entangle.model import folders
 
     folders.check_target(args.out, args.overwrite)
-    from entangle.experiments import interventions
+    from entangle.experiments.interventions import Ablation
 
-    words = (args.intervention, args.sparsity, args.experts, args.sets, args.share, args.seeds)
-    interventions.check_words(*words)
+    words = ("share", "sparsity", "experts", "intervention", "sets", "seeds")
+    treatment = {name: getattr(args, name) for name in words}
+    Ablation.of(**treatment)  # a slip is told before a model is loaded
     if args.text is None and "sparsify" in args.intervention:
         raise ValueError("sparsifying neurons needs a text to prune by: give one with --text")
     run = _measured(args)
@@ -309,16 +270,11 @@ def run_ablate(args: argparse.Namespace) -> None:
     evaluation = _windows(args, tokenizer, "evaluation")
     table = entangle.ablate(
         _model(args),
-        run,
         windows,
         evaluation,
-        shares=args.share,
-        sparsities=args.sparsity,
-        experts=args.experts,
-        interventions=args.intervention,
-        sets=args.sets,
-        seeds=args.seeds,
+        run=run,
         per_block=args.per_block,
+        **treatment,
         **_work(args),
     )
     _print_table(args, table, "ablation")
@@ -330,20 +286,20 @@ def run_disentangle(args: argparse.Namespace) -> None:
 
     folders.check_target(args.out, args.overwrite)
     from entangle.experiments import disentangling
-    from entangle.runs import store
+    from entangle.runs import dataset, store
 
-    disentangling.check_words(args.experts, args.sparsity)
+    words = {name: getattr(args, name) for name in ("experts", "sparsity")}
+    disentangling.check_words(**words)
     run = _measured(args)
     windows, tokenizer = _text(args, "calibration")
     evaluation = _windows(args, tokenizer, "evaluation")
     found = entangle.disentangle(
         _model(args),
-        run,
         windows,
         evaluation,
-        experts=args.experts,
-        sparsities=args.sparsity,
+        run=run,
         neurons=args.neurons,
+        **words,
         **_work(args),
     )
     figures = {}
@@ -354,7 +310,7 @@ def run_disentangle(args: argparse.Namespace) -> None:
             figures[kind] = f"no {kind}.png ({error})"
             continue
         figures[kind] = str(store.save_figure(figure, args.out / "figures" / f"{kind}.png"))
-    result = found.attrs["disentangled"] | {"figures": figures}
+    result = dataset.disentangled(found) | {"figures": figures}
     text = (args.out / "tables" / "disentangle.md").read_text(encoding="utf-8")
     drawn = ", ".join(figures.values())
     _print(args, result, lambda _: f"{text}\nwritten to {args.out}, with figures: {drawn}")
@@ -386,7 +342,13 @@ def run_contexts(args: argparse.Namespace) -> None:
         bos=about["bos"],
     )
     found = entangle.contexts(
-        _model(args), tokenizer, run, windows, names, out=args.run, progress=_progress()
+        _model(args),
+        windows,
+        run=run,
+        neurons=names,
+        tokenizer=tokenizer,
+        out=args.run,
+        progress=_progress(),
     )
     result = {"neurons": [dataclasses.asdict(one) for one in found]}
     _print(args, result | {"file": str(args.run / "contexts.json")}, printed.contexts)
@@ -396,7 +358,7 @@ def run_rank(args: argparse.Namespace) -> None:
     """Print the neurons with the largest distance, or of another variable."""
     from entangle.runs import dataset, store
 
-    run = entangle.open_run(args.run)
+    run = store.open_run(args.run)
     table = entangle.rank(run, args.top, by=args.by, layers=args.layers)
     if args.csv:
         store.save_table(table, args.csv)
@@ -408,7 +370,7 @@ def run_diff(args: argparse.Namespace) -> None:
     """Compare two runs."""
     from entangle.runs import dataset, store
 
-    pair = [entangle.open_run(folder) for folder in (args.run, args.other)]
+    pair = [store.open_run(folder) for folder in (args.run, args.other)]
     found = entangle.diff(*pair, layers=args.layers)
     if args.csv:
         store.save_table(found.neurons, args.csv)
@@ -432,6 +394,7 @@ def run_plot(args: argparse.Namespace) -> None:
         ValueError: a neuron for a plot of all, or none for that of one, or a sparsity for a plot
             that has none.
     """
+    from entangle.experiments import ablation_table, sweep_table
     from entangle.runs import store
 
     names, kind = args.neurons, args.kind
@@ -441,11 +404,8 @@ def run_plot(args: argparse.Namespace) -> None:
         raise ValueError(f"plot {kind} takes no neuron, got {names[0]!r}")
     if names[1:] and kind != "neuron":
         raise ValueError(f"plot {kind} takes one neuron, got {' '.join(names)}")
-    run: Any = None
-    if kind in {"sweep", "ablation"}:
-        run = store.open_table(args.run, kind)
-    else:
-        run = entangle.open_run(args.run)
+    readers = {"sweep": sweep_table.read_table, "ablation": ablation_table.read_table}
+    run: Any = readers.get(kind, store.open_run)(args.run)
     if args.sparsity is not None and kind not in {"improvement", "sparse"}:
         raise ValueError(f"plot {kind} takes no sparsity, got {args.sparsity!r}")
     options = {} if args.sparsity is None else {"sparsity": args.sparsity}
@@ -467,9 +427,18 @@ def run_report(args: argparse.Namespace) -> None:
 
 def _work(args: argparse.Namespace) -> dict[str, Any]:
     """Return what commands that fill a folder have in common."""
+    from entangle.runs.setup import COMMAND
+
+    COMMAND.set(args.command_line)  # which run.json keeps
     names = ("layers", "batch_size", "skip_first", "out", "overwrite")
-    shared = {name: getattr(args, name) for name in names}
-    return shared | {"progress": _progress(), "command": args.command_line}
+    return {name: getattr(args, name) for name in names} | {"progress": _progress()}
+
+
+def _log(folder: Path) -> dict[str, Any]:
+    """Return a run's log.json."""
+    from entangle.runs import store
+
+    return store.read_json(folder / "log.json")
 
 
 def _source(args: argparse.Namespace) -> dict[str, Any]:
@@ -503,9 +472,8 @@ def _windows(
 def _measured(args: argparse.Namespace) -> "xr.DataTree":
     """Open a run, and take the model from it."""
     run = entangle.open_run(args.run)
-    args.model, args.revision, args.dtype = (
-        run.attrs[name] for name in ("model", "revision", "dtype")
-    )
+    args.model, args.dtype = run.attrs["model"], run.attrs["dtype"]
+    args.revision = run.attrs.get("revision")
     return run
 
 

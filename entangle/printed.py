@@ -3,7 +3,7 @@
 import json
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 
@@ -97,13 +97,16 @@ def timed(result: dict[str, Any]) -> str:
 
 def sparsified(result: dict[str, Any]) -> str:
     """Return what pruning made of a model, in words."""
+    from entangle.pruning.options import EXPERT_DEFAULTS, OPTIONS, UNBUDGETED
     from entangle.runs.dataset import say_skipped
 
+    every = [name for name, option in OPTIONS.items() if option.scope == "every"]
+    settings = _settings(result, [n for n in every if n not in {"method", "experts", "sparsity"}])
     known = [layer for layer in result["layers"] if math.isfinite(layer["error"])]
     worst = max(known or result["layers"], key=lambda layer: layer["error"])
     lines = [
         f"{result['model']}: {len(result['layers'])} layers pruned to {result['sparsity']} by "
-        f"{result['method']} (mask by {result['mask']}, {result['propagate']} propagation) from "
+        f"{result['method']} ({settings}) from "
         f"{result['tokens']:,} tokens of {result['text']} ({result['windows']} windows of "
         f"{result['length']})",
         f"{result['realised']:.4%} of their weights are zero; relative squared error of a layer's "
@@ -112,9 +115,8 @@ def sparsified(result: dict[str, Any]) -> str:
     ]
     if "budget" in result:
         rows = result["layers"]
-        strength = f", strength {result['strength']:g}" if result["strength"] != "" else ""
         lines.append(
-            f"budget of rows {result['budget']}{strength}, of blocks {result['across']}: "
+            f"{_settings(result, UNBUDGETED)}: "
             f"{min(row['least'] for row in rows):.1%} to {max(row['most'] for row in rows):.1%} of a "
             f"row is zero, {min(row['realised'] for row in rows):.1%} to "
             f"{max(row['realised'] for row in rows):.1%} of a layer"
@@ -133,8 +135,7 @@ def sparsified(result: dict[str, Any]) -> str:
         lines.append(
             f"each layer has up to {result['experts']} experts, in the median "
             f"{statistics.median(clusters):g} and {min(clusters)} at least, where clusters with too "
-            f"few tokens were merged (tokens assigned by {result['assign']}, components "
-            f"{result['components']}, pull {result['pull']:g})"
+            f"few tokens were merged ({_settings(result, EXPERT_DEFAULTS)})"
         )
     share = result["model_multiply_adds"] / result["model_dense_multiply_adds"]
     lines.append(
@@ -154,6 +155,11 @@ def sparsified(result: dict[str, Any]) -> str:
         f"peak memory {log['peak_memory_bytes'] / 1e9:.2f} GB"
     )
     return "\n".join(lines)
+
+
+def _settings(result: Mapping[str, Any], names: Iterable[str]) -> str:
+    """Return what options are set to, in words."""
+    return ", ".join(f"{name} {result[name]}" for name in names if result.get(name, "") != "")
 
 
 def ranked(summary: dict[str, Any]) -> str:

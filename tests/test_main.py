@@ -22,6 +22,7 @@ import xarray as xr
 
 import entangle
 from entangle.__main__ import main
+from entangle.experiments import ablation_table, sweep_table
 from entangle.experiments.budget_search import STRENGTHS, VARIABLES
 from entangle.numerics.gaussian import from_samples
 from entangle.runs import store
@@ -80,6 +81,15 @@ def test_measure_says_what_it_measured_and_found_and_no_more(place: Path) -> Non
     assert f"{float(run['wasserstein'].max()):.4f}" in said.stdout
     assert "noise floor 0.0329" in said.stdout  # 0.833 / √640
     assert said.stderr == ""
+
+
+def test_a_command_is_over_when_it_has_run(place: Path) -> None:
+    assert main(_measure(place, "over")) == 0
+    tokenizer = entangle.load_tokenizer(place / "model")
+    windows = entangle.token_windows(place / "text.txt", tokenizer, windows=3, length=32)
+    run = entangle.measure(entangle.load_model(place / "model"), windows, out=place / "after")
+    assert "command" not in run.attrs
+    assert json.loads((place / "after" / "run.json").read_text())["command"] is None
 
 
 def test_measure_again_gives_the_same_bytes(place: Path) -> None:
@@ -452,7 +462,7 @@ def test_sparsify_writes_a_model_that_every_command_takes(
     options = ["--layers", "*.self_attn.*", "--sparsity", "2:4", "--method", "wanda"]
     assert main(_pruning(place, "sparsify", out, *options)) == 0
     said = capsys.readouterr().out
-    assert "12 layers pruned to 2:4 by wanda (mask by row, sparse propagation) from 640 tok" in said
+    assert "12 layers pruned to 2:4 by wanda (mask row, propagate sparse) from 640 tok" in said
     assert "50.0000% of their weights are zero" in said
     manifest = json.loads((out / "sparsity.json").read_text())
     assert f"mean {manifest['error']:.4g}" in said
@@ -481,7 +491,7 @@ def test_sparsify_takes_a_budget_of_a_run(
     said = capsys.readouterr().out
     rows = json.loads((out / "sparsity.json").read_text())["layers"]
     low, high = min(row["least"] for row in rows), max(row["most"] for row in rows)
-    assert "budget of rows ranks, strength 0.4, of blocks entanglement" in said
+    assert "budget ranks, strength 0.4, across entanglement: " in said
     assert f"{low:.1%} to {high:.1%} of a row is zero" in said
     noted = json.loads((out / "run.json").read_text())
     assert (noted["budget"], noted["strength"], noted["across"]) == ("ranks", 0.4, "entanglement")
@@ -490,7 +500,7 @@ def test_sparsify_takes_a_budget_of_a_run(
     windows = entangle.token_windows(place / "text.txt", tokenizer, windows=20, length=32)
     words: dict[str, Any] = {"budget": "ranks", "strength": 0.4, "across": "entanglement"}
     opened = entangle.open_run(run)
-    entangle.sparsify(alone, windows, 0.5, layers="*.mlp.*", run=opened, **words)
+    entangle.sparsify(alone, windows, sparsity=0.5, layers="*.mlp.*", run=opened, **words)
     written = entangle.load_model(out).state_dict()
     assert all(torch.equal(tensor, written[name]) for name, tensor in alone.state_dict().items())
     # Without a variable it is the distance in output units; auto chooses a strength for it.
@@ -586,7 +596,7 @@ def test_a_mixture_is_made_told_of_and_taken_as_a_model(
     said = capsys.readouterr().out
     whole = json.loads((out / "sparsity.json").read_text())
     assert "each layer has up to 3 experts, in the median 3 and 3 at least" in said
-    assert "(tokens assigned by random, components 0, pull 0.5)" in said
+    assert "(assign random, components 0, pull 0.5)" in said
     assert f"a token needs {whole['density']:.2%} of these layers' multiply-adds" in said
     assert (
         f"{whole['disk_bytes'] / 1e6:,.1f} MB on disk and {whole['memory_bytes'] / 1e6:,.1f}"
@@ -650,7 +660,7 @@ def test_a_sweep_has_a_line_for_each_number_of_experts(
     assert "--components auto,0" in noted
     assert "--experts 1,3" in noted
     assert "--pull 0.0,0.5" in noted
-    table = store.open_table(out, "sweep")
+    table = sweep_table.read_table(out)
     assert len(table) == 1 + 1 + 2 * 2 * 2 + 1
     assert (out / "figures" / "sweep.png").stat().st_size > 10_000
 
@@ -798,8 +808,8 @@ def test_every_architecture_is_measured_ranked_and_drawn(
 @pytest.mark.parametrize(
     ("option", "word", "message"),
     [
-        ("--experts", "1,many", "expected numbers such as 1,16, got '1,many'"),
-        ("--pull", "half", "expected numbers such as 0,0.5, got 'half'"),
+        ("--experts", "1,many", "expected a whole number such as 16, got 'many'"),
+        ("--pull", "half", "expected a number such as 0.25, got 'half'"),
         ("--components", "some", "expected a number or auto, got 'some'"),
     ],
 )
@@ -873,7 +883,7 @@ def test_ablate_prints_its_table_and_draws_it(
     assert said.startswith((out / "tables" / "ablation.md").read_text())
     assert f"written to {out}, with a figure: {out / 'figures' / 'ablation.png'}" in said
     assert "scored on 217 tokens" in said  # 7 windows of 32, the first token of each not scored
-    table = store.open_table(out, "ablation")
+    table = ablation_table.read_table(out)
     kinds = [("sparsify", "0.6", 1), ("sparsify", "0.6", 3), ("negative", "", 1)]
     arms = [(*kind, share, name) for kind in kinds for share in (0.1, 0.3) for name in
             ("wasserstein", "random")]  # fmt: skip
@@ -885,9 +895,9 @@ def test_ablate_prints_its_table_and_draws_it(
         place / "other.txt", tokenizer, windows=7, length=32, purpose="evaluation"
     )
     found = entangle.ablate(
-        entangle.load_model(place / "model"), entangle.open_run(place / "run"), text, scored,
-        shares=[0.1, 0.3], sparsities=[0.6], experts=[1, 3], layers=["*.mlp.*"], seeds=2,
-        interventions=["sparsify", "negative"], sets=["wasserstein", "random"],
+        entangle.load_model(place / "model"), text, scored, run=entangle.open_run(place / "run"),
+        share=[0.1, 0.3], sparsity=[0.6], experts=[1, 3], layers=["*.mlp.*"], seeds=2,
+        intervention=["sparsify", "negative"], sets=["wasserstein", "random"],
     )  # fmt: skip
     assert table["perplexity"].tolist() == found["perplexity"].tolist()
     picture = (out / "figures" / "ablation.png").read_bytes()
@@ -958,7 +968,7 @@ def test_disentangle_with_no_neurons_named_can_be_repeated(
     printed = json.loads(capsys.readouterr().out)
     assert list(printed.pop("figures")) == ["improvement", "clusters", "sparse"]
     about = json.loads((out / "run.json").read_text())
-    assert (about["held_out_tokens"], about["experts"], about["sparsities"]) == (224, [2], ["0.8"])
+    assert (about["held_out_tokens"], about["experts"], about["sparsity"]) == (224, [2], ["0.8"])
     assert printed == about
     assert _repeated(out, tmp_path / "again")
 
@@ -982,13 +992,22 @@ def test_disentangle_where_nothing_is_lost_draws_what_can_be_drawn(
         ("ablate", ["--sets", "beauty"], "expected one of wasserstein, bottom, random"),
         ("ablate", ["--share", "0"], "a share of neurons above 0 and at most 1, got 0.0"),
         ("ablate", ["--share", "0.1,2"], "a share of neurons above 0 and at most 1, got 2.0"),
-        ("ablate", ["--share", ","], "an ablation needs at least one of shares"),
+        ("ablate", ["--share", ","], "an ablation needs at least one value of share"),
         ("ablate", ["--sparsity", "80"], "expected a sparsity from 0 to 1, or n:m"),
         ("ablate", ["--sparsity", "2:4"], "down_proj: 2:4 needs groups of 4, but there are 37"),
         ("ablate", ["--experts", "0"], "a layer needs at least 1 expert, got 0"),
         ("ablate", ["--seeds", "0"], "random neurons need at least 1 seed, got 0"),
         ("ablate", ["--text", "NONE"], "needs a text to prune by: give one with --text"),
-        ("ablate", ["--evaluation", "TEXT", "--evaluation-windows", "20"], "20 of the 20 windows"),
+        (
+            "ablate",
+            ["--evaluation", "TEXT", "--evaluation-windows", "20", "--text", "OTHER"],
+            "20 of the 20 windows",
+        ),
+        (
+            "ablate",
+            ["--evaluation", "TEXT", "--evaluation-windows", "20"],
+            "20 of 20 evaluation windows",
+        ),
         ("ablate", ["--evaluation", "nowhere"], "there is no text at nowhere"),
         ("ablate", ["--layers", "*.mlp.up_prj"], "no layer of this run matches '*.mlp.up_prj'"),
         ("disentangle", ["--experts", "1"], "numbers of experts of which one is above 1, got 0.8"),

@@ -137,7 +137,7 @@ def test_what_is_known_of_the_model_is_found(measured: Measured) -> None:
 
 
 def test_a_saved_run_is_what_was_measured(measured: Measured, tmp_path: Path) -> None:
-    store.write_run(tmp_path, [measured.run], dict)
+    store.write_run(tmp_path, [measured.run], {"model": "real"}, dict)
     opened = entangle.open_run(tmp_path)
     assert opened.identical(measured.run)
     plain = xr.open_zarr(tmp_path / "neurons.zarr", chunks=None)

@@ -87,7 +87,7 @@ def test_the_pruned_model_loads_anywhere_and_scores_the_same(tmp_path: Path) -> 
     held_out = entangle.token_windows(DATA / "python-docs", tokenizer, **few, purpose="evaluation")
     dense = entangle.perplexity(model, held_out)
     found = entangle.sparsify(
-        model, windows, 0.5, method="wanda", tokenizer=tokenizer, out=tmp_path / "pruned"
+        model, windows, sparsity=0.5, method="wanda", tokenizer=tokenizer, out=tmp_path / "pruned"
     )
     pruned = entangle.perplexity(model, held_out)
     assert dense.perplexity < pruned.perplexity < 20 * dense.perplexity
@@ -109,8 +109,8 @@ def test_sixteen_experts_lose_less_on_text_that_they_have_not_seen(tmp_path: Pat
         model,
         windows,
         held,
-        [0.7],
-        methods=["sparsegpt"],
+        sparsity=[0.7],
+        method=["sparsegpt"],
         experts=[1, 16],
         assign=["kmeans", "random"],
         propagate=["dense"],
@@ -124,7 +124,7 @@ def test_sixteen_experts_lose_less_on_text_that_they_have_not_seen(tmp_path: Pat
         0.3 + 16 * (576 + 1536) / (3 * 576 * 1536), abs=1e-3
     )
     entangle.sparsify(
-        model, windows, 0.7, experts=16, propagate="dense", layers=["model.layers.3.mlp.*"],
+        model, windows, sparsity=0.7, experts=16, propagate="dense", layers=["model.layers.3.mlp.*"],
         out=tmp_path / "mixture",
     )  # fmt: skip
     loaded = entangle.load_model(tmp_path / "mixture")

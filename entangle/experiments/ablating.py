@@ -13,36 +13,36 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from entangle.experiments.ablation_table import effects_of, markdown, table_of
-from entangle.experiments.interventions import SETS, Arm, arms_of, missing_sets, neurons_of
-from entangle.measurement.ranking import Neurons
+from entangle.experiments.interventions import BOTTOM, RANDOM, SETS, Ablation, Arm
+from entangle.measurement.ranking import Neurons, matched_random, top_by_layer
 from entangle.model import folders, ranks
-from entangle.model.blocks import BlockWalk
-from entangle.model.hooks import check_fired, check_hooks, intervening
+from entangle.model.hooks import check_fired, intervening
 from entangle.model.layers import LinearLayer, weight_of
 from entangle.model.placing import check_in_memory
-from entangle.model.sampling import walk_blocks
-from entangle.model.scoring import NotFiniteError, perplexity
-from entangle.model.text import TokenWindows, check_disjoint, check_windows
+from entangle.model.scoring import NotFiniteError
+from entangle.model.text import TokenWindows
+from entangle.pruning.options import Several
 from entangle.pruning.rows import Kind, Outputs, SparseRows, load_rows, prune_rows
 from entangle.pruning.sparsifying import check_layers
-from entangle.runs import resuming, setup, store
-from entangle.runs.dataset import dataset_of
-from entangle.runs.setup import check_run, layers_of, provenance
+from entangle.runs import store
+from entangle.runs.dataset import about, dataset_of, values_of
+from entangle.runs.resuming import resumed_run, unwritten
+from entangle.runs.setup import Setup, Stopwatch
 
 Row = dict[str, Any]
 
 
 def ablate(
     model: PreTrainedModel,
-    run: xr.DataTree | xr.Dataset,
     windows: TokenWindows | None,
     evaluation: TokenWindows,
     *,
-    shares: Sequence[float] = (0.03,),
-    sparsities: Sequence[str | float] = (0.9,),
-    experts: Sequence[int] = (1,),
-    interventions: Sequence[str] = ("sparsify",),
-    sets: Sequence[str] = SETS,
+    run: xr.DataTree | xr.Dataset,
+    share: Several[float] = 0.03,
+    sparsity: Several[str | float] = 0.9,
+    experts: Several[int] = 1,
+    intervention: Several[str] = "sparsify",
+    sets: Several[str] = SETS,
     seeds: int = 5,
     per_block: bool = False,
     layers: str | Sequence[str] = ("*",),
@@ -51,7 +51,6 @@ def ablate(
     out: str | Path | None = None,
     overwrite: bool = False,
     progress: bool = False,
-    command: str | None = None,
 ) -> pd.DataFrame:
     """Treat a share of each layer's neurons, keep the rest dense, and score; for several sets.
 
@@ -66,7 +65,7 @@ def ablate(
     windows: ``zero``, ``mean`` (over the tokens of the run) and ``negative``, which makes those
     below zero zero.
 
-    Returns a row per set, random ones merged, the dense model first: see `effects.effects_of`; what
+    Returns a row per set, random ones merged, the dense model first: see `ablation_table.effects_of`; what
     it was made of is in ``attrs``. The model is not changed. With ``out`` tables are written to that
     folder; an ablation that was killed goes on where it was.
 
@@ -79,52 +78,54 @@ def ablate(
         ValueError: the run is of other weights, or measured on windows of the evaluation; some of
             these are among ``windows``; or a number or word out of range.
     """
-    chosen = layers_of(model, run, layers)
-    blocks = sorted({layer.block for layer in chosen}) if per_block else [None]
-    arms = arms_of(
-        run,
-        interventions=interventions,
-        sparsities=sparsities,
+    ablation = Ablation.of(
+        intervention=intervention,
+        sparsity=sparsity,
         experts=experts,
         sets=sets,
-        shares=shares,
+        share=share,
         seeds=seeds,
-        blocks=blocks,
     )
-    sparsified = any(arm.intervention == "sparsify" for arm in arms)
-    check_run(model, run, evaluation)
-    check_windows(model, evaluation, skip_first)
-    check_hooks(model, skip_first)
-    check_in_memory(model, "an ablation")
-    if sparsified:
-        if windows is None:
-            raise ValueError("sparsifying neurons needs windows of a text to prune by")
-        check_windows(model, windows, skip_first)
-        check_disjoint(windows, evaluation)
-        check_layers(model, chosen, [arm.sparsity for arm in arms if arm.sparsity])
-    attributes = provenance(
+    pruned = "sparsify" in ablation.intervention
+    if pruned and windows is None:
+        raise ValueError("sparsifying neurons needs windows of a text to prune by")
+    setup = Setup.of(
         model,
-        evaluation if windows is None else windows,
+        windows if pruned else None,
+        evaluation,
+        run=run,
         layers=layers,
         batch_size=batch_size,
         skip_first=skip_first,
-        command=command,
-        evaluation=evaluation,
+        progress=progress,
+        ranked=True,
     )
-    if windows is None:
-        attributes |= {"text": None, "fingerprint": None, "windows": 0, "tokens": 0}
-    attributes |= {"pruned": sparsified, "run": dict(dataset_of(run).attrs)}
-    attributes |= {"missing_sets": missing_sets(run, sets), "arms": [arm.words() for arm in arms]}
-    bench = _Bench(model, run, windows, evaluation, chosen, batch_size, skip_first, progress)
-    stopwatch = setup.Stopwatch()
-    with resuming.resumed_run(out, attributes, overwrite=overwrite) as folder:
+    check_in_memory(model, "an ablation")
+    missing = missing_sets(run, ablation.sets)
+    known = [name for name in ablation.sets if name not in missing]
+    arms = ablation.arms(known, [*setup.blocks] if per_block else [None])
+    if pruned:
+        check_layers(setup, [arm.sparsity for arm in arms if arm.sparsity])
+    attributes = setup.provenance() | {"pruned": pruned, "run": about(run)}
+    attributes |= {"missing_sets": missing, "arms": [arm.words() for arm in arms]}
+    treated = _treated(setup, arms)
+    weights = list(model.parameters())
+    zeros = sum(int((one == 0).sum()) for one in weights), sum(one.numel() for one in weights)
+    stopwatch = Stopwatch()
+    with resumed_run(out, attributes, overwrite=overwrite) as folder:
         files = {folder / "arms" / f"{_name(arm)}.json": arm for arm in (None, *arms)}
-        left = resuming.unwritten(files)
+        left = unwritten(files)
         rows = folder / "rows"
-        prune = _pruner(bench, [arm for arm in left.values() if arm], rows)
+        wanted = _wanted([arm for arm in left.values() if arm], treated)
+        prune = functools.cache(lambda: _prune(setup, wanted, rows))
         for file, arm in tqdm(left.items(), unit="arm", disable=not progress):
-            problem = prune() if arm and arm.sparsity else ""
-            ranks.once(store.write_json, file, _run_arm(bench, arm, rows, problem))
+            if arm is None:
+                found = {"intervention": "dense", "model_sparsity": zeros[0] / zeros[1]}
+                found |= _score(setup, [], None)
+            else:
+                problem = prune() if arm.sparsity else ""
+                found = _run_arm(setup, arm, treated[arm], rows, problem, zeros)
+            ranks.once(store.write_json, file, found)
         results = [store.read_json(file) for file in files]
         table = effects_of(results)
         table.attrs.update(attributes)
@@ -137,72 +138,56 @@ def ablate(
     return table
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Bench:
-    """What every arm is run on."""
+def missing_sets(run: xr.DataTree | xr.Dataset, sets: Sequence[str]) -> list[str]:
+    """Return the sets that the run has no variable for."""
+    data = dataset_of(run)
+    return [n for n in dict.fromkeys(sets) if n not in {RANDOM, BOTTOM} and n not in data]
 
-    model: PreTrainedModel
-    run: xr.DataTree | xr.Dataset
-    windows: TokenWindows | None
-    evaluation: TokenWindows
-    layers: Sequence[LinearLayer]
-    batch_size: int
-    skip_first: int
-    progress: bool
 
-    @functools.cached_property
-    def zeros(self) -> tuple[int, int]:
-        """How many of the dense model's weights are zero, and how many there are."""
-        weights = list(self.model.parameters())
-        return sum(int((one == 0).sum()) for one in weights), sum(one.numel() for one in weights)
+def neurons_of(run: xr.DataTree | xr.Dataset, arm: Arm, layers: Sequence[LinearLayer]) -> Neurons:
+    """Return which neurons of these layers, those of its block if it has one, an arm treats.
 
-    @functools.cached_property
-    def _chosen(self) -> dict[Arm, Neurons]:
-        return {}
+    Layers that have none, since all their neurons are dead, are left out.
+    """
+    names = [layer.name for layer in layers if arm.block in {None, layer.block}]
+    by = "wasserstein" if arm.neurons in {RANDOM, BOTTOM} else arm.neurons
+    chosen = top_by_layer(run, arm.share, by=by, lowest=arm.neurons == BOTTOM, layers=names)
+    if arm.neurons == RANDOM:
+        chosen = matched_random(run, chosen, seed=arm.seed or 0)
+    return {name: neurons for name, neurons in chosen.items() if len(neurons)}
 
-    def neurons(self, arm: Arm) -> Neurons:
-        """Return which neurons an arm treats, chosen once for all that is done to them."""
+
+def _treated(setup: Setup, arms: Sequence[Arm]) -> dict[Arm, Neurons]:
+    """Return which neurons each arm treats, chosen once for all that is done to them."""
+    assert setup.run is not None
+    chosen: dict[Arm, Neurons] = {}
+    treated: dict[Arm, Neurons] = {}
+    for arm in arms:
         key = dataclasses.replace(arm, intervention="", sparsity=None, experts=1)
-        if key not in self._chosen:
-            self._chosen[key] = neurons_of(self.run, arm, self.layers)
-        return self._chosen[key]
-
-    def walk(self) -> BlockWalk:
-        """Return the calibration's windows before the first block."""
-        assert self.windows is not None
-        return walk_blocks(self.model, self.windows, self.batch_size, self.skip_first)
+        if key not in chosen:
+            chosen[key] = neurons_of(setup.run, arm, setup.layers)
+        treated[arm] = chosen[key]
+    return treated
 
 
-def _pruner(bench: _Bench, arms: Sequence[Arm], folder: Path) -> Callable[[], str]:
-    """Return what prunes the rows of all arms once it is needed, and says why if it cannot."""
-
-    @functools.cache
-    def prune() -> str:
-        try:
-            prune_rows(
-                bench.layers,
-                _wanted(bench, arms),
-                folder,
-                walk=bench.walk,
-                seed=0 if bench.windows is None else bench.windows.seed,
-                progress=bench.progress,
-            )
-        except ValueError as error:
-            return str(error)
-        return ""
-
-    return prune
-
-
-def _wanted(bench: _Bench, arms: Sequence[Arm]) -> dict[Kind, dict[str, set[int]]]:
+def _wanted(arms: Sequence[Arm], treated: Mapping[Arm, Neurons]) -> dict[Kind, dict[str, set[int]]]:
     """Return the neurons of each layer that any arm sparsifies, for each kind of pruning."""
     wanted: dict[Kind, dict[str, set[int]]] = {}
     for arm in arms:
         if arm.sparsity is not None:
             rows = wanted.setdefault((arm.clustering, arm.sparsity), {})
-            for name, neurons in bench.neurons(arm).items():
+            for name, neurons in treated[arm].items():
                 rows.setdefault(name, set()).update(neurons.tolist())
     return wanted
+
+
+def _prune(setup: Setup, wanted: Mapping[Kind, Mapping[str, set[int]]], folder: Path) -> str:
+    """Prune the rows of all arms, and return why if that cannot be."""
+    try:
+        prune_rows(setup, wanted, folder)
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def _name(arm: Arm | None) -> str:
@@ -211,24 +196,18 @@ def _name(arm: Arm | None) -> str:
     return "-".join(str(v).replace(":", "of") for v in arm.words().values() if v not in {None, ""})
 
 
-def _run_arm(bench: _Bench, arm: Arm | None, folder: Path, problem: str) -> Row:
+def _run_arm(
+    setup: Setup, arm: Arm, chosen: Neurons, folder: Path, problem: str, zeros: tuple[int, int]
+) -> Row:
     """Score the model with an arm's neurons treated.
 
     No neurons to treat, a problem with pruning them, or a score that is not finite, is the arm's
-    result; the dense model's is an error.
-
-    Raises:
-        NotFiniteError: the dense model's score is not finite.
+    result. ``zeros`` are how many of the dense model's weights are zero, and of how many.
     """
-    if arm is None:
-        zeros, size = bench.zeros
-        dense = {"intervention": "dense", "model_sparsity": zeros / size}
-        return dense | _score(bench, [], None)
-    chosen = bench.neurons(arm)
-    layers = [layer for layer in bench.layers if layer.name in chosen]
+    layers = [layer for layer in setup.layers if layer.name in chosen]
     neurons = {x.name: torch.from_numpy(chosen[x.name]).to(weight_of(x).device) for x in layers}
     result = arm.words() | {"neurons_treated": sum(map(len, neurons.values()))}
-    nothing = {"window_nats": [None] * len(bench.evaluation), "tokens": 0}
+    nothing = {"window_nats": [None] * len(setup.evaluation or ()), "tokens": 0}
     if not layers:
         problem = f"no neuron has a {arm.neurons} to be chosen by"
     if problem:
@@ -237,45 +216,44 @@ def _run_arm(bench: _Bench, arm: Arm | None, folder: Path, problem: str) -> Row:
     if arm.sparsity is not None:
         rows = load_rows(folder, layers, (arm.clustering, arm.sparsity), neurons)
         sparse = {layer.name: rows[layer.name].outputs(layer) for layer in layers}
-        result |= _sparsities(bench, layers, rows)
-    means = _means(bench.run, chosen) if arm.intervention == "mean" else {}
+        result |= _sparsities(layers, rows, zeros)
+    means = _means(setup, chosen) if arm.intervention == "mean" else {}
     change = changed_outputs(arm.intervention, neurons, means=means, sparse=sparse)
     try:
-        return result | _score(bench, layers, change)
+        return result | _score(setup, layers, change)
     except NotFiniteError as error:
         return result | nothing | {"problem": str(error)}
 
 
-def _score(bench: _Bench, layers: Sequence[LinearLayer], change: Any) -> Row:
+def _score(setup: Setup, layers: Sequence[LinearLayer], change: Any) -> Row:
+    """Score the model while these layers' outputs are changed.
+
+    Raises:
+        NotFiniteError: its outputs are not finite.
+    """
+    assert setup.evaluation is not None
     with intervening(layers, change) as fired:
-        scored = perplexity(
-            bench.model,
-            bench.evaluation,
-            batch_size=bench.batch_size,
-            skip_first=bench.skip_first,
-            progress=bench.progress,
-        )
-    batches = len(bench.evaluation.batches(bench.batch_size))
+        scored = setup.score()
+    batches = len(setup.evaluation.batches(setup.batch_size))
     check_fired(fired, len(ranks.shard().batches(batches)))
     return {"window_nats": scored.window_nats.tolist(), "tokens": scored.tokens}
 
 
-def _means(run: xr.DataTree | xr.Dataset, chosen: Neurons) -> dict[str, torch.Tensor]:
-    dataset = dataset_of(run)
-    names, means = dataset["layer"].to_numpy(), dataset["mean"].to_numpy()
+def _means(setup: Setup, chosen: Neurons) -> dict[str, torch.Tensor]:
+    assert setup.run is not None
     return {
-        name: torch.from_numpy(means[names == name][neurons]) for name, neurons in chosen.items()
+        name: torch.from_numpy(values_of(setup.run, "mean", name, neurons))
+        for name, neurons in chosen.items()
     }
 
 
 def _sparsities(
-    bench: _Bench, layers: Sequence[LinearLayer], rows: Mapping[str, SparseRows]
+    layers: Sequence[LinearLayer], rows: Mapping[str, SparseRows], zeros: tuple[int, int]
 ) -> Row:
     """Return the share of zeros in the treated rows, and in the model with them.
 
     Of several experts the mean: each has as many.
     """
-    zeros, size = bench.zeros
     treated = sparse = dense = 0.0
     for layer in layers:
         found = rows[layer.name]
@@ -283,7 +261,8 @@ def _sparsities(
         treated += before.numel()
         dense += int((before == 0).sum())
         sparse += int((found.weight == 0).sum()) / len(found.counts)
-    return {"realised": sparse / treated, "model_sparsity": (zeros - dense + sparse) / size}
+    total = zeros[0] - dense + sparse
+    return {"realised": sparse / treated, "model_sparsity": total / zeros[1]}
 
 
 def changed_outputs(

@@ -3,21 +3,24 @@
 import itertools
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-from scipy import stats
+import scipy
 
 from entangle.experiments.interventions import RANDOM
 from entangle.model.score import Score
+from entangle.runs import store
 from entangle.runs.dataset import say_skipped
 from entangle.runs.markdown import table_lines, with_error
 
 Array = npt.NDArray[np.float64]
 Result = Mapping[str, Any]
 
+TEXT = {"intervention", "sparsity", "block", "set", "problem"}  # columns of text
 _DRAWS = 500  # of a bootstrap
 KIND = ("intervention", "sparsity", "experts", "block")  # what is done, and where
 _AGAINST_RANDOM = (
@@ -126,7 +129,7 @@ def _interval(values: Array) -> tuple[float, float]:
         return float(values.mean()), math.nan
     if not np.isfinite(values).all():
         return float(values.mean()), math.nan
-    half = stats.t.ppf(0.975, n - 1) * values.std(ddof=1) / math.sqrt(n)
+    half = scipy.stats.t.ppf(0.975, n - 1) * values.std(ddof=1) / math.sqrt(n)
     return float(values.mean()), float(half)
 
 
@@ -217,6 +220,15 @@ def equivalent_share(
         if high >= difference:
             return share + (next_share - share) * (difference - low) / (high - low)
     return math.inf
+
+
+def read_table(folder: str | Path) -> pd.DataFrame:
+    """Return the table of an ablation's folder; its ``attrs`` are run.json.
+
+    Raises:
+        FileNotFoundError: no table there.
+    """
+    return store.read_table(folder, "ablation", TEXT)
 
 
 def markdown(table: pd.DataFrame) -> str:

@@ -4,7 +4,7 @@ All of it is on held-out tokens, beside random clusters of the same sizes: in a 
 fewer tokens, so that its noise floor is higher, and only against these can it be read.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +19,19 @@ from entangle.experiments.disentangle_table import layers_table, markdown, quant
 from entangle.experiments.held_out import measure_layer
 from entangle.measurement.ranking import top_by_layer
 from entangle.model import folders
-from entangle.model.hooks import check_hooks
-from entangle.model.layers import LinearLayer, naming
+from entangle.model.layers import naming
 from entangle.model.packing import load_tensors, save_tensors
 from entangle.model.placing import check_in_memory
-from entangle.model.sampling import sample_inputs, sampled_places, walk_blocks
-from entangle.model.text import TokenWindows, check_disjoint, check_windows, some_windows
+from entangle.model.sampling import sample_inputs, sampled_places
+from entangle.model.text import TokenWindows, some_windows
 from entangle.numerics.sparsity import Sparsity
 from entangle.pruning.calibration import HELD_OUT, calibrate
-from entangle.pruning.options import ONE, Clustering
+from entangle.pruning.options import ONE, Clustering, Several, several
 from entangle.pruning.sparsifying import check_layers
-from entangle.runs import resuming, setup, store
-from entangle.runs.dataset import dataset_of, labelled
-from entangle.runs.setup import check_run, layers_of, provenance
+from entangle.runs import store
+from entangle.runs.dataset import about, attributes_of, labelled
+from entangle.runs.resuming import resumed_run
+from entangle.runs.setup import Setup, Stopwatch
 
 Array = npt.NDArray[np.float64]
 HELD_OUT_WINDOWS = 64  # that the held-out tokens are drawn from
@@ -51,12 +51,12 @@ ARMS = {  # of a variable that has a value for each way to cluster: with sparse 
 
 def disentangle(
     model: PreTrainedModel,
-    run: xr.DataTree | xr.Dataset,
     windows: TokenWindows,
     evaluation: TokenWindows,
     *,
-    experts: Sequence[int] = (4, 16),
-    sparsities: Sequence[str | float] = (0.8,),
+    run: xr.DataTree | xr.Dataset,
+    experts: Several[int] = (4, 16),
+    sparsity: Several[str | float] = 0.8,
     neurons: Sequence[str] = (),
     layers: str | Sequence[str] = ("*",),
     batch_size: int = 4,
@@ -64,7 +64,6 @@ def disentangle(
     out: str | Path | None = None,
     overwrite: bool = False,
     progress: bool = False,
-    command: str | None = None,
 ) -> xr.DataTree:
     """Measure each neuron within clusters and pruned for them, on at most 8,192 held-out tokens.
 
@@ -94,101 +93,85 @@ def disentangle(
         RuntimeError: a model that cannot be run block by block.
         ValueError: as `ablate` says.
     """
-    parsed, arms = check_words(experts, sparsities)
-    evaluation = some_windows(evaluation, HELD_OUT_WINDOWS)
-    chosen = layers_of(model, run, layers)
-    names = [layer.name for layer in chosen]
-    kept = _kept(run, names, neurons)
-    check_run(model, run, evaluation)
-    for text in (windows, evaluation):
-        check_windows(model, text, skip_first)
-    check_hooks(model, skip_first)
-    check_in_memory(model, "disentangling")
-    check_disjoint(windows, evaluation)
-    check_layers(model, chosen, parsed)
-    attributes = provenance(
+    parsed, arms = check_words(experts, sparsity)
+    setup = Setup.of(
         model,
         windows,
+        some_windows(evaluation, HELD_OUT_WINDOWS),
+        run=run,
         layers=layers,
         batch_size=batch_size,
         skip_first=skip_first,
-        command=command,
-        evaluation=evaluation,
+        progress=progress,
+        ranked=True,
     )
-    attributes |= {"experts": list(experts), "sparsities": list(map(str, parsed))}
-    attributes |= {"neurons": list(neurons), "run": dict(dataset_of(run).attrs)}
-    tokens = len(evaluation) * (evaluation.length - skip_first)
+    assert setup.run is not None
+    assert setup.evaluation is not None
+    names = [layer.name for layer in setup.layers]
+    kept = _kept(setup.run, names, neurons)
+    check_in_memory(model, "disentangling")
+    check_layers(setup, parsed)
+    attributes = setup.provenance()
+    attributes |= {"experts": several(experts), "sparsity": list(map(str, parsed))}
+    attributes |= {"neurons": list(neurons), "run": about(setup.run)}
+    tokens = len(setup.evaluation) * (setup.evaluation.length - skip_first)
     attributes |= {"held_out_tokens": min(tokens, HELD_OUT)}
-    stopwatch = setup.Stopwatch()
-    with resuming.resumed_run(out, attributes, overwrite=overwrite) as folder:
+    stopwatch = Stopwatch()
+    with resumed_run(out, attributes, overwrite=overwrite) as folder:
         parts = folder / "blocks"
-        _measure_blocks(
-            chosen,
-            kept,
-            arms,
-            parsed,
-            parts,
-            walks=lambda: [
-                walk_blocks(model, text, batch_size, skip_first) for text in (windows, evaluation)
-            ],
-            length=evaluation.length,
-            seed=windows.seed,
-            progress=progress,
-        )
+        _measure_blocks(setup, kept, arms, parsed, parts)
         found: Tensors = {}
-        for block in sorted({layer.block for layer in chosen}):
+        for block in setup.blocks:
             found |= load_tensors(_file(parts, block))
-        tree = _tree(run, names, kept, arms, parsed, found)
-        tree.attrs |= {"disentangled": attributes}  # beside the run's own, of whose text most are
+        tree = _tree(setup.run, names, kept, arms, parsed, found)
+        # Beside the run's own attributes, of whose text most are.
+        tree.attrs |= attributes_of({"disentangled": attributes})
         per_layer, by_quantile = layers_table(tree), quantiles_table(tree)
         store.save_table(per_layer, folder / "tables" / "layers.csv")
         store.save_table(by_quantile, folder / "tables" / "quantiles.csv")
         words = markdown(attributes, per_layer, by_quantile)
         store.save_text(words, folder / "tables" / "disentangle.md")
-        store.write_run(folder, [tree], stopwatch.log, attributes)
+        store.write_run(folder, [tree], attributes, stopwatch.log)
         folders.remove_folder(parts)
     return tree
 
 
 def check_words(
-    experts: Sequence[int], sparsities: Sequence[str | float]
+    experts: Several[int], sparsity: Several[str | float]
 ) -> tuple[list[Sparsity], list[Clustering]]:
     """Return the sparsities and the arms that words stand for.
 
     Raises:
-        ValueError: no sparsity, or a number of experts below two.
+        ValueError: no sparsity, or no number of experts above one.
     """
-    parsed = [Sparsity.parse(sparsity) for sparsity in sparsities]
-    several = [count for count in dict.fromkeys(experts) if count > 1]
-    if not parsed or not several or min(experts) < 1:
+    counts, given = several(experts), several(sparsity)
+    parsed = [Sparsity.parse(one) for one in given]
+    mixtures = [count for count in dict.fromkeys(counts) if count > 1]
+    if not parsed or not mixtures or min(counts) < 1:
         raise ValueError(
             f"expected at least one sparsity, and numbers of experts of which one is above 1, got "
-            f"{', '.join(map(str, sparsities)) or 'none'} and {', '.join(map(str, experts)) or 'none'}"
+            f"{', '.join(map(str, given)) or 'none'} and {', '.join(map(str, counts)) or 'none'}"
         )
     arms = [ONE]
-    for count in several:
+    for count in mixtures:
         arms += [Clustering(count), Clustering(count, "random")]
     return list(dict.fromkeys(parsed)), arms
 
 
-def _kept(
-    run: xr.DataTree | xr.Dataset, layers: Sequence[str], neurons: Sequence[str]
-) -> dict[str, list[int]]:
+def _kept(run: xr.Dataset, layers: Sequence[str], neurons: Sequence[str]) -> dict[str, list[int]]:
     """Return the neurons of each layer whose outputs are kept: its most entangled, and those named.
 
     Raises:
         LookupError: there is no such neuron.
     """
     kept = {name: top.tolist() for name, top in top_by_layer(run, count=1, layers=layers).items()}
-    data = dataset_of(run)
-    known = {name: int((data["layer"] == name).sum()) for name in kept}
+    known = run.indexes["neuron"]
     for neuron in neurons:
         layer, _, index = neuron.rpartition(":")
-        if not index.isdecimal() or int(index) >= known.get(layer, 0):
-            example = next(iter(kept))
+        if layer not in kept or neuron not in known:
             raise LookupError(
                 f"no neuron {neuron!r} in these layers of the run: expected LAYER:INDEX such as "
-                f"{example}:{known[example] - 1}"
+                f"{known[run['layer'].to_numpy() == next(iter(kept))][-1]}"
             )
         if int(index) not in kept[layer]:
             kept[layer].append(int(index))
@@ -200,29 +183,28 @@ def _file(folder: Path, block: int) -> Path:
 
 
 def _measure_blocks(
-    layers: Sequence[LinearLayer],
+    setup: Setup,
     kept: Mapping[str, Sequence[int]],
     arms: Sequence[Clustering],
     sparsities: Sequence[Sparsity],
     folder: Path,
-    *,
-    walks: Callable[[], Sequence[Any]],
-    length: int,
-    seed: int,
-    progress: bool,
 ) -> None:
     """Save what is found of each block where that is not done."""
-    left = sorted({x.block for x in layers if not _file(folder, x.block).exists()})
+    layers = setup.blocks
+    left = [block for block in layers if not _file(folder, block).exists()]
     if not left:
         return
-    walk, held_out = walks()
-    halves = sampled_places(held_out, HELD_OUT, seed) // length % 2  # of whole windows
-    for block in tqdm(range(left[-1] + 1), unit="block", desc="disentangle", disable=not progress):
+    assert setup.evaluation is not None
+    walk, held_out, seed = setup.walk(), setup.evaluation_walk(), setup.seed
+    places = sampled_places(held_out, HELD_OUT, seed)
+    halves = places // setup.evaluation.length % 2  # of whole windows
+    blocks = range(left[-1] + 1)
+    for block in tqdm(blocks, unit="block", desc="disentangle", disable=not setup.progress):
         if block not in left:
             walk.advance()
             held_out.advance()
             continue
-        here = [layer for layer in layers if layer.block == block]
+        here = layers[block]
         rows = sample_inputs(held_out, here, HELD_OUT, seed, advance=True)
         found = calibrate(walk, here, arms, seed=seed, advance=True)
         tensors: Tensors = {}
@@ -244,7 +226,7 @@ def _measure_blocks(
 
 
 def _tree(
-    run: xr.DataTree | xr.Dataset,
+    run: xr.Dataset,
     layers: Sequence[str],
     kept: Mapping[str, Sequence[int]],
     arms: Sequence[Clustering],
@@ -252,8 +234,7 @@ def _tree(
     found: Mapping[str, torch.Tensor],
 ) -> xr.DataTree:
     """Return the run's dataset of these layers with what was found."""
-    data = dataset_of(run)
-    data = data.isel(neuron=data["layer"].isin(layers).to_numpy()).load()
+    data = run.isel(neuron=run["layer"].isin(layers).to_numpy()).load()
 
     def joined(name: str) -> Array:
         return np.concatenate([found[f"{layer} {name}"].numpy() for layer in layers])

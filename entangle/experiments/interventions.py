@@ -1,4 +1,4 @@
-"""What an ablation does to which neurons: its arms, the sets of neurons, and the outputs changed.
+"""What an ablation does to which sets of neurons: its arms.
 
 An arm changes outputs of chosen neurons while the model runs, and no weight of it: adding an arm
 costs one evaluation.
@@ -7,15 +7,10 @@ costs one evaluation.
 import dataclasses
 import itertools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Self
 
-import xarray as xr
-
-from entangle.measurement.ranking import Neurons, matched_random, top_by_layer
-from entangle.model.layers import LinearLayer
 from entangle.numerics.sparsity import Sparsity
-from entangle.pruning.options import ONE, Clustering
-from entangle.runs.dataset import dataset_of
+from entangle.pruning.options import ONE, Clustering, Several, several
 
 INTERVENTIONS = ("sparsify", "zero", "mean", "negative")
 RANDOM, BOTTOM = "random", "bottom"
@@ -46,87 +41,76 @@ class Arm:
         return dataclasses.asdict(self) | {"sparsity": sparsity}
 
 
-def arms_of(
-    run: xr.DataTree | xr.Dataset,
-    *,
-    interventions: Sequence[str],
-    sparsities: Sequence[str | float],
-    experts: Sequence[int],
-    sets: Sequence[str],
-    shares: Sequence[float],
-    seeds: int,
-    blocks: Sequence[int | None],
-) -> list[Arm]:
-    """Return the arms of all combinations, each once; a set that the run has no variable for is not.
+@dataclasses.dataclass(frozen=True)
+class Ablation:
+    """What is done to which neurons, in all combinations."""
 
-    Raises:
-        ValueError: a word that is none of the choices, or a number out of range.
-    """
-    check_words(interventions, sparsities, experts, sets, shares, seeds)
-    known = [name for name in dict.fromkeys(sets) if _has(run, name)]
-    kinds: list[tuple[str, Sparsity | None, int]] = []
-    for intervention in interventions:
-        if intervention == "sparsify":
-            parsed = [Sparsity.parse(sparsity) for sparsity in sparsities]
-            kinds += [(intervention, one, count) for count in experts for one in parsed]
-        else:
-            kinds.append((intervention, None, 1))
-    arms: dict[Arm, None] = {}
-    for kind, share, name, block in itertools.product(kinds, shares, known, blocks):
-        for seed in range(seeds) if name == RANDOM else [None]:
-            arms[Arm(*kind, name, share, seed, block)] = None
-    return list(arms)
+    intervention: Sequence[str]
+    sparsity: Sequence[Sparsity]  # of `sparsify` alone, as are experts
+    experts: Sequence[int]
+    sets: Sequence[str]
+    share: Sequence[float]
+    seeds: int  # of random sets
 
+    @classmethod
+    def of(
+        cls,
+        *,
+        intervention: Several[str] = "sparsify",
+        sparsity: Several[str | float] = 0.9,
+        experts: Several[int] = 1,
+        sets: Several[str] = SETS,
+        share: Several[float] = 0.03,
+        seeds: int = 5,
+    ) -> Self:
+        """Read one or several values of each, before a model is loaded.
 
-def check_words(
-    interventions: Sequence[str],
-    sparsities: Sequence[str | float],
-    experts: Sequence[int],
-    sets: Sequence[str],
-    shares: Sequence[float],
-    seeds: int,
-) -> None:
-    """See that arms can be made of words, before a model is loaded.
+        Raises:
+            ValueError: a value that is none of the choices, no value, or a number out of range.
+        """
+        sparsities = [Sparsity.parse(one) for one in several(sparsity)]
+        ablation = cls(
+            several(intervention),
+            sparsities,
+            several(experts),
+            several(sets),
+            several(share),
+            seeds,
+        )
+        ablation._check()
+        return ablation
 
-    Raises:
-        ValueError: a word that is none of the choices, or a number out of range.
-    """
-    for words, choices in ((interventions, INTERVENTIONS), (sets, SETS)):
-        for word in words:
-            if word not in choices:
-                raise ValueError(f"expected one of {', '.join(choices)}, got {word!r}")
-    for sparsity in sparsities:
-        Sparsity.parse(sparsity)
-    named = {"interventions": interventions, "sparsities": sparsities, "experts": experts}
-    for name, values in (named | {"sets": sets, "shares": shares}).items():
-        if not values:
-            raise ValueError(f"an ablation needs at least one of {name}")
-    for share in shares:
-        if not 0 < share <= 1:
-            raise ValueError(f"expected a share of neurons above 0 and at most 1, got {share}")
-    if min(experts) < 1:
-        raise ValueError(f"a layer needs at least 1 expert, got {min(experts)}")
-    if seeds < 1 and RANDOM in sets:
-        raise ValueError(f"random neurons need at least 1 seed, got {seeds}")
+    def _check(self) -> None:
+        """See that values are among the choices and in their ranges.
 
+        Raises:
+            ValueError: they are not.
+        """
+        for words, choices in ((self.intervention, INTERVENTIONS), (self.sets, SETS)):
+            for word in words:
+                if word not in choices:
+                    raise ValueError(f"expected one of {', '.join(choices)}, got {word!r}")
+        for name in ("intervention", "sparsity", "experts", "sets", "share"):
+            if not getattr(self, name):
+                raise ValueError(f"an ablation needs at least one value of {name}")
+        for share in self.share:
+            if not 0 < share <= 1:
+                raise ValueError(f"expected a share of neurons above 0 and at most 1, got {share}")
+        if min(self.experts) < 1:
+            raise ValueError(f"a layer needs at least 1 expert, got {min(self.experts)}")
+        if self.seeds < 1 and RANDOM in self.sets:
+            raise ValueError(f"random neurons need at least 1 seed, got {self.seeds}")
 
-def missing_sets(run: xr.DataTree | xr.Dataset, sets: Sequence[str]) -> list[str]:
-    """Return the sets that the run has no variable for."""
-    return [name for name in dict.fromkeys(sets) if not _has(run, name)]
-
-
-def _has(run: xr.DataTree | xr.Dataset, name: str) -> bool:
-    return name in {RANDOM, BOTTOM} or name in dataset_of(run)
-
-
-def neurons_of(run: xr.DataTree | xr.Dataset, arm: Arm, layers: Sequence[LinearLayer]) -> Neurons:
-    """Return which neurons of these layers, those of its block if it has one, an arm treats.
-
-    Layers that have none, since all their neurons are dead, are left out.
-    """
-    names = [layer.name for layer in layers if arm.block in {None, layer.block}]
-    by = "wasserstein" if arm.neurons in {RANDOM, BOTTOM} else arm.neurons
-    chosen = top_by_layer(run, arm.share, by=by, lowest=arm.neurons == BOTTOM, layers=names)
-    if arm.neurons == RANDOM:
-        chosen = matched_random(run, chosen, seed=arm.seed or 0)
-    return {name: neurons for name, neurons in chosen.items() if len(neurons)}
+    def arms(self, sets: Sequence[str], blocks: Sequence[int | None]) -> list[Arm]:
+        """Return all combinations with some of its sets, each once."""
+        kinds: list[tuple[str, Sparsity | None, int]] = []
+        for intervention in self.intervention:
+            if intervention == "sparsify":
+                kinds += [(intervention, s, count) for count in self.experts for s in self.sparsity]
+            else:
+                kinds.append((intervention, None, 1))
+        arms: dict[Arm, None] = {}
+        for kind, share, name, block in itertools.product(kinds, self.share, sets, blocks):
+            for seed in range(self.seeds) if name == RANDOM else [None]:
+                arms[Arm(*kind, name, share, seed, block)] = None
+        return list(arms)

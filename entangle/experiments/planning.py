@@ -102,7 +102,7 @@ def plan(
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    Pruning.of(sparsity, experts=experts)  # these two raise before minutes are spent
+    Pruning.of(sparsity=sparsity, experts=experts)  # these two raise before minutes are spent
     Histograms.zeros(1, bins=bins)
     source, options = source_of(model, revision, trust_remote_code)
     if is_expanded(Path(source)):

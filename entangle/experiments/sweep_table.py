@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,8 @@ import numpy.typing as npt
 import pandas as pd
 
 from entangle.model.score import Score
+from entangle.pruning.options import EXPERT_DEFAULTS, OPTIONS, UNBUDGETED
+from entangle.runs import store
 from entangle.runs.dataset import say_skipped
 from entangle.runs.markdown import table_lines, with_error
 
@@ -23,10 +26,9 @@ COSTS = (
     "disk_bytes",
     "memory_bytes",
 )
-BUDGETED = {"budget": "uniform", "strength": "", "across": "uniform"}
-WORDS = ("method", "mask", "propagate", "experts", "assign", "components", "pull", *BUDGETED)
-WORDS += ("sparsity",)
-USUAL = {"assign": "kmeans", "components": "auto", "pull": "0.5"}  # what need not be said
+TEXT = {*OPTIONS} - {"experts"} | {
+    "problem"
+}  # columns of text, where nothing is written as nothing
 Losses = npt.NDArray[np.float64]
 
 
@@ -35,7 +37,7 @@ def tables_of(results: Sequence[Mapping[str, Any]]) -> tuple[pd.DataFrame, pd.Da
     nats = [np.array(result["window_nats"], dtype=np.float64) for result in results]
     rows, layers = [], []
     for result, found in zip(results, nats, strict=True):
-        arm = {name: str(result.get(name, BUDGETED.get(name, ""))) for name in WORDS}
+        arm = {name: str(result.get(name, UNBUDGETED.get(name, ""))) for name in OPTIONS}
         arm["experts"] = result.get("experts", 1)
         scored, change = Score(found, result["tokens"]), Score(found - nats[0], result["tokens"])
         usual = _uniform(result, results)
@@ -86,11 +88,12 @@ def tables_of(results: Sequence[Mapping[str, Any]]) -> tuple[pd.DataFrame, pd.Da
 
 
 def _uniform(result: Mapping[str, Any], results: Sequence[Mapping[str, Any]]) -> int | None:
-    """Return the arm that is the same with uniform rows and blocks, but for the arm itself.
+    """Return the place of the arm to compare with: the same options, but uniform rows and blocks.
 
-    Where none has uniform blocks, that with uniform rows and the same blocks.
+    If no arm has uniform blocks, it is the arm with uniform rows and the same blocks. None if there
+    is no such arm, or if it is the arm itself.
     """
-    same = [name for name in WORDS if name not in {*BUDGETED, "mask"}]
+    same = [name for name in OPTIONS if name not in {*UNBUDGETED, "mask"}]
     alike = [
         place
         for place, one in enumerate(results)
@@ -111,7 +114,7 @@ def _improvements(
 
     That is on the same inputs, and so with dense propagation only.
     """
-    same = [name for name in WORDS if name not in {"experts", "assign", "components", "pull"}]
+    same = [name for name in OPTIONS if name not in {"experts", *EXPERT_DEFAULTS}]
     if result["experts"] == 1 or result["propagate"] == "sparse":  # which has other inputs
         return {}
     for one in results:
@@ -139,6 +142,19 @@ def _median(values: Losses | None) -> float:
     return float(np.median(known)) if len(known) else math.nan
 
 
+def read_table(folder: str | Path) -> pd.DataFrame:
+    """Return the table of a sweep's folder; its ``attrs`` are run.json.
+
+    Raises:
+        FileNotFoundError: no table there.
+        ValueError: a sweep of a version that did not count multiply-adds.
+    """
+    table = store.read_table(folder, "sweep", TEXT)
+    if "density" not in table:
+        raise ValueError(f"{folder} is a sweep of an older version of entangle: run it again")
+    return table
+
+
 def markdown(table: pd.DataFrame) -> str:
     """Return a sweep's table in Markdown, with what it was measured on above it."""
     attributes, tokens = table.attrs, int(table["tokens"].max())
@@ -159,9 +175,11 @@ def markdown(table: pd.DataFrame) -> str:
     ]
     arms = table[table["method"] != "dense"]
     mixtures = arms[arms["experts"] > 1]
-    words = [name for name in WORDS if name not in USUAL or {*mixtures[name]} - {USUAL[name]}]
-    words = [name for name in words if name not in BUDGETED or _differs(arms, name)]
-    budgeted = any(name in words for name in BUDGETED)
+    words = [
+        n for n in OPTIONS if n not in EXPERT_DEFAULTS or {*mixtures[n]} - {EXPERT_DEFAULTS[n]}
+    ]
+    words = [name for name in words if name not in UNBUDGETED or _differs(arms, name)]
+    budgeted = any(name in words for name in UNBUDGETED)
     if not len(mixtures):
         words.remove("experts")
     improved = table["held_out_improvement"].notna().any()
@@ -208,7 +226,7 @@ def markdown(table: pd.DataFrame) -> str:
 
 
 def _differs(arms: pd.DataFrame, name: str) -> bool:
-    return bool({*arms[name].astype(str)} - {BUDGETED[name]})
+    return bool({*arms[name].astype(str)} - {UNBUDGETED[name]})
 
 
 def _against(row: Mapping[Any, Any]) -> str:

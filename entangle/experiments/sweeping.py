@@ -2,10 +2,10 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import pandas as pd
 import torch
@@ -15,16 +15,15 @@ from transformers import PreTrainedModel
 
 from entangle.experiments.sweep_table import markdown, tables_of
 from entangle.model import folders, ranks
-from entangle.model.blocks import BlockWalk
 from entangle.model.layers import LinearLayer, find_layers, replace_layer, weight_of, write_weight
 from entangle.model.packing import load_tensors, save_tensors
 from entangle.model.placing import check_in_memory
-from entangle.model.sampling import sample_inputs, walk_blocks
-from entangle.model.scoring import NotFiniteError, perplexity
-from entangle.model.text import TokenWindows, check_disjoint, check_windows
+from entangle.model.sampling import sample_inputs
+from entangle.model.scoring import NotFiniteError
+from entangle.model.text import TokenWindows
 from entangle.pruning import costs
 from entangle.pruning.block import PrunedLayer, prune_layers
-from entangle.pruning.budgets import block_outliers
+from entangle.pruning.budgets import block_outliers, zeros_of
 from entangle.pruning.calibration import (
     HELD_OUT,
     calibrate,
@@ -33,32 +32,30 @@ from entangle.pruning.calibration import (
     save_calibrations,
     save_rows,
 )
-from entangle.pruning.options import PULL, STRENGTH, UNIFORM, Clustering, Pruning, arms_of
-from entangle.pruning.sparsifying import budget_of, budget_run, prunable_layers, prune_model
-from entangle.runs import resuming, setup, store
-from entangle.runs.setup import provenance
+from entangle.pruning.options import (
+    METHODS,
+    Clustering,
+    Pruning,
+    PruningOptions,
+    arms_of,
+    with_options,
+)
+from entangle.pruning.sparsifying import budget_run, check_layers, needed_run, prune_model
+from entangle.runs import store
+from entangle.runs.resuming import resumed_run, unwritten
+from entangle.runs.setup import Setup, Stopwatch
 
 DENSE = "dense"  # the arm of the model as it is
 
 Row = dict[str, Any]
 
 
+@with_options(method=METHODS)
 def sweep(
     model: PreTrainedModel,
     windows: TokenWindows,
     evaluation: TokenWindows,
-    sparsities: Sequence[str | float],
     *,
-    methods: Sequence[str] = ("sparsegpt", "wanda", "magnitude"),
-    masks: Sequence[str] = ("row",),
-    propagate: Sequence[str] = ("sparse",),
-    experts: Sequence[int] = (1,),
-    assign: Sequence[str] = ("kmeans",),
-    components: Sequence[int | None] = (None,),
-    pull: Sequence[float] = (PULL,),
-    budgets: Sequence[str] = (UNIFORM,),
-    strengths: Sequence[float] = (STRENGTH,),
-    across: Sequence[str] = (UNIFORM,),
     run: xr.DataTree | xr.Dataset | None = None,
     layers: str | Sequence[str] = ("*",),
     batch_size: int = 4,
@@ -66,9 +63,11 @@ def sweep(
     out: str | Path | None = None,
     overwrite: bool = False,
     progress: bool = False,
-    command: str | None = None,
+    **options: Unpack[PruningOptions],
 ) -> pd.DataFrame:
-    """Score a model pruned in every combination of sparsities, methods, masks and so on.
+    """Score a model pruned in every combination of the options of `sparsify`, each one or several.
+
+    Without a ``method`` all of them are run.
 
     Returns a row per arm, the dense model first; what it was made of is in ``attrs``. An error
     is the standard error over evaluation windows; ``difference`` is in nats a token against the
@@ -79,7 +78,7 @@ def sweep(
     of the relative improvement, the RMSE of their outputs with one expert over that with several.
     Costs are those of `costs.totals`. Wanda and magnitude are run with one expert only. Arms that
     would be the same are run once: n:m is a mask by row, magnitude sees no inputs, and one expert
-    has no router. ``budgets`` of rows and ``across`` blocks (see `zeros_of`) are made from a measured
+    has no router. Budgets of rows and ``across`` blocks (see `zeros_of`) are made from a measured
     ``run`` of the model; beside others n:m and masks by block are run uniform, as published. Arms with ``propagate="dense"`` share one pass over the calibration. Afterwards
     the model is as it was.
 
@@ -94,49 +93,37 @@ def sweep(
             finite.
         ValueError: as `sparsify` says, a run of other weights, or a window of the evaluation is one of the calibration.
     """
-    prunings = arms_of(
-        sparsities,
-        method=methods,
-        mask=masks,
-        propagate=propagate,
-        experts=experts,
-        assign=assign,
-        components=components,
-        pull=pull,
-        budget=budgets,
-        strength=strengths,
-        across=across,
-    )
+    every: PruningOptions = {"method": METHODS, **options}
+    prunings = arms_of(**every)
     check_in_memory(model, "a sweep")
-    chosen = prunable_layers(model, windows, layers, prunings, skip_first)
-    check_windows(model, evaluation, skip_first)
-    check_disjoint(windows, evaluation)
-    attributes = provenance(
+    setup = Setup.of(
         model,
         windows,
+        evaluation,
+        run=needed_run(prunings, run),
         layers=layers,
         batch_size=batch_size,
         skip_first=skip_first,
-        command=command,
-        evaluation=evaluation,
+        progress=progress,
     )
+    check_layers(setup, [pruning.sparsity for pruning in prunings])
+    attributes = setup.provenance() | budget_run(setup)
     attributes |= {"arms": [pruning.words() for pruning in prunings]}
-    attributes |= budget_run(model, prunings, run)
-    alike = dict.fromkeys((layer.block for layer in chosen), 0.0)  # the walk has OWL's ratios
+    alike = dict.fromkeys(setup.blocks, 0.0)  # the walk has OWL's ratios
     for arm in prunings:  # what cannot be made is told before hours are spent
-        budget_of(chosen, arm, run, alike, windows.seed)
-    bench = _Bench(model, windows, evaluation, chosen, run, batch_size, skip_first, progress)
+        zeros_of(setup.layers, arm, run=setup.run, outliers=alike, seed=setup.seed)
+    outliers = functools.cache(lambda: block_outliers(setup.walk(), setup.layers))
     clusterings = list(dict.fromkeys(p.clustering for p in prunings if p.propagate == "dense"))
-    stopwatch = setup.Stopwatch()
-    with resuming.resumed_run(out, attributes, overwrite=overwrite) as folder:
+    stopwatch = Stopwatch()
+    with resumed_run(out, attributes, overwrite=overwrite) as folder:
         files = [folder / "arms" / f"{name}.json" for name in (DENSE, *map(_name, prunings))]
         arms: dict[Path, Pruning | None] = dict(zip(files, (None, *prunings), strict=True))
-        left = resuming.unwritten(arms)
+        left = unwritten(arms)
         grams = folder / "grams"
         for file, pruning in tqdm(left.items(), unit="arm", disable=not progress):
             if pruning and pruning.propagate == "dense":
-                _calibrate_dense(bench, clusterings, grams)  # once: the next arm finds it done
-            found, losses = _run_arm(bench, pruning, grams)
+                _calibrate_dense(setup, clusterings, grams)  # once: the next arm finds it done
+            found, losses = _run_arm(setup, pruning, grams, outliers)
             if losses:
                 ranks.once(save_tensors, _losses_file(file), losses)
             ranks.once(store.write_json, file, found)
@@ -152,62 +139,30 @@ def sweep(
     return table
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Bench:
-    """What every arm of a sweep is run on."""
-
-    model: PreTrainedModel
-    windows: TokenWindows
-    evaluation: TokenWindows
-    layers: Sequence[LinearLayer]
-    run: xr.DataTree | xr.Dataset | None  # that budgets are made from
-    batch_size: int
-    skip_first: int
-    progress: bool
-
-    @functools.cached_property
-    def outliers(self) -> dict[int, float]:
-        """Each block's outlier ratio, of the dense model."""
-        return block_outliers(self.walk(), self.layers)
-
-    @property
-    def blocks(self) -> range:
-        """The blocks up to the last one that has a layer to prune."""
-        return range(max(layer.block for layer in self.layers) + 1)
-
-    def walk(self) -> BlockWalk:
-        """Return the calibration's windows before the first block."""
-        return walk_blocks(self.model, self.windows, self.batch_size, self.skip_first)
-
-    def held_out_walk(self) -> BlockWalk:
-        """Return the evaluation's windows before the first block."""
-        return walk_blocks(self.model, self.evaluation, self.batch_size, self.skip_first)
-
-
 def _name(pruning: Pruning) -> str:
     return "-".join(map(str, pruning.words().values())).replace(":", "of").replace("*", "x")
 
 
-def _calibrate_dense(bench: _Bench, clusterings: Sequence[Clustering], folder: Path) -> None:
+def _calibrate_dense(setup: Setup, clusterings: Sequence[Clustering], folder: Path) -> None:
     """Save the calibrations of the dense model, block by block, where that is not done."""
-    layers = {block: [x for x in bench.layers if x.block == block] for block in bench.blocks}
-    files = {block: _files(folder, block, clusterings) for block in layers if layers[block]}
+    layers = setup.blocks
+    files = {block: _files(folder, block, clusterings) for block in layers}
     missing = {b: [c for c, file in some.items() if not file.exists()] for b, some in files.items()}
     missing = ranks.from_rank(0, missing)
     left = {block for block in files if missing[block]}
     if not left:
         return
-    walk, held_out = bench.walk(), bench.held_out_walk()
-    bar = tqdm(layers.items(), unit="block", desc="calibrate", disable=not bench.progress)
-    for block, here in bar:
+    walk, held_out = setup.walk(), setup.evaluation_walk()
+    blocks = range(setup.last_block + 1)
+    for block in tqdm(blocks, unit="block", desc="calibrate", disable=not setup.progress):
         if block not in left:  # done before we were killed, or nothing to do
             walk.advance()
             held_out.advance()
             continue
-        seed, wanted = bench.windows.seed, [c for c in clusterings if c in missing[block]]
-        rows = sample_inputs(held_out, here, HELD_OUT, seed, advance=True)
+        here, wanted = layers[block], [c for c in clusterings if c in missing[block]]
+        rows = sample_inputs(held_out, here, HELD_OUT, setup.seed, advance=True)
         ranks.once(save_rows, files[block][None], rows)
-        found = calibrate(walk, here, wanted, seed=seed, advance=True)
+        found = calibrate(walk, here, wanted, seed=setup.seed, advance=True)
         for clustering, calibrations in found.items():
             ranks.once(save_calibrations, files[block][clustering], calibrations)
 
@@ -234,7 +189,7 @@ def _losses(file: Path) -> dict[str, Any]:
 
 
 def _run_arm(
-    bench: _Bench, pruning: Pruning | None, grams: Path
+    setup: Setup, pruning: Pruning | None, grams: Path, outliers: Callable[[], dict[int, float]]
 ) -> tuple[Row, dict[str, torch.Tensor]]:
     """Prune, score, and put the dense weights back; return what the arm found, also by neuron.
 
@@ -245,32 +200,26 @@ def _run_arm(
         NotFiniteError: the dense model's score is not finite.
     """
     words: Row = pruning.words() if pruning else {"method": DENSE}
-    nothing = {"window_nats": [None] * len(bench.evaluation), "tokens": 0, "layers": []}
-    dense = costs.model_multiply_adds(bench.model)
-    with _restored(bench.model, bench.layers):
+    nothing = {"window_nats": [None] * len(setup.evaluation or ()), "tokens": 0, "layers": []}
+    dense = costs.model_multiply_adds(setup.model)
+    with _restored(setup.model, setup.layers):
         try:
-            pruned = _prune(bench, pruning, grams) if pruning else []
+            pruned = _prune(setup, pruning, grams, outliers) if pruning else []
         except ValueError as error:
             return words | nothing | {"problem": str(error)}, {}
         try:
-            scored = perplexity(
-                bench.model,
-                bench.evaluation,
-                batch_size=bench.batch_size,
-                skip_first=bench.skip_first,
-                progress=bench.progress,
-            )
+            scored = setup.score()
         except NotFiniteError as error:
             if pruning is None:
                 raise
             return words | nothing | {"problem": str(error)}, {}
-        layers = find_layers(bench.model, [layer.name for layer in bench.layers])
+        layers = find_layers(setup.model, [layer.name for layer in setup.layers])
         rows = [layer.row for layer in pruned]
         found = words | {
             "window_nats": scored.window_nats.tolist(),
             "tokens": scored.tokens,
             "realised": _share_of_zeros(weight_of(layer) for layer in layers),
-            "model_sparsity": _share_of_zeros(bench.model.parameters()),
+            "model_sparsity": _share_of_zeros(setup.model.parameters()),
             "costs": costs.totals(rows or list(map(costs.dense_costs_of, layers)), dense),
             "layers": rows,
         }
@@ -286,30 +235,20 @@ def _share_of_zeros(weights: Iterable[torch.Tensor]) -> float:
     return sum(zeros for zeros, _ in counts) / sum(size for _, size in counts)
 
 
-def _prune(bench: _Bench, pruning: Pruning, grams: Path) -> list[PrunedLayer]:
+def _prune(
+    setup: Setup, pruning: Pruning, grams: Path, outliers: Callable[[], dict[int, float]]
+) -> list[PrunedLayer]:
     """Prune the model in place: dense propagation from what is saved, sparse from the text."""
-    seed = bench.windows.seed
-    outliers = bench.outliers if pruning.across == "owl" else None
-    zeros = budget_of(bench.layers, pruning, bench.run, outliers, seed)
+    ratios = outliers() if pruning.across == "owl" else None
+    zeros = zeros_of(setup.layers, pruning, run=setup.run, outliers=ratios, seed=setup.seed)
     if pruning.propagate == "sparse":
-        return prune_model(
-            bench.walk(),
-            bench.layers,
-            pruning,
-            seed=seed,
-            held_out=bench.held_out_walk(),
-            zeros=zeros,
-            progress=bench.progress,
-        )
+        return prune_model(setup, pruning, zeros=zeros)
     pruned: list[PrunedLayer] = []
-    for block in bench.blocks:
-        here = [layer for layer in bench.layers if layer.block == block]
-        if not here:
-            continue
+    for block, here in setup.blocks.items():
         files, device = _files(grams, block, [pruning.clustering]), weight_of(here[0]).device
         found = load_calibrations(files[pruning.clustering], device)
         rows = load_rows(files[None], device)
-        pruned += prune_layers(bench.model, here, found, pruning, held_out=rows, zeros=zeros)
+        pruned += prune_layers(setup.model, here, found, pruning, held_out=rows, zeros=zeros)
     return pruned
 
 

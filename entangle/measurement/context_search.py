@@ -21,14 +21,14 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from entangle.model.hooks import backbone_of, listening
-from entangle.model.layers import LinearLayer, find_layers
+from entangle.model.layers import LinearLayer
 from entangle.model.placing import home_of
-from entangle.model.text import TokenWindows, check_windows
+from entangle.model.text import TokenWindows
 from entangle.numerics.contributions import bootstrap, distance_parts
 from entangle.numerics.gaussian import from_samples
 from entangle.runs import store
-from entangle.runs.dataset import dataset_of, position_of
-from entangle.runs.setup import check_weights
+from entangle.runs.dataset import check_neuron, dataset_of
+from entangle.runs.setup import Setup
 
 Floats = npt.NDArray[np.float32]
 Array = npt.NDArray[np.float64]
@@ -108,11 +108,11 @@ class _CountedTokens:
 
 def contexts(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    run: xr.DataTree | xr.Dataset,
     windows: TokenWindows,
-    neurons: str | Sequence[str],
     *,
+    run: xr.DataTree | xr.Dataset,
+    neurons: str | Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
     out: str | Path | None = None,
     progress: bool = False,
 ) -> list[NeuronContexts]:
@@ -132,13 +132,20 @@ def contexts(
     """
     neurons = [neurons] if isinstance(neurons, str) else neurons
     data = dataset_of(run)
-    rows = {name: position_of(data, name) for name in dict.fromkeys(neurons)}
-    for name, row in rows.items():
-        if not np.isfinite(float(data["wasserstein"][row])):
+    names = list(dict.fromkeys(neurons))
+    for name in names:
+        check_neuron(data, name)
+        if not np.isfinite(float(data["wasserstein"].sel(neuron=name))):
             raise ValueError(f"{name} is dead or broken: it has no distribution to look at")
-    skip, batch_size = int(data.attrs["skip_first"]), int(data.attrs["batch_size"])
-    check_windows(model, windows, skip)
-    check_weights(model, run)
+    setup = Setup.of(
+        model,
+        windows,
+        run=run,
+        layers=sorted({name.rpartition(":")[0] for name in names}),
+        batch_size=int(data.attrs["batch_size"]),
+        skip_first=int(data.attrs["skip_first"]),
+        progress=progress,
+    )
     if data.attrs.get("fingerprint") != windows.fingerprint:
         raise ValueError(
             f"the run was measured on other windows than these ({windows.text}): its text is "
@@ -147,16 +154,14 @@ def contexts(
         )
     decode = functools.partial(tokenizer.decode, clean_up_tokenization_spaces=False)
     found = []
-    names = list(rows)
-    counted = _CountedTokens.of(windows.tokens[:, skip:].numpy())
-    tokens = len(windows) * (windows.length - skip)
-    size = max(1, VALUES // tokens)
+    counted = _CountedTokens.of(windows.tokens[:, setup.skip_first :].numpy())
+    size = max(1, VALUES // setup.tokens)
     groups = [names[first : first + size] for first in range(0, len(names), size)]
     bar = tqdm(groups, unit="pass", disable=not progress)
     for group in bar:
-        outputs = _outputs(model, windows, group, skip, batch_size)  # (tokens, neurons)
+        outputs = _outputs(setup, group)  # (tokens, neurons)
         parts = distance_parts(outputs)
-        draws = bootstrap(outputs, windows.length - skip, draws=DRAWS, seed=windows.seed)
+        draws = bootstrap(outputs, counted.length, draws=DRAWS, seed=windows.seed)
         for place, name in enumerate(group):
             found.append(
                 _describe(
@@ -177,27 +182,21 @@ def contexts(
     return found
 
 
-def _outputs(
-    model: PreTrainedModel,
-    windows: TokenWindows,
-    neurons: Sequence[str],
-    skip_first: int,
-    batch_size: int,
-) -> Floats:
+def _outputs(setup: Setup, neurons: Sequence[str]) -> Floats:
     """Run the model and return the outputs (tokens, neurons) of some neurons."""
     wanted: dict[str, list[int]] = {}
     for neuron in neurons:
         layer, _, index = neuron.rpartition(":")
         wanted.setdefault(layer, []).append(int(index))
-    layers = [layer for layer in find_layers(model) if layer.name in wanted]
+    layers = [layer for layer in setup.layers if layer.name in wanted]
     kept: dict[str, list[torch.Tensor]] = {layer.name: [] for layer in layers}
 
     def on_outputs(layer: LinearLayer, rows: torch.Tensor) -> None:
         kept[layer.name].append(rows[:, wanted[layer.name]].float().cpu())
 
-    device = home_of(model)
+    model, device, skip_first = setup.model, home_of(setup.model), setup.skip_first
     with torch.inference_mode(), listening(model, layers, on_outputs, skip_first=skip_first):
-        for batch in windows.batches(batch_size):
+        for batch in setup.batches:
             backbone_of(model)(input_ids=batch.to(device), use_cache=False)
     columns = {
         f"{name}:{index}": rows[:, place]

@@ -1,6 +1,7 @@
 """Measure the distribution of every neuron over a text: at once, in shards, or block by block."""
 
 import dataclasses
+import functools
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -19,16 +20,17 @@ from entangle.measurement.recording import Recorder
 from entangle.model import folders, ranks
 from entangle.model.blocks import BlockWalk
 from entangle.model.hooks import backbone_of, listening
-from entangle.model.layers import LinearLayer, find_layers
+from entangle.model.layers import LinearLayer
 from entangle.model.packing import load_tensors, save_tensors
 from entangle.model.placing import home_of, is_offloaded
 from entangle.model.ranks import Shard
-from entangle.model.sampling import sample_inputs, walk_blocks
-from entangle.model.text import TokenWindows, check_windows, some_windows
+from entangle.model.sampling import sample_inputs
+from entangle.model.text import TokenWindows, some_windows
 from entangle.numerics.difficulty import Difficulty, mapping_difficulty
 from entangle.numerics.histograms import Histograms
-from entangle.runs import labelling, resuming, setup, store
-from entangle.runs.setup import provenance
+from entangle.runs import labelling, store
+from entangle.runs.resuming import resumed_run
+from entangle.runs.setup import Setup, Stopwatch
 
 # Of which the pairs of tokens are drawn: what they hold of memory is bounded.
 DIFFICULTY_WINDOWS = 64
@@ -49,13 +51,12 @@ def measure(
     out: str | Path | None = None,
     overwrite: bool = False,
     progress: bool = False,
-    command: str | None = None,
 ) -> xr.DataTree:
     """Measure the distribution of every neuron in the matching layers over windows of a text.
 
     Returns the run: its root has a row per neuron, its child ``histogram`` the whole state. With
     ``out`` it is also written to that folder, whole or not at all; one that was killed goes on when
-    it is called again with the same arguments. ``command`` is noted in it.
+    it is called again with the same arguments.
 
     With ``difficulty`` the mapping difficulty is measured too, over so many pairs of tokens of at
     most 64 of the windows, which run through the model once more, block by block, and its rank
@@ -78,51 +79,37 @@ def measure(
     """
     if difficulty < 0:
         raise ValueError(f"a difficulty needs at least one pair of tokens, got {difficulty}")
-    check_windows(model, windows, skip_first)
-    chosen = find_layers(model, layers)
-    part, batches = _shard(shard, difficulty), windows.batches(batch_size)
-    mine = part.batches(len(batches))
-    if shard is not None and not mine:
-        raise ValueError(
-            f"shard {shard} has no batch: there are {len(batches)}, of {batch_size} windows each"
-        )
-    counted = mine if shard is not None else range(len(batches))
-    tokens = sum(len(batches[number]) for number in counted) * (windows.length - skip_first)
-    attributes: dict[str, Any] = {"tokens": tokens, "bins": bins}
-    attributes |= provenance(
+    setup = Setup.of(
         model,
         windows,
         layers=layers,
         batch_size=batch_size,
         skip_first=skip_first,
-        command=command,
+        progress=progress,
     )
+    recording = _Recording(setup, bins, _shard(shard, difficulty))
+    if shard is not None and not recording.mine:
+        raise ValueError(
+            f"shard {shard} has no batch: there are {recording.count}, of {batch_size} windows each"
+        )
+    attributes = setup.provenance() | {"bins": bins, "window_hashes": windows.hashes}
     attributes |= {"difficulty": difficulty} if difficulty else {}
-    attributes |= {"window_hashes": windows.hashes}
-    attributes |= {"shard": shard} if shard is not None else {}
-    first_counts = 0 in mine
-    ours = [batches[number] for number in (mine if first_counts else [0, *mine])]
-    recording = _Recording(model, chosen, bins, ours, first_counts, skip_first, progress)
+    if shard is not None:
+        attributes |= {"shard": shard, "tokens": recording.tokens}
     streamed = out is not None and is_offloaded(model)  # block after block, and never all of it
-    stopwatch = setup.Stopwatch()
-    kept = (
-        nullcontext() if out is None else resuming.resumed_run(out, attributes, overwrite=overwrite)
-    )
+    stopwatch = Stopwatch()
+    kept = nullcontext() if out is None else resumed_run(out, attributes, overwrite=overwrite)
     with kept as folder:
-        difficulties: dict[str, Difficulty] = {}
-        if difficulty:  # first: it is what may be impossible
-            some = some_windows(windows, DIFFICULTY_WINDOWS)
-            arguments = (chosen, difficulty, batch_size, skip_first, progress)
-            difficulties = _difficulties(model, some, *arguments)
-        name = f"{part.number}-of-{part.of}"
+        # First, since it may be impossible.
+        difficulties = _difficulties(setup, difficulty) if difficulty else {}
         state = None if folder is None else folder / "state"
-        parts = recording.blocks(state) if is_offloaded(model) else recording.whole(state, name)
-        trees = (_tree(chosen, *one, attributes, difficulties) for one in parts)
+        parts = recording.blocks(state) if is_offloaded(model) else recording.whole(state)
+        trees = (_tree(setup.layers, *one, attributes, difficulties) for one in parts)
         if not streamed:
             tree = _joined(list(trees))
             trees = (one for one in [tree])
         if folder is not None and ranks.rank() == 0:
-            store.write_run(folder, trees, stopwatch.log)
+            store.write_run(folder, trees, attributes, stopwatch.log)
             folders.remove_folder(folder / "state")
             if difficulty:
                 table = rank_correlations(store.open_run(folder), "wasserstein", ["difficulty"])
@@ -183,35 +170,64 @@ Part = tuple[Sequence[LinearLayer], Histograms, npt.NDArray[np.float64]]  # and 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Recording:
-    """Layers, and the batches whose outputs this process records."""
+    """The batches whose outputs this process records, as histograms of so many bins."""
 
-    model: PreTrainedModel
-    layers: Sequence[LinearLayer]
+    setup: Setup
     bins: int
-    batches: Sequence[torch.Tensor]
-    first_counts: bool  # or it only places the bins, and another process counts it
-    skip_first: int
-    progress: bool
+    shard: Shard
 
-    def whole(self, folder: Path | None, name: str) -> Iterator[Part]:
+    @property
+    def count(self) -> int:
+        """How many batches the windows are."""
+        return len(self._all)
+
+    @property
+    def mine(self) -> range:
+        """The numbers of the batches that this process counts."""
+        return self.shard.batches(self.count)
+
+    @property
+    def tokens(self) -> int:
+        """The tokens that this process counts."""
+        counted = self._all[0].shape[1] - self.setup.skip_first
+        return sum(len(self._all[number]) for number in self.mine) * counted
+
+    @property
+    def first_counts(self) -> bool:
+        """Whether the first batch is counted here; else it only places the bins."""
+        return 0 in self.mine
+
+    @property
+    def batches(self) -> list[torch.Tensor]:
+        """The batches to run: the first, which places the bins, and those that are counted."""
+        numbers = [*self.mine] if self.first_counts else [0, *self.mine]
+        return [self._all[number] for number in numbers]
+
+    @functools.cached_property
+    def _all(self) -> Sequence[torch.Tensor]:
+        return self.setup.batches
+
+    def whole(self, folder: Path | None) -> Iterator[Part]:
         """Run the model batch after batch, and save now and then what to go on from."""
-        file = None if folder is None else folder / f"{name}.safetensors"
-        recorder = Recorder(self.layers, self.bins, first_counts=self.first_counts)
+        model, layers, batches = self.setup.model, self.setup.layers, self.batches
+        name = f"{self.shard.number}-of-{self.shard.of}.safetensors"
+        file = None if folder is None else folder / name
+        recorder = Recorder(layers, self.bins, first_counts=self.first_counts)
         done = 0
         if file is not None and file.is_file():
             tensors = load_tensors(file)
             done = int(tensors.pop("done"))
             recorder.restore(Histograms(**tensors))
             del tensors
-        backbone, device = backbone_of(self.model), home_of(self.model)
+        backbone, device = backbone_of(model), home_of(model)
         saved, cost = time.monotonic(), 0.0
         with (
-            listening(self.model, self.layers, recorder.add, skip_first=self.skip_first),
+            listening(model, layers, recorder.add, skip_first=self.setup.skip_first),
             torch.inference_mode(),
-            self._bar(sum(map(torch.numel, self.batches)), "token") as bar,
+            self._bar(sum(map(torch.numel, batches)), "token") as bar,
         ):
-            bar.update(sum(map(torch.numel, self.batches[:done])))
-            for batch in self.batches[done:]:
+            bar.update(sum(map(torch.numel, batches[:done])))
+            for batch in batches[done:]:
                 begin = time.monotonic()
                 if file is not None and done and begin - saved > max(SECONDS, 20 * cost):
                     save_tensors(file, recorder.state().tensors() | {"done": torch.tensor(done)})
@@ -221,13 +237,11 @@ class _Recording:
                 done += 1
                 bar.update(batch.numel())
         state = _over_ranks(recorder.state())
-        yield self.layers, state, labelling.weight_norms(self.layers)
+        yield layers, state, labelling.weight_norms(layers)
 
     def blocks(self, folder: Path | None) -> Iterator[Part]:
         """Run the batches through block after block, and save each one's histograms."""
-        layers = {
-            b: [x for x in self.layers if x.block == b] for b in {x.block for x in self.layers}
-        }
+        layers = self.setup.blocks
         files = {} if folder is None else {b: folder / f"block-{b}.safetensors" for b in layers}
         done = ranks.everyone([block for block, file in files.items() if file.is_file()])[0]
         for block, part in self._recorded(layers, {*layers} - {*done}):
@@ -248,7 +262,7 @@ class _Recording:
         if not left:
             return
         batches = ({"input_ids": batch} for batch in self.batches)
-        walk = BlockWalk(self.model, batches, skip_first=self.skip_first)
+        walk = BlockWalk(self.setup.model, batches, skip_first=self.setup.skip_first)
         with self._bar(max(left) + 1, "block") as bar:
             for block in range(max(left) + 1):
                 if block in left:
@@ -262,7 +276,7 @@ class _Recording:
                 bar.update()
 
     def _bar(self, total: int, unit: str) -> Any:
-        return tqdm(total=total, unit=unit, disable=not self.progress)
+        return tqdm(total=total, unit=unit, disable=not self.setup.progress)
 
 
 def _over_ranks(state: Histograms) -> Histograms:
@@ -272,28 +286,21 @@ def _over_ranks(state: Histograms) -> Histograms:
     return state
 
 
-def _difficulties(
-    model: PreTrainedModel,
-    windows: TokenWindows,
-    layers: Sequence[LinearLayer],
-    pairs: int,
-    batch_size: int,
-    skip_first: int,
-    progress: bool,
-) -> dict[str, Difficulty]:
+def _difficulties(setup: Setup, pairs: int) -> dict[str, Difficulty]:
     """Return the mapping difficulty of each layer's neurons, by the layer's name."""
-    walk = walk_blocks(model, windows, batch_size, skip_first)
+    assert setup.windows is not None
+    some = dataclasses.replace(setup, windows=some_windows(setup.windows, DIFFICULTY_WINDOWS))
+    walk, layers, last = some.walk(), setup.blocks, setup.last_block
     found = {}
-    last = max(layer.block for layer in layers)
-    for block in tqdm(range(last + 1), unit="block", desc="difficulty", disable=not progress):
-        here = [layer for layer in layers if layer.block == block]
+    for block in tqdm(range(last + 1), unit="block", desc="difficulty", disable=not setup.progress):
+        here = layers.get(block)
         if not here:
             walk.advance()
             continue
-        rows = sample_inputs(walk, here, 2 * pairs, windows.seed, advance=block < last)
+        rows = sample_inputs(walk, here, 2 * pairs, setup.seed, advance=block < last)
         for layer in here:
             inputs = rows[layer.name]
             with torch.inference_mode():
                 outputs = layer.module(inputs)
-            found[layer.name] = mapping_difficulty(inputs, outputs, pairs, seed=windows.seed)
+            found[layer.name] = mapping_difficulty(inputs, outputs, pairs, seed=setup.seed)
     return found

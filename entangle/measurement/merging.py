@@ -9,7 +9,8 @@ import xarray as xr
 
 from entangle.model import folders
 from entangle.model.ranks import Shard
-from entangle.runs import labelling, setup, store
+from entangle.runs import labelling, store
+from entangle.runs.setup import Stopwatch
 
 NEURONS = 2**16  # that are merged at a time: what they hold of memory is bounded
 
@@ -35,15 +36,20 @@ def merge(
         raise ValueError("expected the folders of all shards of a run, got none")
     if Path(out).resolve() in {Path(folder).resolve() for folder in shards}:
         raise ValueError(f"{out} is one of the shards: give the whole run another folder")
-    found = {Path(folder): store.open_run(folder) for folder in shards}
-    attributes = _attributes({folder: tree.attrs for folder, tree in found.items()})
+    found: dict[Path, xr.DataTree] = {}
+    for shard in shards:
+        tree = store.open_run(shard)
+        if found:  # the names of the first are enough: they take memory
+            tree.dataset = tree.to_dataset().drop_vars("neuron")
+        found[Path(shard)] = tree
+    attributes = _attributes({folder: store.read_json(folder / "run.json") for folder in found})
     trees = list(found.values())
-    stopwatch = setup.Stopwatch()
+    stopwatch = Stopwatch()
     with folders.new_folder(out, overwrite=overwrite) as folder:
         size = trees[0].sizes["neuron"]
         spans = [slice(start, start + NEURONS) for start in range(0, size, NEURONS)]
         merged = (_merged(trees, span, attributes) for span in spans)
-        store.write_run(folder, merged, stopwatch.log)
+        store.write_run(folder, merged, attributes, stopwatch.log)
     return store.open_run(out)
 
 

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
+import scipy
 import xarray as xr
-from scipy import stats
 
 from entangle.runs.dataset import dataset_of, matching, rows_by_layer, trusted
 
@@ -18,12 +18,12 @@ COLUMNS = ("wasserstein", "wasserstein_error", "mean", "std", "skewness", "kurto
 
 def rank(
     run: xr.DataTree | xr.Dataset,
-    count: int = 30,
+    top: int = 30,
     *,
     by: str = "wasserstein",
     layers: str | Sequence[str] = ("*",),
 ) -> pd.DataFrame:
-    """Return the neurons with the largest ``by`` of the matching layers, best first.
+    """Return the ``top`` neurons with the largest ``by`` of the matching layers, best first.
 
     Neurons without a distance, or with one whose bound is above 0.1, are left out. Ties keep the
     order of the model. ``layer_ratio`` is the value over its layer's median.
@@ -36,7 +36,7 @@ def rank(
     names = dataset["layer"].to_numpy()
     chosen = trusted(dataset) & matching(names, layers)
     order = np.flatnonzero(chosen)
-    order = order[np.argsort(-values[order], kind="stable")][: max(count, 0)]
+    order = order[np.argsort(-values[order], kind="stable")][: max(top, 0)]
     rows = dataset.isel(neuron=order)
     table = rows[list(dict.fromkeys([by, *COLUMNS]))].to_dataframe()
     index = table["index"].astype(str)
@@ -144,7 +144,7 @@ def correlation(x: npt.NDArray[Any], y: npt.NDArray[Any]) -> tuple[float, float]
     """Return Spearman's rank correlation and its standard error (Bonett and Wright, 2000)."""
     if len(x) < 4 or np.ptp(x) == 0 or np.ptp(y) == 0:
         return math.nan, math.nan
-    rho = float(stats.spearmanr(x, y).statistic)
+    rho = float(scipy.stats.spearmanr(x, y).statistic)
     return rho, (1 - rho**2) * math.sqrt((1 + rho**2 / 2) / (len(x) - 3))
 
 

@@ -1,4 +1,4 @@
-"""Record the distributions of a model's neurons while it runs, and say what a run is made of."""
+"""Record the distributions of a model's neurons while it runs."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

@@ -7,12 +7,13 @@ sent. All ranks call the same functions in the same order. Rank 0 prints and wri
 import dataclasses
 import datetime
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 LAUNCHED = "TORCHELASTIC_RUN_ID" in os.environ  # by torchrun
-if TYPE_CHECKING or LAUNCHED:  # alone nothing is sent, and who reads a run need not wait for torch
+if TYPE_CHECKING or LAUNCHED:  # else it is imported by whoever needs it: to read a run it is not
     import torch
     from torch import distributed
 
@@ -69,18 +70,30 @@ def join() -> None:
     distributed.init_process_group(backend, timeout=PATIENCE)
 
 
+def leave() -> None:
+    """Wait until all processes are done, and part: one that ends alone may be killed for it."""
+    if count() > 1:
+        everyone(None)
+        _group().destroy_process_group()
+
+
 def count() -> int:
     """Return how many processes there are."""
-    return distributed.get_world_size() if _joined() else 1
+    group = _group()
+    return int(group.get_world_size()) if group is not None else 1
 
 
 def rank() -> int:
     """Return the number of this process, from 0."""
-    return distributed.get_rank() if _joined() else 0
+    group = _group()
+    return int(group.get_rank()) if group is not None else 0
 
 
-def _joined() -> bool:
-    return LAUNCHED and distributed.is_initialized()
+def _group() -> Any:
+    """Return torch.distributed if this process is one of a group, however it was started."""
+    module = sys.modules.get("torch.distributed")
+    joined = module is not None and module.is_available() and module.is_initialized()
+    return module if joined else None
 
 
 def shard() -> Shard:
@@ -91,24 +104,24 @@ def shard() -> Shard:
 def add_(tensor: "torch.Tensor") -> None:
     """Make of a tensor its sum over all ranks."""
     if count() > 1:
-        _reduce_(tensor, distributed.ReduceOp.SUM)
+        _reduce_(tensor, "SUM")
 
 
 def least_(tensor: "torch.Tensor") -> None:
     """Make of a tensor its least values over all ranks."""
     if count() > 1:
-        _reduce_(tensor, distributed.ReduceOp.MIN)
+        _reduce_(tensor, "MIN")
 
 
 def most_(tensor: "torch.Tensor") -> None:
     """Make of a tensor its largest values over all ranks."""
     if count() > 1:
-        _reduce_(tensor, distributed.ReduceOp.MAX)
+        _reduce_(tensor, "MAX")
 
 
-def _reduce_(tensor: "torch.Tensor", how: Any) -> None:
+def _reduce_(tensor: "torch.Tensor", how: str) -> None:
     with _others():
-        distributed.all_reduce(tensor, how)
+        _group().all_reduce(tensor, getattr(_group().ReduceOp, how))
 
 
 def everyone(value: Value) -> list[Value]:
@@ -117,7 +130,7 @@ def everyone(value: Value) -> list[Value]:
         return [value]
     found: list[Any] = [None] * count()
     with _others():
-        distributed.all_gather_object(found, value)
+        _group().all_gather_object(found, value)
     return found
 
 
@@ -214,7 +227,7 @@ def broadcast_(tensor: "torch.Tensor", owner: int) -> None:
     assert tensor.is_contiguous()  # else its values would be mixed up
     if count() > 1:
         with _others():
-            distributed.broadcast(tensor, owner)
+            _group().broadcast(tensor, owner)
 
 
 def from_rank(owner: int, value: Value | None) -> Value:
@@ -222,7 +235,7 @@ def from_rank(owner: int, value: Value | None) -> Value:
     found = [value]
     if count() > 1:
         with _others():
-            distributed.broadcast_object_list(found, owner)
+            _group().broadcast_object_list(found, owner)
     return found[0]  # type: ignore[return-value]
 
 
@@ -233,9 +246,10 @@ def gather(rows: "torch.Tensor", places: "torch.Tensor") -> "torch.Tensor":
     lengths = everyone(len(rows))
     padded = rows.new_zeros(max(lengths), *rows.shape[1:])
     padded[: len(rows)] = rows
-    parts = [torch.empty_like(padded) for _ in lengths]
+    parts = [padded.clone() for _ in lengths]
     with _others():
-        distributed.all_gather(parts, padded)
-    every = torch.cat([part[:length] for part, length in zip(parts, lengths, strict=True)])
-    order = torch.cat(everyone(places)).argsort()
+        _group().all_gather(parts, padded)
+    cat = sys.modules["torch"].cat
+    every: torch.Tensor = cat([part[:n] for part, n in zip(parts, lengths, strict=True)])
+    order = cat(everyone(places)).argsort()
     return every[order.to(every.device)]

@@ -20,8 +20,9 @@ import numpy as np
 import numpy.typing as npt
 import scipy
 
+from entangle.numerics import threads as _threads  # noqa: F401
 from entangle.numerics.kernels.bins import HALF_RANGE, STEPS
-from entangle.numerics.kernels.distances_cpu import ROOT_2PI, exact_distance, linear_distance
+from entangle.numerics.kernels.distances_cpu import ROOT_2PI, exact_distance, histogram_distance
 
 if TYPE_CHECKING:
     import torch
@@ -61,7 +62,9 @@ def from_counts(state: Mapping[str, npt.NDArray[Any]], mean: Array, std: Array) 
     n = np.maximum(state["count"], 1)
     tails = state["tail_count"] / n[:, None]
     excess = (state["tail_excess"] / n[:, None] + tails / 2) / STEPS * width[:, None]
-    distance = linear_distance(left, width, state["counts"], state["count"], tails, excess, known)
+    distance = histogram_distance(
+        left, width, state["counts"], state["count"], tails, excess, known
+    )
 
     share = tails.sum(axis=1)
     gaussian = np.stack([_gaussian_below(left), _gaussian_below(-right)], axis=1)

@@ -345,7 +345,7 @@ def _mean_and_std(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _add_torch(state: Histograms, rows: torch.Tensor) -> None:
-    """Do as `_add_numba` with torch, on any device and without a copy to the host."""
+    """Do as `add_rows` with torch, on any device and without a copy to the host."""
     if len(rows) == 0:  # they have no minimum
         return
     edge = STEPS // 2 * state.bins

@@ -287,7 +287,7 @@ def _solve_torch(
     counts: torch.Tensor,
     sparsity: Sparsity,
 ) -> None:
-    """Do as `_solve_numba` with torch, on any device."""
+    """Do as `solve_block` with torch, on any device."""
     diagonal = factor.diagonal(dim1=1, dim2=2).unsqueeze(-1)  # (experts, columns, 1)
     if not sparsity.group and bool(counts.any()):
         pruned.copy_(_lowest((block / diagonal).abs().mT, counts).mT)

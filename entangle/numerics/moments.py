@@ -1,7 +1,8 @@
-"""The moments of a layer's inputs: all that pruning wants to know of the data, and no weights.
+"""Second moments of a layer's inputs: the Gram XᵀX, which is SparseGPT's Hessian.
 
-One Gram serves every method, sparsity and subset of rows, and its inverse factor every neuron.
-A leading dimension, where there is one, is that of experts: each has inputs of its own.
+The moments hold no weights. One Gram serves every method, sparsity and subset of rows, and its
+inverse factor serves every neuron. With several experts the first dimension is that of experts, and
+each expert has moments of its own inputs.
 """
 
 import dataclasses
@@ -19,7 +20,9 @@ _LADDER = (0.01, 0.1, 1.0)  # damping, times the Gram's mean diagonal: as publis
 class InputMoments:
     """The Gram of a layer's inputs, XᵀX over tokens, and their number."""
 
-    lower: torch.Tensor  # ([experts,] inputs, inputs) float32; what is above the diagonal is void
+    lower: (
+        torch.Tensor
+    )  # ([experts,] inputs, inputs) float32; entries above the diagonal are unused
     count: torch.Tensor  # ([experts]) int64: tokens
 
     @classmethod
@@ -55,17 +58,17 @@ class InputMoments:
     def add(self, rows: torch.Tensor) -> None:
         """Add input rows (tokens, inputs) of any floating dtype to the moments of one expert."""
         rows = rows.detach().float()
-        for first in range(0, self.inputs, _PANEL):  # half of a symmetric product is enough
+        for first in range(0, self.inputs, _PANEL):  # the product is symmetric: half is enough
             end = min(first + _PANEL, self.inputs)
             self.lower[first:end, :end].addmm_(rows[:, first:end].T, rows[:, :end])
         self.count.add_(len(rows))
 
     def expert(self, index: int) -> Self:
-        """Return the moments of one expert: a view, and what is added to it is added here."""
+        """Return the moments of one expert, as a view: adding to it adds to these moments."""
         return type(self)(self.lower[index], self.count[index])
 
     def some(self, experts: Sequence[int]) -> Self:
-        """Return the moments of some experts: a copy."""
+        """Return a copy of the moments of some experts."""
         return type(self)(self.lower[list(experts)], self.count[list(experts)])
 
     def merged(self, other: Self) -> Self:
@@ -92,16 +95,16 @@ class InputMoments:
 
 
 class ExpertMoments:
-    """Moments of experts, and rows on their way into them.
+    """Moments of several experts, filled row by row.
 
-    Rows are kept until there are enough: the few that a batch has for an expert would cost a pass
-    over its whole Gram.
+    Rows wait until there are enough of them: to add the few rows that one batch has for an expert
+    would cost a pass over its whole Gram.
     """
 
     def __init__(
         self, moments: InputMoments, router: Callable[[torch.Tensor], torch.Tensor]
     ) -> None:
-        """Take empty moments of experts, and what gives rows (tokens, inputs) their experts."""
+        """Take empty moments and the router that gives each row (tokens, inputs) its expert."""
         self._moments = moments
         self._assign = router
         self._waiting: list[torch.Tensor] = []
@@ -130,12 +133,13 @@ class ExpertMoments:
 def output_energy(weight: torch.Tensor, moments: InputMoments) -> torch.Tensor:
     """Return each neuron's ‖wX‖² over the tokens of the moments ([experts,] neurons), in float64.
 
-    Of a difference of weights it is what pruning lost. Float64, since a good pruning leaves a
-    difference that is all but orthogonal to the inputs, and most of the sum cancels.
+    For the difference of dense and pruned weights it is the error of pruning. It is computed in
+    float64: after good pruning most of the sum cancels, since the difference is nearly orthogonal to
+    the inputs.
     """
     weight = weight.double()
     energy = weight.new_zeros(())
-    for first in range(0, moments.inputs, _PANEL):  # half of a symmetric product is enough
+    for first in range(0, moments.inputs, _PANEL):  # the product is symmetric: half is enough
         end = min(first + _PANEL, moments.inputs)
         panel = 2 * moments.lower[..., first:end, :end].double().tril(first)
         panel.diagonal(first, dim1=-2, dim2=-1).div_(2)
@@ -148,7 +152,7 @@ class InverseFactor:
     """The upper U with UᵀU = H⁻¹, H a damped Gram, held as R = U⁻¹ with RRᵀ = H."""
 
     root: torch.Tensor  # R (inputs, inputs) float32
-    dead: torch.Tensor  # (inputs) bool: the input is always zero, and U_jj is said to be infinite
+    dead: torch.Tensor  # (inputs) bool: the input is always zero; U_jj is then set to infinity
     damping: float  # times the Gram's mean diagonal; 0.01 unless that Gram was singular
 
     @property
@@ -161,16 +165,16 @@ class InverseFactor:
         square = self.root[first:end, first:end]
         identity = torch.eye(end - first, device=square.device)
         inverse: torch.Tensor = torch.linalg.solve_triangular(square, identity, upper=True)
-        # Such an input goes first and changes no other: w / U_jj is 0.
+        # The score w / U_jj of a dead input is 0: it is pruned first, and changes no other.
         inverse.diagonal()[self.dead[first:end]] = torch.inf
         return inverse
 
 
 def inverse_factor(gram: torch.Tensor) -> InverseFactor:
-    """Return the inverse factor of a Gram (inputs, inputs), damped no more than it needs.
+    """Return the inverse factor of a Gram (inputs, inputs), with the least damping that suffices.
 
-    Only the lower triangle is read. With the order of the inputs reversed, H = LLᵀ turns into
-    H = RRᵀ with R upper: one Cholesky, and nothing is inverted.
+    Only the lower triangle is read. The order of the inputs is reversed, so that a Cholesky
+    decomposition gives H = RRᵀ with R upper; nothing is inverted.
 
     Raises:
         ValueError: no damping of the ladder (0.01, 0.1, 1) makes the Gram regular.

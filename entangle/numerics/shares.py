@@ -1,7 +1,7 @@
-"""Who gets the zeros: weights to prune in each row of a matrix, and in each part of a model.
+"""Non-uniform sparsity: how many weights are pruned in each row of a layer, and in each block.
 
-Totals are exact: shares become whole numbers by largest remainder, so that budgets that differ only
-in who gets what have the same number of zeros, to the last one.
+Totals are exact: shares are rounded to whole numbers by largest remainder, so that different budgets
+of one sparsity prune the same number of weights.
 
 Sources: OWL, arXiv 2310.05175, section 3.2; TRIM, arXiv 2505.16743, section 3 and algorithm 1.
 """

@@ -40,14 +40,15 @@ def prune_layers(
 ) -> list[PrunedLayer]:
     """Prune layers in place, or put mixtures of experts in their places.
 
-    ``zeros`` are those of a layer's rows (neurons,), or the layer's, which TRIM's rule hands to the
-    rows; without them each row has the sparsity. `least` and `most` are the smallest and the largest
-    share of zeros of a row.
-    ``error`` is ‖(W - Ŵ)X‖² / ‖WX‖² over the calibration's inputs X, each with the Ŵ of its expert;
-    NaN for a layer without output. ``held_out_error`` is the same over the inputs (tokens, inputs)
-    ``held_out``. ``zeros`` are counted in the weights themselves.
+    The argument ``zeros`` says how many weights to prune: of each row (neurons,), or of the whole
+    layer, which TRIM's rule spreads over the rows. Without it each row has the sparsity.
 
-    Under torchrun each process prunes some of the experts, and all place all of them.
+    In the result's row ``zeros`` counts the zeros that the weights have, and ``least`` and ``most``
+    are the smallest and the largest share of zeros of a row. ``error`` is ‖(W - Ŵ)X‖² / ‖WX‖² over
+    the calibration's inputs X, each with the Ŵ of its expert; it is NaN for a layer without output.
+    ``held_out_error`` is the same over the inputs ``held_out`` (tokens, inputs).
+
+    Under torchrun each process prunes some of the experts, and each places all of them.
 
     Raises:
         ValueError: as `prune` says; the message names the layer.

@@ -16,18 +16,8 @@ from entangle.model.layers import LinearLayer, weight_of
 from entangle.model.ranks import add_
 from entangle.numerics.masks import wanda_scores
 from entangle.numerics.shares import graded, largest_remainder, outlier_ratio, ranks, spread
-from entangle.numerics.sparsity import Sparsity
-from entangle.pruning.options import (
-    ACROSS,
-    BUDGET,
-    ROWS,
-    SHUFFLED,
-    STRENGTH,
-    TRIM,
-    UNIFORM,
-    needs_run,
-)
-from entangle.runs.dataset import dataset_of
+from entangle.pruning.options import DISTANCE, SHUFFLED, TRIM, UNIFORM, Pruning
+from entangle.runs.dataset import values_of
 
 Floats = npt.NDArray[np.float64]
 Zeros = dict[str, torch.Tensor | int]  # of a layer's rows (neurons,), or its total for TRIM's rule
@@ -38,19 +28,16 @@ ENTANGLED_WIDTH = 0.16  # where the score is the share of entangled neurons
 
 def zeros_of(
     layers: Sequence[LinearLayer],
-    sparsity: Sparsity,
+    pruning: Pruning,
     *,
-    budget: str = UNIFORM,
-    strength: float = STRENGTH,
-    across: str = UNIFORM,
-    run: xr.DataTree | xr.Dataset | None = None,
+    run: xr.Dataset | None = None,
     outliers: Mapping[int, float] | None = None,
     seed: int = 0,
 ) -> Zeros:
     """Return how many weights of each row of each layer to prune; nothing for uniform rows.
 
     All budgets prune as many weights as uniform rows do. Within a layer rows are graded by the rank
-    of a variable of the run (see `numerics.budgets.graded`): ``wasserstein*std`` is the distance in
+    of a variable of the run (see `numerics.shares.graded`): ``wasserstein*std`` is the distance in
     output units, ``ranks`` the sum of the ranks of both, ``shuffled`` the control, ranks of
     ``wasserstein*std`` that are another neuron's. Of ``trim`` each layer's total is returned: the
     rule needs its inputs. Across blocks densities are linear in a score (see `spread`): the share
@@ -59,26 +46,18 @@ def zeros_of(
 
     Raises:
         LookupError: the run lacks a layer, a neuron or the variable.
-        ValueError: a word that is none of the choices, a strength out of range, an n:m sparsity,
-            no run or no outlier ratios where they are needed, or layers of a single block, across
-            which there is nothing to move.
+        ValueError: no run or no outlier ratios where they are needed, or layers of a single block,
+            across which there is nothing to move.
     """
-    if budget not in ROWS or across not in ACROSS:
-        raise ValueError(
-            f"expected a budget of {', '.join(ROWS)}, and across of {', '.join(ACROSS)}; got "
-            f"{budget!r} and {across!r}"
-        )
-    if budget == across == UNIFORM:
+    budget, across, sparsity = pruning.budget, pruning.across, pruning.sparsity
+    if not pruning.budgeted:
         return {}
-    if sparsity.group:
-        raise ValueError(f"{sparsity} fixes the zeros of every row, so it takes no budget")
-    if needs_run(budget, across) and run is None:
+    if pruning.needs_run and run is None:
         raise ValueError(f"budget {budget} across {across} needs a measured run: give one")
-    data = None if run is None else dataset_of(run)
     sizes = np.array([layer.neurons * layer.inputs for layer in layers])
     totals = np.array([layer.neurons * round(sparsity.share * layer.inputs) for layer in layers])
     if across != UNIFORM:
-        scores = _scores(layers, across, data, outliers, seed)
+        scores = _scores(layers, across, run, outliers, seed)
         if len(scores) == 1:
             raise ValueError(
                 f"across {across} moves weights between blocks, but all layers are of block "
@@ -97,10 +76,10 @@ def zeros_of(
     rng = np.random.default_rng(seed)
     for layer, total, size in zip(layers, totals, sizes, strict=True):
         rank = np.full(layer.neurons, 0.5)
-        if data is not None and budget != UNIFORM:
-            rank = ranks(_values(layer, budget, data))
+        if run is not None and budget != UNIFORM:
+            rank = ranks(_values(layer, budget, run))
             rank = rng.permutation(rank) if budget == SHUFFLED else rank
-        rows = graded(total / size, rank, strength)
+        rows = graded(total / size, rank, pruning.strength)
         counts = largest_remainder(rows, np.full(layer.neurons, layer.inputs), int(total))
         zeros[layer.name] = torch.from_numpy(counts)
     return zeros
@@ -181,24 +160,14 @@ def _values(layer: LinearLayer, variable: str, data: xr.Dataset) -> Floats:
     Raises:
         LookupError: the run lacks it, or a neuron.
     """
-    rows = np.flatnonzero(data["layer"].to_numpy() == layer.name)
-    rows = rows[np.argsort(data["index"].to_numpy()[rows], kind="stable")]
-    if len(rows) != layer.neurons:
-        raise LookupError(
-            f"the run has {len(rows)} of the {layer.neurons} neurons of {layer.name}: measure all "
-            "layers that are pruned"
-        )
 
     def of(name: str) -> Floats:
-        if name not in data:
-            raise LookupError(f"the run has no {name}: measure again")
-        values: Floats = data[name].to_numpy()[rows].astype(np.float64)
-        return values
+        return values_of(data, name, layer.name, range(layer.neurons))
 
     distance = of("wasserstein")
     if variable == "ranks":
         values = ranks(distance) + ranks(of("std"))
-    elif variable in {BUDGET, SHUFFLED}:
+    elif variable in {DISTANCE, SHUFFLED}:
         values = distance * of("std")
     else:
         values = of(variable)

@@ -1,26 +1,54 @@
-"""The options of pruning, each declared once."""
+"""The options of pruning, each declared once: a field of `Pruning`.
+
+The flags of the command line, the keyword arguments of `sparsify` and `sweep`, what run.json keeps
+and the columns of tables are made from its fields.
+"""
 
 import dataclasses
+import inspect
 import itertools
 import math
-from collections.abc import Sequence
-from typing import Any, Literal, Self
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from difflib import get_close_matches
+from typing import (
+    Annotated,
+    Any,
+    Literal,
+    Required,
+    Self,
+    TypeAlias,
+    TypedDict,
+    TypeVar,
+    Unpack,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 from entangle.numerics.sparsity import Mask, Method, Sparsity
 
-UNIFORM, TRIM, SHUFFLED = "uniform", "trim", "shuffled"
-BUDGET = "wasserstein*std"  # the distance in output units
-ROWS = (UNIFORM, BUDGET, "ranks", "wasserstein", "std", "kurtosis", "weight_norm", SHUFFLED, TRIM)
-ACROSS = (UNIFORM, "entanglement", SHUFFLED, "depth", "owl")
-STRENGTH = 0.25
-
-
-def needs_run(budget: str, across: str) -> bool:
-    """Say whether a budget is made of what a run measured."""
-    return budget not in {UNIFORM, TRIM} or across in {"entanglement", SHUFFLED}
-
-
+Propagate = Literal["sparse", "dense"]
 Assign = Literal["kmeans", "random"]
+Budget = Literal[
+    "uniform",
+    "wasserstein*std",
+    "ranks",
+    "wasserstein",
+    "std",
+    "kurtosis",
+    "weight_norm",
+    "shuffled",
+    "trim",
+]
+Across = Literal["uniform", "entanglement", "shuffled", "depth", "owl"]
+Scope = Literal["every", "experts", "budget"]  # whose option it is: of several experts or a budget
+
+Value = TypeVar("Value")
+
+UNIFORM: Literal["uniform"] = "uniform"
+TRIM: Literal["trim"] = "trim"
+SHUFFLED: Literal["shuffled"] = "shuffled"
+DISTANCE: Budget = "wasserstein*std"  # the distance in output units, and the usual budget
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,72 +61,174 @@ class Clustering:
 
 
 ONE = Clustering()
-Propagate = Literal["sparse", "dense"]
-CHOICES: dict[str, tuple[str, ...]] = {
-    "method": ("sparsegpt", "wanda", "magnitude"),
-    "mask": ("row", "block"),
-    "propagate": ("sparse", "dense"),
-    "assign": ("kmeans", "random"),
-    "budget": ROWS,
-    "across": ACROSS,
-}
-_ROUTED = ("assign", "components", "pull")
-_BUDGETED = ("budget", "strength", "across")
-_ORDER = ("propagate", "method", "mask", "experts", *_ROUTED, *_BUDGETED)
-PULL = 0.5  # times the number of inputs: the average tokens that each expert's Gram is pulled by
+
+
+def read_count(text: str) -> int:
+    """Read a whole number.
+
+    Raises:
+        ValueError: it is none.
+    """
+    return _read(int, text, "a whole number such as 16")
+
+
+def read_number(text: str) -> float:
+    """Read a number.
+
+    Raises:
+        ValueError: it is none.
+    """
+    return _read(float, text, "a number such as 0.25")
+
+
+def _count_or_auto(text: str) -> int | None:
+    return None if text == "auto" else _read(int, text, "a number or auto")
+
+
+def _number_or_auto(text: str) -> float | str:
+    return text if text == "auto" else _read(float, text, "a number or auto")
+
+
+def _read(kind: Callable[[str], Value], text: str, expected: str) -> Value:
+    try:
+        return kind(text)
+    except ValueError as error:
+        raise ValueError(f"expected {expected}, got {text!r}") from error
 
 
 @dataclasses.dataclass(frozen=True)
+class Option:
+    """One option, as flags and tables use it: the last three are those of its field."""
+
+    help: str
+    read: Callable[[str], Any] = str  # a value from text; raises ValueError
+    metavar: str | None = None
+    scope: Scope = "every"
+    name: str = ""
+    default: Any = ...  # it must be given
+    choices: tuple[str, ...] = ()  # none where it is a number or the like
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Pruning:
     """How the layers of a model are pruned."""
 
-    sparsity: Sparsity
-    method: Method = "sparsegpt"
-    mask: Mask = "row"
-    propagate: Propagate = "sparse"
-    experts: int = 1
-    assign: Assign = "kmeans"
-    components: int | None = None
-    pull: float = PULL
-    budget: str = UNIFORM
-    strength: float = STRENGTH
-    across: str = UNIFORM
+    method: Annotated[Method, Option("how weights are chosen and solved")] = "sparsegpt"
+    mask: Annotated[
+        Mask, Option("row: each neuron has exactly the sparsity; block: chosen per 128 columns")
+    ] = "row"
+    propagate: Annotated[
+        Propagate,
+        Option("prune a block for the inputs from the pruned blocks before it or the dense ones"),
+    ] = "sparse"
+    experts: Annotated[
+        int,
+        Option("pruned copies of each layer, one for each cluster of its inputs", read_count, "N"),
+    ] = 1
+    assign: Annotated[
+        Assign,
+        Option("tokens to experts by k-means or, as a control, at random", scope="experts"),
+    ] = "kmeans"
+    components: Annotated[
+        int | None,
+        Option(
+            "of PCA before k-means, 0 for none, auto for inputs // 32",
+            _count_or_auto,
+            "N",
+            "experts",
+        ),
+    ] = None
+    pull: Annotated[
+        float,
+        Option(
+            "an expert's Gram is pulled towards all tokens' by so many times its width in tokens",
+            read_number,
+            "X",
+            "experts",
+        ),
+    ] = 0.5
+    budget: Annotated[
+        Budget,
+        Option(
+            "rows alike (uniform), or graded by what RUN measured of their neurons, as "
+            "RUN[:VARIABLE] with wasserstein*std (default), wasserstein, std, ranks (the sum of "
+            "both's), kurtosis, weight_norm, shuffled (the control) or uniform; or trim, TRIM's rule",
+            metavar="RUN[:VARIABLE]",
+            scope="budget",
+        ),
+    ] = UNIFORM
+    strength: Annotated[
+        float,
+        Option(
+            "how much graded rows differ, from 0 to 1; in sparsify auto chooses it, and the "
+            "variable if none is named, on a fourth of the calibration windows set aside",
+            _number_or_auto,
+            "X",
+            "budget",
+        ),
+    ] = 0.25
+    across: Annotated[
+        Across,
+        Option(
+            "blocks alike (uniform), or denser by their share of entangled neurons in --budget's "
+            "RUN (entanglement), by shares shuffled over blocks, by depth or by OWL's rule",
+            scope="budget",
+        ),
+    ] = UNIFORM
+    sparsity: Annotated[
+        Sparsity,
+        Option("share of zeros such as 0.8, or n:m, n kept of every m such as 2:4", metavar="S"),
+    ]
 
     @classmethod
-    def of(cls, sparsity: str | float | Sparsity, **words: Any) -> Self:
-        """Read one from words.
+    def of(cls, **options: Unpack["PruningOptions"]) -> Self:
+        """Return the pruning of one value of each option.
 
         Raises:
-            ValueError: a word that is none of its choices, no sparsity, or a number out of range.
+            TypeError: an option of another name, or without a sparsity.
+            ValueError: a value that is none of the choices, no sparsity, or a number out of range.
         """
-        for name, word in words.items():
-            if name in CHOICES and word not in CHOICES[name]:
-                raise ValueError(f"{name} must be one of {', '.join(CHOICES[name])}, got {word!r}")
-        if not isinstance(sparsity, Sparsity):
-            sparsity = Sparsity.parse(sparsity)
-        pruning = cls(sparsity, **words)
-        if not isinstance(pruning.experts, int) or pruning.experts < 1:
-            raise ValueError(f"a layer needs at least 1 expert, got experts={pruning.experts!r}")
-        components = pruning.components
+        values: dict[str, Any] = dict(options)
+        check_names(values)
+        for name, value in values.items():
+            if _is_several(value):
+                raise ValueError(f"{name} takes one value here, got {value!r}: sweep takes several")
+            choices = OPTIONS[name].choices
+            if choices and value not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+        if not isinstance(values["sparsity"], Sparsity):
+            values["sparsity"] = Sparsity.parse(values["sparsity"])
+        pruning = cls(**values)
+        pruning._check()
+        return pruning
+
+    def _check(self) -> None:
+        """See that numbers are in their ranges, and that the values go together.
+
+        Raises:
+            ValueError: they do not.
+        """
+        if not isinstance(self.experts, int) or self.experts < 1:
+            raise ValueError(f"a layer needs at least 1 expert, got experts={self.experts!r}")
+        components = self.components
         if components is not None and (not isinstance(components, int) or components < 0):
             raise ValueError(f"components must not be negative (0: no PCA), got {components!r}")
-        if not isinstance(pruning.pull, int | float) or not 0 <= pruning.pull < math.inf:
-            raise ValueError(f"pull must be a number that is not negative, got {pruning.pull!r}")
-        if pruning.experts > 1 and pruning.method != "sparsegpt":
+        if not isinstance(self.pull, int | float) or not 0 <= self.pull < math.inf:
+            raise ValueError(f"pull must be a number that is not negative, got {self.pull!r}")
+        if self.experts > 1 and self.method != "sparsegpt":
             raise ValueError(
-                f"experts are pruned by sparsegpt, got {pruning.experts} experts and "
-                f"{pruning.method}: use one expert or method sparsegpt"
+                f"experts are pruned by sparsegpt, got {self.experts} experts and "
+                f"{self.method}: use one expert or method sparsegpt"
             )
-        if not isinstance(pruning.strength, int | float) or not 0 <= pruning.strength <= 1:
-            raise ValueError(f"strength must be from 0 to 1, got {pruning.strength!r}")
-        if pruning.budgeted and (pruning.mask == "block" or pruning.sparsity.group):
+        if not isinstance(self.strength, int | float) or not 0 <= self.strength <= 1:
+            raise ValueError(f"strength must be from 0 to 1, got {self.strength!r}")
+        if self.budgeted and (self.mask == "block" or self.sparsity.group):
             why = "a mask by block chooses among all rows"
-            why = f"{pruning.sparsity} fixes every row's zeros" if pruning.sparsity.group else why
+            why = f"{self.sparsity} fixes every row's zeros" if self.sparsity.group else why
             raise ValueError(
-                f"budget {pruning.budget} across {pruning.across} says how many weights each row "
+                f"budget {self.budget} across {self.across} says how many weights each row "
                 f"keeps, but {why}: use a mask by row and a share of zeros"
             )
-        return pruning
 
     @property
     def budgeted(self) -> bool:
@@ -106,55 +236,171 @@ class Pruning:
         return (self.budget, self.across) != (UNIFORM, UNIFORM)
 
     @property
+    def needs_run(self) -> bool:
+        """Whether its budget is made of what a run measured."""
+        return needs_run(self.budget, self.across)
+
+    @property
     def clustering(self) -> Clustering:
         """How it splits the inputs of a layer."""
         return ONE if self.experts == 1 else Clustering(self.experts, self.assign, self.components)
 
     def words(self) -> dict[str, Any]:
-        """Return it as it was written; what only matters to several experts only with them."""
-        words: dict[str, Any] = {
-            name: getattr(self, name) for name in ("method", "mask", "propagate", "experts")
-        }
-        if self.experts > 1:
-            components = "auto" if self.components is None else self.components
-            words |= {"assign": self.assign, "components": components, "pull": self.pull}
-        if self.budgeted:
-            strength = "" if self.budget in {UNIFORM, TRIM} else self.strength
-            words |= {"budget": self.budget, "strength": strength, "across": self.across}
-        return words | {"sparsity": str(self.sparsity)}
+        """Return its options as run.json keeps them; those of experts or a budget only with these."""
+        scopes = {"every": True, "experts": self.experts > 1, "budget": self.budgeted}
+        words = {name: getattr(self, name) for name, one in OPTIONS.items() if scopes[one.scope]}
+        words |= {"sparsity": str(self.sparsity)}
+        if words.get("components", 0) is None:
+            words["components"] = "auto"
+        if "strength" in words and self.budget in {UNIFORM, TRIM}:  # rows that are not graded
+            words["strength"] = ""
+        return words
 
 
-def arms_of(sparsities: Sequence[str | float], **words: Sequence[Any]) -> list[Pruning]:
-    """Return the prunings of all combinations of words (see `Pruning`), each once.
+Several: TypeAlias = Value | Sequence[Value]
+
+
+def several(value: Any) -> list[Any]:
+    """Return one value, or several, as a list."""
+    return [*value] if _is_several(value) else [value]
+
+
+def _is_several(value: Any) -> bool:
+    return isinstance(value, Iterable) and not isinstance(value, str)
+
+
+class PruningOptions(TypedDict, total=False):
+    """The fields of `Pruning` as keyword arguments: of `sweep` several values each.
+
+    Type checkers and editors read them here; a test sees that they are the fields.
+    """
+
+    method: Several[Method]
+    mask: Several[Mask]
+    propagate: Several[Propagate]
+    experts: Several[int]
+    assign: Several[Assign]
+    components: Several[int | None]
+    pull: Several[float]
+    budget: Several[Budget]
+    strength: Several[float]
+    across: Several[Across]
+    sparsity: Required[Several[str | float]]
+
+
+def _options() -> Iterator[Option]:
+    types = get_type_hints(Pruning, include_extras=True)
+    for field in dataclasses.fields(Pruning):
+        kind, option = get_args(types[field.name])
+        choices = get_args(kind) if get_origin(kind) is Literal else ()
+        default = ... if field.default is dataclasses.MISSING else field.default
+        yield dataclasses.replace(option, name=field.name, default=default, choices=choices)
+
+
+OPTIONS: Mapping[str, Option] = {option.name: option for option in _options()}
+
+EXPERT_DEFAULTS = {  # what is usual for the options of several experts, as tables say it
+    name: "auto" if option.default is None else str(option.default)
+    for name, option in OPTIONS.items()
+    if option.scope == "experts"
+}
+UNBUDGETED = {  # what tables say of arms without a budget
+    name: "" if name == "strength" else str(option.default)
+    for name, option in OPTIONS.items()
+    if option.scope == "budget"
+}
+PULL: float = OPTIONS["pull"].default
+STRENGTH: float = OPTIONS["strength"].default
+METHODS: tuple[Method, ...] = get_args(Method)
+
+
+def needs_run(budget: str, across: str) -> bool:
+    """Say whether a budget is made of what a run measured."""
+    return budget not in {UNIFORM, TRIM} or across in {"entanglement", SHUFFLED}
+
+
+def check_names(names: Collection[str]) -> None:
+    """See that these are names of options, and that sparsity is among them.
 
     Raises:
-        ValueError: a word that is none of the choices, no sparsity, or nothing to combine.
+        TypeError: if not.
     """
-    for name, several in {"sparsity": sparsities, **words}.items():
-        if not several:
+    for name in names:
+        if name not in OPTIONS:
+            near = get_close_matches(name, OPTIONS, 1) or [", ".join(OPTIONS)]
+            raise TypeError(f"there is no option {name!r}: expected {near[0]}")
+    if "sparsity" not in names:
+        raise TypeError("sparsity is missing: give a share of zeros such as 0.5, or n:m")
+
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def with_options(**defaults: Any) -> Callable[[Function], Function]:
+    """Have `help` and notebooks show the options of pruning, with their defaults, one by one.
+
+    ``defaults`` are those of the function that are not the options' own.
+    """
+
+    def shown(function: Function) -> Function:
+        signature = inspect.signature(function)
+        own = [one for one in signature.parameters.values() if one.kind is not one.VAR_KEYWORD]
+        for option in OPTIONS.values():
+            default = defaults.get(option.name, option.default)
+            default = inspect.Parameter.empty if default is ... else default
+            kind = inspect.Parameter.KEYWORD_ONLY
+            own.append(inspect.Parameter(option.name, kind, default=default))
+        signature = signature.replace(parameters=own)
+        function.__signature__ = signature  # type: ignore[attr-defined]
+        return function
+
+    return shown
+
+
+def arms_of(**options: Unpack[PruningOptions]) -> list[Pruning]:
+    """Return the prunings of all combinations of one or several values of each option, each once.
+
+    Arms that would be the same are one: magnitude sees no inputs, one expert has no router, and
+    a budget that grades no rows has no strength. Wanda and magnitude, rivals of experts, have one
+    expert. Beside others n:m and masks by block have no budget, as published.
+
+    Raises:
+        TypeError: an option of another name, or without a sparsity.
+        ValueError: a value that is none of the choices, no sparsity, or nothing to combine.
+    """
+    check_names(options)
+    values: dict[str, list[Any]] = {name: several(value) for name, value in options.items()}
+    for name, some in values.items():
+        if not some:
             raise ValueError(f"a sweep needs at least one value of {name}")
-    if max(words.get("experts", [1])) > 1 and "sparsegpt" not in words.get("method", ["sparsegpt"]):
+    experts, methods = values.get("experts", [1]), values.get("method", ["sparsegpt"])
+    if max(experts) > 1 and "sparsegpt" not in methods:
         raise ValueError(
             "experts are pruned by sparsegpt: add it to the methods, or use one expert"
         )
+    all_grouped = all(Sparsity.parse(one).group for one in values["sparsity"])
+    # Arms of one propagation come together, as those of dense propagation share one pass.
+    order = sorted(values, key=[*sorted(OPTIONS, key=lambda name: name != "propagate")].index)
     arms: dict[Pruning, None] = {}
-    order = sorted(words, key=_ORDER.index)
-    grouped = [bool(Sparsity.parse(str(one)).group) for one in sparsities]
-    for combination in itertools.product(*(words[name] for name in order), sparsities):
-        arm = dict(zip(order, combination[:-1], strict=True))
+    for combination in itertools.product(*(values[name] for name in order)):
+        arm = dict(zip(order, combination, strict=True))
         if arm.get("method") == "magnitude" and arm.get("budget") != TRIM:  # it sees no inputs
-            arm["propagate"] = words.get("propagate", ["sparse"])[0]
+            arm["propagate"] = values.get("propagate", ["sparse"])[0]
         if arm.get("method", "sparsegpt") != "sparsegpt":  # a rival of experts, and none itself
             arm["experts"] = 1
         if arm.get("experts", 1) == 1:  # and so no router
-            arm = {name: word for name, word in arm.items() if name not in _ROUTED}
-        fixed = ":" in str(combination[-1]) and not all(grouped)
-        if fixed or (arm.get("mask") == "block" and "row" in words["mask"]):  # the arm as published
-            arm = {name: word for name, word in arm.items() if name not in _BUDGETED}
+            arm = _without(arm, "experts")
+        fixed = bool(Sparsity.parse(arm["sparsity"]).group) and not all_grouped
+        if fixed or (arm.get("mask") == "block" and "row" in values["mask"]):  # as published
+            arm = _without(arm, "budget")
         if arm.get("budget", UNIFORM) in {UNIFORM, TRIM}:
             arm.pop("strength", None)
-        pruning = Pruning.of(combination[-1], **arm)
+        pruning = Pruning.of(**arm)
         if pruning.sparsity.group:  # groups lie in a row
             pruning = dataclasses.replace(pruning, mask="row")
         arms[pruning] = None
     return list(arms)
+
+
+def _without(arm: Mapping[str, Any], scope: Scope) -> dict[str, Any]:
+    return {name: value for name, value in arm.items() if OPTIONS[name].scope != scope}

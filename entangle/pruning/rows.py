@@ -14,7 +14,6 @@ from torch.nn import functional
 from tqdm.auto import tqdm
 
 from entangle.model import ranks
-from entangle.model.blocks import BlockWalk
 from entangle.model.experts import ExpertLinear
 from entangle.model.layers import LinearLayer, naming, weight_of
 from entangle.model.packing import load_tensors, router_from, router_tensors, save_tensors
@@ -23,6 +22,7 @@ from entangle.numerics.routing import Router
 from entangle.numerics.sparsity import Sparsity
 from entangle.pruning.calibration import Calibration, calibrate
 from entangle.pruning.options import ONE, PULL, Clustering
+from entangle.runs.setup import Setup
 
 Kind = tuple[Clustering, Sparsity]
 Outputs = Callable[[torch.Tensor], torch.Tensor]  # of chosen neurons, from a layer's inputs
@@ -52,30 +52,26 @@ class SparseRows:
         return lambda inputs: functional.linear(inputs, self.weight, bias)
 
 
-def prune_rows(
-    layers: Sequence[LinearLayer],
-    wanted: Mapping[Kind, Mapping[str, set[int]]],
-    folder: Path,
-    *,
-    walk: Callable[[], BlockWalk],
-    seed: int,
-    progress: bool,
-) -> None:
-    """Prune all wanted rows of each layer, once for each kind, and save them where not yet done."""
-    blocks = sorted({layer.block for layer in layers})
-    left = [b for b in blocks if not all(_file(folder, b, kind).exists() for kind in wanted)]
+def prune_rows(setup: Setup, wanted: Mapping[Kind, Mapping[str, set[int]]], folder: Path) -> None:
+    """Prune all wanted rows of each layer, once for each kind, and save them where not yet done.
+
+    Raises:
+        ValueError: inputs that rows cannot be pruned by; the message names the layer.
+    """
+    layers = setup.blocks
+    left = [b for b in layers if not all(_file(folder, b, kind).exists() for kind in wanted)]
     left = ranks.from_rank(0, left)
     if not left:
         return
-    inputs = walk()
+    inputs = setup.walk()
     clusterings = list(dict.fromkeys(clustering for clustering, _ in wanted))
     last = left[-1]
-    for block in tqdm(range(last + 1), unit="block", desc="prune", disable=not progress):
+    for block in tqdm(range(last + 1), unit="block", desc="prune", disable=not setup.progress):
         if block not in left:
             inputs.advance()
             continue
-        here = [layer for layer in layers if layer.block == block]
-        found = calibrate(inputs, here, clusterings, seed=seed, advance=block < last)
+        here = layers[block]
+        found = calibrate(inputs, here, clusterings, seed=setup.seed, advance=block < last)
         mine = ranks.shard().batches(len(wanted))
         with ranks.together():  # each process has kinds of its own
             for clustering, sparsity in itertools.islice(wanted, mine.start, None, mine.step):

@@ -5,10 +5,10 @@ its inputs. One expert is plain one-shot pruning.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import pandas as pd
 import torch
@@ -17,13 +17,11 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from entangle.model import ranks
-from entangle.model.blocks import BlockWalk
-from entangle.model.hooks import check_hooks
-from entangle.model.layers import LinearLayer, check_prunable, find_layers, naming
+from entangle.model.layers import check_prunable, find_layers, naming
 from entangle.model.loading import save_model
 from entangle.model.placing import is_offloaded
-from entangle.model.sampling import sample_inputs, walk_blocks
-from entangle.model.text import TokenWindows, check_windows
+from entangle.model.sampling import sample_inputs
+from entangle.model.text import TokenWindows
 from entangle.numerics.masks import check_group
 from entangle.numerics.sparsity import Sparsity
 from entangle.pruning import costs
@@ -31,10 +29,11 @@ from entangle.pruning.block import PrunedLayer, prune_layers
 from entangle.pruning.budgets import Zeros, block_outliers, zeros_of
 from entangle.pruning.calibration import HELD_OUT, calibrate
 from entangle.pruning.checkpoint import FinishedBlocks
-from entangle.pruning.options import PULL, STRENGTH, UNIFORM, Pruning, needs_run
-from entangle.runs import resuming, setup, store
-from entangle.runs.dataset import dataset_of
-from entangle.runs.setup import check_weights, provenance
+from entangle.pruning.options import Pruning, PruningOptions, with_options
+from entangle.runs import store
+from entangle.runs.dataset import about
+from entangle.runs.resuming import resumed_run
+from entangle.runs.setup import Setup, Stopwatch
 
 # What determines a run, and so a budget made from it.
 _OF_RUN = (
@@ -68,21 +67,11 @@ class Sparsified:
         return float(self.layers["error"].mean())
 
 
+@with_options()
 def sparsify(
     model: PreTrainedModel,
     windows: TokenWindows,
-    sparsity: str | float,
     *,
-    method: str = "sparsegpt",
-    mask: str = "row",
-    propagate: str = "sparse",
-    experts: int = 1,
-    assign: str = "kmeans",
-    components: int | None = None,
-    pull: float = PULL,
-    budget: str = UNIFORM,
-    strength: float = STRENGTH,
-    across: str = UNIFORM,
     run: xr.DataTree | xr.Dataset | None = None,
     layers: str | Sequence[str] = ("*",),
     batch_size: int = 4,
@@ -91,7 +80,7 @@ def sparsify(
     out: str | Path | None = None,
     overwrite: bool = False,
     progress: bool = False,
-    command: str | None = None,
+    **options: Unpack[PruningOptions],
 ) -> Sparsified:
     """Prune the matching layers of a model in place, block by block, from windows of a text.
 
@@ -124,52 +113,30 @@ def sparsify(
             quantised or expanded, a number or word out of range, a run of other weights, or inputs
             that no pruning can be made of; the message names the layer.
     """
-    pruning = Pruning.of(
-        sparsity,
-        method=method,
-        mask=mask,
-        propagate=propagate,
-        experts=experts,
-        assign=assign,
-        components=components,
-        pull=pull,
-        budget=budget,
-        strength=strength,
-        across=across,
-    )
-    chosen = prunable_layers(model, windows, layers, [pruning], skip_first)
-    if out is None and is_offloaded(model):
-        raise ValueError("the model's weights are in files: give a folder to write it to, with out")
-    attributes = provenance(
+    pruning = Pruning.of(**options)
+    setup = Setup.of(
         model,
         windows,
+        run=needed_run([pruning], run),
         layers=layers,
         batch_size=batch_size,
         skip_first=skip_first,
-        command=command,
+        progress=progress,
     )
-    attributes |= pruning.words() | budget_run(model, [pruning], run)
-    attributes |= {"tokens": len(windows) * (windows.length - skip_first)}
-    stopwatch = setup.Stopwatch()
+    check_layers(setup, [pruning.sparsity])
+    if out is None and is_offloaded(model):
+        raise ValueError("the model's weights are in files: give a folder to write it to, with out")
+    attributes = setup.provenance() | pruning.words() | budget_run(setup)
+    stopwatch = Stopwatch()
     dense = costs.model_multiply_adds(model)
-    kept = (
-        nullcontext() if out is None else resuming.resumed_run(out, attributes, overwrite=overwrite)
-    )
+    kept = nullcontext() if out is None else resumed_run(out, attributes, overwrite=overwrite)
     with kept as folder:
         outliers = None
         if pruning.across == "owl":
-            outliers = block_outliers(walk_blocks(model, windows, batch_size, skip_first), chosen)
-        zeros = budget_of(chosen, pruning, run, outliers, windows.seed)
+            outliers = block_outliers(setup.walk(), setup.layers)
+        zeros = zeros_of(setup.layers, pruning, run=setup.run, outliers=outliers, seed=setup.seed)
         done = None if folder is None else FinishedBlocks(model, folder)
-        pruned = prune_model(
-            walk_blocks(model, windows, batch_size, skip_first),
-            chosen,
-            pruning,
-            seed=windows.seed,
-            zeros=zeros,
-            done=done,
-            progress=progress,
-        )
+        pruned = prune_model(setup, pruning, zeros=zeros, done=done)
         found = Sparsified(pd.DataFrame([layer.row for layer in pruned]), attributes)
         if done is not None and ranks.rank() == 0:
             rows: list[Any] = found.layers.to_dict(orient="records")
@@ -182,108 +149,66 @@ def sparsify(
     return found
 
 
-def budget_run(
-    model: PreTrainedModel,
-    prunings: Sequence[Pruning],
-    run: xr.DataTree | xr.Dataset | None,
-) -> dict[str, Any]:
-    """See that there is a run of this model where a budget needs one; return what names it.
+def needed_run(
+    prunings: Sequence[Pruning], run: xr.DataTree | xr.Dataset | None
+) -> xr.DataTree | xr.Dataset | None:
+    """Return the run where a budget is made of it, and else none.
 
     Raises:
-        ValueError: there is none, or one of other weights.
+        ValueError: a budget needs a run, and there is none.
     """
-    needed = [one for one in prunings if needs_run(one.budget, one.across)]
-    if not needed:
-        return {}
-    if run is None:
+    needed = [pruning for pruning in prunings if pruning.needs_run]
+    if needed and run is None:
         raise ValueError(
             f"budget {needed[0].budget} across {needed[0].across} needs a measured run of the model"
         )
-    check_weights(model, run)
-    about = dataset_of(run).attrs
-    return {"budget_run": {name: about.get(name) for name in _OF_RUN}}
+    return run if needed else None
 
 
-def budget_of(
-    layers: Sequence[LinearLayer],
-    pruning: Pruning,
-    run: xr.DataTree | xr.Dataset | None,
-    outliers: Mapping[int, float] | None,
-    seed: int,
-) -> Zeros:
-    """Return the zeros of each layer's rows (see `zeros_of`)."""
-    return zeros_of(
-        layers,
-        pruning.sparsity,
-        budget=pruning.budget,
-        strength=pruning.strength,
-        across=pruning.across,
-        run=run,
-        outliers=outliers,
-        seed=seed,
-    )
+def budget_run(setup: Setup) -> dict[str, Any]:
+    """Return what names the run that budgets are made of, if there is one."""
+    if setup.run is None:
+        return {}
+    return {"budget_run": {name: about(setup.run).get(name) for name in _OF_RUN}}
 
 
-def prunable_layers(
-    model: PreTrainedModel,
-    windows: TokenWindows,
-    patterns: str | Sequence[str],
-    prunings: Sequence[Pruning],
-    skip_first: int,
-) -> list[LinearLayer]:
-    """Return the layers to prune, after all has been checked that can be before minutes are spent.
-
-    Raises:
-        LookupError: a pattern matches no layer.
-        ValueError: as `sparsify` says.
-    """
-    check_windows(model, windows, skip_first)
-    check_hooks(model, skip_first)
-    chosen = find_layers(model, [patterns] if isinstance(patterns, str) else patterns)
-    check_layers(model, chosen, [pruning.sparsity for pruning in prunings])
-    return chosen
-
-
-def check_layers(
-    model: PreTrainedModel, layers: Sequence[LinearLayer], sparsities: Sequence[Sparsity]
-) -> None:
-    """See that layers can be pruned to sparsities, before minutes are spent.
+def check_layers(setup: Setup, sparsities: Sequence[Sparsity]) -> None:
+    """See that the layers can be pruned to sparsities, before minutes are spent.
 
     Raises:
         ValueError: a layer is quantised or expanded, shares its weight, or has no such groups.
     """
-    check_prunable(layers, find_layers(model))
-    for layer in layers:
+    check_prunable(setup.layers, find_layers(setup.model))
+    for layer in setup.layers:
         for sparsity in dict.fromkeys(sparsities):
             with naming(layer):
                 check_group(layer.inputs, sparsity)
 
 
 def prune_model(
-    walk: BlockWalk,
-    layers: Sequence[LinearLayer],
+    setup: Setup,
     pruning: Pruning,
     *,
-    seed: int = 0,
-    held_out: BlockWalk | None = None,
     zeros: Zeros | None = None,
     done: FinishedBlocks | None = None,
-    progress: bool = False,
 ) -> list[PrunedLayer]:
-    """Prune layers in place, block by block, and measure the error on inputs from other text too.
+    """Prune layers in place, block by block.
 
-    Blocks that are ``done`` are read, and the others saved there.
+    Where there is an evaluation, the error is measured on its inputs too. Blocks that are ``done``
+    are read, and the others saved there.
 
     Raises:
         ValueError: the inputs of a layer cannot be pruned by; the message names it.
     """
     pruned: list[PrunedLayer] = []
     dense = pruning.propagate == "dense"
-    last = max(layer.block for layer in layers)
+    last, layers = setup.last_block, setup.blocks
+    walk = setup.walk()
+    held_out = None if setup.evaluation is None else setup.evaluation_walk()
     walks = [walk] if held_out is None else [walk, held_out]
-    with tqdm(total=last + 1, unit="block", desc="prune", disable=not progress) as bar:
+    with tqdm(total=last + 1, unit="block", desc="prune", disable=not setup.progress) as bar:
         for block in range(last + 1):
-            here = [layer for layer in layers if layer.block == block]
+            here = layers.get(block, [])
             if here and done is not None and block in done.there:
                 for one in walks if dense and block < last else ():
                     one.advance()
@@ -291,11 +216,11 @@ def prune_model(
             elif here:
                 unseen: dict[str, torch.Tensor] = {}
                 if held_out is not None:
-                    unseen = sample_inputs(held_out, here, HELD_OUT, seed, advance=dense)
-                found = calibrate(walk, here, [pruning.clustering], seed=seed, advance=dense)
+                    unseen = sample_inputs(held_out, here, HELD_OUT, setup.seed, advance=dense)
+                found = calibrate(walk, here, [pruning.clustering], seed=setup.seed, advance=dense)
                 calibrations = found[pruning.clustering]
                 words: dict[str, Any] = {"held_out": unseen, "zeros": zeros}
-                pruned += prune_layers(walk.model, here, calibrations, pruning, **words)
+                pruned += prune_layers(setup.model, here, calibrations, pruning, **words)
                 if done is not None:
                     done.save(here, pruned[-len(here) :])
             for one in walks:

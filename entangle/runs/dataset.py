@@ -1,7 +1,8 @@
 """Labels on numbers: a run as an xarray tree, a row per neuron."""
 
 import fnmatch
-from collections.abc import Sequence
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any
 
@@ -52,14 +53,63 @@ TRUSTED_ERROR = 0.1  # a distance whose bound is above is left out of rankings
 NAMED_ERROR = 0.02  # one whose bound is above is named in the summary
 
 
+_MAPPINGS = ("versions", "disentangled")  # of the attributes
+_LISTS = ("layers", "skipped_parameters", "window_hashes")
+
+
 def labelled(name: str, values: npt.NDArray[Any]) -> tuple[str, npt.NDArray[Any], dict[str, str]]:
     """Return a variable of the neurons with its long name and unit."""
     return "neuron", values, dict(zip(("long_name", "units"), UNITS[name], strict=True))
 
 
 def dataset_of(run: xr.DataTree | xr.Dataset) -> xr.Dataset:
-    """Return the root dataset of a run, or the dataset itself."""
-    return run.to_dataset() if isinstance(run, xr.DataTree) else run
+    """Return the root dataset of a run, or the dataset itself, with the index ``neuron``."""
+    return upgraded(run.to_dataset() if isinstance(run, xr.DataTree) else run)
+
+
+def upgraded(data: xr.Dataset) -> xr.Dataset:
+    """Return a dataset as this version writes it.
+
+    That of an older version lacks the index ``neuron``, and has attributes that netCDF cannot hold.
+    """
+    if "neuron" in data.coords:
+        return data
+    pairs = zip(data["layer"].to_numpy(), data["index"].to_numpy(), strict=True)
+    found = data.assign_coords(neuron=[f"{layer}:{index}" for layer, index in pairs])
+    found.attrs = attributes_of({str(name): value for name, value in data.attrs.items()})
+    return found
+
+
+def attributes_of(about: Mapping[str, Any]) -> dict[str, Any]:
+    """Return run.json as the attributes of a dataset, which netCDF holds too.
+
+    What is None is left out, and what is a mapping is JSON.
+    """
+    return {
+        name: json.dumps(value, ensure_ascii=False) if isinstance(value, Mapping) else value
+        for name, value in about.items()
+        if value is not None
+    }
+
+
+def about(run: xr.DataTree | xr.Dataset) -> dict[str, Any]:
+    """Return what the attributes of a run say, as run.json says it, but for what is null.
+
+    NetCDF gives numbers and lists back as NumPy's, and a list of one text as a text.
+    """
+    found: dict[str, Any] = {}
+    for name, value in run.attrs.items():
+        plain = value.tolist() if isinstance(value, np.generic | np.ndarray) else value
+        if name in _MAPPINGS and isinstance(plain, str):
+            plain = json.loads(plain)
+        found[str(name)] = [plain] if name in _LISTS and isinstance(plain, str) else plain
+    return found
+
+
+def disentangled(run: xr.DataTree | xr.Dataset) -> dict[str, Any]:
+    """Return the run.json of what `disentangle` made of a run; empty for another run."""
+    found: dict[str, Any] = about(run).get("disentangled", {})
+    return found
 
 
 def trusted(run: xr.DataTree | xr.Dataset) -> npt.NDArray[np.bool_]:
@@ -93,7 +143,7 @@ def summary(run: xr.DataTree | xr.Dataset) -> dict[str, Any]:
             "quantile_95": float(quantile),
             "largest": np.nan if largest is None else float(distance[largest]),
             "largest_error": np.nan if largest is None else float(error[largest]),
-            "largest_neuron": "none" if largest is None else neuron_name(dataset, largest),
+            "largest_neuron": "none" if largest is None else dataset["neuron"][largest].item(),
             "warnings": _warnings(dataset, distance, error),
         }
     )
@@ -111,7 +161,7 @@ def _warnings(dataset: xr.Dataset, distance: Array, error: Array) -> list[str]:
     }
     warnings = []
     for what, which in cases.items():
-        first = [neuron_name(dataset, i) for i in np.flatnonzero(which)[:3]]
+        first = dataset["neuron"][np.flatnonzero(which)[:3]].to_numpy().tolist()
         if first:
             more = ", ..." if which.sum() > len(first) else ""
             warnings.append(f"{which.sum():,} {what}: {', '.join(first)}{more}")
@@ -119,29 +169,47 @@ def _warnings(dataset: xr.Dataset, distance: Array, error: Array) -> list[str]:
     return warnings
 
 
-def neuron_name(dataset: xr.Dataset, position: int) -> str:
-    """Return ``LAYER:INDEX`` of the neuron at a position of the dataset."""
-    return f"{dataset['layer'].to_numpy()[position]}:{dataset['index'].to_numpy()[position]}"
+def neuron_names(layer: str, indices: Iterable[int]) -> list[str]:
+    """Return the names LAYER:INDEX of some neurons of a layer."""
+    return [f"{layer}:{index}" for index in indices]
 
 
-def position_of(data: xr.Dataset, name: str) -> int:
-    """Return the row of the neuron LAYER:INDEX.
+def check_neuron(data: xr.Dataset, name: str) -> None:
+    """See that there is a neuron LAYER:INDEX.
 
     Raises:
         LookupError: if there is none.
     """
-    layer, _, index = name.rpartition(":")
+    if name in data.indexes["neuron"]:
+        return
+    layer = name.rpartition(":")[0]
     names = data["layer"].to_numpy().astype(str)
-    rows = np.flatnonzero(names == layer)
-    if not len(rows):
+    if layer not in names:
         near = get_close_matches(layer or name, {*names}, 3, 0.3) or names[:1]
         close = " or ".join(f"{one}:0" for one in near)
         raise LookupError(f"no neuron {name!r}: expected LAYER:INDEX, such as {close}")
-    indices = data["index"].to_numpy()[rows]
-    if not (hit := rows[indices.astype(str) == index]).size:
-        has = f"{len(rows):,} neurons, {indices.min()} to {indices.max()}"
-        raise LookupError(f"no neuron {name!r}: {layer} has {has}")
-    return int(hit[0])
+    indices = data["index"].to_numpy()[names == layer]
+    has = f"{len(indices):,} neurons, {indices.min()} to {indices.max()}"
+    raise LookupError(f"no neuron {name!r}: {layer} has {has}")
+
+
+def values_of(data: xr.Dataset, variable: str, layer: str, indices: Iterable[int]) -> Array:
+    """Return a variable of some neurons of a layer (neurons,), in their order.
+
+    Raises:
+        LookupError: the run lacks the variable or one of the neurons.
+    """
+    if variable not in data:
+        raise LookupError(f"the run has no {variable}: measure again")
+    names = neuron_names(layer, indices)
+    rows = data.indexes["neuron"].get_indexer(pd.Index(names))
+    if (rows < 0).any():
+        raise LookupError(
+            f"the run has {int((rows >= 0).sum())} of the {len(names)} neurons of {layer}: measure "
+            "all layers that are pruned"
+        )
+    values: Array = data[variable].to_numpy()[rows].astype(np.float64)
+    return values
 
 
 def matching(names: npt.NDArray[np.str_], patterns: str | Sequence[str]) -> npt.NDArray[np.bool_]:
@@ -151,12 +219,12 @@ def matching(names: npt.NDArray[np.str_], patterns: str | Sequence[str]) -> npt.
         LookupError: a pattern matches none.
     """
     patterns = [patterns] if isinstance(patterns, str) else patterns
-    distinct = sorted(set(names))
+    codes, distinct = pd.factorize(names)
     for pattern in patterns:
         if not fnmatch.filter(distinct, pattern):
             raise LookupError(f"no layer of this run matches {pattern!r}, for instance {names[0]}")
-    matched = {name for name in distinct if any(fnmatch.fnmatchcase(name, p) for p in patterns)}
-    return np.isin(names, list(matched))
+    matched = [any(fnmatch.fnmatchcase(name, p) for p in patterns) for name in distinct]
+    return np.array(matched, dtype=bool)[codes]
 
 
 def rows_by_layer(

@@ -13,7 +13,7 @@ from entangle.model.placing import fetch, give_back
 from entangle.numerics import wasserstein
 from entangle.numerics.difficulty import Difficulty
 from entangle.numerics.histograms import Histograms
-from entangle.runs.dataset import Array, labelled
+from entangle.runs.dataset import Array, attributes_of, labelled
 
 _DIMENSIONS = {"counts": ("neuron", "bin")} | dict.fromkeys(
     ("tail_count", "tail_excess", "tail_square"), ("neuron", "side")
@@ -55,7 +55,7 @@ def tree_of(
     dataset = xr.Dataset(
         {name: labelled(name, value) for name, value in values.items()},
         coords=labels.coords,
-        attrs=dict(attributes),
+        attrs=attributes_of(attributes),
     )
     state = {
         name: (_DIMENSIONS.get(name, ("neuron", "moment")[: tensor.ndim]), tensor.cpu().numpy())
@@ -97,16 +97,21 @@ def from_tree(tree: xr.DataTree, span: slice = slice(None)) -> Histograms:
 def labels_of(
     layers: Sequence[LinearLayer], among: Sequence[LinearLayer] | None = None
 ) -> xr.Dataset:
-    """Return the neurons' coordinates: their layer, its block and its role, and their index in it.
+    """Return the neurons' coordinates: their name, layer, its block and its role, and their index.
 
-    Names have the width of the longest ``among`` layers, so that several datasets become one.
+    The name, LAYER:INDEX, is an index. Names have the width of the longest ``among`` layers, so
+    that several datasets become one.
     """
     sizes = [layer.neurons for layer in layers]
     every = layers if among is None else among
-    name, role = (
-        np.array(names).dtype for names in zip(*((x.name, x.role) for x in every), strict=True)
-    )
+    widest = ((f"{x.name}:{x.neurons - 1}", x.name, x.role) for x in every)
+    neuron, name, role = (np.array(names).dtype for names in zip(*widest, strict=True))
+    names = np.empty(sum(sizes), neuron)
+    ends = np.cumsum(sizes)
+    for layer, size, end in zip(layers, sizes, ends, strict=True):
+        names[end - size : end] = np.strings.add(f"{layer.name}:", np.arange(size).astype(np.str_))
     coordinates: dict[str, Any] = {
+        "neuron": ("neuron", names),
         "layer": ("neuron", np.repeat(np.array([layer.name for layer in layers], name), sizes)),
         "block": ("neuron", np.repeat([layer.block for layer in layers], sizes)),
         "role": ("neuron", np.repeat(np.array([layer.role for layer in layers], role), sizes)),

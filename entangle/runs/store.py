@@ -5,7 +5,7 @@ import hashlib
 import json
 import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,40 +15,30 @@ import zarr
 from numcodecs import Blosc
 
 from entangle.model import folders
+from entangle.runs.dataset import upgraded
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 CHUNK = 4096  # neurons
 DATASET = "neurons.zarr"
-_WORDS = {"method", "mask", "propagate", "assign", "components", "pull", "sparsity", "problem"}
-_WORDS |= {
-    "intervention",
-    "block",
-    "set",
-    "budget",
-    "strength",
-    "across",
-}  # columns of text, where an empty one is no NaN
 
 
 def write_run(
     folder: Path,
     trees: Iterable[xr.DataTree],
+    attributes: Mapping[str, Any],
     log: Callable[[], Mapping[str, Any]],
-    attributes: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a run, tree after tree of some of its neurons, into its folder (`folders.new_folder`).
 
-    Its run.json holds the attributes, those of the first tree unless told otherwise. What ``log``
-    returns when all is written is its log.json, with the sum of all files that are not to change.
+    The attributes are its run.json. What ``log`` returns when all is written is its log.json, with
+    the sum of all files that are not to change.
 
     Raises:
         OSError: it cannot be written.
     """
-    about: Mapping[Any, Any] | None = attributes
     for number, tree in enumerate(trees):
-        about = tree.attrs if about is None else about
         try:
             for node in tree.subtree:
                 _append(node, folder / DATASET, begin=number == 0)
@@ -57,7 +47,7 @@ def write_run(
         del node, tree  # of which there are cycles: what they hold would stay for long
         gc.collect()
     zarr.consolidate_metadata(folder / DATASET, zarr_format=2)
-    write_json(folder / "run.json", {str(name): value for name, value in (about or {}).items()})
+    write_json(folder / "run.json", attributes)
     write_json(folder / "log.json", {**log(), "sha256": _sum(folder)})
 
 
@@ -145,17 +135,19 @@ def open_run(folder: str | Path) -> xr.DataTree:
         if _sum(folder) != written:  # a missing file would be read as NaN or 0
             raise ValueError("its files are not those that were written")
         tree = xr.open_datatree(folder / DATASET, engine="zarr", chunks=None)
+        tree.dataset = upgraded(tree.to_dataset())
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"the run {folder} is damaged, measure again: {error}") from error
     return tree
 
 
-def open_table(folder: str | Path, name: str) -> pd.DataFrame:
-    """Return the table of a sweep or an ablation; its ``attrs`` are what it was made of (run.json).
+def read_table(folder: str | Path, name: str, text: Collection[str]) -> pd.DataFrame:
+    """Return a table that a command wrote; its ``attrs`` are what it was made of (run.json).
+
+    ``text`` are its columns of text, where nothing is written as nothing.
 
     Raises:
         FileNotFoundError: no table of this name there.
-        ValueError: a sweep of a version that did not count multiply-adds.
     """
     folder = Path(folder)
     file = folder / "tables" / f"{name}.csv"
@@ -164,10 +156,8 @@ def open_table(folder: str | Path, name: str) -> pd.DataFrame:
         raise FileNotFoundError(
             f"{folder} holds no tables/{name}.csv: expected the folder of {a} {name}"
         )
-    table = pd.read_csv(file, dtype=dict.fromkeys(_WORDS, str))
-    if name == "sweep" and "density" not in table:
-        raise ValueError(f"{folder} is a sweep of an older version of entangle: run it again")
-    table = table.fillna({word: "" for word in _WORDS if word in table})
+    table = pd.read_csv(file, dtype=dict.fromkeys(text, str))
+    table = table.fillna({column: "" for column in text if column in table})
     table.attrs.update(read_json(folder / "run.json"))
     return table
 

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from entangle.experiments.ablation_table import said
 from entangle.experiments.interventions import RANDOM
-from entangle.experiments.sweep_table import BUDGETED
+from entangle.pruning.options import EXPERT_DEFAULTS, OPTIONS, UNBUDGETED
 from entangle.show.panels import DASHES, STYLE, Picture
 
 _MARKS = {"sparsegpt": "o", "wanda": "s", "magnitude": "^"}
@@ -30,7 +30,8 @@ _SETS = {  # in the order in which they are drawn
     "bottom": "#3f8fc5",
 }
 _NEAR_ZERO = {"linthresh": 0.01}  # nats
-_KINDS = [*_COLOURED, "across", "assign", "mask", "propagate"]
+_KINDS = [*_COLOURED, *(name for name in OPTIONS if name not in {*_COLOURED, "sparsity"})]
+_SAID = {"method", "experts", "assign", "budget", "strength", "across", "mask", "propagate"}
 
 
 @overload
@@ -52,12 +53,12 @@ def sweep(table: pd.DataFrame, *, ax: Axes | None = None) -> Figure | Axes:
     Raises:
         ValueError: if no arm has a score.
     """
-    older = {name: word for name, word in BUDGETED.items() if name not in table}
+    older = {name: _usual(name) for name in _KINDS if name not in table}
     arms = table[(table["method"] != "dense") & np.isfinite(table["perplexity"])].assign(**older)
     if arms.empty:
         raise ValueError("no arm of this sweep has a score to draw")
     free = arms.loc[~arms["sparsity"].str.contains(":"), "sparsity"]
-    if free.nunique() == 1 and len(arms[[*BUDGETED]].drop_duplicates()) > 1:
+    if free.nunique() == 1 and len(arms[[*UNBUDGETED]].drop_duplicates()) > 1:
         return _budgets(table, arms, ax)
     figure = Picture(figsize=(8.5, 4.2), layout="constrained")
     panel = ax or figure.add_subplot()
@@ -177,11 +178,17 @@ def _bars(row: pd.DataFrame) -> "pd.Series[float]":
     return low.fillna(error).fillna(0.0)
 
 
+def _colours(part: pd.DataFrame) -> dict[str, Any]:
+    """Return the colour of each set, in the order in which they are drawn."""
+    others = [str(name) for name in dict.fromkeys(part["set"]) if name not in _SETS]
+    return _SETS | dict(zip(others, sns.color_palette("flare", len(others)), strict=True))
+
+
 def _curves(panel: Axes, part: pd.DataFrame) -> None:
     for name, line in part.groupby("set", sort=False):
         line = line.sort_values("place")
         style: dict[str, Any] = {
-            "color": _SETS[str(name)],
+            "color": _colours(part)[str(name)],
             "label": _called(str(name), part),
             "linewidth": 1.2,
         }
@@ -194,13 +201,14 @@ def _curves(panel: Axes, part: pd.DataFrame) -> None:
 
 
 def _dots(panel: Axes, part: pd.DataFrame) -> None:
-    names = [name for name in _SETS if name in {*part["set"]}]
+    colours = _colours(part)
+    names = [name for name in colours if name in {*part["set"]}]
     rows = part.set_index("set").loc[names].reset_index()
     places = np.arange(len(rows))
     for name, place, difference, bar in zip(
         names, places, rows["difference"], _bars(rows), strict=True
     ):
-        style: dict[str, Any] = {"color": _SETS[name], "marker": "o", "markersize": 4}
+        style: dict[str, Any] = {"color": colours[name], "marker": "o", "markersize": 4}
         panel.errorbar(difference, place, xerr=bar, capsize=3, **style)
     panel.set_yticks(places, [_called(name, part) for name in names])
     panel.set_ylim(len(rows) - 0.5, -0.5)
@@ -218,7 +226,7 @@ def _budgets(table: pd.DataFrame, arms: pd.DataFrame, ax: Axes | None) -> Figure
     figure = Picture(figsize=(8.5, 1.2 + 0.24 * len(arms)), layout="constrained")
     panel = ax or figure.add_subplot()
     places = np.arange(len(arms))
-    uniform = (arms[[*BUDGETED]].astype(str) == [*BUDGETED.values()]).all(axis=1).to_numpy()
+    uniform = (arms[[*UNBUDGETED]].astype(str) == [*UNBUDGETED.values()]).all(axis=1).to_numpy()
     for kind, tint in ((uniform, "0.45"), (~uniform, _SETS["wasserstein"])):
         style: dict[str, Any] = {"color": tint, "fmt": "o", "markersize": 4, "capsize": 3}
         part = arms[kind]
@@ -278,7 +286,7 @@ def _label(said: dict[str, Any], arms: pd.DataFrame) -> str:
     several = {name for name in _KINDS if arms.loc[arms["experts"] > 1, name].nunique() > 1}
     if said["experts"] > 1:
         words += ["at random"] if said["assign"] == "random" else []
-        words += [f"{n} {said[n]}" for n in ("components", "pull") if n in several]
+        words += [f"{n} {said[n]}" for n in EXPERT_DEFAULTS if n != "assign" and n in several]
     strengths = arms.loc[arms["strength"] != "", "strength"].nunique() > 1
     if arms["budget"].nunique() > 1 or strengths:
         words.append(f"rows {said['budget']} {said['strength']}".rstrip())
@@ -286,7 +294,16 @@ def _label(said: dict[str, Any], arms: pd.DataFrame) -> str:
         words.append(f"blocks {said['across']}")
     words += [f"mask by {said['mask']}"] if arms["mask"].nunique() > 1 else []
     words += [f"{said['propagate']} propagation"] if arms["propagate"].nunique() > 1 else []
+    others = [name for name in _KINDS if name not in {*_SAID, *EXPERT_DEFAULTS}]
+    words += [f"{name} {said[name]}" for name in others if arms[name].nunique() > 1]
     return ", ".join(words)
+
+
+def _usual(name: str) -> str:
+    """Return what arms have of an option that their table, an older one, does not name."""
+    if name in EXPERT_DEFAULTS:
+        return ""
+    return UNBUDGETED.get(name, str(OPTIONS[name].default))
 
 
 def _dashes(said: dict[str, Any], arms: pd.DataFrame) -> Any:

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from entangle.numerics.gaussian import from_samples, noise_floor
-from entangle.runs.dataset import position_of
+from entangle.runs.dataset import check_neuron, dataset_of
 from entangle.show import plots
 from entangle.show.panels import subject_of
 from entangle.show.sketches import sketch
@@ -47,11 +47,11 @@ class Neuron:
         Raises:
             LookupError: the run has no such neuron.
         """
-        data = run.to_dataset()
+        data = dataset_of(run)
         self.name = name
         self._run = run
-        self._place = position_of(data, name)
-        self.values: xr.Dataset = data.isel(neuron=self._place).load()
+        check_neuron(data, name)
+        self.values: xr.Dataset = data.sel(neuron=name).load()
 
     def plot(self, *, ax: Axes | None = None) -> Figure | Axes:
         """Draw its distribution over its fitted Gaussian (see ``plots.neuron``)."""
@@ -153,7 +153,8 @@ class Neuron:
         if "histogram" not in self._run.children or not 0 < std < np.inf:
             return ""
         held = self._run.children["histogram"].to_dataset(inherit=False)
-        held = held.isel(neuron=[self._place]).load()
+        place = dataset_of(self._run).get_index("neuron").get_loc(self.name)
+        held = held.isel(neuron=[place]).load()
         drawn = sketch(held, np.array([mean]), np.array([std]), bars=_BARS)
         rims = np.linspace(drawn.low[0], drawn.high[0], _BARS + 1)
         heights = drawn.shares[0] / np.diff(rims)

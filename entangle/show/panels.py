@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from entangle.numerics.gaussian import noise_floor
 from entangle.numerics.kernels.bins import HALF_RANGE
-from entangle.runs.dataset import TRUSTED_ERROR, UNITS, dataset_of, matching, trusted
+from entangle.runs.dataset import TRUSTED_ERROR, UNITS, dataset_of, disentangled, matching, trusted
 
 Run = xr.DataTree | xr.Dataset
 Names = str | Sequence[str] | None
@@ -61,7 +61,7 @@ def subject_of(data: xr.Dataset) -> str:
 
 def held_out_subject(data: xr.Dataset) -> str:
     """Return the model and the held-out tokens that `disentangle` measured on."""
-    about = data.attrs.get("disentangled", {})
+    about = disentangled(data)
     names = [
         "/".join(PurePath(str(about.get(key, ""))).parts[-2:]) for key in ("model", "evaluation")
     ]

@@ -19,7 +19,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
 
 from entangle.numerics.gaussian import noise_floor
-from entangle.runs.dataset import TRUSTED_ERROR, position_of
+from entangle.runs.dataset import TRUSTED_ERROR, check_neuron, dataset_of
 from entangle.show.arms import ablation, sweep
 from entangle.show.outputs import clusters, sparse
 from entangle.show.panels import (
@@ -184,13 +184,13 @@ def neuron(run: xr.DataTree, name: str, *, ax: Axes | None = None) -> Figure | A
     Raises:
         ValueError: if the run has no histograms, or the neuron is dead or broken.
     """
-    held, data = _histograms(run), run.to_dataset()
-    at = {"neuron": position_of(data, name)}
-    row = data.isel(at).load()
+    held, data = _histograms(run), dataset_of(run)
+    check_neuron(data, name)
+    row = data.sel(neuron=name).load()
     mean, std = float(row["mean"]), float(row["std"])
     if not (np.isfinite(mean) and 0 < std < np.inf):
         raise ValueError(f"{name} is dead or broken (mean {mean:g}, std {std:g}): nothing to draw")
-    edges, below = histogram_of(held.isel(at).load())
+    edges, below = histogram_of(held.sel(neuron=name).load())
     low, high = quantiles_of(edges, below, [0.0005, 0.9995])
     span = min(mean - 3.5 * std, low), max(mean + 3.5 * std, high)
     figure = Picture(figsize=(8.5, 3.6), layout="constrained")
@@ -222,15 +222,16 @@ def neurons(run: xr.DataTree, names: Sequence[str]) -> Figure:
     Raises:
         ValueError: if the run has no histograms, there is no neuron, or one is dead or broken.
     """
-    held, data = _histograms(run), run.to_dataset()
-    rows = [position_of(data, name) for name in names]
-    if not rows:
+    held, data = _histograms(run), dataset_of(run)
+    if not names:
         raise ValueError("no neuron to draw: name at least one as LAYER:INDEX")
-    part = data.isel(neuron=rows).load()
+    for name in names:
+        check_neuron(data, name)
+    part = data.sel(neuron=list(names)).load()
     mean, std = part["mean"].to_numpy(), part["std"].to_numpy()
-    drawn = sketch(held.isel(neuron=rows).load(), mean, std, bars=_BARS)
+    drawn = sketch(held.sel(neuron=list(names)).load(), mean, std, bars=_BARS)
     figure = Picture(figsize=(8.5, 3.0), layout="constrained")
-    grid = figure.subplots(1, len(rows), sharex=True, sharey=True, squeeze=False)[0]
+    grid = figure.subplots(1, len(names), sharex=True, sharey=True, squeeze=False)[0]
     for place, ax in enumerate(grid):
         if not np.isfinite(drawn.low[place]):
             raise ValueError(f"{names[place]} is dead or broken: nothing to draw")
@@ -260,7 +261,8 @@ def _histograms(run: xr.DataTree) -> xr.Dataset:
     """
     if not isinstance(run, xr.DataTree) or "histogram" not in run.children:
         raise ValueError("no histograms: pass the whole tree that measure and open_run return")
-    return run.children["histogram"].to_dataset(inherit=False)
+    held = run.children["histogram"].to_dataset(inherit=False)
+    return held.assign_coords(neuron=dataset_of(run)["neuron"])
 
 
 def _draw_density(

@@ -17,8 +17,9 @@ import xarray as xr
 from markdown_it import MarkdownIt
 from plotly.offline import get_plotlyjs
 
+from entangle.experiments import ablation_table, sweep_table
 from entangle.runs import store
-from entangle.runs.dataset import summary, trusted
+from entangle.runs.dataset import disentangled, summary, trusted
 from entangle.show import plots
 from entangle.show.panels import held_out_subject, subject_of
 from entangle.show.sketches import sketch
@@ -37,6 +38,7 @@ _MADE_OF = (
     *("length", "tokens", "seed", "bos", "skip_first", "evaluation", "evaluation_windows"),
     *("fingerprint", "layers", "versions"),
 )
+READERS = {"sweep": sweep_table.read_table, "ablation": ablation_table.read_table}
 _FIGURES = {  # of each kind of run, beside what a reader can touch
     "measure": ("layers", "difficulty"),
     "disentangle": ("improvement", "clusters", "sparse"),
@@ -101,13 +103,14 @@ def report(folders: str | Path | Sequence[str | Path], out: str | Path) -> Path:
 
 def _section(folder: Path) -> Section:
     """Read a run of any kind."""
-    for kind in ("sweep", "ablation"):
+    for kind, read in READERS.items():
         if (folder / "tables" / f"{kind}.csv").is_file():
-            table = store.open_table(folder, kind)  # its attributes are run.json
+            table = read(folder)  # its attributes are run.json
             return _tabled(folder, kind, table, table.attrs, str(table.attrs.get("model", "")))
     run = store.open_run(folder)
-    if "disentangled" in run.attrs:
-        about, subject = run.attrs["disentangled"], held_out_subject(run.to_dataset())
+    about = disentangled(run)
+    if about:
+        subject = held_out_subject(run.to_dataset())
         return _tabled(folder, "disentangle", run, about, subject)
     found = summary(run)
     data, left_out = _touchable(run, _contexts(folder / "contexts.json"))
@@ -117,7 +120,7 @@ def _section(folder: Path) -> Section:
         kind="measure",
         subject=subject_of(run.to_dataset()),
         found=_findings(found),
-        made_of=_made_of(run.attrs, folder),
+        made_of=_made_of(store.read_json(folder / "run.json"), folder),
         notes=[*found["warnings"], *left_out, *not_drawn],
         figures=figures,
         data=data,

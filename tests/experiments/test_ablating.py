@@ -15,8 +15,8 @@ import xarray as xr
 from transformers import PreTrainedModel
 
 import entangle
-from entangle.experiments import ablating
-from entangle.experiments.interventions import Arm, neurons_of
+from entangle.experiments.ablating import neurons_of
+from entangle.experiments.interventions import Arm
 from entangle.measurement.ranking import Neurons
 from entangle.model.layers import LinearLayer, find_layers, weight_of
 from entangle.model.sampling import walk_blocks
@@ -28,6 +28,8 @@ from entangle.pruning import rows as sparse_rows
 from entangle.pruning.calibration import Calibration, calibrate
 from entangle.pruning.options import ONE, PULL, Clustering
 from entangle.pruning.rows import SparseRows
+from entangle.runs import setup
+from entangle.runs.setup import COMMAND
 from tests.model.test_hooks import hooks_left
 from tests.pruning.test_sparsifying import random_windows
 from tests.tiny_models import tiny_model
@@ -57,11 +59,11 @@ def run_of(name: str) -> xr.DataTree:
 
 
 def run(model: PreTrainedModel, name: str = "llama", **options: Any) -> pd.DataFrame:
-    words: dict[str, Any] = {"shares": [SHARE], "seeds": 2, "batch_size": 2}
-    words |= {"sparsities": [0.75], "sets": ["wasserstein", "random"]}
+    words: dict[str, Any] = {"share": [SHARE], "seeds": 2, "batch_size": 2}
+    words |= {"sparsity": [0.75], "sets": ["wasserstein", "random"]}
     calibration = options.pop("windows", windows())
     evaluation = options.pop("evaluation", held_out())
-    return entangle.ablate(model, run_of(name), calibration, evaluation, **words | options)
+    return entangle.ablate(model, calibration, evaluation, run=run_of(name), **words | options)
 
 
 def untouched(model: PreTrainedModel, name: str = "llama") -> bool:
@@ -148,7 +150,7 @@ def test_an_arm_is_the_dense_model_with_its_rows_pruned(
     name: str, sparsity: str, swapped: list[tuple[str, SparseRows]]
 ) -> None:
     model, replaced = tiny_model(name), copy.deepcopy(tiny_model(name))
-    table = run(model, name, sparsities=[sparsity], sets=["wasserstein"])
+    table = run(model, name, sparsity=[sparsity], sets=["wasserstein"])
     assert untouched(model, name)
     layers, calibrations = find_layers(replaced), calibrated(name, ONE)
     neurons = chosen(name, layers)
@@ -245,9 +247,9 @@ def test_the_rows_of_every_arm_are_those_of_one_pruning(
         return entangle.perplexity(*args, **options)
 
     monkeypatch.setattr(sparse_rows, "prune", counted_prune)
-    monkeypatch.setattr(ablating, "perplexity", counted_score)
+    monkeypatch.setattr(setup, "perplexity", counted_score)
     model = tiny_model("llama")
-    words: dict[str, Any] = {"sparsities": [0.5, 0.75], "experts": [1, 4]}
+    words: dict[str, Any] = {"sparsity": [0.5, 0.75], "experts": [1, 4]}
     sets = ["wasserstein", "random", "bottom", "std", "difficulty"]
     for few, arms in ((["wasserstein"], 1), (sets, 4 + 2)):
         pruned.clear()
@@ -274,17 +276,17 @@ def test_the_rows_of_every_arm_are_those_of_one_pruning(
 
 def test_groups_of_inputs_are_sparsified_and_those_that_cannot_be_are_refused() -> None:
     model = tiny_model("llama")
-    table = run(model, sparsities=["1:4"], layers=["*.self_attn.*", "*.up_proj"])
+    table = run(model, sparsity=["1:4"], layers=["*.self_attn.*", "*.up_proj"])
     row = arm_of(table, set="wasserstein")
     assert row["realised"] == 0.75
     assert row["sparsity"] == "1:4"
     with pytest.raises(ValueError, match="down_proj: 2:4 needs groups of 4"):
-        run(model, sparsities=["2:4"])
+        run(model, sparsity=["2:4"])
 
 
 @pytest.mark.parametrize("neurons", ["wasserstein", "bottom", "random", "kurtosis", "difficulty"])
 def test_of_each_set_the_neurons_are_zero(neurons: str) -> None:
-    table = run(tiny_model("llama"), interventions=["zero"], sets=[neurons], seeds=1, windows=None)
+    table = run(tiny_model("llama"), intervention=["zero"], sets=[neurons], seeds=1, windows=None)
     zeroed: Any = copy.deepcopy(tiny_model("llama"))
     layers = find_layers(zeroed)
     for layer in layers:
@@ -297,7 +299,7 @@ def test_of_each_set_the_neurons_are_zero(neurons: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_outputs_are_those_of_hooks_written_by_hand(name: str, intervention: str) -> None:
     model, dense = tiny_model(name), tiny_model(name)
-    table = run(model, name, interventions=[intervention], sets=["wasserstein"], windows=None)
+    table = run(model, name, intervention=[intervention], sets=["wasserstein"], windows=None)
     assert untouched(model, name)
     frame = run_of(name).to_dataset().to_dataframe()
     hooks, layers = {}, find_layers(dense)
@@ -325,7 +327,7 @@ def test_outputs_are_those_of_hooks_written_by_hand(name: str, intervention: str
 
 
 def test_random_sets_are_scored_one_by_one_and_merged(tmp_path: Path) -> None:
-    table = run(tiny_model("llama"), interventions=["zero"], seeds=3, out=tmp_path / "run")
+    table = run(tiny_model("llama"), intervention=["zero"], seeds=3, out=tmp_path / "run")
     arms = pd.read_csv(tmp_path / "run" / "tables" / "arms.csv")
     random = arms[arms["set"] == "random"]
     assert random["seed"].tolist() == [0, 1, 2]
@@ -345,7 +347,7 @@ def test_random_sets_are_scored_one_by_one_and_merged(tmp_path: Path) -> None:
 
 def test_the_dense_model_comes_first_and_scores_as_ever() -> None:
     dense = entangle.perplexity(tiny_model("llama"), held_out(), batch_size=2, skip_first=3)
-    table = run(tiny_model("llama"), interventions=["zero"], skip_first=3)
+    table = run(tiny_model("llama"), intervention=["zero"], skip_first=3)
     first = table.iloc[0]
     assert first["intervention"] == "dense"
     assert first["perplexity"] == dense.perplexity
@@ -374,7 +376,7 @@ def test_a_block_at_a_time_only_its_neurons_are_treated(
     intervention: str, swapped: list[tuple[str, SparseRows]]
 ) -> None:
     model = tiny_model("llama")
-    table = run(model, interventions=[intervention], sets=["wasserstein"], per_block=True)
+    table = run(model, intervention=[intervention], sets=["wasserstein"], per_block=True)
     assert untouched(model)
     assert table["block"].tolist() == ["", "0", "1", "2"]
     layers, calibrations = find_layers(model), calibrated("llama", ONE)
@@ -405,7 +407,7 @@ def test_a_block_at_a_time_only_its_neurons_are_treated(
 
 def test_only_matching_layers_are_treated_and_blocks_without_one_have_no_arm() -> None:
     model = tiny_model("llama")
-    words: dict[str, Any] = {"interventions": ["zero"], "sets": ["wasserstein"]}
+    words: dict[str, Any] = {"intervention": ["zero"], "sets": ["wasserstein"]}
     table = run(model, layers=["*.2.mlp.*", "*.0.*.q_proj"], per_block=True, **words)
     assert table["block"].tolist() == ["", "0", "2"]
     neurons = chosen("llama", find_layers(model, ["*.2.mlp.*", "*.0.*.q_proj"]))
@@ -436,43 +438,44 @@ def test_what_cannot_be_ablated_is_refused_before_anything_runs(
 
     measured, other = run_of("llama"), other_run()
     on_evaluation = entangle.measure(tiny_model("llama"), held_out())
-    monkeypatch.setattr(ablating, "perplexity", never)
-    monkeypatch.setattr(ablating, "walk_blocks", never)
+    monkeypatch.setattr(setup, "perplexity", never)
+    monkeypatch.setattr(setup, "walk_blocks", never)
     model, out = tiny_model("llama"), tmp_path / "run"
-    arguments = (model, measured, windows())
+    texts = (windows(), held_out())
 
     def refused(match: str, *args: Any, **options: Any) -> None:
         with pytest.raises(ValueError, match=match):
-            entangle.ablate(*args, out=out, **options)
+            entangle.ablate(*args, out=out, **{"run": measured} | options)
 
-    refused("measured on other weights .* than this model has", model, other, windows(), held_out())
+    refused("measured on other weights .* than this model has", model, *texts, run=other)
     refused(
         r"measured on 5 of the 5 windows that are to be scored \(random\)",
         model,
-        on_evaluation,
-        windows(),
-        held_out(),
+        *texts,
+        run=on_evaluation,
     )
     shared = TokenWindows(
         torch.cat([held_out().tokens[:2], windows().tokens[:1]]), "mixed", 3, 0, "never"
     )
-    refused(r"1 of 3 evaluation windows .mixed. are calibration windows too", *arguments, shared)
-    refused("sparsifying neurons needs windows", model, measured, None, held_out())
-    both = {"interventions": ["zero", "sparsify"]}
-    refused("sparsifying neurons needs windows", model, measured, None, held_out(), **both)
-    refused("longer than the model's context of 64", *arguments, random_windows(2, 65))
-    refused("longer than .* context", model, measured, random_windows(2, 65), held_out())
-    refused("above 0 and at most 1, got 0", *arguments, held_out(), shares=[0])
-    refused("expected one of sparsify", *arguments, held_out(), interventions=["luck"])
-    refused("at least 1 seed", *arguments, held_out(), seeds=0)
-    refused("skip_first", *arguments, held_out(), skip_first=16)
-    refused("training mode", tiny_model("llama").train(), *arguments[1:], held_out())
+    refused(
+        r"1 of 3 evaluation windows .mixed. are calibration windows too", model, windows(), shared
+    )
+    refused("sparsifying neurons needs windows", model, None, held_out())
+    both = {"intervention": ["zero", "sparsify"]}
+    refused("sparsifying neurons needs windows", model, None, held_out(), **both)
+    refused("longer than the model's context of 64", model, windows(), random_windows(2, 65))
+    refused("longer than .* context", model, random_windows(2, 65), held_out())
+    refused("above 0 and at most 1, got 0", model, *texts, share=[0])
+    refused("expected one of sparsify", model, *texts, intervention=["luck"])
+    refused("at least 1 seed", model, *texts, seeds=0)
+    refused("skip_first", model, *texts, skip_first=16)
+    refused("training mode", tiny_model("llama").train(), *texts)
     assert list(tmp_path.iterdir()) == []
     assert untouched(model)
 
 
 def test_without_sparsified_neurons_windows_are_not_needed_nor_compared() -> None:
-    words: dict[str, Any] = {"interventions": ["zero"], "sets": ["bottom"]}
+    words: dict[str, Any] = {"intervention": ["zero"], "sets": ["bottom"]}
     table = run(tiny_model("llama"), windows=None, **words)
     assert not table.attrs["pruned"]
     other = run(tiny_model("llama"), windows=held_out(), **words)
@@ -481,8 +484,8 @@ def test_without_sparsified_neurons_windows_are_not_needed_nor_compared() -> Non
 
 def test_sets_that_the_run_has_no_variable_for_are_named_and_left_out(tmp_path: Path) -> None:
     plain = entangle.measure(tiny_model("llama"), random_windows(10, seed=11))
-    words: dict[str, Any] = {"interventions": ["zero"], "seeds": 1, "out": tmp_path / "run"}
-    table = entangle.ablate(tiny_model("llama"), plain, None, held_out(), **words)
+    words: dict[str, Any] = {"intervention": ["zero"], "seeds": 1, "out": tmp_path / "run"}
+    table = entangle.ablate(tiny_model("llama"), None, held_out(), run=plain, **words)
     sets = ["wasserstein", "bottom", "random", "kurtosis", "weight_norm", "std"]
     assert table["set"].tolist() == ["", *sets]
     assert table.attrs["missing_sets"] == ["difficulty"]
@@ -506,7 +509,7 @@ def test_after_an_error_the_model_is_as_before(where: str, monkeypatch: pytest.M
                 failed()
             return entangle.perplexity(*args, **options)
 
-        monkeypatch.setattr(ablating, "perplexity", late)
+        monkeypatch.setattr(setup, "perplexity", late)
     with pytest.raises(torch.OutOfMemoryError):
         run(model)
     assert untouched(model)
@@ -520,7 +523,7 @@ def test_a_layer_that_does_not_run_is_an_error() -> None:
     model.model.layers[1].mlp.forward = torch.zeros_like
     with pytest.raises(RuntimeError, match="3 of 9 selected layers did not run once in each of 3"):
         entangle.ablate(
-            model, measured, None, held_out(), interventions=["zero"], sets=["std"], batch_size=2
+            model, None, held_out(), run=measured, intervention=["zero"], sets=["std"], batch_size=2
         )
     assert hooks_left(model) == 0
 
@@ -536,7 +539,7 @@ def test_a_score_that_is_not_finite_is_a_problem_of_its_arm_alone(
             raise NotFiniteError("not finite in 5 of 5 windows")
         return entangle.perplexity(*args, **options)
 
-    monkeypatch.setattr(ablating, "perplexity", broken)
+    monkeypatch.setattr(setup, "perplexity", broken)
     words: dict[str, Any] = {"sets": ["wasserstein", "bottom"], "out": tmp_path / "run"}
     model = tiny_model("llama")
     table = run(model, **words)
@@ -550,7 +553,7 @@ def test_a_score_that_is_not_finite_is_a_problem_of_its_arm_alone(
     def never_finite(*_: Any, **__: Any) -> None:
         raise NotFiniteError("not finite")
 
-    monkeypatch.setattr(ablating, "perplexity", never_finite)
+    monkeypatch.setattr(setup, "perplexity", never_finite)
     with pytest.raises(NotFiniteError):
         run(tiny_model("llama"))
 
@@ -562,10 +565,10 @@ def test_outputs_that_overflow_make_an_arm_without_a_score() -> None:
     broken = measured.assign(mean=("neuron", means))
     table = entangle.ablate(
         tiny_model("llama"),
-        broken,
         None,
         held_out(),
-        interventions=["mean", "zero"],
+        run=broken,
+        intervention=["mean", "zero"],
         sets=["std"],
     )
     assert np.isfinite(table["perplexity"]).tolist() == [True, False, True]
@@ -576,11 +579,11 @@ def test_a_layer_without_a_trusted_neuron_stays_dense() -> None:
     measured = run_of("llama").to_dataset().load().copy(deep=True)
     names = measured["layer"].to_numpy()
     measured["wasserstein_error"][names == "model.layers.1.mlp.up_proj"] = 0.5
-    words: dict[str, Any] = {"sets": ["wasserstein", "random"], "seeds": 2, "shares": [SHARE]}
-    words |= {"interventions": ["sparsify", "zero", "mean"], "layers": ["*.1.mlp.*"]}
+    words: dict[str, Any] = {"sets": ["wasserstein", "random"], "seeds": 2, "share": [SHARE]}
+    words |= {"intervention": ["sparsify", "zero", "mean"], "layers": ["*.1.mlp.*"]}
     for experts in (1, 4):
         table = entangle.ablate(
-            tiny_model("llama"), measured, windows(), held_out(), experts=[experts], **words
+            tiny_model("llama"), windows(), held_out(), run=measured, experts=[experts], **words
         )
         assert (table["neurons"][1:] == round(SHARE * 37) + round(SHARE * 24)).all()
         assert np.isfinite(table["perplexity"]).all()
@@ -591,8 +594,9 @@ def test_a_layer_without_a_trusted_neuron_stays_dense() -> None:
 
 def test_tables_are_written_with_what_they_were_made_of(tmp_path: Path) -> None:
     model, text = tiny_model("llama"), windows()
-    words: dict[str, Any] = {"shares": [0.1, 0.3], "experts": [1, 4], "command": "entangle ablate"}
-    table = run(model, windows=text, out=tmp_path / "run", **words)
+    token = COMMAND.set("entangle ablate")
+    table = run(model, windows=text, share=[0.1, 0.3], experts=[1, 4], out=tmp_path / "run")
+    COMMAND.reset(token)
     folder = tmp_path / "run"
     assert sorted(path.name for path in folder.iterdir()) == [
         "arms",
@@ -636,7 +640,7 @@ TABLES = ("arms.csv", "ablation.csv", "ablation.md")
 def test_killed_while_scoring_it_goes_on_and_prunes_nothing_again(
     killed_at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    words: dict[str, Any] = {"experts": [1, 4], "interventions": ["sparsify", "negative"]}
+    words: dict[str, Any] = {"experts": [1, 4], "intervention": ["sparsify", "negative"]}
     run(tiny_model("llama"), out=tmp_path / "whole", **words)
     scored, pruned = [], []
 
@@ -650,7 +654,7 @@ def test_killed_while_scoring_it_goes_on_and_prunes_nothing_again(
         pruned.append(args)
         return prune(*args, **options)
 
-    monkeypatch.setattr(ablating, "perplexity", interrupted)
+    monkeypatch.setattr(setup, "perplexity", interrupted)
     monkeypatch.setattr(sparse_rows, "prune", counted)
     model = tiny_model("llama")
     with pytest.raises(KeyboardInterrupt):

@@ -24,6 +24,9 @@ from entangle.model.text import TokenWindows, some_windows
 from entangle.numerics import gaussian
 from entangle.numerics.sparsity import Sparsity
 from entangle.pruning.options import ONE, Clustering
+from entangle.runs import setup
+from entangle.runs.dataset import attributes_of, disentangled
+from entangle.runs.setup import COMMAND
 from tests.model.test_hooks import hooks_left
 from tests.pruning.test_sparsifying import inputs_of, random_windows
 from tests.tiny_models import tiny_model
@@ -53,9 +56,9 @@ def run_of(name: str) -> xr.DataTree:
 
 
 def disentangle(model: PreTrainedModel, name: str = "gpt2", **options: Any) -> xr.DataTree:
-    words: dict[str, Any] = {"experts": [3, 4], "sparsities": SPARSITIES, "batch_size": 2}
+    words: dict[str, Any] = {"experts": [3, 4], "sparsity": SPARSITIES, "batch_size": 2}
     evaluation, run = options.pop("evaluation", held_out()), options.pop("run", run_of(name))
-    return entangle.disentangle(model, run, windows(), evaluation, **words | options)
+    return entangle.disentangle(model, windows(), evaluation, run=run, **words | options)
 
 
 def found_of(name: str) -> xr.DataTree:
@@ -74,8 +77,8 @@ def outputs_of(tree: xr.DataTree) -> xr.Dataset:
 
 def about_of(tree: xr.DataTree) -> dict[str, Any]:
     """Return what it was made of, which stands beside what the run was made of."""
-    about: dict[str, Any] = tree.attrs["disentangled"]
-    assert tree.attrs == about["run"] | {"disentangled": about}
+    about = disentangled(tree)
+    assert tree.attrs == about["run"] | attributes_of({"disentangled": about})
     return about
 
 
@@ -98,8 +101,8 @@ def test_improvement_is_that_of_a_sweeps_held_out_losses(name: str, tmp_path: Pa
         tiny_model(name),
         windows(),
         held_out(),
-        SPARSITIES,
-        methods=["sparsegpt"],
+        sparsity=SPARSITIES,
+        method=["sparsegpt"],
         experts=[1, 3, 4],
         batch_size=2,
         out=tmp_path / "sweep",
@@ -208,7 +211,7 @@ def test_only_matching_layers_and_counted_tokens_and_named_neurons_are_kept() ->
 
 def test_of_a_long_text_64_windows_are_drawn() -> None:
     text = random_windows(70, 4, seed=7)
-    words: dict[str, Any] = {"layers": "*.0.mlp.c_fc", "experts": [2], "sparsities": [0.5]}
+    words: dict[str, Any] = {"layers": "*.0.mlp.c_fc", "experts": [2], "sparsity": [0.5]}
     tree = disentangle(tiny_model("gpt2"), evaluation=text, **words)
     few = disentangle(tiny_model("gpt2"), evaluation=some_windows(text, 64), **words)
     xr.testing.assert_identical(tree, few)
@@ -219,7 +222,9 @@ def test_of_a_long_text_64_windows_are_drawn() -> None:
 
 def test_a_folder_is_a_run_with_tables_and_opens_as_what_was_returned(tmp_path: Path) -> None:
     out = tmp_path / "run"
-    tree = disentangle(tiny_model("gpt2"), out=out, command="entangle disentangle")
+    token = COMMAND.set("entangle disentangle")
+    tree = disentangle(tiny_model("gpt2"), out=out)
+    COMMAND.reset(token)
     assert {path.name for path in out.iterdir()} == {
         *("run.json", "log.json", "neurons.zarr", "tables")
     }
@@ -231,7 +236,7 @@ def test_a_folder_is_a_run_with_tables_and_opens_as_what_was_returned(tmp_path: 
     expected = {
         "command": "entangle disentangle",
         "experts": [3, 4],
-        "sparsities": SPARSITIES,
+        "sparsity": SPARSITIES,
         "neurons": [],
         "held_out_tokens": TOKENS,
         "fingerprint": windows().fingerprint,
@@ -315,7 +320,7 @@ def test_what_cannot_be_disentangled_is_refused_before_anything_runs(
 
     other = entangle.measure(tiny_model("gpt2", seed=1), random_windows(10, seed=11))
     on_evaluation = entangle.measure(tiny_model("gpt2"), held_out())
-    monkeypatch.setattr(disentangling, "walk_blocks", never)
+    monkeypatch.setattr(setup, "walk_blocks", never)
     model = tiny_model("gpt2")
 
     def refused(error: type[Exception], match: str, **options: Any) -> None:
@@ -326,7 +331,7 @@ def test_what_cannot_be_disentangled_is_refused_before_anything_runs(
     refused(ValueError, "measured on 5 of the 5 windows that are to be", run=on_evaluation)
     refused(ValueError, r"12 of 12 evaluation windows .* calibration windows", evaluation=windows())
     refused(ValueError, "longer than the model's context of 64", evaluation=random_windows(2, 65))
-    refused(ValueError, "c_attn: 3:5 needs groups of 5, but there are 24", sparsities=["3:5"])
+    refused(ValueError, "c_attn: 3:5 needs groups of 5, but there are 24", sparsity=["3:5"])
     refused(ValueError, "numbers of experts of which one is above 1, got .* and 1", experts=[1])
     refused(ValueError, "skip_first", skip_first=16)
     refused(LookupError, r"no layer of this run matches '\*.gate'", layers="*.gate")

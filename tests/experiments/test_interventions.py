@@ -1,5 +1,6 @@
 """Interventions: which arms there are, whose neurons they treat, and what becomes of outputs."""
 
+import inspect
 import math
 from typing import Any
 
@@ -10,26 +11,22 @@ import xarray as xr
 from torch import nn
 
 from entangle import arguments
-from entangle.experiments import interventions
-from entangle.experiments.ablating import changed_outputs
+from entangle.experiments.ablating import ablate, changed_outputs, missing_sets, neurons_of
 from entangle.experiments.interventions import (
     INTERVENTIONS,
     SETS,
+    Ablation,
     Arm,
-    arms_of,
-    check_words,
-    missing_sets,
-    neurons_of,
 )
 from entangle.model.layers import LinearLayer
 from entangle.numerics.sparsity import Sparsity
 
 WORDS: dict[str, Any] = {
-    "interventions": ["sparsify"],
-    "sparsities": [0.9],
+    "intervention": ["sparsify"],
+    "sparsity": [0.9],
     "experts": [1],
     "sets": ["wasserstein"],
-    "shares": [0.03],
+    "share": [0.03],
     "seeds": 2,
 }
 
@@ -60,16 +57,16 @@ def run() -> xr.Dataset:
 
 
 def test_arms_are_all_combinations_each_once(run: xr.Dataset) -> None:
-    arms = arms_of(
-        run,
-        interventions=["sparsify", "zero", "mean", "zero"],
-        sparsities=[0.5, "0.5", "2:4"],
+    ablation = Ablation.of(
+        intervention=["sparsify", "zero", "mean", "zero"],
+        sparsity=[0.5, "0.5", "2:4"],
         experts=[1, 4],
         sets=["wasserstein", "random", "difficulty", "wasserstein"],
-        shares=[0.03, 0.1],
+        share=[0.03, 0.1],
         seeds=3,
-        blocks=[None],
     )
+    known = [name for name in ablation.sets if name not in missing_sets(run, ablation.sets)]
+    arms = ablation.arms(known, [None])
     assert len(arms) == len(set(arms)) == (2 * 2 + 2) * 2 * (1 + 3)
     kinds = list(dict.fromkeys((arm.intervention, str(arm.sparsity), arm.experts) for arm in arms))
     assert kinds == [
@@ -88,8 +85,8 @@ def test_arms_are_all_combinations_each_once(run: xr.Dataset) -> None:
 
 
 def test_an_arm_of_each_block(run: xr.Dataset) -> None:
-    words = WORDS | {"sets": ["bottom", "random"], "interventions": ["negative"]}
-    arms = arms_of(run, **words, blocks=[0, 1])
+    words = WORDS | {"sets": ["bottom", "random"], "intervention": ["negative"]}
+    arms = Ablation.of(**words).arms(words["sets"], [0, 1])
     assert [(arm.neurons, arm.block, arm.seed) for arm in arms] == [
         ("bottom", 0, None),
         ("bottom", 1, None),
@@ -114,30 +111,26 @@ def test_an_arm_of_each_block(run: xr.Dataset) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ({"interventions": ["luck"]}, "one of sparsify, zero, mean, negative, got 'luck'"),
+        ({"intervention": ["luck"]}, "one of sparsify, zero, mean, negative, got 'luck'"),
         ({"sets": ["beauty"]}, "one of wasserstein, bottom, random, .*, got 'beauty'"),
-        ({"sparsities": ["much"]}, "expected a sparsity from 0 to 1, or n:m .* got 'much'"),
-        ({"sparsities": [1.5]}, "expected a sparsity from 0 to 1"),
-        ({"shares": [0.0]}, "share of neurons above 0 and at most 1, got 0.0"),
-        ({"shares": [0.1, 1.1]}, "got 1.1"),
-        ({"shares": [math.nan]}, "got nan"),
+        ({"sparsity": ["much"]}, "expected a sparsity from 0 to 1, or n:m .* got 'much'"),
+        ({"sparsity": [1.5]}, "expected a sparsity from 0 to 1"),
+        ({"share": [0.0]}, "share of neurons above 0 and at most 1, got 0.0"),
+        ({"share": [0.1, 1.1]}, "got 1.1"),
+        ({"share": [math.nan]}, "got nan"),
         ({"experts": [4, 0]}, "at least 1 expert, got 0"),
         ({"sets": ["random"], "seeds": 0}, "at least 1 seed, got 0"),
-        *[({name: []}, f"at least one of {name}") for name in WORDS if name != "seeds"],
+        *[({name: []}, f"at least one value of {name}") for name in WORDS if name != "seeds"],
     ],
 )
-def test_words_that_are_none_are_refused(
-    run: xr.Dataset, words: dict[str, Any], message: str
-) -> None:
+def test_words_that_are_none_are_refused(words: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        check_words(**WORDS | words)
-    with pytest.raises(ValueError, match=message):
-        arms_of(run, **WORDS | words, blocks=[None])
+        Ablation.of(**WORDS | words)
 
 
 def test_without_random_neurons_no_seed_is_needed() -> None:
-    check_words(**WORDS | {"seeds": 0, "sets": ["wasserstein", "bottom"], "shares": [1]})
-    check_words(**WORDS | {"interventions": INTERVENTIONS, "sets": SETS})
+    Ablation.of(**WORDS | {"seeds": 0, "sets": ["wasserstein", "bottom"], "share": [1]})
+    Ablation.of(**WORDS | {"intervention": INTERVENTIONS, "sets": SETS})
 
 
 @pytest.mark.parametrize("block", [None, 0, 1])
@@ -225,6 +218,18 @@ def test_without_chosen_neurons_nothing_changes() -> None:
         assert torch.equal(change(layer_of(nn.Linear(3, 6)), torch.randn(4, 3), outputs), outputs)
 
 
-def test_the_words_of_the_command_line_are_those_of_the_code() -> None:
-    assert arguments.SETS == interventions.SETS
-    assert arguments.INTERVENTIONS == interventions.INTERVENTIONS
+def test_the_words_of_the_command_line_are_those_of_the_code(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = ["ablate", "RUN", "--evaluation", "TEXT", "--out", "NEW"]
+    found = vars(arguments.parser().parse_args(words))
+    options = inspect.signature(Ablation.of).parameters
+    assert [*options] == [*WORDS]
+    assert Ablation.of(**{name: found[name] for name in options}) == Ablation.of()
+    of_ablate = inspect.signature(ablate).parameters
+    assert all(of_ablate[name].default == one.default for name, one in options.items())
+    with pytest.raises(SystemExit):
+        arguments.parser().parse_args(["ablate", "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"one or several of {', '.join(INTERVENTIONS)} [sparsify]" in said
+    assert f"one or several of {', '.join(SETS)} [all]" in said

@@ -373,7 +373,7 @@ def test_a_plan_of_a_model_whose_weights_are_not_there_is_what_it_then_costs(
     )
     tokenizer = entangle.load_tokenizer(place / "model")
     entangle.measure(model, windows, out=place / "measure")
-    entangle.sparsify(model, windows, 0.5, tokenizer=tokenizer, out=place / "sparsify")
+    entangle.sparsify(model, windows, sparsity=0.5, tokenizer=tokenizer, out=place / "sparsify")
     for stage in found.stages:
         files = [path for path in (place / stage.command).rglob("*") if path.is_file()]
         size = sum(path.stat().st_size for path in files)

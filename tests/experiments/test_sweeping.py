@@ -1,6 +1,5 @@
 """Sweeps: each arm against the same pruning done alone, and a table that a kill does not change."""
 
-import itertools
 import json
 import math
 import os
@@ -10,7 +9,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -21,14 +20,11 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 import entangle
-from entangle import arguments
-from entangle.experiments import sweeping
+from entangle.experiments.sweep_table import read_table
 from entangle.model import packing
 from entangle.model.blocks import BlockWalk
 from entangle.model.scoring import NotFiniteError
-from entangle.numerics.sparsity import Mask, Method
-from entangle.pruning.options import CHOICES, Propagate, arms_of
-from entangle.runs import store
+from entangle.runs import setup
 from tests.pruning.test_sparsifying import random_windows
 from tests.tiny_models import tiny_model
 
@@ -41,7 +37,9 @@ def held_out(windows: int = 5) -> Any:
 
 
 def run(model: PreTrainedModel, sparsities: Sequence[str | float], **options: Any) -> pd.DataFrame:
-    return entangle.sweep(model, random_windows(), held_out(), sparsities, **OPTIONS | options)
+    return entangle.sweep(
+        model, random_windows(), held_out(), sparsity=sparsities, **OPTIONS | options
+    )
 
 
 def same_weights(model: PreTrainedModel) -> bool:
@@ -51,7 +49,7 @@ def same_weights(model: PreTrainedModel) -> bool:
 
 def test_each_arm_scores_as_the_model_pruned_alone() -> None:
     model = tiny_model("llama")
-    table = run(model, ["0.5", "2:4"], masks=("row", "block"), propagate=("dense", "sparse"))
+    table = run(model, ["0.5", "2:4"], mask=("row", "block"), propagate=("dense", "sparse"))
     assert same_weights(model)
     assert len(table) == 1 + 2 * (2 * 2 + 2) + 3  # sparsegpt, wanda; magnitude; n:m by row only
     dense = entangle.perplexity(tiny_model("llama"), held_out(), batch_size=2)
@@ -60,7 +58,9 @@ def test_each_arm_scores_as_the_model_pruned_alone() -> None:
     for arm in table[1:].to_dict(orient="records"):
         alone = tiny_model("llama")
         words = {name: arm[name] for name in ("method", "mask", "propagate")}
-        found = entangle.sparsify(alone, random_windows(), arm["sparsity"], **words, **OPTIONS)
+        found = entangle.sparsify(
+            alone, random_windows(), sparsity=arm["sparsity"], **words, **OPTIONS
+        )
         score = entangle.perplexity(alone, held_out(), batch_size=2)
         assert arm["nats"] == score.nats, words
         assert arm["perplexity_error"] == score.perplexity_error
@@ -76,41 +76,6 @@ def test_each_arm_scores_as_the_model_pruned_alone() -> None:
         assert (arm["windows"], arm["tokens"]) == (5, 75)
 
 
-def test_arms_that_would_be_the_same_run_once() -> None:
-    arms = arms_of(
-        ["0.5", "2:4"], method=METHODS, mask=("block", "row"), propagate=("sparse", "dense")
-    )
-    words = ["-".join(map(str, arm.words().values())) for arm in arms]
-    assert len(words) == len(set(words)) == 15
-    assert [word for word in words if word.startswith("magnitude")] == [
-        "magnitude-block-sparse-1-0.5",
-        "magnitude-row-sparse-1-2:4",
-        "magnitude-row-sparse-1-0.5",
-    ]
-    with pytest.raises(ValueError, match="at least one value of sparsity"):
-        arms_of([], method=METHODS, mask=("row",))
-
-
-def test_only_sparsegpt_has_experts_and_one_expert_has_no_router() -> None:
-    arms = arms_of(
-        [0.5],
-        method=METHODS,
-        experts=(1, 4, 16),
-        assign=("random", "kmeans"),
-        components=(None, 0),
-        pull=(0.0, 0.5),
-    )
-    kinds = [(arm.method, arm.experts, arm.assign, arm.components, arm.pull) for arm in arms]
-    mixtures = [kind for kind in kinds if kind[1] > 1]
-    expected = itertools.product((4, 16), ("random", "kmeans"), (None, 0), (0.0, 0.5))
-    assert mixtures == [("sparsegpt", *kind) for kind in expected]
-    assert [kind for kind in kinds if kind[1] == 1] == [
-        (method, 1, "kmeans", None, 0.5) for method in METHODS
-    ]
-    (grouped,) = arms_of(["2:4"], mask=("block",), experts=(4,))
-    assert (grouped.mask, grouped.experts) == ("row", 4)
-
-
 def test_dense_arms_share_one_pass_over_the_calibration(monkeypatch: pytest.MonkeyPatch) -> None:
     walks, steps = [], []
 
@@ -124,7 +89,7 @@ def test_dense_arms_share_one_pass_over_the_calibration(monkeypatch: pytest.Monk
             return super()._run(number)
 
     monkeypatch.setattr("entangle.model.sampling.BlockWalk", Counted)
-    table = run(tiny_model("llama"), [0.3, 0.5, 0.7], masks=("row", "block"), propagate=("dense",))
+    table = run(tiny_model("llama"), [0.3, 0.5, 0.7], mask=("row", "block"), propagate=("dense",))
     assert len(table) == 1 + 18
     # The calibration's and the evaluation's windows: blocks by batches, each once.
     assert (len(walks), len(steps)) == (2, 3 * 3 + 3 * 3)
@@ -138,7 +103,7 @@ def test_tables_are_written_and_read(tmp_path: Path) -> None:
         "run.json",
         "tables",
     ]
-    opened = store.open_table(tmp_path / "run", "sweep")
+    opened = read_table(tmp_path / "run")
     pd.testing.assert_frame_equal(opened, table, check_exact=True)
     assert opened.attrs["evaluation_fingerprint"] == held_out().fingerprint
     assert opened.attrs["arms"] == table.attrs["arms"]
@@ -160,10 +125,10 @@ def test_tables_are_written_and_read(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no measured run, but holds tables"):
         entangle.open_run(tmp_path / "run")
     with pytest.raises(FileNotFoundError, match=r"no tables/sweep.csv"):
-        store.open_table(tmp_path, "sweep")
+        read_table(tmp_path)
     table.drop(columns="density").to_csv(tmp_path / "run" / "tables" / "sweep.csv")
     with pytest.raises(ValueError, match="run is a sweep of an older version of entangle"):
-        store.open_table(tmp_path / "run", "sweep")
+        read_table(tmp_path / "run")
 
 
 def test_an_arm_that_fails_says_why_and_costs_the_others_nothing(tmp_path: Path) -> None:
@@ -192,7 +157,7 @@ def test_after_an_error_the_weights_are_back_and_what_is_done_is_kept(
             raise error("can't allocate memory")
         return entangle.perplexity(*args, **options)
 
-    monkeypatch.setattr(sweeping, "perplexity", scored)
+    monkeypatch.setattr(setup, "perplexity", scored)
     with pytest.raises(error, match="can't allocate"):
         run(model, [0.5], propagate=("dense",), out=tmp_path / "run")
     assert same_weights(model)
@@ -211,8 +176,8 @@ def test_a_score_that_is_not_finite_is_a_problem_of_its_arm_alone(
             raise NotFiniteError("not finite in 5 of 5 windows")
         return entangle.perplexity(model, *args, **options)
 
-    monkeypatch.setattr(sweeping, "perplexity", broken)
-    table = run(tiny_model("llama"), [0.5], methods=("wanda",), propagate=("dense",))
+    monkeypatch.setattr(setup, "perplexity", broken)
+    table = run(tiny_model("llama"), [0.5], method=("wanda",), propagate=("dense",))
     assert table["problem"].tolist() == ["", "not finite in 5 of 5 windows"]
     assert np.isfinite(table["perplexity"]).tolist() == [True, False]
 
@@ -242,27 +207,19 @@ def test_a_full_disk_is_told_and_what_is_done_stays(
         run(tiny_model("llama"), [0.5], propagate=("dense",), out=tmp_path / "run")
 
 
-def test_words_are_the_same_on_the_command_line_and_in_python() -> None:
-    assert arguments.METHODS == CHOICES["method"] == get_args(Method)
-    assert set(arguments.MASKS) == set(CHOICES["mask"]) == set(get_args(Mask))
-    assert CHOICES["across"] == arguments.ACROSS_BLOCKS
-    assert set(arguments.PROPAGATE) == set(CHOICES["propagate"]) == set(get_args(Propagate))
-
-
 def test_an_unfinished_sweep_of_other_settings_is_not_gone_on_with(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    score = entangle.score
     scored: list[int] = []
 
     def interrupt(*args: Any, **words: Any) -> Any:
         scored.append(1)
         if len(scored) == 2:
             raise KeyboardInterrupt
-        return score(*args, **words)
+        return entangle.perplexity(*args, **words)
 
     with monkeypatch.context() as patch:
-        patch.setattr(sweeping, "perplexity", interrupt)
+        patch.setattr(setup, "perplexity", interrupt)
         with pytest.raises(KeyboardInterrupt):
             run(tiny_model("llama"), [0.5], out=tmp_path / "run")
     with pytest.raises(FileExistsError, match=r"unfinished run with other settings.*batch_size 2"):
@@ -277,13 +234,13 @@ def test_an_unfinished_sweep_of_other_settings_is_not_gone_on_with(
 def test_what_cannot_be_swept_is_refused_before_anything_runs(tmp_path: Path) -> None:
     model = tiny_model("llama")
     with pytest.raises(ValueError, match=r"6 of 6 evaluation windows .* are calibration windows"):
-        entangle.sweep(model, random_windows(), random_windows(), [0.5])
+        entangle.sweep(model, random_windows(), random_windows(), sparsity=[0.5])
     with pytest.raises(ValueError, match="down_proj: 2:4 needs groups of 4"):
         run(model, [0.5, "2:4"], layers="*", out=tmp_path / "run")
     with pytest.raises(ValueError, match="method must be one of"):
-        run(model, [0.5], methods=("luck",), out=tmp_path / "run")
+        run(model, [0.5], method=("luck",), out=tmp_path / "run")
     with pytest.raises(ValueError, match="longer than the model's context of 64"):
-        entangle.sweep(model, random_windows(), random_windows(2, 65), [0.5])
+        entangle.sweep(model, random_windows(), random_windows(2, 65), sparsity=[0.5])
     assert list(tmp_path.iterdir()) == []
 
 

@@ -47,7 +47,9 @@ class Case:
     outputs: Array  # (tokens, neurons)
 
     def find(self, neurons: Sequence[str], **options: Any) -> list[NeuronContexts]:
-        return contexts(self.model, TOKENIZER, self.run, self.windows, neurons, **options)
+        return contexts(
+            self.model, self.windows, run=self.run, neurons=neurons, tokenizer=TOKENIZER, **options
+        )
 
     def column(self, neuron: str) -> Array:
         """Return the counted outputs of a neuron (windows, counted tokens)."""
@@ -145,7 +147,7 @@ def test_the_distance_is_exact_and_its_interval_that_of_whole_windows(case: Case
 def test_the_intervals_seed_is_that_of_the_windows(llama: Case) -> None:
     names = neurons_of(llama)[:1]
     windows = dataclasses.replace(llama.windows, seed=5)  # the same tokens
-    (found,) = contexts(llama.model, TOKENIZER, llama.run, windows, names)
+    (found,) = contexts(llama.model, windows, run=llama.run, neurons=names, tokenizer=TOKENIZER)
     (other,) = llama.find(names)
     assert (found.low, found.high) != (other.low, other.high)
     assert dataclasses.replace(found, low=other.low, high=other.high) == other
@@ -178,7 +180,13 @@ def test_the_text_is_what_the_window_has_there(case: Case) -> None:
 def test_characters_of_several_bytes_are_whole_in_the_text() -> None:
     windows = token_windows(["naïve café — 猫が好き. "] * 30, TOKENIZER, windows=9, length=40)
     model = tiny_model("gpt2")
-    (found,) = contexts(model, TOKENIZER, measure(model, windows), windows, NEURONS["gpt2"][:1])
+    (found,) = contexts(
+        model,
+        windows,
+        run=measure(model, windows),
+        neurons=NEURONS["gpt2"][:1],
+        tokenizer=TOKENIZER,
+    )
     assert any("naïve café" in one.before for one in found.contexts)
 
 
@@ -190,7 +198,13 @@ def test_words_keep_the_spaces_between_them() -> None:
     tokenizer: Any = PreTrainedTokenizerFast(tokenizer_object=backend)  # type: ignore[no-untyped-call]
     windows = token_windows(["the dog the fox the fox the dog " * 30], tokenizer, length=12)
     model = tiny_model("gpt2")
-    (found,) = contexts(model, tokenizer, measure(model, windows), windows, NEURONS["gpt2"][:1])
+    (found,) = contexts(
+        model,
+        windows,
+        run=measure(model, windows),
+        neurons=NEURONS["gpt2"][:1],
+        tokenizer=tokenizer,
+    )
     assert any("the dog the fox" in one.before for one in found.contexts)
 
 
@@ -230,7 +244,9 @@ def test_quantiles_are_those_of_the_outputs(case: Case) -> None:
 def test_a_text_of_few_tokens_shows_each_at_either_end() -> None:
     model, windows = tiny_model("llama"), some_windows(1, 5)
     run = measure(model, windows)
-    (found,) = contexts(model, TOKENIZER, run, windows, ["model.layers.1.mlp.up_proj:3"])
+    (found,) = contexts(
+        model, windows, run=run, neurons=["model.layers.1.mlp.up_proj:3"], tokenizer=TOKENIZER
+    )
     lowest, highest = chosen(found, "lowest"), chosen(found, "highest")
     assert len(lowest) == 5
     assert lowest == sorted(lowest) == highest[::-1]
@@ -401,7 +417,7 @@ def test_a_massive_first_token_explains_the_distance() -> None:
 def test_the_batch_size_is_nothing_to_the_result(llama: Case, batch_size: int) -> None:
     names = neurons_of(llama)[:1]
     run = measure(llama.model, llama.windows, batch_size=batch_size)
-    (found,) = contexts(llama.model, TOKENIZER, run, llama.windows, names)
+    (found,) = contexts(llama.model, llama.windows, run=run, neurons=names, tokenizer=TOKENIZER)
     (other,) = llama.find(names)
     for name in ("tokens", "wasserstein", "low", "high", "modes", "positions"):
         assert getattr(found, name) == pytest.approx(getattr(other, name), rel=1e-4), name
@@ -447,7 +463,7 @@ def test_neurons_that_do_not_fit_at_once_take_several_passes(
 def test_a_run_is_a_tree_or_its_dataset(llama: Case) -> None:
     names = neurons_of(llama)[:1]
     dataset = llama.run.to_dataset()
-    found = contexts(llama.model, TOKENIZER, dataset, llama.windows, names)
+    found = contexts(llama.model, llama.windows, run=dataset, neurons=names, tokenizer=TOKENIZER)
     assert found == llama.find(names)
 
 
@@ -464,12 +480,21 @@ def test_the_models_hooks_are_gone(llama: Case) -> None:
 def test_other_weights_and_other_windows_are_refused(llama: Case, tmp_path: Path) -> None:
     names, windows = neurons_of(llama), llama.windows
     with pytest.raises(ValueError, match="the run was measured on other weights"):
-        contexts(tiny_model(seed=1), TOKENIZER, llama.run, windows, names, out=tmp_path)
+        contexts(
+            tiny_model(seed=1),
+            windows,
+            run=llama.run,
+            neurons=names,
+            tokenizer=TOKENIZER,
+            out=tmp_path,
+        )
     for other in (some_windows(seed=1), some_windows(19), some_windows(length=LENGTH - 1)):
         with pytest.raises(
             ValueError, match=r"other windows than these .* 20 windows of 43, seed 0"
         ):
-            contexts(llama.model, TOKENIZER, llama.run, other, names, out=tmp_path)
+            contexts(
+                llama.model, other, run=llama.run, neurons=names, tokenizer=TOKENIZER, out=tmp_path
+            )
     assert not list(tmp_path.iterdir())
 
 
@@ -501,9 +526,16 @@ def test_a_neuron_without_a_distribution_is_refused(tmp_path: Path) -> None:
     run = measure(model, windows)
     for index in (3, 4):
         with pytest.raises(ValueError, match=f"{last}:{index} is dead or broken"):
-            contexts(model, TOKENIZER, run, windows, [f"{last}:5", f"{last}:{index}"], out=tmp_path)
+            contexts(
+                model,
+                windows,
+                run=run,
+                neurons=[f"{last}:5", f"{last}:{index}"],
+                tokenizer=TOKENIZER,
+                out=tmp_path,
+            )
     assert not list(tmp_path.iterdir())
-    (found,) = contexts(model, TOKENIZER, run, windows, [f"{last}:5"])
+    (found,) = contexts(model, windows, run=run, neurons=[f"{last}:5"], tokenizer=TOKENIZER)
     assert 0 < found.wasserstein < 1
 
 
@@ -512,7 +544,7 @@ def test_a_model_in_training_mode_is_refused() -> None:
     run = measure(model, windows)
     model.train()
     with pytest.raises(ValueError, match="training mode"):
-        contexts(model, TOKENIZER, run, windows, NEURONS["gpt2"])
+        contexts(model, windows, run=run, neurons=NEURONS["gpt2"], tokenizer=TOKENIZER)
 
 
 # --- contexts.json
@@ -532,9 +564,13 @@ def test_contexts_are_added_to_the_run(tmp_path: Path) -> None:
     names = [f"model.layers.{block}.mlp.up_proj:{block + 30}" for block in range(3)]
 
     def written(*some: str) -> dict[str, Any]:
-        found = contexts(model, TOKENIZER, open_run(out), windows, some, out=out)
+        found = contexts(
+            model, windows, run=open_run(out), neurons=some, tokenizer=TOKENIZER, out=out
+        )
         content = read_strictly(out / "contexts.json")
-        assert found == contexts(model, TOKENIZER, run, windows, some)  # as without a folder
+        assert found == contexts(
+            model, windows, run=run, neurons=some, tokenizer=TOKENIZER
+        )  # as without a folder
         for one in found:
             assert content[one.neuron] == dataclasses.asdict(one)
         return content
@@ -551,7 +587,7 @@ def test_contexts_are_added_to_the_run(tmp_path: Path) -> None:
     assert set(out.rglob("*")) - files == {out / "contexts.json"}
     (out / "contexts.json").write_text('{"model.layers')
     with pytest.raises(ValueError, match=r"contexts.json is damaged, delete it and run again"):
-        contexts(model, TOKENIZER, run, windows, names, out=out)
+        contexts(model, windows, run=run, neurons=names, tokenizer=TOKENIZER, out=out)
 
 
 def test_parts_of_characters_are_told_apart_by_their_numbers() -> None:

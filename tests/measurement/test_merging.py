@@ -19,12 +19,15 @@ from entangle.measurement.merging import merge
 from entangle.model.layers import find_layers
 from entangle.numerics.histograms import Histograms
 from entangle.runs import labelling, store
-from entangle.runs.setup import check_weights
+from entangle.runs.dataset import attributes_of
+from entangle.runs.setup import Setup
 from entangle.runs.store import open_run
+from tests.command_lines import running
 from tests.measurement.test_recording import tokens, windows_of
 from tests.model.test_ranks import LOOSE, WORDS, assert_same_run
 from tests.tiny_models import save_tiny, tiny_model
 
+ABOUT = {"model": "tiny", "no": None}
 WINDOWS = 7  # in batches of two: four batches, the last of one window
 
 
@@ -33,7 +36,8 @@ def measured(out: Path, shard: str | None = None, name: str = "llama", **options
     words: dict[str, Any] = {"batch_size": 2, "command": "as said", "seed": 0} | options
     model, seed = tiny_model(name, seed=words.pop("seed")), words.pop("text", 0)
     count = words.pop("windows", WINDOWS)
-    measure(model, windows_of(tokens(count, seed=seed)), shard=shard, out=out, **words)
+    with running(words.pop("command")):
+        measure(model, windows_of(tokens(count, seed=seed)), shard=shard, out=out, **words)
     return out
 
 
@@ -74,7 +78,7 @@ def test_merged_shards_are_what_one_process_measured(
     assert_same_run(open_run(str(tmp_path / "run")), whole)
     written = (tmp_path / "run" / "run.json").read_bytes()
     assert written == (place / "whole" / "run.json").read_bytes()
-    assert merged.attrs == json.loads(written)
+    assert merged.attrs == attributes_of(json.loads(written))
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
     log = json.loads((tmp_path / "run" / "log.json").read_text())
     assert {"started", "seconds", "peak_memory_bytes", "sha256"} <= set(log)
@@ -215,9 +219,9 @@ def test_what_needs_a_whole_run_refuses_a_shard_and_its_table_says_what_it_is(
     place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = tiny_model()
-    check_weights(model, open_run(place / "whole"))
+    Setup.of(model, None, run=open_run(place / "whole"))
     with pytest.raises(ValueError, match="the run is shard 2/3 of one: make it whole first, with"):
-        check_weights(model, open_run(place / "2"))
+        Setup.of(model, None, run=open_run(place / "2"))
     for folder in ("whole", "2"):
         assert main(["rank", str(place / folder), "--top", "1"]) == 0
         said = capsys.readouterr().out
@@ -345,9 +349,7 @@ def tree() -> xr.DataTree:
     neurons = sum(layer.neurons for layer in layers)
     rows = torch.randn(300, neurons, generator=torch.Generator().manual_seed(2))
     rows[:, 3] = 0
-    return labelling.to_tree(
-        Histograms.from_rows(rows, bins=64), layers, {"model": "tiny", "no": None}
-    )
+    return labelling.to_tree(Histograms.from_rows(rows, bins=64), layers, ABOUT)
 
 
 def parts_of(tree: xr.DataTree, ends: Sequence[int]) -> list[xr.DataTree]:
@@ -369,7 +371,7 @@ def test_a_run_written_in_parts_is_the_run_written_at_once(
     monkeypatch.setattr(store, "CHUNK", chunk)
     for name, trees in (("parts", parts_of(tree, ends)), ("once", [tree])):
         (tmp_path / name).mkdir()
-        store.write_run(tmp_path / name, iter(trees), lambda: {"seconds": 1.0})
+        store.write_run(tmp_path / name, iter(trees), ABOUT, lambda: {"seconds": 1.0})
     assert open_run(tmp_path / "parts").identical(tree)
     files = {path.relative_to(tmp_path / "once") for path in (tmp_path / "once").rglob("*")}
     assert files == {
@@ -386,10 +388,10 @@ def test_a_run_written_in_parts_is_the_run_written_at_once(
 def test_attributes_may_be_told_and_a_run_is_written_over(
     tree: xr.DataTree, tmp_path: Path
 ) -> None:
-    store.write_run(tmp_path, [tree], dict)
+    store.write_run(tmp_path, [tree], ABOUT, dict)
     first = json.loads((tmp_path / "log.json").read_text())["sha256"]
     some = parts_of(tree, (10, 20))[:2]
-    store.write_run(tmp_path, some, dict, {"other": [1, None]})
+    store.write_run(tmp_path, some, {"other": [1, None]}, dict)
     assert json.loads((tmp_path / "run.json").read_text()) == {"other": [1, None]}
     opened = open_run(tmp_path)
     assert opened.sizes["neuron"] == 20  # nothing of the first is left
@@ -401,7 +403,7 @@ def test_attributes_may_be_told_and_a_run_is_written_over(
 
 def test_the_sum_is_of_the_dataset_and_run_json_alone(tree: xr.DataTree, tmp_path: Path) -> None:
     log = {"seconds": 1.0, "machine": "some"}
-    store.write_run(tmp_path, [tree], lambda: log)
+    store.write_run(tmp_path, [tree], ABOUT, lambda: log)
     written = json.loads((tmp_path / "log.json").read_text())
     assert written == log | {"sha256": written["sha256"]}
     for name in ("figures/a.png", "tables/a.csv", "contexts.json"):  # which come later
@@ -415,7 +417,7 @@ def test_the_sum_is_of_the_dataset_and_run_json_alone(tree: xr.DataTree, tmp_pat
 
 
 def test_a_run_without_a_sum_is_refused(tree: xr.DataTree, tmp_path: Path) -> None:
-    store.write_run(tmp_path, [tree], dict)
+    store.write_run(tmp_path, [tree], ABOUT, dict)
     digest = json.loads((tmp_path / "log.json").read_text())["sha256"]
     for sha256, message in [
         (None, "a version of entangle wrote it that kept no sum of its files"),

@@ -479,7 +479,9 @@ def test_difficulty_is_that_of_the_inputs_and_outputs_that_hooks_see(
 
 def test_difficulty_of_an_expanded_model() -> None:
     model, ids = tiny_model("llama"), tokens(8)
-    entangle.sparsify(model, windows_of(tokens(12, seed=4)), 0.5, experts=3, layers="*.mlp.*")
+    entangle.sparsify(
+        model, windows_of(tokens(12, seed=4)), sparsity=0.5, experts=3, layers="*.mlp.*"
+    )
     run = measure(model, windows_of(ids), difficulty=200, batch_size=2)
     np.testing.assert_allclose(run["difficulty"], by_hand(model, ids)[0], rtol=1e-3)
 

@@ -253,7 +253,7 @@ def test_a_packed_model_is_for_running_only(packed: PreTrainedModel, tmp_path: P
     windows = windows_of(tokens(4, 16))
     refuses(lambda: find_layers(packed))
     refuses(lambda: entangle.measure(packed, windows))
-    refuses(lambda: entangle.sparsify(packed, windows, 0.5))
+    refuses(lambda: entangle.sparsify(packed, windows, sparsity=0.5))
     refuses(lambda: save_model(packed, None, tmp_path / "saved"))
     assert [*tmp_path.rglob("*.*")] == []
     found, expected = (

@@ -287,7 +287,7 @@ def test_an_expanded_model_or_a_gguf_file_is_not_spread(
     model = tiny_model(mlp_bias=False, num_attention_heads=4, num_key_value_heads=2)
     write_gguf(tmp_path / "a.gguf", model, "smollm")
     words: dict[str, Any] = {"experts": 2, "layers": "*.0.mlp.up_proj"}
-    entangle.sparsify(model, random_windows(), 0.5, out=tmp_path / "expanded", **words)
+    entangle.sparsify(model, random_windows(), sparsity=0.5, out=tmp_path / "expanded", **words)
     files = contents(tmp_path)
     for name, what in (("a.gguf", "a GGUF file"), ("expanded", "an expanded model")):
         message = f"{name} is {what}, which is loaded whole: leave device_map and offload out"
@@ -617,7 +617,7 @@ def test_a_run_that_was_interrupted_goes_on_behind_the_blocks_that_are_done(
 def test_a_run_interrupted_when_all_blocks_are_done_runs_none_again(
     models: Path, tmp_path: Path, records: Interrupted, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def stop(_: Path, trees: Iterable[xr.DataTree], __: Any) -> None:
+    def stop(_: Path, trees: Iterable[xr.DataTree], *__: Any) -> None:
         list(trees)
         raise KeyboardInterrupt
 

@@ -29,6 +29,7 @@ from entangle.model.sampling import walk_blocks
 from entangle.numerics.histograms import MAX_TOKENS, Histograms
 from entangle.numerics.kernels.bins import MAX_SQUARES
 from entangle.runs.store import open_run
+from tests.command_lines import running
 from tests.measurement.test_recording import LATTICE, captured, flat, tokens, windows_of
 from tests.tiny_models import save_tiny, tiny_model
 
@@ -164,10 +165,12 @@ def test_a_shard_counts_its_batches_and_no_others(name: str, shard: str, skip_fi
 
 def test_a_shard_says_of_what_it_is_one() -> None:
     model, windows = tiny_model("gpt2"), windows_of(tokens(7))
-    whole = measure(model, windows, batch_size=2, command="as said")
+    with running("as said"):
+        whole = measure(model, windows, batch_size=2)
     assert "shard" not in whole.attrs
     for shard, counted in (("1/3", 3), ("2/3", 2), ("3/3", 2)):  # the fourth batch is one window
-        attributes = measure(model, windows, batch_size=2, shard=shard, command="as said").attrs
+        with running("as said"):
+            attributes = measure(model, windows, batch_size=2, shard=shard).attrs
         assert attributes == whole.attrs | {"tokens": 16 * counted, "shard": shard}
         assert list(attributes)[-1] == "shard"
 
@@ -256,8 +259,8 @@ def test_another_shard_does_not_go_on_with_what_one_left(
     model, windows = tiny_model("gpt2"), windows_of(tokens(13))
     save_after_each_batch(model, monkeypatch)
     undo = stopping(model, 2)
-    with pytest.raises(HaltError):
-        measure(model, windows, batch_size=2, shard="1/3", out=tmp_path / "run", command="as said")
+    with pytest.raises(HaltError), running("as said"):
+        measure(model, windows, batch_size=2, shard="1/3", out=tmp_path / "run")
     undo()
     with pytest.raises(FileNotFoundError, match=r"run.partial is unfinished: give the command"):
         open_run(tmp_path / "run.partial")
@@ -786,7 +789,7 @@ for words in (
     {"budget": "trim"},
 ):
     model = entangle.load_model(place / "model")
-    pruned = entangle.sparsify(model, calibration, 0.5, **words, batch_size=2)
+    pruned = entangle.sparsify(model, calibration, sparsity=0.5, **words, batch_size=2)
     rows = pruned.layers[["layer", "zeros", "error", "tokens", "clusters", "damping"]]
     nats = entangle.perplexity(model, evaluation, batch_size=2).nats
     found[str(words)] = {**rows.to_dict(orient="list"), "nats": nats}
@@ -798,13 +801,13 @@ table[:130] -= 5
 tokens = torch.randint(3, 130, (5, 2, 32), generator=torch.Generator().manual_seed(0))
 tokens[::2] += 127
 halves = TokenWindows(tokens.flatten(0, 1), "halves", 10, 0, "never")
-pruned = entangle.sparsify(model, halves, 0.5, experts=2, propagate="dense", batch_size=2)
+pruned = entangle.sparsify(model, halves, sparsity=0.5, experts=2, propagate="dense", batch_size=2)
 rows = pruned.layers[["layer", "zeros", "error", "tokens", "smallest_cluster"]]
 nats = entangle.perplexity(model, halves, batch_size=2).nats
 found["halves"] = {**rows.to_dict(orient="list"), "nats": nats}
 model = entangle.load_model(place / "model")
-words = {"propagate": ["dense"], "methods": ["wanda", "magnitude"], "batch_size": 2}
-table = entangle.sweep(model, calibration, evaluation, [0.5], **words)
+words = {"propagate": ["dense"], "method": ["wanda", "magnitude"], "batch_size": 2}
+table = entangle.sweep(model, calibration, evaluation, sparsity=[0.5], **words)
 found["sweep"] = {"nats": table["nats"].tolist(), "held": table["held_out_error"].tolist()[1:]}
 if ranks.rank() == 0:
     print(json.dumps(found))

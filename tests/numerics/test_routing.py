@@ -182,6 +182,9 @@ def test_clusters_do_not_hang_on_the_last_bits_of_a_kernel() -> None:
     assert first.axes is not None
     assert other.axes is not None
     assert again.sizes.tolist() == first.sizes.tolist() == other.sizes.tolist()
+    assert again.axes is not None
+    np.testing.assert_allclose(again.axes, first.axes, atol=1e-9)
+    np.testing.assert_allclose(again.centroids, first.centroids, rtol=1e-9)
     spread = np.abs(first.axes[:, order.numpy()] @ other.axes.T)
     np.testing.assert_allclose(spread, np.eye(2), atol=1e-9)
 

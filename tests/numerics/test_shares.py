@@ -153,8 +153,8 @@ def test_even_quality_is_the_best_of_steps_that_a_plain_loop_takes() -> None:
             best, found = whole, shares
     assert np.ptp(found) > 0.01
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shares, "STEPS", 2)
-        patch.setattr(shares, "RATES", (-0.05,))
+        patch.setattr("entangle.numerics.shares.STEPS", 2)
+        patch.setattr("entangle.numerics.shares.RATES", (-0.05,))
         np.testing.assert_allclose(even_quality(weight, moments, 0.7), found, atol=1e-4)
 
 

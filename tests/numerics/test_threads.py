@@ -27,3 +27,25 @@ def test_torch_keeps_its_number_of_threads(threads: str) -> None:
     words = [sys.executable, "-c", PRUNE]
     done = subprocess.run(words, check=True, capture_output=True, text=True, env=environment)
     assert done.stdout.split() == [threads, threads]
+
+
+DISTANCES = """
+import sys
+if sys.argv[1] == "torch first":
+    import torch
+import numpy as np
+from entangle.numerics.gaussian import from_samples
+from_samples(np.random.default_rng(0).standard_normal((1000, 64)))
+import torch
+print(torch.get_num_threads())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere torch has an OpenMP of its own")
+@pytest.mark.parametrize("threads", ["1", "2"])
+@pytest.mark.parametrize("order", ["torch first", "torch last"])
+def test_distances_leave_torch_its_number_of_threads(order: str, threads: str) -> None:
+    environment = os.environ | {"OMP_NUM_THREADS": threads, "NUMBA_NUM_THREADS": "2"}
+    words = [sys.executable, "-c", DISTANCES, order]
+    done = subprocess.run(words, check=True, capture_output=True, text=True, env=environment)
+    assert done.stdout.split() == [threads]

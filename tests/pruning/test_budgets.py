@@ -1,5 +1,6 @@
 """Budgets: who has the weights follows the run, and how many there are does not."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -10,9 +11,9 @@ import xarray as xr
 import entangle
 from entangle.model.layers import LinearLayer, find_layers, weight_of
 from entangle.model.sampling import walk_blocks
-from entangle.numerics.sparsity import Sparsity
-from entangle.pruning.budgets import block_outliers, zeros_of
-from entangle.pruning.options import ACROSS, ROWS, arms_of
+from entangle.pruning.budgets import Zeros, block_outliers, zeros_of
+from entangle.pruning.options import OPTIONS, Pruning
+from entangle.runs.dataset import dataset_of
 from tests.measurement.test_recording import captured
 from tests.pruning.test_sparsifying import random_windows
 from tests.tiny_models import tiny_model
@@ -32,20 +33,31 @@ def values(run: xr.DataTree, layer: LinearLayer, name: str) -> Any:
     return data[name].to_numpy()[data["layer"].to_numpy() == layer.name]
 
 
+def made(
+    layers: Sequence[LinearLayer] = LAYERS,
+    *,
+    run: xr.DataTree | xr.Dataset | None = None,
+    outliers: dict[int, float] | None = None,
+    seed: int = 0,
+    **options: Any,
+) -> Zeros:
+    pruning = Pruning.of(**{"sparsity": 0.7} | options)
+    data = None if run is None else dataset_of(run)
+    return zeros_of(layers, pruning, run=data, outliers=outliers, seed=seed)
+
+
 def counts(**options: Any) -> dict[str, torch.Tensor]:
-    found = zeros_of(LAYERS, Sparsity(0.7), **options)
+    found = made(**options)
     assert all(isinstance(zeros, torch.Tensor) for zeros in found.values())
     return found  # type: ignore[return-value]
 
 
-@pytest.mark.parametrize("across", ACROSS)
-@pytest.mark.parametrize("budget", ROWS)
+@pytest.mark.parametrize("across", OPTIONS["across"].choices)
+@pytest.mark.parametrize("budget", OPTIONS["budget"].choices)
 def test_all_budgets_prune_as_many_weights_as_uniform_rows(
     run: xr.DataTree, budget: str, across: str
 ) -> None:
-    found = zeros_of(
-        LAYERS, Sparsity(0.7), budget=budget, across=across, run=run, outliers=OUTLIERS, seed=1
-    )
+    found = made(budget=budget, across=across, run=run, outliers=OUTLIERS, seed=1)
     uniform = sum(layer.neurons * round(0.7 * layer.inputs) for layer in LAYERS)
     if budget == across == "uniform":
         assert found == {}
@@ -170,8 +182,8 @@ def test_a_dead_neuron_is_in_the_middle_and_a_missing_one_an_error(run: xr.DataT
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"budget": "beauty"}, "expected a budget of uniform, .*got 'beauty'"),
-        ({"across": "width"}, "across of uniform, .* and 'width'"),
+        ({"budget": "beauty"}, "budget must be one of uniform, .*got 'beauty'"),
+        ({"across": "width"}, "across must be one of uniform, .*got 'width'"),
         ({"budget": "std"}, "needs a measured run"),
         ({"across": "entanglement"}, "needs a measured run"),
         ({"across": "owl"}, "needs the outlier ratios"),
@@ -179,18 +191,18 @@ def test_a_dead_neuron_is_in_the_middle_and_a_missing_one_an_error(run: xr.DataT
 )
 def test_what_makes_no_budget_is_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        zeros_of(LAYERS, Sparsity(0.7), **options)
+        made(**options)
 
 
 def test_groups_fix_the_zeros_of_every_row(run: xr.DataTree) -> None:
-    with pytest.raises(ValueError, match="2:4 fixes the zeros of every row"):
-        zeros_of(LAYERS, Sparsity.parse("2:4"), budget="std", run=run)
+    with pytest.raises(ValueError, match="2:4 fixes every row's zeros"):
+        made(sparsity="2:4", budget="std", run=run)
 
 
 def test_one_block_has_none_to_trade_with() -> None:
     here = [layer for layer in LAYERS if layer.block == 1]
     with pytest.raises(ValueError, match="but all layers are of block 1: choose more layers"):
-        zeros_of(here, Sparsity(0.7), across="depth")
+        made(here, across="depth")
 
 
 # --- in sparsify and sweep
@@ -204,11 +216,11 @@ def rows_of_zeros(model: Any) -> dict[str, list[int]]:
 
 
 @pytest.mark.parametrize("method", ["sparsegpt", "wanda", "magnitude"])
-def test_sparsify_leaves_each_row_what_the_budget_says(run: xr.DataTree, method: str) -> None:
+def test_sparsify_leaves_each_row_what_the_budget_says(run: xr.DataTree, method: Any) -> None:
     model = tiny_model("llama")
     words: Any = {"budget": "ranks", "strength": 0.4, "across": "entanglement", "run": run}
     found = entangle.sparsify(
-        model, random_windows(20), 0.7, method=method, layers="*.mlp.*", **words
+        model, random_windows(20), sparsity=0.7, method=method, layers="*.mlp.*", **words
     )
     truth = counts(**words)
     assert rows_of_zeros(model) == {name: zeros.tolist() for name, zeros in truth.items()}
@@ -222,7 +234,7 @@ def test_sparsify_leaves_each_row_what_the_budget_says(run: xr.DataTree, method:
 def test_each_expert_has_the_zeros_of_the_budget(run: xr.DataTree) -> None:
     model = tiny_model("llama")
     words: Any = {"budget": "wasserstein*std", "across": "depth", "run": run}
-    entangle.sparsify(model, random_windows(40), 0.7, experts=3, layers="*.mlp.*", **words)
+    entangle.sparsify(model, random_windows(40), sparsity=0.7, experts=3, layers="*.mlp.*", **words)
     truth = counts(**words)
     for layer in find_layers(model, ["*.mlp.*"]):
         weight: Any = layer.module.weight
@@ -234,7 +246,7 @@ def test_each_expert_has_the_zeros_of_the_budget(run: xr.DataTree) -> None:
 
 def test_trims_rule_keeps_each_layers_total(run: xr.DataTree) -> None:
     model = tiny_model("llama")
-    entangle.sparsify(model, random_windows(20), 0.7, budget="trim", layers="*.mlp.*")
+    entangle.sparsify(model, random_windows(20), sparsity=0.7, budget="trim", layers="*.mlp.*")
     found = rows_of_zeros(model)
     for layer in LAYERS:
         assert sum(found[layer.name]) == layer.neurons * round(0.7 * layer.inputs)
@@ -244,11 +256,13 @@ def test_trims_rule_keeps_each_layers_total(run: xr.DataTree) -> None:
 def test_a_run_of_other_weights_is_refused(run: xr.DataTree) -> None:
     other = tiny_model("llama", seed=1)
     with pytest.raises(ValueError, match="measured on other weights"):
-        entangle.sparsify(other, random_windows(20), 0.7, budget="std", run=run)
+        entangle.sparsify(other, random_windows(20), sparsity=0.7, budget="std", run=run)
     with pytest.raises(ValueError, match="budget std across uniform needs a measured run"):
-        entangle.sparsify(other, random_windows(20), 0.7, budget="std")
+        entangle.sparsify(other, random_windows(20), sparsity=0.7, budget="std")
     with pytest.raises(ValueError, match="chooses among all rows: use a mask by row"):
-        entangle.sparsify(other, random_windows(20), 0.7, budget="std", mask="block", run=run)
+        entangle.sparsify(
+            other, random_windows(20), sparsity=0.7, budget="std", mask="block", run=run
+        )
 
 
 def test_a_sweep_of_budgets_is_one_table_of_equal_totals(run: xr.DataTree) -> None:
@@ -256,12 +270,12 @@ def test_a_sweep_of_budgets_is_one_table_of_equal_totals(run: xr.DataTree) -> No
         tiny_model("llama"),
         random_windows(20),
         random_windows(8, seed=9),
-        [0.5, "2:4"],
-        methods=["sparsegpt"],
-        masks=["row", "block"],
+        sparsity=[0.5, "2:4"],
+        method=["sparsegpt"],
+        mask=["row", "block"],
         propagate=["dense"],
-        budgets=["uniform", "std", "trim"],
-        strengths=[0.1, 0.4],
+        budget=["uniform", "std", "trim"],
+        strength=[0.1, 0.4],
         across=["uniform", "owl"],
         run=run,
         layers="*.mlp.up_proj",
@@ -344,32 +358,33 @@ def test_a_sweep_says_what_cannot_be_made_before_it_runs_anything(
 
     monkeypatch.setattr("entangle.experiments.sweeping._run_arm", never)
     texts = random_windows(20), random_windows(8, seed=9)
-    words: Any = {"methods": ["sparsegpt"], "budgets": ["uniform", "std"], "run": run}
+    words: Any = {"sparsity": 0.7, "method": ["sparsegpt"], "budget": ["uniform", "std"]}
+    words |= {"run": run}
     data = run.to_dataset()
     partial = data.isel(neuron=data["block"].to_numpy() < 2)
     with pytest.raises(LookupError, match="measure all layers that are pruned"):
-        entangle.sweep(tiny_model("llama"), *texts, [0.7], **words | {"run": partial})
+        entangle.sweep(tiny_model("llama"), *texts, **words | {"run": partial})
     with pytest.raises(ValueError, match="measured on other weights"):
-        entangle.sweep(tiny_model("llama", seed=1), *texts, [0.7], **words)
+        entangle.sweep(tiny_model("llama", seed=1), *texts, **words)
     for across in ("owl", "depth"):
         with pytest.raises(ValueError, match="all layers are of block 1"):
             entangle.sweep(
-                tiny_model("llama"), *texts, [0.7], layers="*.1.mlp.*", across=[across], **words
+                tiny_model("llama"), *texts, layers="*.1.mlp.*", across=[across], **words
             )
 
 
 @pytest.mark.parametrize("propagate", ["sparse", "dense"])
-def test_an_arm_of_a_sweep_is_what_sparsify_makes(run: xr.DataTree, propagate: str) -> None:
+def test_an_arm_of_a_sweep_is_what_sparsify_makes(run: xr.DataTree, propagate: Any) -> None:
     windows, evaluation = random_windows(20), random_windows(8, seed=9)
     words: Any = {"layers": "*.mlp.*", "run": run}
     table = entangle.sweep(
         tiny_model("llama"),
         windows,
         evaluation,
-        [0.7],
-        methods=["sparsegpt"],
+        sparsity=[0.7],
+        method=["sparsegpt"],
         propagate=[propagate],
-        budgets=["uniform", "std"],
+        budget=["uniform", "std"],
         across=["uniform", "owl"],
         **words,
     )
@@ -377,7 +392,7 @@ def test_an_arm_of_a_sweep_is_what_sparsify_makes(run: xr.DataTree, propagate: s
     for arm in arms:
         model = tiny_model("llama")
         kind = {name: arm[name] for name in ("budget", "across", "propagate")}
-        entangle.sparsify(model, windows, 0.7, **kind, **words)
+        entangle.sparsify(model, windows, sparsity=0.7, **kind, **words)
         nats[arm["budget"], arm["across"]] = entangle.perplexity(model, evaluation)
     assert len({score.nats for score in nats.values()}) == 4
     base = nats["uniform", "uniform"].window_nats
@@ -395,13 +410,8 @@ def test_an_arm_of_a_sweep_is_what_sparsify_makes(run: xr.DataTree, propagate: s
 
 def test_a_sweep_notes_which_run_its_budgets_are_of(run: xr.DataTree) -> None:
     texts = random_windows(20), random_windows(8, seed=9)
-    words: Any = {"methods": ["magnitude"], "budgets": ["std"], "layers": "*.0.mlp.up_proj"}
-    table = entangle.sweep(tiny_model("llama"), *texts, [0.7], run=run, **words)
+    words: Any = {"method": ["magnitude"], "budget": ["std"], "layers": "*.0.mlp.up_proj"}
+    table = entangle.sweep(tiny_model("llama"), *texts, sparsity=[0.7], run=run, **words)
     noted = table.attrs["budget_run"]
     assert noted["fingerprint"] == run.attrs["fingerprint"]
     assert (noted["windows"], noted["length"]) == (20, run.attrs["length"])
-
-
-def test_magnitude_by_trims_rule_sees_inputs(run: xr.DataTree) -> None:
-    kinds = arms_of([0.7], method=["magnitude"], propagate=["sparse", "dense"], budget=["trim"])
-    assert [kind.propagate for kind in kinds] == ["sparse", "dense"]

@@ -62,7 +62,7 @@ def loaded(models: Path, name: str, place: str = "memory") -> PreTrainedModel:
 def sparsify(model: PreTrainedModel, out: Path | None, **options: Any) -> Sparsified:
     words: dict[str, Any] = {"batch_size": 2, "tokenizer": tiny_tokenizer()} | options
     sparsity = words.pop("sparsity", 0.5)
-    return entangle.sparsify(model, random_windows(), sparsity, out=out, **words)
+    return entangle.sparsify(model, random_windows(), sparsity=sparsity, out=out, **words)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -414,11 +414,11 @@ def test_what_tries_many_prunings_needs_the_model_in_memory(models: Path, tmp_pa
     with pytest.raises(
         ValueError, match="a sweep needs the whole model in memory: load it without"
     ):
-        entangle.sweep(model, windows, held_out, [0.5], out=out)
+        entangle.sweep(model, windows, held_out, sparsity=[0.5], out=out)
     with pytest.raises(ValueError, match="an ablation needs the whole model in memory: load it wi"):
-        entangle.ablate(model, run, windows, held_out, out=out)
+        entangle.ablate(model, windows, held_out, run=run, out=out)
     with pytest.raises(ValueError, match="disentangling needs the whole model in memory: load it"):
-        entangle.disentangle(model, run, windows, held_out, experts=[2], out=out)
+        entangle.disentangle(model, windows, held_out, run=run, experts=[2], out=out)
     assert list(tmp_path.iterdir()) == []
     score = entangle.perplexity(model, held_out)  # but scoring does not
     expected = entangle.perplexity(loaded(models, "llama"), held_out)

@@ -75,6 +75,6 @@ def test_the_damping_of_a_mixture_is_that_of_its_worst_expert(
     weight = weight_of(layer).expand(3, -1, -1)
     monkeypatch.setattr(block, "prune", lambda *_, **__: Pruned(weight, (0.01, 1.0, 0.1)))
     (found,) = block.prune_layers(
-        walk.model, [layer], calibration, options.Pruning(Sparsity(0.5), experts=3)
+        walk.model, [layer], calibration, options.Pruning(sparsity=Sparsity(0.5), experts=3)
     )
     assert found.row["damping"] == 1.0

@@ -67,12 +67,14 @@ def expanded_naively(layer: LinearLayer, rows: torch.Tensor, pull: float) -> lis
 
 @pytest.mark.parametrize("propagate", ["dense", "sparse"])
 @pytest.mark.parametrize("pull", [0.0, 0.5])
-def test_experts_are_pruned_for_the_tokens_of_their_clusters(pull: float, propagate: str) -> None:
+def test_experts_are_pruned_for_the_tokens_of_their_clusters(pull: float, propagate: Any) -> None:
     windows, model = random_windows(WINDOWS), tiny_model("llama")
     dense = tiny_model("llama")
     layers = find_layers(dense)
     rows = inputs_of(dense, layers, windows, 0)
-    found = entangle.sparsify(model, windows, 0.5, propagate=propagate, pull=pull, **OPTIONS)
+    found = entangle.sparsify(
+        model, windows, sparsity=0.5, propagate=propagate, pull=pull, **OPTIONS
+    )
     table = found.layers.set_index("layer")
     for layer in layers if propagate == "dense" else layers[:7]:  # block 0 has the same inputs
         expected = expanded_naively(layer, rows[layer.name], pull)
@@ -100,12 +102,12 @@ def test_experts_are_pruned_for_the_tokens_of_their_clusters(pull: float, propag
 
 def test_sparse_propagation_clusters_the_inputs_that_the_experts_before_give() -> None:
     windows, model = random_windows(WINDOWS), tiny_model("llama")
-    entangle.sparsify(model, windows, 0.5, **OPTIONS)
+    entangle.sparsify(model, windows, sparsity=0.5, **OPTIONS)
     name = "model.layers.2.self_attn.q_proj"
     for propagate, same in (("sparse", True), ("dense", False)):
         other = tiny_model("llama")
         options = OPTIONS | {"layers": ["*.0.*", "*.1.*"], "propagate": propagate}
-        entangle.sparsify(other, windows, 0.5, **options)
+        entangle.sparsify(other, windows, sparsity=0.5, **options)
         (layer,) = find_layers(other, [name])
         rows = inputs_of(other, [layer], windows, 0)[name]
         chosen = mixture_of(model, name).router.assign(rows)
@@ -114,7 +116,7 @@ def test_sparse_propagation_clusters_the_inputs_that_the_experts_before_give() -
 
 def test_layers_with_the_same_input_share_one_router() -> None:
     model = tiny_model("llama")
-    entangle.sparsify(model, random_windows(WINDOWS), 0.5, **OPTIONS)
+    entangle.sparsify(model, random_windows(WINDOWS), sparsity=0.5, **OPTIONS)
     for block in range(3):
         at = f"model.layers.{block}"
         modules = {
@@ -136,7 +138,9 @@ def test_with_no_sparsity_an_expanded_model_is_the_dense_one(name: str, tmp_path
     held = random_windows(4, seed=5)
     with torch.no_grad():
         dense = model(held.tokens).logits
-        entangle.sparsify(model, random_windows(WINDOWS), 0, **OPTIONS, out=tmp_path / "out")
+        entangle.sparsify(
+            model, random_windows(WINDOWS), sparsity=0, **OPTIONS, out=tmp_path / "out"
+        )
         assert all(isinstance(layer.module, ExpertLinear) for layer in find_layers(model))
         assert torch.allclose(model(held.tokens).logits, dense, rtol=1e-3, atol=1e-4)
         loaded = entangle.load_model(tmp_path / "out")
@@ -147,7 +151,7 @@ def test_random_assignment_has_the_sizes_of_the_clusters_and_other_tokens() -> N
     counts = {}
     for assign in ("kmeans", "random"):
         model = tiny_model("llama")
-        entangle.sparsify(model, random_windows(60), 0.5, assign=assign, **OPTIONS)
+        entangle.sparsify(model, random_windows(60), sparsity=0.5, assign=assign, **OPTIONS)
         counts[assign] = mixture_of(model, "model.layers.0.mlp.down_proj").counts
     tokens = 60 * 16
     assert sum(counts["random"]) == sum(counts["kmeans"]) == tokens
@@ -160,7 +164,7 @@ def test_costs_are_those_of_the_weights(tmp_path: Path) -> None:
     model, dense = tiny_model("llama"), tiny_model("llama")
     windows = random_windows(WINDOWS)
     found = entangle.sparsify(
-        model, windows, "0.6", layers="*.mlp.*", tokenizer=tiny_tokenizer(), out=tmp_path / "out",
+        model, windows, sparsity="0.6", layers="*.mlp.*", tokenizer=tiny_tokenizer(), out=tmp_path / "out",
         **OPTIONS,
     )  # fmt: skip
     table = found.layers.set_index("layer")
@@ -195,10 +199,11 @@ def test_costs_are_those_of_the_weights(tmp_path: Path) -> None:
 
 
 def test_groups_and_masks_by_block_in_each_expert() -> None:
-    for sparsity, mask in (("2:4", "row"), ("0.5", "block")):
+    kinds: list[tuple[str, Any]] = [("2:4", "row"), ("0.5", "block")]
+    for sparsity, mask in kinds:
         model = tiny_model("llama", hidden_size=32, intermediate_size=40, num_attention_heads=4)
         windows = random_windows(WINDOWS)
-        entangle.sparsify(model, windows, sparsity, mask=mask, **OPTIONS)
+        entangle.sparsify(model, windows, sparsity=sparsity, mask=mask, **OPTIONS)
         for layer in find_layers(model):
             for weight in mixture_of(model, layer.name).weight:
                 zeros = weight == 0
@@ -211,8 +216,10 @@ def test_groups_and_masks_by_block_in_each_expert() -> None:
 def test_one_expert_is_plain_pruning_and_an_ordinary_folder(tmp_path: Path) -> None:
     plain, one = tiny_model("llama"), tiny_model("llama")
     windows = random_windows(WINDOWS)
-    entangle.sparsify(plain, windows, 0.5)
-    entangle.sparsify(one, windows, 0.5, experts=1, assign="random", pull=3, out=tmp_path / "out")
+    entangle.sparsify(plain, windows, sparsity=0.5)
+    entangle.sparsify(
+        one, windows, sparsity=0.5, experts=1, assign="random", pull=3, out=tmp_path / "out"
+    )
     for mine, theirs in zip(one.parameters(), plain.parameters(), strict=True):
         assert torch.equal(mine, theirs)
     assert (tmp_path / "out" / "model.safetensors").exists()
@@ -221,7 +228,7 @@ def test_one_expert_is_plain_pruning_and_an_ordinary_folder(tmp_path: Path) -> N
 
 def test_few_tokens_make_fewer_experts_and_that_is_reported() -> None:
     model = tiny_model("llama")
-    found = entangle.sparsify(model, random_windows(4), 0.5, experts=16, batch_size=2)
+    found = entangle.sparsify(model, random_windows(4), sparsity=0.5, experts=16, batch_size=2)
     table = found.layers.set_index("layer")
     assert (table["clusters"] < 16).all()
     for layer in find_layers(model):
@@ -235,7 +242,7 @@ def test_one_token_and_equal_tokens_can_be_expanded() -> None:
     for tokens in (torch.full((8, 16), 7), torch.tensor([[7, 7]])):
         model = tiny_model("llama")
         windows = TokenWindows(tokens, "equal tokens", len(tokens), 0, "never")
-        found = entangle.sparsify(model, windows, 0.5, layers="*.q_proj", experts=4)
+        found = entangle.sparsify(model, windows, sparsity=0.5, layers="*.q_proj", experts=4)
         assert found.layers["clusters"].tolist()[0] == 1  # in block 0 all inputs are equal
         with torch.no_grad():
             assert model(torch.tensor([[9]])).logits.isfinite().all()
@@ -244,7 +251,7 @@ def test_one_token_and_equal_tokens_can_be_expanded() -> None:
 def test_bfloat16_is_expanded_saved_and_generates(tmp_path: Path) -> None:
     save_tiny(tmp_path / "dense", dtype=torch.bfloat16)
     model: Any = entangle.load_model(tmp_path / "dense")  # its buffers are float32, as they should
-    entangle.sparsify(model, random_windows(WINDOWS), 0.5, out=tmp_path / "out", **OPTIONS)
+    entangle.sparsify(model, random_windows(WINDOWS), sparsity=0.5, out=tmp_path / "out", **OPTIONS)
     loaded: Any = entangle.load_model(tmp_path / "out")
     module = mixture_of(loaded, "model.layers.0.mlp.up_proj")
     assert module.weight.dtype == torch.bfloat16
@@ -278,15 +285,15 @@ def test_bfloat16_is_expanded_saved_and_generates(tmp_path: Path) -> None:
 )
 def test_what_makes_no_mixture_is_refused(words: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        entangle.sparsify(tiny_model("llama"), random_windows(), 0.5, **words)
+        entangle.sparsify(tiny_model("llama"), random_windows(), sparsity=0.5, **words)
 
 
 def test_an_expanded_layer_is_not_pruned_again() -> None:
     model = tiny_model("llama")
-    entangle.sparsify(model, random_windows(WINDOWS), 0.5, layers="*.mlp.*", **OPTIONS)
+    entangle.sparsify(model, random_windows(WINDOWS), sparsity=0.5, layers="*.mlp.*", **OPTIONS)
     with pytest.raises(ValueError, match="gate_proj is expanded to 3 experts already"):
-        entangle.sparsify(model, random_windows(WINDOWS), 0.5)
-    entangle.sparsify(model, random_windows(WINDOWS), 0.5, layers="*.self_attn.*")
+        entangle.sparsify(model, random_windows(WINDOWS), sparsity=0.5)
+    entangle.sparsify(model, random_windows(WINDOWS), sparsity=0.5, layers="*.self_attn.*")
     assert entangle.perplexity(model, random_windows(seed=9)).perplexity > 1
 
 
@@ -297,7 +304,7 @@ def test_inputs_that_are_not_finite_are_named() -> None:
     with pytest.raises(
         ValueError, match=r"model.layers.1.mlp.gate_proj: no clusters .* NaN or inf"
     ):
-        entangle.sparsify(model, random_windows(), 0.5, layers="*.mlp.*", experts=2)
+        entangle.sparsify(model, random_windows(), sparsity=0.5, layers="*.mlp.*", experts=2)
 
 
 SWEEP: dict[str, Any] = {"layers": "*.mlp.*", "batch_size": 2, "experts": (1, 3)}
@@ -307,7 +314,7 @@ def test_arms_with_experts_score_as_the_model_expanded_alone() -> None:
     model, held = tiny_model("llama"), random_windows(5, seed=7)
     modules = {layer.name: layer.module for layer in find_layers(model)}
     table = entangle.sweep(
-        model, random_windows(WINDOWS), held, [0.5], methods=["sparsegpt"],
+        model, random_windows(WINDOWS), held, sparsity=[0.5], method=["sparsegpt"],
         propagate=("dense", "sparse"), assign=("kmeans", "random"), **SWEEP,
     )  # fmt: skip
     assert len(table) == 1 + 2 * 3
@@ -320,7 +327,7 @@ def test_arms_with_experts_score_as_the_model_expanded_alone() -> None:
         words = {"propagate": arm["propagate"], "experts": arm["experts"]}
         words |= {"assign": arm["assign"]} if arm["assign"] else {}
         found = entangle.sparsify(
-            alone, random_windows(WINDOWS), 0.5, layers="*.mlp.*", batch_size=2, **words
+            alone, random_windows(WINDOWS), sparsity=0.5, layers="*.mlp.*", batch_size=2, **words
         )
         assert arm["nats"] == entangle.perplexity(alone, held, batch_size=2).nats, words
         assert arm["layer_error"] == found.error
@@ -335,13 +342,13 @@ def test_arms_with_and_without_pca_are_apart() -> None:
     }  # of 96 inputs 3 components
     held, windows = random_windows(5, seed=7), random_windows(WINDOWS)
     table = entangle.sweep(
-        tiny_model("llama", **options), windows, held, [0.5], methods=["sparsegpt"],
+        tiny_model("llama", **options), windows, held, sparsity=[0.5], method=["sparsegpt"],
         propagate=["dense"], experts=[3], components=[None, 0], layers="*.q_proj", batch_size=2,
     )  # fmt: skip
     for place, components in ((1, None), (2, 0)):
         alone = tiny_model("llama", **options)
         entangle.sparsify(
-            alone, windows, 0.5, propagate="dense", experts=3, components=components,
+            alone, windows, sparsity=0.5, propagate="dense", experts=3, components=components,
             layers="*.q_proj", batch_size=2,
         )  # fmt: skip
         assert table["nats"][place] == entangle.perplexity(alone, held, batch_size=2).nats
@@ -368,14 +375,14 @@ def test_held_out_errors_and_improvements_are_those_of_the_outputs(tmp_path: Pat
     for propagate in ("dense", "sparse"):
         model, out = tiny_model("llama"), tmp_path / propagate
         table = entangle.sweep(
-            model, random_windows(WINDOWS), held, [0.5], methods=["sparsegpt"],
+            model, random_windows(WINDOWS), held, sparsity=[0.5], method=["sparsegpt"],
             propagate=[propagate], out=out, **SWEEP,
         )  # fmt: skip
         lost, errors = {}, {}
         for experts in (1, 3):
             alone = tiny_model("llama")
             entangle.sparsify(
-                alone, random_windows(WINDOWS), 0.5, layers="*.mlp.*", batch_size=2,
+                alone, random_windows(WINDOWS), sparsity=0.5, layers="*.mlp.*", batch_size=2,
                 experts=experts, propagate=propagate,
             )  # fmt: skip
             # Up to the second of them, a layer's inputs are those of what is before it.

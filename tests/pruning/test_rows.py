@@ -1,16 +1,16 @@
 """Rows that are pruned once: those of fewer neurons, and their outputs, against plain products."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from entangle.model.blocks import BlockWalk
-from entangle.model.layers import LinearLayer, find_layers, weight_of
+from entangle.model.layers import LinearLayer, weight_of
 from entangle.model.sampling import walk_blocks
 from entangle.numerics.masks import prune
 from entangle.numerics.routing import CentroidRouter
@@ -19,6 +19,8 @@ from entangle.pruning import rows
 from entangle.pruning.calibration import calibrate
 from entangle.pruning.options import ONE, Clustering
 from entangle.pruning.rows import SparseRows, load_rows, prune_rows, sparse_rows
+from entangle.runs import setup
+from entangle.runs.setup import Setup
 from tests.pruning.test_sparsifying import random_windows
 from tests.tiny_models import tiny_model
 
@@ -80,25 +82,19 @@ def test_outputs_of_several_experts_are_those_of_each_tokens_own(kind: int) -> N
 SEVERAL = Clustering(3)
 
 
-def walk_of(model: PreTrainedModel) -> Callable[[], BlockWalk]:
-    return lambda: walk_blocks(model, random_windows(12), 2, 0)
+def setup_of(name: str, layers: str) -> Setup:
+    return Setup.of(tiny_model(name), random_windows(12), layers=layers, batch_size=2)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_what_is_saved_and_read_is_what_is_pruned_alone(name: str, tmp_path: Path) -> None:
-    model = tiny_model(name)
-    layers = [layer for layer in find_layers(model) if layer.block == 1]
+    here = setup_of(name, "*.1.*")
+    layers = here.layers
+    assert {layer.block for layer in layers} == {1}
     kinds = [(ONE, Sparsity(0.5)), (SEVERAL, Sparsity(0.5)), (SEVERAL, Sparsity(0.25))]
     wanted = {layer.name: {0, 3, 5, 7} for layer in layers}
-    prune_rows(
-        layers,
-        dict.fromkeys(kinds, wanted),
-        tmp_path / "rows",
-        walk=walk_of(model),
-        seed=0,
-        progress=False,
-    )
-    walk = walk_of(model)()
+    prune_rows(here, dict.fromkeys(kinds, wanted), tmp_path / "rows")
+    walk = walk_blocks(here.model, random_windows(12), 2, 0)
     walk.advance()
     found = calibrate(walk, layers, [ONE, SEVERAL], advance=False)
     some = {layer.name: torch.tensor([3, 7]) for layer in layers}
@@ -125,7 +121,6 @@ def test_what_is_saved_and_read_is_what_is_pruned_alone(name: str, tmp_path: Pat
 
 
 def test_what_is_there_is_not_pruned_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny_model("llama")
     pruned: list[int] = []
     walks: list[BlockWalk] = []
 
@@ -133,18 +128,18 @@ def test_what_is_there_is_not_pruned_again(tmp_path: Path, monkeypatch: pytest.M
         pruned.append(len(weight))
         return prune(weight, *args)  # type: ignore[arg-type]
 
-    def walk() -> BlockWalk:
-        walks.append(walk_of(model)())
+    def walk(*args: Any) -> BlockWalk:
+        walks.append(walk_blocks(*args))
         return walks[-1]
 
     monkeypatch.setattr(rows, "prune", counted)
-    layers = find_layers(model, "*.up_proj")
+    monkeypatch.setattr(setup, "walk_blocks", walk)
+    here = setup_of("llama", "*.up_proj")
+    layers = here.layers
     wanted = {layer.name: {2, 7} for layer in layers}
 
     def prune_all(kinds: Sequence[tuple[Clustering, Sparsity]]) -> dict[str, bytes]:
-        prune_rows(
-            layers, dict.fromkeys(kinds, wanted), tmp_path, walk=walk, seed=0, progress=False
-        )
+        prune_rows(here, dict.fromkeys(kinds, wanted), tmp_path)
         return {file.name: file.read_bytes() for file in sorted(tmp_path.iterdir())}
 
     assert prune_all([]) == {}

@@ -83,10 +83,10 @@ def pruned_naively(
 
 @pytest.mark.parametrize("propagate", ["sparse", "dense"])
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_block_by_block_prunes_as_the_whole_model_would(name: str, propagate: str) -> None:
+def test_block_by_block_prunes_as_the_whole_model_would(name: str, propagate: Any) -> None:
     windows, model = random_windows(), tiny_model(name)
     found = entangle.sparsify(
-        model, windows, 0.5, method="wanda", propagate=propagate, batch_size=2
+        model, windows, sparsity=0.5, method="wanda", propagate=propagate, batch_size=2
     )
     expected, errors = pruned_naively(tiny_model(name), windows, "wanda", "row", propagate, 0)
     for layer in find_layers(model):
@@ -105,7 +105,13 @@ def test_every_method_and_mask_and_skipped_tokens(
 ) -> None:
     windows, model = random_windows(12), tiny_model("llama")
     found = entangle.sparsify(
-        model, windows, "0.5", method=method, mask=mask, batch_size=2, skip_first=skip_first
+        model,
+        windows,
+        sparsity="0.5",
+        method=method,
+        mask=mask,
+        batch_size=2,
+        skip_first=skip_first,
     )
     expected, errors = pruned_naively(
         tiny_model("llama"), windows, method, mask, "sparse", skip_first
@@ -120,7 +126,9 @@ def test_every_method_and_mask_and_skipped_tokens(
 
 def test_only_the_matching_layers_change() -> None:
     model, before = tiny_model("llama"), tiny_model("llama").state_dict()
-    found = entangle.sparsify(model, random_windows(), "0.25", layers=["*.1.mlp.*", "*.q_proj"])
+    found = entangle.sparsify(
+        model, random_windows(), sparsity="0.25", layers=["*.1.mlp.*", "*.q_proj"]
+    )
     changed = {
         name.removesuffix(".weight")
         for name, tensor in model.state_dict().items()
@@ -136,7 +144,9 @@ def test_only_the_matching_layers_change() -> None:
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_a_pruned_model_is_saved_loads_and_scores_the_same(name: str, tmp_path: Path) -> None:
     model, windows = tiny_model(name), random_windows()
-    found = entangle.sparsify(model, windows, 0.7, tokenizer=tiny_tokenizer(), out=tmp_path / "out")
+    found = entangle.sparsify(
+        model, windows, sparsity=0.7, tokenizer=tiny_tokenizer(), out=tmp_path / "out"
+    )
     held = random_windows(seed=5)
     expected = entangle.perplexity(model, held).window_nats
     plain: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
@@ -155,7 +165,7 @@ def test_a_pruned_model_is_saved_loads_and_scores_the_same(name: str, tmp_path: 
 
 def test_the_manifest_counts_the_zeros_of_the_file(tmp_path: Path) -> None:
     model = tiny_model("llama", dtype=torch.bfloat16)
-    entangle.sparsify(model, random_windows(), 0.6, layers="*.mlp.*", out=tmp_path / "out")
+    entangle.sparsify(model, random_windows(), sparsity=0.6, layers="*.mlp.*", out=tmp_path / "out")
     tensors = load_file(tmp_path / "out" / "model.safetensors")
     for layer in json.loads((tmp_path / "out" / "sparsity.json").read_text())["layers"]:
         weight = tensors[layer["layer"] + ".weight"]
@@ -167,7 +177,7 @@ def test_the_manifest_counts_the_zeros_of_the_file(tmp_path: Path) -> None:
 
 
 def test_a_pruned_model_is_no_measured_run(tmp_path: Path) -> None:
-    entangle.sparsify(tiny_model("llama"), random_windows(2), 0.5, out=tmp_path / "out")
+    entangle.sparsify(tiny_model("llama"), random_windows(2), sparsity=0.5, out=tmp_path / "out")
     with pytest.raises(FileNotFoundError, match="out is no measured run, but holds a model"):
         entangle.open_run(tmp_path / "out")
 
@@ -176,7 +186,9 @@ def test_a_layer_without_output_has_no_error_and_json_says_null(tmp_path: Path) 
     model: Any = tiny_model("llama")
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight.zero_()
-    found = entangle.sparsify(model, random_windows(2), 0.5, method="wanda", out=tmp_path / "out")
+    found = entangle.sparsify(
+        model, random_windows(2), sparsity=0.5, method="wanda", out=tmp_path / "out"
+    )
     broken = found.layers[found.layers["error"].isna()]["layer"].tolist()
     assert "model.layers.1.mlp.up_proj" in broken
     text = (tmp_path / "out" / "sparsity.json").read_text()
@@ -186,13 +198,13 @@ def test_a_layer_without_output_has_no_error_and_json_says_null(tmp_path: Path) 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize(("mask", "experts"), [("row", 1), ("block", 1), ("row", 3)])
-def test_a_gpu_prunes_as_the_cpu(mask: str, experts: int) -> None:
+def test_a_gpu_prunes_as_the_cpu(mask: Any, experts: int) -> None:
     models: list[Any] = [tiny_model("llama"), tiny_model("llama")]
     models[1].to("cuda")
     errors = [
-        entangle.sparsify(model, random_windows(24), 0.5, mask=mask, experts=experts).layers[
-            "error"
-        ]
+        entangle.sparsify(
+            model, random_windows(24), sparsity=0.5, mask=mask, experts=experts
+        ).layers["error"]
         for model in models
     ]
     assert errors[1].tolist() == pytest.approx(errors[0].tolist(), rel=0.02)
@@ -200,7 +212,7 @@ def test_a_gpu_prunes_as_the_cpu(mask: str, experts: int) -> None:
         tiny_model("llama").to("cuda"),  # type: ignore[arg-type]  # a device is right
         random_windows(24),
         random_windows(seed=7),
-        [0.5],
+        sparsity=[0.5],
         experts=[experts],
         propagate=["dense"],
     )
@@ -209,7 +221,7 @@ def test_a_gpu_prunes_as_the_cpu(mask: str, experts: int) -> None:
 
 def test_the_same_command_gives_the_same_bytes(tmp_path: Path) -> None:
     for out in ("a", "b"):
-        entangle.sparsify(tiny_model("gpt2"), random_windows(), 0.5, out=tmp_path / out)
+        entangle.sparsify(tiny_model("gpt2"), random_windows(), sparsity=0.5, out=tmp_path / out)
     for file in ("model.safetensors", "sparsity.json", "run.json"):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
 
@@ -246,13 +258,13 @@ def test_a_layer_that_cannot_be_pruned_is_named() -> None:
         model.model.layers[1].post_attention_layernorm.weight.zero_()
     message = r"model.layers.1.mlp.gate_proj: the Gram of 24 inputs is singular.*did any token"
     with pytest.raises(ValueError, match=message):
-        entangle.sparsify(model, random_windows(), 0.5)
+        entangle.sparsify(model, random_windows(), sparsity=0.5)
     model = tiny_model("llama")
     with torch.no_grad():
         model.model.layers[0].mlp.up_proj.weight[3, 4] = torch.inf
     message = r"model.layers.0.mlp.up_proj: 1 of the weights are NaN or infinite"
     with pytest.raises(ValueError, match=message):
-        entangle.sparsify(model, random_windows(), 0.5, method="magnitude")
+        entangle.sparsify(model, random_windows(), sparsity=0.5, method="magnitude")
 
 
 MEMORY = """
@@ -266,12 +278,12 @@ def status(name):
     return int(lines[name].removesuffix("kB"))
 
 options = {"hidden_size": 96, "intermediate_size": 1280, "num_attention_heads": 3}
-entangle.sparsify(tiny_model("llama", **options), random_windows(8, 64), 0.5)  # warms up
+entangle.sparsify(tiny_model("llama", **options), random_windows(8, 64), sparsity=0.5)  # warms up
 model = tiny_model("llama", **options, num_hidden_layers=int(sys.argv[1]))
 windows = random_windows(64, 64)
 Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
 before = status("VmRSS")
-entangle.sparsify(model, windows, 0.5)
+entangle.sparsify(model, windows, sparsity=0.5)
 print(status("VmHWM") - before)
 """
 

@@ -15,6 +15,8 @@ from entangle.numerics.histograms import Histograms
 from entangle.runs import labelling, setup, store
 from tests.tiny_models import tiny_model
 
+ABOUT = {"model": "tiny", "revision": None, "layers": ["*"], "versions": {"torch": "2"}}
+
 
 @pytest.fixture
 def tree() -> xr.DataTree:
@@ -22,26 +24,26 @@ def tree() -> xr.DataTree:
     neurons = sum(layer.neurons for layer in layers)
     rows = torch.randn(300, neurons, generator=torch.Generator().manual_seed(2))
     rows[:, 3] = 0
-    attributes = {"model": "tiny", "revision": None, "layers": ["*"], "versions": {"torch": "2"}}
-    return labelling.to_tree(Histograms.from_rows(rows), layers, attributes)
+    return labelling.to_tree(Histograms.from_rows(rows), layers, ABOUT)
 
 
 def test_an_opened_run_is_what_was_written(tree: xr.DataTree, tmp_path: Path) -> None:
-    store.write_run(tmp_path, [tree], lambda: {"seconds": 1.0})
+    store.write_run(tmp_path, [tree], ABOUT, lambda: {"seconds": 1.0})
     assert entangle.open_run(tmp_path).identical(tree)
-    assert json.loads((tmp_path / "run.json").read_text()) == tree.attrs
+    assert json.loads((tmp_path / "run.json").read_text()) == ABOUT
+    assert tree.attrs == {"model": "tiny", "layers": ["*"], "versions": '{"torch": "2"}'}
     assert json.loads((tmp_path / "log.json").read_text())["seconds"] == 1.0
     state = labelling.from_tree(entangle.open_run(tmp_path))
     assert torch.equal(state.counts, torch.from_numpy(tree["histogram/counts"].to_numpy()))
 
 
 def test_plain_xarray_opens_it(tree: xr.DataTree, tmp_path: Path) -> None:
-    store.write_run(tmp_path, [tree], dict)
+    store.write_run(tmp_path, [tree], ABOUT, dict)
     opened = xr.open_zarr(tmp_path / "neurons.zarr", chunks=None)
     assert opened.identical(tree.to_dataset())
     assert opened["layer"].dtype.kind == "U"
     histogram = xr.open_zarr(tmp_path / "neurons.zarr", group="histogram", chunks=None)
-    assert histogram["counts"].identical(tree["histogram/counts"])
+    assert histogram.identical(tree.children["histogram"].to_dataset(inherit=False))
 
 
 def test_a_folder_that_holds_no_run_is_refused(tree: xr.DataTree, tmp_path: Path) -> None:
@@ -82,7 +84,7 @@ def test_figures_take_the_format_of_their_ending(tmp_path: Path) -> None:
 def test_a_run_with_a_missing_piece_is_refused(
     tree: xr.DataTree, tmp_path: Path, chunk: str
 ) -> None:
-    store.write_run(tmp_path, [tree], dict)
+    store.write_run(tmp_path, [tree], ABOUT, dict)
     (tmp_path / "neurons.zarr" / chunk).unlink()
     with pytest.raises(ValueError, match=r"damaged, measure again: its files are not those"):
         entangle.open_run(tmp_path)

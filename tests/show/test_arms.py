@@ -278,6 +278,17 @@ def test_random_neurons_of_one_seed_have_the_error_over_windows() -> None:
         assert bars_are(bar_of(container)[1], table[1:], axis=0 if len(shares) == 1 else 1)
 
 
+@pytest.mark.parametrize("shares", [(0.03,), (0.01, 0.1)])
+def test_a_rival_set_that_has_no_colour_of_its_own_is_drawn_too(shares: tuple[float, ...]) -> None:
+    table = ablated(shares, sets=(*SETS, "entropy", "surprise"))
+    figure = saved(plots.ablation(table))
+    containers = figure.axes[0].containers
+    assert len(containers) == 6
+    assert len({bar_of(container)[2] for container in containers}) == 6
+    texts = [text.get_text() for text in figure.findobj(mpl.text.Text)]
+    assert {"top entropy", "top surprise"} <= {*texts}
+
+
 def test_arms_without_a_score_are_left_out_and_none_is_an_error() -> None:
     table = ablated()
     broken = table["set"] == "bottom"

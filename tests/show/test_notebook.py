@@ -63,9 +63,9 @@ def test_contexts_are_those_in_the_runs_folder(run: xr.DataTree, tmp_path: Path)
 def test_clusters_are_those_of_its_kept_outputs(run: xr.DataTree) -> None:
     found = entangle.disentangle(
         tiny_model("llama"),
-        run,
         random_windows(40, seed=1),
         random_windows(30, seed=2),
+        run=run,
         experts=[3],
         neurons=[f"{LAYER}:5"],
         layers=[LAYER],

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import StepPatch
 
 from entangle import plots
+from entangle.runs.dataset import attributes_of
 from tests.show.test_plots import make_run
 
 Array = npt.NDArray[np.float64]
@@ -37,7 +38,7 @@ def made_up(*, far: int = 0) -> xr.DataTree:
         improvement=(("neuron", "sparsity", "arm"), improvement),
     ).assign_coords(experts=("arm", [1, 2, 2, 4, 4]), sparsity=["0.5", "2:4"])
     about = {"model": "data/SmolLM2-135M", "evaluation": "data/docs/other.txt"}
-    run.attrs["disentangled"] = about | {"held_out_tokens": TOKENS}
+    run.attrs |= attributes_of({"disentangled": about | {"held_out_tokens": TOKENS}})
     four = rng.integers(0, 4, TOKENS)
     four[four == 2] = 3  # a cluster without a held-out token
     two = (four > 1).astype(np.int64)

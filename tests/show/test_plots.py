@@ -54,10 +54,13 @@ def make_run(
         "modes": np.ones(len(wasserstein), np.int64),
         "count": np.full(len(wasserstein), 65536),
     } | variables
+    layers = [f"{prefix}.{block}.{role}" for block, role in distances]
+    names = [f"{x}:{i}" for x, size in zip(layers, sizes, strict=True) for i in range(size)]
     return xr.Dataset(
         {name: ("neuron", values) for name, values in columns.items()},
         coords={
-            "layer": ("neuron", np.repeat([f"{prefix}.{b}.{r}" for b, r in distances], sizes)),
+            "neuron": names,
+            "layer": ("neuron", np.repeat(layers, sizes)),
             "block": ("neuron", np.repeat([block for block, _ in distances], sizes)),
             "role": ("neuron", np.repeat([role for _, role in distances], sizes)),
             "index": ("neuron", np.concatenate([np.arange(size) for size in sizes])),

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from scipy import stats
 
 from entangle import plots
+from entangle.runs.dataset import attributes_of
 from tests.show.test_plots import make_run, panels, words
 
 Array = npt.NDArray[np.float64]
@@ -54,7 +55,7 @@ def found(run: xr.Dataset) -> xr.Dataset:
     values[17, 1, 1], values[19, 1, 3] = np.nan, np.inf
     return run.assign(improvement=(("neuron", "sparsity", "arm"), values)).assign_coords(
         experts=("arm", EXPERTS), sparsity=["0.5", "2:4"]
-    ).assign_attrs(disentangled=ABOUT)  # fmt: skip
+    ).assign_attrs(attributes_of({"disentangled": ABOUT}))  # fmt: skip
 
 
 EDGES = [0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999, 1]

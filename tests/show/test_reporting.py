@@ -26,8 +26,10 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright
 import entangle
 from entangle.__main__ import main
 from entangle.runs import store
+from entangle.runs.dataset import attributes_of
 from entangle.show import reporting
 from entangle.show.sketches import Sketches, sketch
+from tests.command_lines import running
 from tests.pruning.test_sparsifying import random_windows
 from tests.tiny_models import save_tiny, tiny_model
 
@@ -248,10 +250,11 @@ def changed(run: Path, out: Path, attributes: Mapping[str, Any] = {}, **values: 
     tree = store.open_run(run)
     data = tree.to_dataset().load().copy(deep=True)
     data = data.assign({name: ("neuron", value) for name, value in values.items()})
-    data.attrs |= dict(attributes)
+    data.attrs |= attributes_of(attributes)
     histogram = tree.children["histogram"].to_dataset(inherit=False).load()
     both = xr.DataTree.from_dict({"/": data, "/histogram": histogram})
-    store.write_run(out, [both], lambda: json.loads((run / "log.json").read_text()))
+    about = store.read_json(run / "run.json") | dict(attributes)
+    store.write_run(out, [both], about, lambda: store.read_json(run / "log.json"))
     return out
 
 
@@ -267,11 +270,14 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Site:
     windows = entangle.token_windows(folder / "text.txt", tokenizer, windows=20, length=LENGTH)
     out = folder / "tiny"
     command = "entangle measure model --text text.txt"
-    entangle.measure(model, windows, difficulty=100, out=out, command=command)
+    with running(command):
+        entangle.measure(model, windows, difficulty=100, out=out)
     tree = entangle.open_run(out)
     frame = ranked(tree)
     most = str(top_of(frame))
-    entangle.contexts(model, tokenizer, tree, windows, [*ASKED, most], out=out)
+    entangle.contexts(
+        model, windows, run=tree, neurons=[*ASKED, most], tokenizer=tokenizer, out=out
+    )
     kinds = ["*.mlp.down_proj", "*.self_attn.q_proj"]
     entangle.measure(model, windows, layers=kinds, out=folder / "small")
     shutil.copy(out / "contexts.json", folder / "small")
@@ -289,18 +295,18 @@ def tables(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         tiny_model("llama"),
         windows,
         held_out,
-        ["0.5", "0.7"],
-        methods=["magnitude", "wanda"],
+        sparsity=["0.5", "0.7"],
+        method=["magnitude", "wanda"],
         out=folder / "sweep",
         **some,
     )
     entangle.ablate(
         tiny_model("llama"),
-        run,
         None,
         held_out,
-        shares=[0.2],
-        interventions=["zero"],
+        run=run,
+        share=[0.2],
+        intervention=["zero"],
         sets=["wasserstein", "random"],
         seeds=2,
         out=folder / "ablation",
@@ -308,11 +314,11 @@ def tables(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     )
     entangle.disentangle(
         tiny_model("llama"),
-        run,
         windows,
         held_out,
+        run=run,
         experts=[3],
-        sparsities=["0.5"],
+        sparsity=["0.5"],
         out=folder / "disentangle",
         **some,
     )
@@ -470,7 +476,7 @@ def test_without_any_distance_the_page_says_so(site: Site, tmp_path: Path) -> No
 def test_what_was_found_and_what_made_it_stand_above(site: Site) -> None:
     (section,) = sections(read(site.file))
     made = facts(section.classed("made-of")[0].one("dl"))
-    about, log = site.tree.attrs, json.loads((site.run / "log.json").read_text())
+    about, log = (store.read_json(site.run / f"{name}.json") for name in ("run", "log"))
     assert made["command"] == "entangle measure model --text text.txt"
     assert made["weights"] == about["weights"]
     assert len(about["weights"]) > 8

@@ -22,7 +22,7 @@ def normal_cumulative(x):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(parallel=True, nogil=True, cache=True)
-def linear_distance(left, width, counts, count, tails, excess, known):  # type: ignore[no-untyped-def]
+def histogram_distance(left, width, counts, count, tails, excess, known):  # type: ignore[no-untyped-def]
     """Return ∫|F - Φ| per neuron: over the tails, each an atom at its mean, and bin by bin."""
     neurons, bins = counts.shape
     distance = np.full(neurons, np.nan)

@@ -8,7 +8,7 @@ TILE = 64  # rows that the column kernel takes at a time
 
 @numba.njit(parallel=True, nogil=True, cache=True)
 def mark_lowest(scores, lowest, counts):  # type: ignore[no-untyped-def]
-    """Do as `_lowest_torch`, for the rows of a matrix.
+    """Mark in each row of scores the ``counts[row]`` lowest; of ties the first are marked.
 
     Floats that are not negative are ordered as their bits are: the highest of the lowest is found
     bit by bit, many times faster than by a partial sort.

@@ -1,7 +1,7 @@
-"""What Numba has no word for: many float32 side by side, a prefetch, and bfloat16.
+"""SIMD intrinsics that Numba lacks: vectors of float32, a prefetch, and bfloat16.
 
-They compile to what the processor has: sixteen are one AVX-512 register, two of AVX2, four of NEON.
-Indices are not checked.
+A vector of sixteen floats compiles to one AVX-512 register, two of AVX2 or four of NEON. Indices are
+not checked.
 """
 
 from typing import Any
@@ -40,7 +40,7 @@ def _address(context: Any, builder: Any, kind: Any, array: Any, index: Any) -> A
 
 @_constant
 def lanes_zero(_typing, width):  # type: ignore[no-untyped-def]
-    """Return so many zeros side by side: a constant, known when it is compiled."""
+    """Return a vector of ``width`` zeros; the width must be a constant."""
     lanes = _lanes(width.literal_value)
     return lanes(width), lambda _context, _builder, _signature, _args: lanes.zeros
 
@@ -80,7 +80,7 @@ def lanes_store(_typing, array, start, lanes):  # type: ignore[no-untyped-def]
 
 @_compiled
 def prefetch(_typing, array, index):  # type: ignore[no-untyped-def]
-    """Ask for ``array[index]``, which may lie beyond the array's end, to be in the cache soon."""
+    """Load ``array[index]`` into the cache; the index may lie beyond the array's end."""
     signature = types.void(array, types.uintp)
 
     def code(context, builder, signature, args):  # type: ignore[no-untyped-def]
@@ -96,7 +96,7 @@ def prefetch(_typing, array, index):  # type: ignore[no-untyped-def]
 
 @_compiled
 def as_float(_typing, value):  # type: ignore[no-untyped-def]
-    """Return a float32 as it is, and the bits of a bfloat16 (a uint16) as the float32 they are."""
+    """Return a float32 unchanged, or the float32 value of a bfloat16 whose bits are a uint16."""
 
     def code(_context, builder, signature, args):  # type: ignore[no-untyped-def]
         if signature.args[0] == types.float32:

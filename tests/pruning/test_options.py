@@ -1,0 +1,395 @@
+"""Options of pruning: the same in Python, on the command line and in tables, and their arms."""
+
+import inspect
+import itertools
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Any, cast, get_args, get_type_hints
+
+import numpy as np
+import pytest
+
+import entangle
+from entangle import arguments
+from entangle.experiments.budget_search import STRENGTHS, VARIABLES
+from entangle.numerics.sparsity import Mask, Method, Sparsity
+from entangle.pruning.options import (
+    EXPERT_DEFAULTS,
+    METHODS,
+    ONE,
+    OPTIONS,
+    PULL,
+    STRENGTH,
+    UNBUDGETED,
+    Across,
+    Assign,
+    Budget,
+    Clustering,
+    Propagate,
+    Pruning,
+    PruningOptions,
+    Several,
+    arms_of,
+    needs_run,
+)
+
+PACKAGE = Path(entangle.__file__).parent
+
+COMMANDS: dict[str, list[str]] = {
+    "sparsify": ["sparsify", "MODEL", "--text", "TEXT", "--out", "NEW", "--sparsity", "0.5"],
+    "sweep": [
+        *("sweep", "MODEL", "--text", "TEXT", "--out", "NEW", "--sparsity", "0.5"),
+        *("--evaluation", "OTHER"),
+    ],
+}
+CHOICES: dict[str, Any] = {
+    "method": Method,
+    "mask": Mask,
+    "propagate": Propagate,
+    "assign": Assign,
+    "budget": Budget,
+    "across": Across,
+}
+NAMES = [field.name for field in fields(Pruning)]
+
+
+def flags_of(command: str, capsys: pytest.CaptureFixture[str]) -> set[str]:
+    """Return the flags that the help of a command lists, without their dashes."""
+    with pytest.raises(SystemExit):
+        arguments.parser().parse_args([command, "--help"])
+    return {*re.findall(r"^  (?:-h, )?--([\w-]+)", capsys.readouterr().out, re.MULTILINE)}
+
+
+def parsed(command: str, *words: str) -> dict[str, Any]:
+    """Return the options of pruning that a command reads from words."""
+    found = vars(arguments.parser().parse_args([*COMMANDS[command], *words]))
+    return {name: found[name] for name in NAMES}
+
+
+# Declared once.
+
+
+def test_the_fields_are_the_options_and_the_keyword_arguments() -> None:
+    hints, several = get_type_hints(PruningOptions), cast("Any", Several)
+    assert NAMES == [*hints] == [*OPTIONS]
+    for name, kind in get_type_hints(Pruning).items():
+        assert hints[name] == several[str | float if name == "sparsity" else kind]
+    needed = {field.name for field in fields(Pruning) if field.default is MISSING}
+    assert needed == PruningOptions.__required_keys__ == {"sparsity"}
+    for name, option in OPTIONS.items():
+        assert option.name == name
+        assert option.choices == get_args(CHOICES.get(name))
+        assert option.help
+    assert get_args(Method) == METHODS
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_fields_are_the_flags(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    # What a sweep takes beside: all that measure takes too, and what is scored.
+    beside = flags_of("measure", capsys) | {"evaluation", "evaluation-windows"}
+    assert flags_of(command, capsys) - beside == {*NAMES}
+
+
+def test_defaults_agree() -> None:
+    usual = Pruning(sparsity=Sparsity(0.5))
+    one = parsed("sparsify")
+    assert one.pop("strength") is None  # it needs a budget, if it is said
+    assert one == {name: getattr(usual, name) for name in one} | {"sparsity": "0.5"}
+    assert Pruning.of(**one) == Pruning.of(sparsity=0.5) == usual
+    some = parsed("sweep")
+    assert some.pop("strength") is None
+    words = {name: (value,) for name, value in one.items()}
+    assert some == words | {"method": METHODS}
+    assert arms_of(**some) == [Pruning.of(sparsity=0.5, method=method) for method in METHODS]
+    assert arms_of(sparsity=0.5) == [usual]
+    assert (OPTIONS["sparsity"].default, PULL, STRENGTH) == (..., usual.pull, usual.strength)
+
+
+VALUES: dict[str, list[Any]] = {
+    "experts": [1, 16],
+    "components": [None, 0],
+    "pull": [0.0, 2.5],
+    "strength": [0.1, 1.0],
+    "sparsity": ["0.25", "2:4"],
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_flags_read_one_value_or_several(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    values = VALUES.get(name) or [*OPTIONS[name].choices]
+    words = ["auto" if value is None else str(value) for value in values]
+    for word, value in zip(words, values, strict=True):
+        assert parsed("sparsify", f"--{name}", word)[name] == value
+    assert parsed("sweep", f"--{name}", ", ".join(words))[name] == tuple(values)
+    if name in VALUES and name != "sparsity":
+        for command in COMMANDS:
+            with pytest.raises(SystemExit):
+                parsed(command, f"--{name}", "luck")
+            assert f"argument --{name}: expected a " in capsys.readouterr().err
+
+
+def test_columns_of_tables_are_those_of_experts_and_budgets() -> None:
+    assert EXPERT_DEFAULTS == {"assign": "kmeans", "components": "auto", "pull": "0.5"}
+    assert UNBUDGETED == {"budget": "uniform", "strength": "", "across": "uniform"}
+
+
+# One of each.
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_a_word_that_is_no_choice_is_refused(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    words: dict[str, Any] = {"sparsity": 0.5, name: "luck"}
+    words |= {"experts": 4} if name == "assign" else {}  # of one expert it is not read
+    listed = ", ".join(get_args(CHOICES[name]))
+    for make in (Pruning.of, arms_of):
+        with pytest.raises(ValueError, match=rf"^{name} must be one of .*, got 'luck'$") as error:
+            make(**words)
+        assert listed in str(error.value)
+    if name != "budget":  # which may be a folder
+        with pytest.raises(SystemExit):
+            parsed("sparsify", f"--{name}", "luck")
+        assert f"argument --{name}: invalid choice: 'luck'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("kind", [list, tuple])
+def test_several_values_are_no_pruning(name: str, kind: type) -> None:
+    value = VALUES.get(name, OPTIONS[name].choices)[0]
+    words: dict[str, Any] = {"sparsity": 0.5, name: kind([value])}
+    with pytest.raises(ValueError, match=f"^{name} takes one value here, got .*: sweep takes"):
+        Pruning.of(**words)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ({"sparsity": "much"}, "expected a sparsity from 0 to 1, or n:m"),
+        ({"strength": -0.1}, "strength must be from 0 to 1, got -0.1"),
+        ({"strength": 1.5}, "strength must be from 0 to 1, got 1.5"),
+        ({"strength": "auto"}, "strength must be from 0 to 1, got 'auto'"),
+        ({"experts": 2, "method": "wanda"}, "experts are pruned by sparsegpt, got 2 experts and w"),
+        ({"budget": "std", "sparsity": "2:4"}, "budget std across uniform .* 2:4 fixes every row"),
+        ({"across": "owl", "mask": "block"}, "budget uniform across owl .* among all rows: use a"),
+    ],
+)
+def test_what_makes_no_pruning_is_refused(words: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Pruning.of(**{"sparsity": 0.5} | words)
+
+
+def test_one_expert_is_one_clustering() -> None:
+    assert Pruning.of(sparsity=0.5, assign="random", components=3).clustering == ONE
+    four = Pruning.of(sparsity=0.5, experts=4, assign="random", components=3)
+    assert four.clustering == Clustering(4, "random", 3)
+
+
+def test_words_leave_out_what_is_of_experts_or_a_budget_where_there_are_none() -> None:
+    every = {"method": "sparsegpt", "mask": "row", "propagate": "sparse"}
+    routed = {"assign": "random", "pull": 2.0}
+    plain = Pruning.of(sparsity=0.5, assign="random", components=0, pull=2.0, strength=0.75)
+    assert plain.words() == every | {"experts": 1, "sparsity": "0.5"}
+    for components, word in ((None, "auto"), (0, 0), (3, 3)):
+        mixture = Pruning.of(
+            sparsity="2:4", experts=4, assign="random", components=components, pull=2.0
+        )
+        expected = every | {"experts": 4, "components": word, "sparsity": "2:4"} | routed
+        assert mixture.words() == expected
+    kinds: list[tuple[Any, Any, Any]] = [
+        ("std", "uniform", 0.75),
+        ("trim", "uniform", ""),
+        ("uniform", "owl", ""),
+        ("trim", "depth", ""),
+        ("ranks", "shuffled", 0.75),
+    ]
+    for budget, across, strength in kinds:
+        found = Pruning.of(sparsity=0.5, budget=budget, across=across, strength=0.75).words()
+        graded = {"budget": budget, "strength": strength, "across": across}
+        assert found == every | {"experts": 1, "sparsity": "0.5"} | graded
+    both = Pruning.of(sparsity=0.5, experts=4, budget="std").words()
+    assert [*both] == NAMES  # in their order
+
+
+def test_a_run_is_needed_by_what_is_made_of_it() -> None:
+    of_run = {*get_args(Budget)} - {"uniform", "trim"}
+    for budget, across in itertools.product(get_args(Budget), get_args(Across)):
+        needed = budget in of_run or across in {"entanglement", "shuffled"}
+        assert needs_run(budget, across) is needed
+        pruning = Pruning.of(sparsity=0.5, budget=budget, across=across)
+        assert pruning.needs_run is needed
+        assert pruning.budgeted is ((budget, across) != ("uniform", "uniform"))
+
+
+# Arms.
+
+
+def test_arms_that_would_be_the_same_run_once() -> None:
+    arms = arms_of(
+        sparsity=["0.5", "2:4"],
+        method=METHODS,
+        mask=("block", "row"),
+        propagate=("sparse", "dense"),
+    )
+    words = ["-".join(map(str, arm.words().values())) for arm in arms]
+    assert len(words) == len(set(words)) == 15
+    assert [word for word in words if word.startswith("magnitude")] == [
+        "magnitude-block-sparse-1-0.5",
+        "magnitude-row-sparse-1-2:4",
+        "magnitude-row-sparse-1-0.5",
+    ]
+    with pytest.raises(ValueError, match="at least one value of sparsity"):
+        arms_of(sparsity=[], method=METHODS, mask=("row",))
+
+
+def test_only_sparsegpt_has_experts_and_one_expert_has_no_router() -> None:
+    arms = arms_of(
+        sparsity=[0.5],
+        method=METHODS,
+        experts=(1, 4, 16),
+        assign=("random", "kmeans"),
+        components=(None, 0),
+        pull=(0.0, 0.5),
+    )
+    kinds = [(arm.method, arm.experts, arm.assign, arm.components, arm.pull) for arm in arms]
+    mixtures = [kind for kind in kinds if kind[1] > 1]
+    expected = itertools.product((4, 16), ("random", "kmeans"), (None, 0), (0.0, 0.5))
+    assert mixtures == [("sparsegpt", *kind) for kind in expected]
+    assert [kind for kind in kinds if kind[1] == 1] == [
+        (method, 1, "kmeans", None, 0.5) for method in METHODS
+    ]
+    (grouped,) = arms_of(sparsity=["2:4"], mask=("block",), experts=(4,))
+    assert (grouped.mask, grouped.experts) == ("row", 4)
+
+
+def test_magnitude_by_trims_rule_sees_inputs() -> None:
+    kinds = arms_of(
+        sparsity=[0.7], method=["magnitude"], propagate=["sparse", "dense"], budget=["trim"]
+    )
+    assert [kind.propagate for kind in kinds] == ["sparse", "dense"]
+
+
+def test_one_value_is_as_several_of_one() -> None:
+    several: dict[str, Any] = {"sparsity": ["2:4"], "method": ["wanda"], "components": [None]}
+    one: dict[str, Any] = {name: values[0] for name, values in several.items()}
+    assert arms_of(**one) == arms_of(**several) == [Pruning.of(**one)]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_value_makes_no_arm(name: str) -> None:
+    words: dict[str, Any] = {"sparsity": [0.5], name: []}
+    with pytest.raises(ValueError, match=f"^a sweep needs at least one value of {name}$"):
+        arms_of(**words)
+
+
+# A new option.
+
+FIELD = """    flavour: Annotated[
+        Literal["plain", "sweet"], Option("what a dummy option tastes of")
+    ] = "plain"
+    sparsity: Annotated[
+        Sparsity,"""
+
+LOOK = """
+import json, sys
+import matplotlib as mpl
+mpl.use("Agg")
+import pandas as pd
+from entangle import printed
+from entangle.arguments import parser
+from entangle.experiments.sweep_table import tables_of
+from entangle.pruning.options import Pruning, arms_of
+from entangle.show import plots
+
+common = ["--text", "t", "--evaluation", "t", "--out", "o", "--sparsity", "0.5"]
+swept = parser().parse_args(["sweep", "m", *common, "--flavour", "plain,sweet"])
+alone = parser().parse_args(["sparsify", "m", *common[:2], *common[4:], "--flavour", "sweet"])
+arms = arms_of(sparsity=[0.5, 0.6], flavour=list(swept.flavour))
+row = {"error": 0.1, "held_out_error": 0.1, "damping": 0.01, "neurons": 1, "density": 0.5}
+dense = {"method": "dense", "window_nats": [1.0, 2.0], "tokens": 4, "layers": []}
+results = [
+    arm.words() | {"window_nats": [2.0, 2.5 + place], "tokens": 4, "layers": [row], "costs": row}
+    for place, arm in enumerate(arms)
+]
+table = tables_of([dense, *results])[0]
+names = [text.get_text() for text in plots.sweep(table).axes[0].get_legend().get_texts()]
+result = arms[-1].words() | {
+    "model": "m", "text": "t", "folder": "o", "layers": [row | {"layer": "l", "damping": 0.01}],
+    "log": {"seconds": 1.0, "peak_memory_bytes": 1}, "skipped_parameters": [],
+} | dict.fromkeys(
+    ("tokens", "windows", "length", "realised", "error", "model_multiply_adds", "density",
+     "model_dense_multiply_adds", "stored", "dense_multiply_adds", "disk_bytes", "memory_bytes"), 1
+)
+print(json.dumps({
+    "flags": [alone.flavour, *swept.flavour],
+    "words": [arm.words()["flavour"] for arm in arms],
+    "column": table["flavour"].tolist(),
+    "labels": names,
+    "printed": printed.sparsified(result),
+}))
+"""
+
+
+def test_a_new_option_is_a_field_and_is_everywhere(tmp_path: Path) -> None:
+    copied = tmp_path / "entangle"
+    shutil.copytree(PACKAGE, copied, ignore=shutil.ignore_patterns("__pycache__"))
+    options = copied / "pruning" / "options.py"
+    source = options.read_text()
+    place = "    sparsity: Annotated[\n        Sparsity,"
+    assert source.count(place) == 1
+    options.write_text(source.replace(place, FIELD))
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    words = [sys.executable, "-W", "error", "-c", LOOK]
+    done = subprocess.run(words, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["flags"] == ["sweet", "plain", "sweet"]
+    assert sorted(found["words"]) == ["plain", "plain", "sweet", "sweet"]
+    assert sorted(found["column"]) == ["", "plain", "plain", "sweet", "sweet"]
+    assert [name for name in found["labels"] if "flavour sweet" in name]
+    assert [name for name in found["labels"] if "flavour plain" in name]
+    assert "mask row, propagate sparse, flavour sweet" in found["printed"]
+
+
+# Slips in Python.
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"sparsity": 0.5, "methods": ["wanda"]}, "'methods'.*method"),
+        ({"sparsity": 0.5, "overwite": True}, "'overwite'"),
+        ({"method": "wanda"}, "sparsity is missing"),
+    ],
+)
+@pytest.mark.parametrize("read", [arms_of, Pruning.of])
+def test_an_unknown_option_or_no_sparsity_is_a_type_error(
+    read: Any, options: dict[str, Any], told: str
+) -> None:
+    with pytest.raises(TypeError, match=told):
+        read(**options)
+
+
+def test_several_values_may_be_any_sequence() -> None:
+    expected = arms_of(sparsity=[0.25, 0.5], experts=[1, 2])
+    arrays: dict[str, Any] = {"sparsity": np.array([0.25, 0.5]), "experts": range(1, 3)}
+    assert arms_of(**arrays) == expected
+    with pytest.raises(ValueError, match=r"experts takes one value.*range\(1, 3\)"):
+        Pruning.of(sparsity=0.5, experts=range(1, 3))
+
+
+def test_help_shows_each_option_with_its_default() -> None:
+    for function, others in (
+        (entangle.sparsify, {}),
+        (entangle.sweep, {"method": METHODS}),
+        (entangle.choose_budget, {"budget": VARIABLES, "strength": STRENGTHS}),
+    ):
+        parameters = inspect.signature(function).parameters
+        shown = {name: one.default for name, one in parameters.items() if name in OPTIONS}
+        usual = {name: option.default for name, option in OPTIONS.items()} | others
+        assert shown == usual | {"sparsity": inspect.Parameter.empty}
+        assert "options" not in parameters

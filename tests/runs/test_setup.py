@@ -1,0 +1,87 @@
+"""What a command runs on: checked before anything is spent, hashed once."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import entangle
+from entangle.model.loading import weights_hash
+from entangle.runs import setup
+from entangle.runs.setup import COMMAND, Setup
+from tests.pruning.test_sparsifying import random_windows
+from tests.tiny_models import tiny_model, tiny_tokenizer
+
+
+def test_it_is_checked_before_a_folder_is_touched(tmp_path: Path) -> None:
+    left = tmp_path / "run.partial" / "state" / "kept"
+    left.parent.mkdir(parents=True)
+    for file in (left, tmp_path / "run.partial" / ".lock"):
+        file.touch()
+    for wrong in ({"batch_size": 0}, {"skip_first": -1}, {"layers": "*.nothing"}):
+        with pytest.raises((ValueError, LookupError)):
+            entangle.measure(
+                tiny_model(), random_windows(), out=tmp_path / "run", overwrite=True, **wrong
+            )
+    assert left.exists()
+
+
+def test_another_model_is_told_by_its_weights_and_not_by_its_layers() -> None:
+    windows = random_windows(4)
+    run = entangle.measure(tiny_model("llama"), windows)
+    name = str(run.to_dataset()["neuron"][0].item())
+    with pytest.raises(ValueError, match="other weights"):
+        entangle.contexts(
+            tiny_model("gpt2"), windows, run=run, neurons=name, tokenizer=tiny_tokenizer()
+        )
+    with pytest.raises(ValueError, match="other weights"):
+        entangle.ablate(
+            tiny_model("gpt2"), None, random_windows(3, seed=5), run=run, intervention="zero"
+        )
+
+
+def test_weights_are_hashed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    hashed: list[str] = []
+
+    def counting(model: object) -> str:
+        hashed.append(weights_hash(model))  # type: ignore[arg-type]
+        return hashed[-1]
+
+    monkeypatch.setattr(setup, "weights_hash", counting)
+    model, windows = tiny_model(), random_windows(6)
+    run = entangle.measure(model, windows)
+    assert hashed == [run.attrs["weights"]] == [weights_hash(model)]
+    entangle.sparsify(model, windows, sparsity=0.5, budget="std", run=run)
+    assert len(hashed) == 2
+    fresh, held = tiny_model(), random_windows(3, seed=5)
+    entangle.ablate(fresh, windows, held, run=run, sets="wasserstein", share=0.1)
+    assert len(hashed) == 3
+    entangle.sweep(fresh, windows, held, sparsity=0.5, budget=["uniform", "std"], run=run)
+    assert len(hashed) == 4
+
+
+@pytest.fixture
+def command() -> Iterator[str]:
+    token = COMMAND.set("entangle measure it")
+    yield "entangle measure it"
+    COMMAND.reset(token)
+
+
+def test_the_command_that_runs_is_in_the_provenance(command: str) -> None:
+    found = Setup.of(tiny_model(), random_windows(3))
+    assert found.provenance()["command"] == command
+    assert found.provenance()["tokens"] == found.tokens == 3 * 16
+
+
+def test_in_python_no_command_runs() -> None:
+    assert Setup.of(tiny_model(), random_windows(3)).provenance()["command"] is None
+
+
+def test_layers_are_in_the_order_of_the_model_and_known_by_block() -> None:
+    found = Setup.of(tiny_model(), random_windows(3), layers=["*.2.mlp.*", "*.0.mlp.up_proj"])
+    assert [layer.name for layer in found.layers] == [
+        "model.layers.0.mlp.up_proj",
+        *(f"model.layers.2.mlp.{role}_proj" for role in ("gate", "up", "down")),
+    ]
+    assert {block: len(some) for block, some in found.blocks.items()} == {0: 1, 2: 3}
+    assert found.last_block == 2
