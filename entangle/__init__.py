@@ -57,7 +57,8 @@ __all__ = [
     "top_by_layer",
 ]
 
-# Looked up when first asked for, so that `import entangle` and `--help` do not import torch.
+# The module of each public name. It is imported at first use, so that `import entangle` and
+# `--help` do not import torch.
 _HOMES = {
     "ablate": "entangle.experiments.ablating",
     "choose_budget": "entangle.experiments.budget_search",
@@ -92,7 +93,7 @@ def __getattr__(name: str) -> Any:
         "merge",
         "open_run",
         "record",
-    }:  # they return trees, which get an accessor
+    }:  # they return trees: register the accessor
         importlib.import_module("entangle.show.notebook")
     if name not in _HOMES:
         raise AttributeError(f"module 'entangle' has no attribute {name!r}")

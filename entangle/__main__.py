@@ -1,4 +1,4 @@
-"""The command line: it reads what is asked, runs that command, and says what went wrong."""
+"""The entry point of the command line: it parses arguments, runs a command and prints errors."""
 
 import argparse
 import contextvars
@@ -20,18 +20,21 @@ TOGETHER = ("measure", "perplexity", "sparsify", "sweep", "ablate")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; return 0, 2 for bad input, 1 for another error, 130 or 143 if stopped."""
+    """Run one command and return its exit code.
+
+    0 is success, 1 an error, 2 bad input, 130 an interrupt (SIGINT). SIGTERM exits with 143.
+    """
     grammar = parser()
     args, rest = grammar.parse_known_args(argv)
     if rest and ("neurons" not in args or any(word.startswith("-") for word in rest)):
         grammar.error(f"unrecognized arguments: {' '.join(rest)}")
-    if rest:  # names behind options, where argparse no longer looks for them
+    if rest:  # neurons after options, which argparse does not assign
         args.neurons += rest
     if args.command in {"measure", "sparsify", "sweep", "ablate", "disentangle"}:
         args.command_line = command_line(args)
 
     def terminate(signum: int, frame: FrameType | None) -> None:
-        if _unheard(frame):  # where Python would ignore the exit
+        if _unheard(frame):  # Python would ignore the exit here: try again soon
             threading.Timer(0.05, signal.raise_signal, [signum]).start()
             return
         sys.stderr.write(f"entangle: terminated: {_left(args)}\n")
@@ -41,14 +44,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         os.environ.setdefault("ACCELERATE_LOG_LEVEL", "error")
-        if not sys.stderr.isatty():  # both are read when what we import next is imported
+        if not sys.stderr.isatty():  # tqdm and huggingface_hub read these when imported
             os.environ.setdefault("TQDM_DISABLE", "1")
             os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         if "TORCHELASTIC_RUN_ID" in os.environ:
             _join(args.command)
         contextvars.copy_context().run(COMMANDS[args.command], args)
         ranks.leave()
-    except BrokenPipeError:  # the reader, such as head, has seen enough
+    except BrokenPipeError:  # the reader of stdout, such as head, has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         ranks.leave()
     except KeyboardInterrupt:
@@ -58,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(args, str(message), 2)
     except (RuntimeError, ImportError, MemoryError, OverflowError) as error:
         return _fail(args, f"{error or type(error).__name__}", 1)
-    except Exception as error:  # noqa: BLE001  # a bug of ours, told without a traceback
+    except Exception as error:  # noqa: BLE001  # a bug: print no traceback without --debug
         problem = f"{type(error).__name__}: {error}"
         return _fail(args, f"a bug, {problem}; please report what --debug prints", 1)
     return 0
@@ -68,7 +71,7 @@ def _join(command: str) -> None:
     """Join the processes that torchrun started.
 
     Raises:
-        ValueError: the command is for one process.
+        ValueError: the command does not run in several processes.
     """
     if command not in TOGETHER:
         raise ValueError(
@@ -79,7 +82,7 @@ def _join(command: str) -> None:
 
 
 def _unheard(frame: FrameType | None) -> bool:
-    """Say whether an exit here would be ignored: in destructors, and in callbacks of the compiler."""
+    """Return whether Python would ignore an exit here, in a destructor or llvmlite callback."""
     while frame is not None:
         if frame.f_code.co_name == "__del__" or "llvmlite" in frame.f_code.co_filename:
             return True
@@ -88,7 +91,7 @@ def _unheard(frame: FrameType | None) -> bool:
 
 
 def _left(args: argparse.Namespace) -> str:
-    """Say what a stopped command leaves on disk."""
+    """Return a sentence that tells what a stopped command leaves on disk."""
     from entangle.model import folders
 
     partial = folders.partial_of(Path(str(getattr(args, "out", None))))
@@ -109,9 +112,9 @@ def _fail(args: argparse.Namespace, message: str, code: int) -> int:
 
 
 def run() -> NoReturn:
-    """Run one command, and end this process with its code."""
+    """Run one command, and end this process with its exit code."""
     code = main()
-    if ranks.LAUNCHED:  # threads of torch.distributed may abort a process that ends as usual
+    if ranks.LAUNCHED:  # torch.distributed's threads may abort a normal exit
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

@@ -1,4 +1,4 @@
-"""The grammar of the command line."""
+"""The argument parser of the command line."""
 
 import argparse
 from collections.abc import Callable
@@ -34,7 +34,7 @@ PAIRS = "of tokens over which to measure the mapping difficulty too [none]"
 
 
 def _one(read: Callable[[str], Any]) -> Callable[[str], Any]:
-    """Return what reads one value, and says of an error what was expected."""
+    """Return an argparse type that reads one value and reports the message of its ValueError."""
 
     def one(text: str) -> Any:
         try:
@@ -46,7 +46,7 @@ def _one(read: Callable[[str], Any]) -> Callable[[str], Any]:
 
 
 def _several(read: Callable[[str], Any] = str) -> Callable[[str], tuple[Any, ...]]:
-    """Return what reads one value or several, with commas between them."""
+    """Return an argparse type that reads comma-separated values."""
 
     def several(text: str) -> tuple[Any, ...]:
         return tuple(read(word.strip()) for word in text.split(",") if word.strip())
@@ -55,10 +55,10 @@ def _several(read: Callable[[str], Any] = str) -> Callable[[str], tuple[Any, ...
 
 
 def _add_options(command: argparse.ArgumentParser, *, several: bool) -> None:
-    """Add the options of pruning, each of one value or of several."""
+    """Add a flag for each option of pruning, which takes one value or, with ``several``, a list."""
     for option in OPTIONS.values():
         usual = METHODS if several and option.name == "method" else option.default
-        unsaid = usual is ... or option.name == "strength"  # which needs graded rows, if it is said
+        unsaid = usual is ... or option.name == "strength"  # None: a strength needs graded rows
         words: dict[str, Any] = {"required": usual is ..., "metavar": option.metavar}
         read, choices = _one(option.read), option.choices if option.metavar is None else None
         if several:
@@ -76,7 +76,7 @@ def _add_options(command: argparse.ArgumentParser, *, several: bool) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    """Return the command line's grammar."""
+    """Return the parser of all commands."""
     top = argparse.ArgumentParser(prog="entangle", description=entangle.__doc__)
     top.add_argument("--version", action="version", version=entangle.__version__)
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")

@@ -1,4 +1,4 @@
-"""The commands: each a short list of calls to public names, the package's map."""
+"""The commands: each is one short function that calls the public functions."""
 
 import argparse
 import dataclasses
@@ -27,7 +27,7 @@ def run_measure(args: argparse.Namespace) -> None:
     from entangle.model import folders, ranks
     from entangle.runs import dataset
 
-    folders.check_target(args.out, args.overwrite)  # before minutes are spent
+    folders.check_target(args.out, args.overwrite)  # fail before the long computation
     windows, model = _text(args, "calibration")[0], _model(args)
     run = entangle.measure(
         model,
@@ -37,7 +37,7 @@ def run_measure(args: argparse.Namespace) -> None:
         shard=args.shard,
         **_work(args),
     )
-    if ranks.rank() > 0:  # which wrote nothing
+    if ranks.rank() > 0:  # only rank 0 writes and prints
         return
     if args.difficulty:
         from entangle.runs import store
@@ -49,7 +49,7 @@ def run_measure(args: argparse.Namespace) -> None:
 
 
 def run_merge(args: argparse.Namespace) -> None:
-    """Make one run of the shards of it that several processes measured."""
+    """Merge the shards of a run into one run."""
     from entangle.runs import dataset
 
     run = entangle.merge(args.run, out=args.out, overwrite=args.overwrite)
@@ -59,7 +59,7 @@ def run_merge(args: argparse.Namespace) -> None:
 
 
 def run_plan(args: argparse.Namespace) -> None:
-    """Say what measuring and pruning would cost."""
+    """Print the expected costs of measuring and pruning a model."""
     plan = entangle.plan(
         args.model,
         args.text,
@@ -103,7 +103,7 @@ def run_perplexity(args: argparse.Namespace) -> None:
 
 
 def run_generate(args: argparse.Namespace) -> None:
-    """Let a model go on with a prompt; on a terminal the text is shown as it comes."""
+    """Generate text from a prompt; a terminal shows each token as it is generated."""
     tokenizer = entangle.load_tokenizer(args.model, **_source(args))
     model = _model(args, packed=not args.unpacked)
     live = sys.stdout.isatty() and not args.json
@@ -176,12 +176,12 @@ def run_sweep(args: argparse.Namespace) -> None:
 
 
 def _options(args: argparse.Namespace) -> tuple[dict[str, Any], Path | None]:
-    """Return the options of pruning, and the folder of the run that budgets are made from.
+    """Return the options of pruning, and the folder of the run that the budgets use.
 
-    A slip in them is told before a model is loaded.
+    They are checked here, before a model is loaded.
 
     Raises:
-        ValueError: they name several runs, or none where one is needed.
+        ValueError: the budgets name several runs, or no run where an option needs one.
     """
     from entangle.pruning.options import OPTIONS, TRIM, UNIFORM, needs_run, several
 
@@ -204,7 +204,7 @@ def _options(args: argparse.Namespace) -> tuple[dict[str, Any], Path | None]:
 
 
 def _budgets(texts: Sequence[str]) -> tuple[tuple[str, ...], Path | None]:
-    """Return the budgets of rows, and the folder of the run that they are made from.
+    """Split the values of --budget; return the budgets of rows, and the folder of their run.
 
     Raises:
         ValueError: they name several runs.
@@ -231,7 +231,7 @@ def _without(options: dict[str, Any], *names: str) -> dict[str, Any]:
 
 
 def _print_table(args: argparse.Namespace, table: "pd.DataFrame", name: str) -> None:
-    """Draw the table of a sweep or an ablation, and print it as it was written."""
+    """Draw the figure of a sweep or an ablation, and print the table in Markdown."""
     from entangle.model import ranks
     from entangle.runs import store
 
@@ -249,10 +249,10 @@ def _print_table(args: argparse.Namespace, table: "pd.DataFrame", name: str) -> 
 
 
 def run_ablate(args: argparse.Namespace) -> None:
-    """Treat the most entangled neurons of a measured model, and others, and score.
+    """Treat the most entangled neurons of a measured model, and other sets, and score each.
 
     Raises:
-        ValueError: no text to sparsify by.
+        ValueError: neurons are to be sparsified and there is no --text.
     """
     from entangle.model import folders
 
@@ -261,7 +261,7 @@ def run_ablate(args: argparse.Namespace) -> None:
 
     words = ("share", "sparsity", "experts", "intervention", "sets", "seeds")
     treatment = {name: getattr(args, name) for name in words}
-    Ablation.of(**treatment)  # a slip is told before a model is loaded
+    Ablation.of(**treatment)  # check the options before a model is loaded
     if args.text is None and "sparsify" in args.intervention:
         raise ValueError("sparsifying neurons needs a text to prune by: give one with --text")
     run = _measured(args)
@@ -281,7 +281,7 @@ def run_ablate(args: argparse.Namespace) -> None:
 
 
 def run_disentangle(args: argparse.Namespace) -> None:
-    """Say what clusters and their experts make of each neuron of a measured model."""
+    """Measure the neurons of a measured model within clusters, and with sparse experts."""
     from entangle.model import folders
 
     folders.check_target(args.out, args.overwrite)
@@ -306,7 +306,7 @@ def run_disentangle(args: argparse.Namespace) -> None:
     for kind in ("improvement", "clusters", "sparse"):
         try:
             figure = getattr(entangle.plots, kind)(found)
-        except ValueError as error:  # nothing to draw, which costs the others nothing
+        except ValueError as error:  # nothing to draw: the other figures are still drawn
             figures[kind] = f"no {kind}.png ({error})"
             continue
         figures[kind] = str(store.save_figure(figure, args.out / "figures" / f"{kind}.png"))
@@ -317,10 +317,10 @@ def run_disentangle(args: argparse.Namespace) -> None:
 
 
 def run_contexts(args: argparse.Namespace) -> None:
-    """Find the tokens behind neurons' distributions, and add them to the run.
+    """Find the contexts of neurons, and add them to the run.
 
     Raises:
-        ValueError: neither neurons nor how many of the most entangled ones.
+        ValueError: neurons and --top are both given, or neither.
     """
     if bool(args.neurons) == bool(args.top):
         both = ", and not both" if args.top else ""
@@ -355,7 +355,7 @@ def run_contexts(args: argparse.Namespace) -> None:
 
 
 def run_rank(args: argparse.Namespace) -> None:
-    """Print the neurons with the largest distance, or of another variable."""
+    """Print the neurons with the largest distance, or largest value of another variable."""
     from entangle.runs import dataset, store
 
     run = store.open_run(args.run)
@@ -367,7 +367,7 @@ def run_rank(args: argparse.Namespace) -> None:
 
 
 def run_diff(args: argparse.Namespace) -> None:
-    """Compare two runs."""
+    """Compare the neurons' distances in two runs."""
     from entangle.runs import dataset, store
 
     pair = [store.open_run(folder) for folder in (args.run, args.other)]
@@ -391,8 +391,8 @@ def run_plot(args: argparse.Namespace) -> None:
     """Draw a run, a sweep, an ablation or what disentangle wrote.
 
     Raises:
-        ValueError: a neuron for a plot of all, or none for that of one, or a sparsity for a plot
-            that has none.
+        ValueError: the plot needs a neuron and none is given, it takes fewer neurons than are
+            given, or it takes no --sparsity.
     """
     from entangle.experiments import ablation_table, sweep_table
     from entangle.runs import store
@@ -419,17 +419,17 @@ def run_plot(args: argparse.Namespace) -> None:
 
 
 def run_report(args: argparse.Namespace) -> None:
-    """Write what runs hold into one HTML file."""
+    """Write runs into one HTML report."""
     file = entangle.report(args.run, args.out or args.run[0] / "report.html")
     result = {"report": str(file), "bytes": file.stat().st_size}
     _print(args, result, lambda result: f"{result['report']} ({result['bytes'] / 1e6:.1f} MB)")
 
 
 def _work(args: argparse.Namespace) -> dict[str, Any]:
-    """Return what commands that fill a folder have in common."""
+    """Return the keyword arguments that all commands which write a run take; set `COMMAND`."""
     from entangle.runs.setup import COMMAND
 
-    COMMAND.set(args.command_line)  # which run.json keeps
+    COMMAND.set(args.command_line)  # for run.json
     names = ("layers", "batch_size", "skip_first", "out", "overwrite")
     return {name: getattr(args, name) for name in names} | {"progress": _progress()}
 
@@ -448,7 +448,7 @@ def _source(args: argparse.Namespace) -> dict[str, Any]:
 def _text(
     args: argparse.Namespace, purpose: "Purpose"
 ) -> "tuple[TokenWindows, PreTrainedTokenizerBase]":
-    """Read the text first: what is wrong with it is known before a large model is loaded."""
+    """Load the tokenizer and read the text, before a large model is loaded, to fail early."""
     tokenizer = entangle.load_tokenizer(args.model, **_source(args))
     return _windows(args, tokenizer, purpose), tokenizer
 
@@ -456,7 +456,7 @@ def _text(
 def _windows(
     args: argparse.Namespace, tokenizer: "PreTrainedTokenizerBase", purpose: "Purpose"
 ) -> "TokenWindows":
-    """Read --text, or for an evaluation --evaluation where the command has one."""
+    """Read the windows of --text, or of --evaluation for that purpose if the command has it."""
     scored = purpose == "evaluation" and "evaluation" in args
     return entangle.token_windows(
         args.evaluation if scored else args.text,
@@ -470,7 +470,7 @@ def _windows(
 
 
 def _measured(args: argparse.Namespace) -> "xr.DataTree":
-    """Open a run, and take the model from it."""
+    """Open a run, and set the arguments of the model that it was measured on."""
     run = entangle.open_run(args.run)
     args.model, args.dtype = run.attrs["model"], run.attrs["dtype"]
     args.revision = run.attrs.get("revision")
@@ -498,7 +498,7 @@ def _print(args: argparse.Namespace, result: dict[str, Any], words: Any) -> None
 
 
 def command_line(args: argparse.Namespace) -> str:
-    """Return the command with all that determines its result, and no more."""
+    """Return the command line with only the arguments that determine its result."""
     ignored = {"command", "model", "run", "out", "overwrite", "json", "debug", "shard", "offload"}
     words = ["entangle", args.command, str(args.run if "run" in args else args.model)]
     for name, value in sorted(vars(args).items()):

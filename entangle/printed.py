@@ -1,4 +1,4 @@
-"""What commands say of their results."""
+"""The text that commands print of their results."""
 
 import json
 import math
@@ -19,7 +19,7 @@ def _measured_on(summary: dict[str, Any]) -> str:
 
 
 def describe(summary: dict[str, Any]) -> str:
-    """Return what a run measured, in words."""
+    """Return the text of a measured run, from `runs.dataset.summary`."""
     log = summary["log"]
     lines = [
         _measured_on(summary),
@@ -34,7 +34,7 @@ def describe(summary: dict[str, Any]) -> str:
 
 
 def planned(result: dict[str, Any]) -> str:
-    """Return what commands are expected to cost, in words."""
+    """Return the text of the expected costs of commands."""
     lines = [
         f"{result['model']}: {result['layers']} layers in {result['blocks']} blocks, "
         f"{result['neurons']:,} neurons, {result['weights'] / 1e9:.3g} billion weights in them, "
@@ -66,7 +66,7 @@ def _duration(seconds: float) -> str:
 
 
 def scored(result: dict[str, Any]) -> str:
-    """Return a score, in words."""
+    """Return the text of a score."""
     return (
         f"{result['model']} on {result['tokens']:,} tokens of {result['text']} "
         f"({result['windows']} windows of {result['length']} that do not overlap, each scored "
@@ -78,12 +78,12 @@ def scored(result: dict[str, Any]) -> str:
 
 
 def generated(result: dict[str, Any]) -> str:
-    """Return what a model wrote, and how long it took, in words."""
+    """Return the generated text, and the text of its timing."""
     return f"{result['text']}\n{timed(result)}"
 
 
 def timed(result: dict[str, Any]) -> str:
-    """Return how long a model wrote, in words."""
+    """Return the text of the timing of a generation."""
     rest = result["tokens"] - 1
     speed = (
         f", then {rest} in {result['seconds']:.2f} s: {result['tokens_per_second']:.1f} a second"
@@ -96,7 +96,7 @@ def timed(result: dict[str, Any]) -> str:
 
 
 def sparsified(result: dict[str, Any]) -> str:
-    """Return what pruning made of a model, in words."""
+    """Return the text of the result of `sparsify`."""
     from entangle.pruning.options import EXPERT_DEFAULTS, OPTIONS, UNBUDGETED
     from entangle.runs.dataset import say_skipped
 
@@ -158,12 +158,12 @@ def sparsified(result: dict[str, Any]) -> str:
 
 
 def _settings(result: Mapping[str, Any], names: Iterable[str]) -> str:
-    """Return what options are set to, in words."""
+    """Return the text of the options' values; options without a value are left out."""
     return ", ".join(f"{name} {result[name]}" for name in names if result.get(name, "") != "")
 
 
 def ranked(summary: dict[str, Any]) -> str:
-    """Return a table of neurons, in words."""
+    """Return the text of a ranking of neurons."""
     lines = [_measured_on(summary), *summary["warnings"], ""]
     if not summary["neurons"]:
         return "\n".join([*lines, "no neuron to rank"])
@@ -172,7 +172,7 @@ def ranked(summary: dict[str, Any]) -> str:
 
 
 def compared(result: dict[str, Any]) -> str:
-    """Return how two runs differ, in words."""
+    """Return the text of a comparison of two runs."""
     first, other = result["runs"]
     rows = [
         {name: row[name] for name in row if name not in {"block", "role"}}
@@ -192,11 +192,11 @@ def compared(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-FEW = 5  # neurons whose tokens are printed
+FEW = 5  # the contexts of more neurons are not printed
 
 
 def _columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return the lines of a table of numbers; names of neurons and layers stand on the left."""
+    """Return the lines of a table; only names of neurons and layers are left-aligned."""
     texts = [
         {k: f"{v:.4g}" if isinstance(v, float) else str(v) for k, v in row.items()} for row in rows
     ]
@@ -212,7 +212,7 @@ def _columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def contexts(result: dict[str, Any]) -> str:
-    """Return the contexts of neurons, in words."""
+    """Return the text of the contexts of neurons."""
     lines = []
     brief = len(result["neurons"]) > FEW
     if not brief:

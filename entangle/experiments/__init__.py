@@ -1,1 +1,1 @@
-"""Questions asked of a model, each answered by a table."""
+"""Experiments on a model; each returns a table."""

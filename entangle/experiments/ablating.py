@@ -1,4 +1,4 @@
-"""Ablate: treat the most entangled neurons, and others of the same number, and score each."""
+"""Ablation: treat the most entangled neurons, or as many others, and score the model."""
 
 import dataclasses
 import functools
@@ -52,31 +52,68 @@ def ablate(
     overwrite: bool = False,
     progress: bool = False,
 ) -> pd.DataFrame:
-    """Treat a share of each layer's neurons, keep the rest dense, and score; for several sets.
+    """Score the model with a share of each layer's neurons treated, for several sets of neurons.
 
-    ``run`` is what `measure` returned for this model. The sets are the neurons with the largest
-    ``wasserstein``, the ``bottom`` ones, ``random`` ones with so many ``seeds``, and those with the
-    largest ``kurtosis``, ``weight_norm``, ``std`` and ``difficulty`` (if the run has it). All
-    together, or with ``per_block`` one block at a time.
+    ``run`` is the result of `measure` for this model. ``sets`` are any of:
 
-    ``sparsify`` prunes a neuron's weights by SparseGPT to exactly the sparsity, by what the dense
-    model's inputs over ``windows`` are, and with several ``experts`` once for each cluster of them;
-    each layer is pruned once for all arms. The other interventions act on outputs, and need no
-    windows: ``zero``, ``mean`` (over the tokens of the run) and ``negative``, which makes those
-    below zero zero.
+    * ``wasserstein``: the neurons with the largest distance to a Gaussian.
+    * ``bottom``: those with the smallest distance.
+    * ``random``: random neurons, drawn once for each of ``seeds`` seeds.
+    * ``kurtosis``, ``weight_norm``, ``std``, ``difficulty``: those with the largest value; a set
+      is left out if the run lacks its variable.
 
-    Returns a row per set, random ones merged, the dense model first: see `ablation_table.effects_of`; what
-    it was made of is in ``attrs``. The model is not changed. With ``out`` tables are written to that
-    folder; an ablation that was killed goes on where it was.
+    ``intervention`` is one or several of:
+
+    * ``sparsify``: prune the neurons' weights by SparseGPT to exactly ``sparsity``, calibrated on
+      the dense model's inputs over ``windows``; with several ``experts`` once per cluster of these
+      inputs. Each layer is pruned once for all arms.
+    * ``zero``: set the outputs to zero.
+    * ``mean``: set the outputs to their mean over the tokens of the run.
+    * ``negative``: set the negative outputs to zero.
+
+    All but ``sparsify`` need no ``windows``. All blocks are treated together, or with
+    ``per_block`` one block at a time. The model is not changed. With ``out`` the tables are
+    written to that folder; a killed ablation resumes when it is called again with the same
+    arguments.
+
+    Returns a table with a row per set, the dense model first; ``attrs`` holds run.json. Random
+    sets of all seeds share a row, which has means over the seeds. Errors are standard errors over
+    the evaluation windows; those of ratios and differences are paired by window. A number that a
+    row does not have is NaN. Columns:
+
+    * ``intervention``: the intervention; ``dense`` is the untreated model.
+    * ``sparsity``, ``experts``: options of ``sparsify``; else empty and 1.
+    * ``block``: the treated block; empty if all blocks are treated.
+    * ``set``: the set of neurons.
+    * ``share``: the treated share of each layer's neurons.
+    * ``neurons``: number of treated neurons.
+    * ``realised``: share of zeros in the treated rows, mean over experts.
+    * ``model_sparsity``: share of zeros in all weights of the model.
+    * ``seeds``: number of random sets; 0 for other sets.
+    * ``perplexity``, ``perplexity_error``: perplexity on the evaluation windows.
+    * ``perplexity_low``, ``perplexity_high``: its 95% t-interval over seeds.
+    * ``ratio``, ``ratio_error``: perplexity over that of the dense model.
+    * ``difference``, ``difference_error``: difference to the dense model, nats per token.
+    * ``difference_low``, ``difference_high``: its 95% t-interval over seeds, nats per token.
+    * ``windows``: evaluation windows.
+    * ``tokens``: scored tokens.
+    * ``problem``: why the row has no score; empty if it has one.
+    * ``over_random``, ``over_random_error``: difference to random neurons of the same share, nats
+      per token; the error combines windows and seeds.
+    * ``times_random``: increase of perplexity over that with random neurons of the same share.
+    * ``times_low``, ``times_high``: its 95% bootstrap interval over windows and seeds.
+    * ``equivalent_share``: share of random neurons that causes the same difference (see
+      `equivalent_share`); infinite if no share that was run does.
+    * ``equivalent_low``, ``equivalent_high``: its 95% bootstrap interval over windows and seeds.
 
     Raises:
-        FileExistsError: ``out`` exists, or an unfinished run of other settings is there, and
+        FileExistsError: ``out`` exists or holds an unfinished run with other settings, and
             ``overwrite`` is false.
         LookupError: a pattern matches no layer of the run.
-        RuntimeError: a layer did not run once in each batch, a model that cannot be run block by
-            block, or whose dense score is not finite.
-        ValueError: the run is of other weights, or measured on windows of the evaluation; some of
-            these are among ``windows``; or a number or word out of range.
+        RuntimeError: a layer did not run once in each batch, the model cannot be run block by
+            block, or its dense score is not finite.
+        ValueError: the run was measured on other weights or on evaluation windows, an evaluation
+            window is also a calibration window, or a number or word is out of range.
     """
     ablation = Ablation.of(
         intervention=intervention,
@@ -139,15 +176,15 @@ def ablate(
 
 
 def missing_sets(run: xr.DataTree | xr.Dataset, sets: Sequence[str]) -> list[str]:
-    """Return the sets that the run has no variable for."""
+    """Return the sets whose variable the run lacks."""
     data = dataset_of(run)
     return [n for n in dict.fromkeys(sets) if n not in {RANDOM, BOTTOM} and n not in data]
 
 
 def neurons_of(run: xr.DataTree | xr.Dataset, arm: Arm, layers: Sequence[LinearLayer]) -> Neurons:
-    """Return which neurons of these layers, those of its block if it has one, an arm treats.
+    """Return the neurons of each layer that an arm treats; of its block only, if it has one.
 
-    Layers that have none, since all their neurons are dead, are left out.
+    Layers without any, whose neurons are all dead, are left out.
     """
     names = [layer.name for layer in layers if arm.block in {None, layer.block}]
     by = "wasserstein" if arm.neurons in {RANDOM, BOTTOM} else arm.neurons
@@ -158,7 +195,7 @@ def neurons_of(run: xr.DataTree | xr.Dataset, arm: Arm, layers: Sequence[LinearL
 
 
 def _treated(setup: Setup, arms: Sequence[Arm]) -> dict[Arm, Neurons]:
-    """Return which neurons each arm treats, chosen once for all that is done to them."""
+    """Return the neurons that each arm treats, chosen once for all interventions."""
     assert setup.run is not None
     chosen: dict[Arm, Neurons] = {}
     treated: dict[Arm, Neurons] = {}
@@ -171,7 +208,7 @@ def _treated(setup: Setup, arms: Sequence[Arm]) -> dict[Arm, Neurons]:
 
 
 def _wanted(arms: Sequence[Arm], treated: Mapping[Arm, Neurons]) -> dict[Kind, dict[str, set[int]]]:
-    """Return the neurons of each layer that any arm sparsifies, for each kind of pruning."""
+    """Return the neurons of each layer to sparsify, for each clustering and sparsity."""
     wanted: dict[Kind, dict[str, set[int]]] = {}
     for arm in arms:
         if arm.sparsity is not None:
@@ -182,7 +219,7 @@ def _wanted(arms: Sequence[Arm], treated: Mapping[Arm, Neurons]) -> dict[Kind, d
 
 
 def _prune(setup: Setup, wanted: Mapping[Kind, Mapping[str, set[int]]], folder: Path) -> str:
-    """Prune the rows of all arms, and return why if that cannot be."""
+    """Prune the rows of all arms; return the error message, empty if there is none."""
     try:
         prune_rows(setup, wanted, folder)
     except ValueError as error:
@@ -201,8 +238,8 @@ def _run_arm(
 ) -> Row:
     """Score the model with an arm's neurons treated.
 
-    No neurons to treat, a problem with pruning them, or a score that is not finite, is the arm's
-    result. ``zeros`` are how many of the dense model's weights are zero, and of how many.
+    If there are no neurons to treat, pruning failed (``problem``) or the score is not finite, the
+    result holds the reason. ``zeros`` are the dense model's number of zeros and of weights.
     """
     layers = [layer for layer in setup.layers if layer.name in chosen]
     neurons = {x.name: torch.from_numpy(chosen[x.name]).to(weight_of(x).device) for x in layers}
@@ -226,10 +263,10 @@ def _run_arm(
 
 
 def _score(setup: Setup, layers: Sequence[LinearLayer], change: Any) -> Row:
-    """Score the model while these layers' outputs are changed.
+    """Score the model with the outputs of these layers changed.
 
     Raises:
-        NotFiniteError: its outputs are not finite.
+        NotFiniteError: the model's outputs are not finite.
     """
     assert setup.evaluation is not None
     with intervening(layers, change) as fired:
@@ -250,9 +287,9 @@ def _means(setup: Setup, chosen: Neurons) -> dict[str, torch.Tensor]:
 def _sparsities(
     layers: Sequence[LinearLayer], rows: Mapping[str, SparseRows], zeros: tuple[int, int]
 ) -> Row:
-    """Return the share of zeros in the treated rows, and in the model with them.
+    """Return the share of zeros in the treated rows, and in the model with these rows.
 
-    Of several experts the mean: each has as many.
+    With several experts it is their mean; all experts have the same number of weights.
     """
     treated = sparse = dense = 0.0
     for layer in layers:
@@ -272,10 +309,10 @@ def changed_outputs(
     means: Mapping[str, torch.Tensor],
     sparse: Mapping[str, Outputs],
 ) -> Callable[[LinearLayer, torch.Tensor, torch.Tensor], torch.Tensor]:
-    """Return what changes the outputs of the neurons of each layer (see `hooks.intervening`).
+    """Return a function that changes the outputs of the neurons (see `hooks.intervening`).
 
-    ``zero`` makes them zero, ``mean`` their ``means``, and ``negative`` only those below zero zero
-    (arXiv 2509.24198); ``sparsify`` gives those of ``sparse`` weights.
+    ``zero`` sets them to zero, ``mean`` to their ``means``, ``negative`` sets the negative ones to
+    zero (arXiv 2509.24198), and ``sparsify`` computes them with the ``sparse`` weights.
     """
 
     def change(layer: LinearLayer, inputs: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:

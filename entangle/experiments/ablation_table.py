@@ -1,4 +1,4 @@
-"""What treating neurons does to a score: against the dense model, and against random neurons."""
+"""The tables of an ablation: scores compared with the dense model and with random neurons."""
 
 import itertools
 import math
@@ -21,8 +21,8 @@ Array = npt.NDArray[np.float64]
 Result = Mapping[str, Any]
 
 TEXT = {"intervention", "sparsity", "block", "set", "problem"}  # columns of text
-_DRAWS = 500  # of a bootstrap
-KIND = ("intervention", "sparsity", "experts", "block")  # what is done, and where
+_DRAWS = 500  # bootstrap samples
+KIND = ("intervention", "sparsity", "experts", "block")  # columns that rows to be compared share
 _AGAINST_RANDOM = (
     "over_random",
     "over_random_error",
@@ -37,7 +37,11 @@ NAMES = {"wasserstein": "top wasserstein", "bottom": "bottom wasserstein", "rand
 
 
 def table_of(results: Sequence[Result]) -> pd.DataFrame:
-    """Return a row per arm, the first being the dense model: what was done, and its score."""
+    """Return a table with a row per arm, the dense model first.
+
+    The columns are those that `ablate` lists, without ``seeds`` and the comparisons with random
+    neurons (``over_random`` and after), and with ``seed``: the seed of a random set, else empty.
+    """
     dense = _nats(results[0])
     return pd.DataFrame(
         [_arm(result) | _scored(_nats(result)[None], dense, result) for result in results]
@@ -45,17 +49,36 @@ def table_of(results: Sequence[Result]) -> pd.DataFrame:
 
 
 def effects_of(results: Sequence[Result]) -> pd.DataFrame:
-    """Return a row per set of neurons, the first being the dense model; random ones are merged.
+    """Return a table with a row per set of neurons, the dense model first.
 
-    ``difference`` is in nats a token against the dense model and ``ratio`` its exponential; errors
-    are standard errors over windows, those of differences paired. Of random neurons all are means
-    over seeds, with 95% t-intervals over seeds, ``low`` to ``high``.
+    Random sets that differ only in the seed share a row, which has means over the seeds and 95%
+    t-intervals over them, ``_low`` to ``_high``. Errors are standard errors over windows; those of
+    ratios and differences are paired by window. A number that a row does not have is NaN. Columns:
 
-    Against random neurons of the same share stand ``over_random``, a difference in nats whose error
-    has a part from windows and one from seeds; ``times_random``, the increase of perplexity over
-    that of random ones, NaN where that is none; and the ``equivalent_share`` of random neurons that
-    hurts as much (see `equivalent_share`), infinite where random neurons of all shares that were run
-    hurt less. Both with 95% intervals of a bootstrap of windows and seeds.
+    * ``intervention``: the intervention; ``dense`` is the untreated model.
+    * ``sparsity``, ``experts``: options of ``sparsify``; else empty and 1.
+    * ``block``: the treated block; empty if all blocks are treated.
+    * ``set``: the set of neurons.
+    * ``share``: the treated share of each layer's neurons.
+    * ``neurons``: number of treated neurons.
+    * ``realised``: share of zeros in the treated rows, mean over experts.
+    * ``model_sparsity``: share of zeros in all weights of the model.
+    * ``seeds``: number of random sets; 0 for other sets.
+    * ``perplexity``, with ``_error``, ``_low``, ``_high``: perplexity on the evaluation windows.
+    * ``ratio``, ``ratio_error``: perplexity over that of the dense model.
+    * ``difference``, with ``_error``, ``_low``, ``_high``: difference to the dense model, nats per
+      token.
+    * ``windows``: evaluation windows.
+    * ``tokens``: scored tokens.
+    * ``problem``: why the row has no score; empty if it has one.
+    * ``over_random``, ``over_random_error``: difference to random neurons of the same share, nats
+      per token; the error combines windows and seeds.
+    * ``times_random``: increase of perplexity over that with random neurons of the same share; NaN
+      if random neurons cause no increase.
+    * ``times_low``, ``times_high``: its 95% bootstrap interval over windows and seeds.
+    * ``equivalent_share``: share of random neurons that causes the same difference (see
+      `equivalent_share`); infinite if no share that was run does.
+    * ``equivalent_low``, ``equivalent_high``: its 95% bootstrap interval over windows and seeds.
     """
     dense = _nats(results[0])
     groups: dict[tuple[Any, ...], list[Result]] = {}
@@ -79,7 +102,7 @@ def _nats(result: Result) -> Array:
 
 
 def _arm(result: Result) -> dict[str, Any]:
-    """Return what an arm did to which neurons."""
+    """Return the columns that describe an arm."""
     block = result.get("block")
     return {
         "intervention": result["intervention"],
@@ -96,7 +119,7 @@ def _arm(result: Result) -> dict[str, Any]:
 
 
 def _scored(nats: Array, dense: Array, result: Result) -> dict[str, Any]:
-    """Return the score of arms' nats (seeds, windows): means, errors over windows, and intervals."""
+    """Return the score columns of nats (seeds, windows): means, errors over windows, intervals."""
     tokens = int(result["tokens"])
     mean = nats.mean(axis=0)  # (windows,)
     change = Score(mean - dense, tokens)
@@ -123,7 +146,7 @@ def _scored(nats: Array, dense: Array, result: Result) -> dict[str, Any]:
 
 
 def _interval(values: Array) -> tuple[float, float]:
-    """Return a mean and half of its 95% t-interval, NaN for one value."""
+    """Return a mean and the half-width of its 95% t-interval, NaN for one value."""
     n = len(values)
     if n < 2:
         return float(values.mean()), math.nan
@@ -139,7 +162,7 @@ def _against_random(
     groups: Mapping[tuple[Any, ...], Sequence[Result]],
     dense: Array,
 ) -> dict[str, float]:
-    """Compare a set's nats (1, windows) with those of random neurons that were treated the same."""
+    """Compare a set's nats (1, windows) with those of random neurons with the same treatment."""
     *kind, share, name = key
     found = dict.fromkeys(_AGAINST_RANDOM, math.nan)
     random = {
@@ -161,7 +184,7 @@ def _against_random(
 
 
 def _times(nats: Array, random: Array, dense: Array) -> float:
-    """Return the increase of perplexity over that of random neurons (seeds, windows)."""
+    """Return the increase of perplexity over that with random neurons (seeds, windows)."""
     before = Score(dense, 0).perplexity
     increase, *others = (Score(one, 0).perplexity - before for one in (nats, *random))
     mean = float(np.mean(others))
@@ -176,10 +199,10 @@ def _equivalent_to(nats: Array, curve: Mapping[float, Array], dense: Array) -> f
 def _bootstrap(
     nats: Array, share: float, curve: Mapping[float, Array], dense: Array
 ) -> dict[str, float]:
-    """Return 95% intervals: windows are drawn with replacement, for all alike, and so are seeds.
+    """Return 95% bootstrap intervals; windows and seeds are drawn with replacement.
 
-    With one seed there are none; nor where more than one draw in twenty has no value, since random
-    neurons cost nothing in it.
+    All sets and shares use the same draws. There is no interval with one seed, or if more than one
+    draw in twenty has no value because random neurons cause no increase in it.
     """
     if min(map(len, curve.values())) < 2:
         return {}
@@ -206,10 +229,11 @@ def _bootstrap(
 def equivalent_share(
     difference: float, shares: Sequence[float], differences: Sequence[float]
 ) -> float:
-    """Return the share of random neurons that makes a difference, in nats, as large as this.
+    """Return the share of random neurons that causes this difference, in nats per token.
 
-    Interpolated linearly between the shares (ascending) that were run, from no difference at share
-    0 on, to where it is first reached; infinite where it is not.
+    It is interpolated linearly between the ``shares`` that were run (ascending) and their
+    ``differences``, starting with difference 0 at share 0. It is the smallest such share, infinite
+    if the difference is not reached.
     """
     if math.isnan(difference) or np.isnan(differences).any():
         return math.nan
@@ -226,13 +250,13 @@ def read_table(folder: str | Path) -> pd.DataFrame:
     """Return the table of an ablation's folder; its ``attrs`` are run.json.
 
     Raises:
-        FileNotFoundError: no table there.
+        FileNotFoundError: the folder has no such table.
     """
     return store.read_table(folder, "ablation", TEXT)
 
 
 def markdown(table: pd.DataFrame) -> str:
-    """Return the table in Markdown, with what it was measured on above it."""
+    """Return the table in Markdown, below a paragraph on models, texts and units."""
     about, run = table.attrs, table.attrs["run"]
     pruned = (
         f" Sparsified rows were pruned by SparseGPT, mask by row, by {about['tokens']:,} tokens of "
@@ -282,7 +306,7 @@ def markdown(table: pd.DataFrame) -> str:
 
 
 def said(name: str) -> str:
-    """Return what a set of neurons is called."""
+    """Return the display name of a set of neurons."""
     return NAMES.get(name, f"top {name}")
 
 
@@ -291,7 +315,7 @@ def _share(value: float) -> str:
 
 
 def _numbers(row: Mapping[Any, Any]) -> list[str]:
-    """Return the cells of a row's score."""
+    """Return the cells from perplexity on, as text."""
     if row["problem"]:
         return ["-"] * 6
     if row["set"] == RANDOM:

@@ -1,4 +1,4 @@
-"""Choose a budget's strength, and its variable, on calibration windows set aside."""
+"""Choice of a budget's variable and strength on calibration windows set aside."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -26,16 +26,16 @@ from entangle.pruning.options import (
 
 STRENGTHS = (0.1, 0.25, 0.4)
 VARIABLES: tuple[Budget, ...] = (DISTANCE, "ranks", "wasserstein")
-_EVERY = 4  # a window in so many is set aside
+_EVERY = 4  # one window in this many is set aside
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ChosenBudget:
-    """What was chosen, and the table that says why."""
+    """The chosen budget, and the table of all candidates."""
 
     budget: str
     strength: float
-    against_uniform: float  # nats a token on the windows set aside; NaN if uniform rows are best
+    against_uniform: float  # nats per token, windows set aside; NaN if uniform is best
     against_uniform_error: float
     table: pd.DataFrame  # as `sweep` returns it, scored on the windows set aside
 
@@ -54,14 +54,14 @@ def choose_budget(
 ) -> ChosenBudget:
     """Return the budget of rows with the lowest perplexity on a fourth of the calibration windows.
 
-    The other windows are pruned by, with one expert and dense propagation, so that a candidate
-    costs a pruning and a score. Uniform rows are a candidate too, of strength 0. Options are those
-    of `sweep`; candidates are several of ``budget`` and of ``strength``. The evaluation text is not
-    seen.
+    The other windows are for calibration. Pruning is with one expert and dense propagation, so that
+    a candidate costs one pruning and one score. The candidates are all combinations of ``budget``
+    and ``strength``, and uniform rows with strength 0. The other options are those of `sweep`. The
+    evaluation text is not used.
 
     Raises:
-        ValueError: as `sweep` does, fewer than four windows, a budget without a strength, or no
-            candidate has a score.
+        ValueError: as `sweep`; or there are fewer than four windows, a budget has no strength, an
+            option of experts or propagation is given, or no candidate has a score.
     """
     given: dict[str, Any] = dict(options)
     for name in ("experts", "propagate", *EXPERT_DEFAULTS):
@@ -71,7 +71,7 @@ def choose_budget(
                 f"{name}={given[name]!r}"
             )
     budgets = several(given.pop("budget", VARIABLES))
-    searched = {"strength", "across"}  # beside the budget: of all others there is one value
+    searched = {"strength", "across"}  # besides budget; all others take one value
     Pruning.of(**{name: value for name, value in given.items() if name not in searched})
     alike = sorted({UNIFORM, TRIM} & {*budgets})
     if alike:

@@ -1,4 +1,4 @@
-"""What clusters and their experts gain: by layer, and by how entangled a neuron is in its layer."""
+"""The tables of `disentangle`: by layer, and by quantiles of the distance within a layer."""
 
 import itertools
 import math
@@ -16,8 +16,8 @@ from entangle.runs.markdown import table_lines, with_error
 
 Array = npt.NDArray[np.float64]
 
-QUANTILES = (0.0, 0.5, 0.9, 0.95, 0.99, 1.0)  # of a layer's distances
-MEASURES = {  # what an improvement may go with, and where it is found
+QUANTILES = (0.0, 0.5, 0.9, 0.95, 0.99, 1.0)  # of the distances within a layer
+MEASURES = {  # correlated with the improvement; values name the variable
     "wasserstein": "wasserstein",
     "difficulty": "held_out_difficulty",
     "kurtosis": "kurtosis",
@@ -27,7 +27,7 @@ MEASURES = {  # what an improvement may go with, and where it is found
 
 
 def _kinds(tree: xr.DataTree) -> Iterator[tuple[dict[str, Any], dict[str, Array]]]:
-    """Give each number of experts and sparsity, with what was found for them, by neuron."""
+    """Yield each number of experts and sparsity, with its measures (neurons,) by name."""
     data = dataset_of(tree)
     values = {str(name): data[name].to_numpy() for name in data.data_vars}
     experts = data["experts"].to_numpy()
@@ -35,7 +35,7 @@ def _kinds(tree: xr.DataTree) -> Iterator[tuple[dict[str, Any], dict[str, Array]
         "wasserstein": values["held_out_wasserstein"],
         "difficulty": values["held_out_difficulty"],
     }
-    # Arms come as one expert, and then in pairs: k-means, at random.
+    # Arm 0 has one expert; then come pairs of k-means and random clusters.
     for arm in range(1, len(experts), 2):
         for place, sparsity in enumerate(data["sparsity"].to_numpy()):
             found = dict(shown)
@@ -44,7 +44,7 @@ def _kinds(tree: xr.DataTree) -> Iterator[tuple[dict[str, Any], dict[str, Array]
                 found[f"{name}_random"] = values[f"{name}_within"][:, arm + 1]
                 differ = found[f"{name}_random"] - found[f"{name}_within"]
                 found[f"{name}_less"] = np.where(np.isnan(differ), np.nan, differ > 0)
-            # Without a loss in experts an improvement is infinite, and is left out.
+            # The improvement of a neuron that experts reproduce exactly is infinite: left out.
             found["improvement"] = _finite(values["improvement"][:, place, arm])
             found["improvement_random"] = _finite(values["improvement"][:, place, arm + 1])
             found["improvement_halves"] = _finite(values["improvement_halves"][:, place, arm])
@@ -54,12 +54,34 @@ def _kinds(tree: xr.DataTree) -> Iterator[tuple[dict[str, Any], dict[str, Array]
 
 
 def layers_table(tree: xr.DataTree) -> pd.DataFrame:
-    """Return a row per number of experts, sparsity and layer, over its neurons with a distance.
+    """Return a table with a row per number of experts, sparsity and layer.
 
-    Medians, but of ``less``, which are shares of neurons: that have a lower distance (difficulty)
-    within clusters than within random ones. ``reliability`` is the rank correlation of the
-    improvements on the even and the odd windows: of half of the tokens; ``with_`` are those of the improvement with a
-    measure of the neuron.
+    Only neurons with a trusted distance count. Values are of held-out tokens. Random clusters have
+    the sizes of the k-means clusters. A number that does not exist is NaN. Columns:
+
+    * ``experts``: number of clusters.
+    * ``sparsity``: sparsity of the experts.
+    * ``layer``, ``block``, ``role``: the layer.
+    * ``neurons``: neurons that count.
+    * ``wasserstein``: distance of the dense outputs to a Gaussian, std, median over neurons.
+    * ``difficulty``: mapping difficulty (a ratio), median over neurons.
+    * ``wasserstein_within``, ``wasserstein_random``: distance within k-means and within random
+      clusters, mean over clusters weighted by tokens, in std within the cluster, median over
+      neurons.
+    * ``wasserstein_less``: share of neurons with a smaller distance within k-means clusters than
+      within random ones.
+    * ``difficulty_within``, ``difficulty_random``, ``difficulty_less``: the same for difficulty.
+    * ``improvement``: RMSE of the outputs with one expert over that with k-means experts, median
+      over neurons.
+    * ``improvement_random``: the same with random clusters.
+    * ``distance_one``, ``distance_experts``, ``distance_random``: 1-Wasserstein distance between
+      sparse and dense outputs with one expert, k-means experts and random ones, in std of the
+      dense outputs, median over neurons.
+    * ``improvement_sd``: standard deviation of the improvement over neurons.
+    * ``reliability``: rank correlation of the improvements on the even and on the odd windows, so
+      of half the tokens each.
+    * ``with_wasserstein``, ``with_difficulty``, ``with_kurtosis``, ``with_weight_norm``,
+      ``with_std``: rank correlation of the improvement with that variable of the neuron.
     """
     data = dataset_of(tree)
     table = []
@@ -86,11 +108,21 @@ def layers_table(tree: xr.DataTree) -> pd.DataFrame:
 
 
 def quantiles_table(tree: xr.DataTree) -> pd.DataFrame:
-    """Return a row per number of experts, sparsity and range of quantiles of a layer's distances.
+    """Return a table with a row per number of experts, sparsity and range of distance quantiles.
 
-    The distances are those that the run was measured with, so that what is found on held-out tokens
-    does not depend on who was chosen. Values are means over neurons, averaged over layers;
-    ``_error`` is the standard error over layers.
+    Quantiles are within a layer, of the distances in the run. They are not of the held-out
+    distances, so the choice of neurons does not bias the held-out values. Values are means over
+    neurons, then over layers. Columns:
+
+    * ``experts``: number of clusters.
+    * ``sparsity``: sparsity of the experts.
+    * ``from``, ``to``: the range of quantiles; 0 to 1 is all neurons.
+    * ``layers``, ``neurons``: layers and neurons in it.
+    * ``wasserstein``, ``difficulty``, their ``_within``, ``_random`` and ``_less``,
+      ``improvement``, ``improvement_random``, ``distance_one``, ``distance_experts``,
+      ``distance_random``, ``reliability``: as in `layers_table`, with the same units, but means
+      where that has medians.
+    * each of these with ``_error``: its standard error over layers, in the same unit.
     """
     data = dataset_of(tree)
     ranks = {}
@@ -122,7 +154,7 @@ def quantiles_table(tree: xr.DataTree) -> pd.DataFrame:
 
 
 def _layers(data: xr.Dataset) -> dict[str, npt.NDArray[np.int64]]:
-    """Return the places of each layer's neurons that have a distance to be ranked by."""
+    """Return the indices of each layer's neurons with a trusted distance."""
     known = np.flatnonzero(trusted(data))
     groups = pd.Series(known).groupby(data["layer"].to_numpy()[known], sort=False)
     return {str(name): rows.to_numpy() for name, rows in groups}
@@ -137,7 +169,7 @@ def _nanmean(values: Array) -> float:
 
 
 def _mean_error(values: Array) -> tuple[float, float]:
-    """Return the mean of what is known of values, and its standard error."""
+    """Return the mean and standard error of the finite values."""
     known = values[np.isfinite(values)]
     if not len(known):
         return math.nan, math.nan
@@ -151,7 +183,7 @@ def _correlation(x: Array, y: Array) -> float:
 
 
 def markdown(about: Mapping[Any, Any], layers: pd.DataFrame, quantiles: pd.DataFrame) -> str:
-    """Return both tables in Markdown, with what they were measured on above them."""
+    """Return both tables in Markdown, below a paragraph on models, texts and units."""
     run = about["run"]
     lines = [
         f"{about['model']}, {' '.join(about['layers'])}: clusters and experts from "

@@ -1,7 +1,7 @@
-"""Disentangle: what clusters of a layer's inputs, and experts for them, make of each neuron.
+"""Disentangling: each neuron within clusters of its layer's inputs, and with experts for them.
 
-All of it is on held-out tokens, beside random clusters of the same sizes: in a cluster there are
-fewer tokens, so that its noise floor is higher, and only against these can it be read.
+Everything is measured on held-out tokens, and also for random clusters of the same sizes. A cluster
+has fewer tokens and so a higher noise floor: only random clusters make its numbers comparable.
 """
 
 from collections.abc import Mapping, Sequence
@@ -34,11 +34,11 @@ from entangle.runs.resuming import resumed_run
 from entangle.runs.setup import Setup, Stopwatch
 
 Array = npt.NDArray[np.float64]
-HELD_OUT_WINDOWS = 64  # that the held-out tokens are drawn from
+HELD_OUT_WINDOWS = 64  # at most so many, to draw the held-out tokens from
 
 Tensors = dict[str, torch.Tensor]
 
-ARMS = {  # of a variable that has a value for each way to cluster: with sparse weights, or without
+ARMS = {  # variables with a value per arm; True: also per sparsity
     "wasserstein_within": False,
     "difficulty_within": False,
     "wasserstein_share": False,
@@ -65,33 +65,39 @@ def disentangle(
     overwrite: bool = False,
     progress: bool = False,
 ) -> xr.DataTree:
-    """Measure each neuron within clusters and pruned for them, on at most 8,192 held-out tokens.
+    """Measure each neuron within clusters and with sparse experts, on up to 8,192 held-out tokens.
 
-    ``run`` is what `measure` returned for this model. Routers and Grams come from ``windows``, the
-    held-out tokens from at most 64 windows of ``evaluation``, both through the dense model. Arms are one expert, and for
-    each number of ``experts`` clusters by k-means and at random.
+    ``run`` is the result of `measure` for this model. Routers and Grams are computed from
+    ``windows``, the held-out tokens are drawn from at most 64 windows of ``evaluation``, both with
+    the dense model. The arms are one expert, and for each number of ``experts`` k-means clusters
+    and random clusters.
 
-    Returns the run's dataset with these variables more, and as child ``outputs`` those of each
-    layer's most entangled neuron, and of ``neurons``, written LAYER:INDEX:
+    Returns the run's dataset with the variables below. Its child ``outputs`` has the outputs of
+    each layer's most entangled neuron and of ``neurons``, written LAYER:INDEX.
 
-    * ``held_out_wasserstein``, ``held_out_difficulty``: of the dense outputs of all tokens.
-    * ``wasserstein_within``, ``difficulty_within`` (neuron, arm): the mean of those within clusters,
-      weighted by tokens. Random clusters are those of k-means with the tokens shuffled. A cluster in
-      which a neuron is constant counts in neither; ``wasserstein_share`` of the tokens does.
-    * ``distance_to_dense`` (neuron, sparsity, arm): 1-Wasserstein distance between the outputs of
-      the pruned weights and the dense ones, in std of the dense ones.
-    * ``improvement`` (neuron, sparsity, arm): RMSE of the outputs with one expert, over that with
-      these; ``improvement_halves`` on the even and the odd windows.
+    * ``held_out_wasserstein`` (neuron): distance of the dense outputs to a Gaussian, in std.
+    * ``held_out_difficulty`` (neuron): mapping difficulty, a ratio.
+    * ``wasserstein_within``, ``difficulty_within`` (neuron, arm): the same within clusters, mean
+      over clusters weighted by tokens, the distance in std within the cluster. The random clusters
+      are the k-means clusters with the tokens shuffled.
+    * ``wasserstein_share``, ``difficulty_share`` (neuron, arm): share of the tokens in clusters
+      that count; a cluster in which a neuron is constant does not.
+    * ``distance_to_dense`` (neuron, sparsity, arm): 1-Wasserstein distance between sparse and dense
+      outputs, in std of the dense outputs.
+    * ``improvement`` (neuron, sparsity, arm): RMSE of the outputs with one expert over that with
+      the experts of the arm.
+    * ``improvement_halves`` (neuron, sparsity, arm, half): the same on the even and odd windows.
 
-    The model is not changed. With ``out`` all is written to that folder, with tables; a run that was
-    killed goes on where it was.
+    The model is not changed. With ``out`` the run and its tables (see `layers_table` and
+    `quantiles_table`) are written to that folder; a killed command resumes when it is called again
+    with the same arguments.
 
     Raises:
-        FileExistsError: ``out`` exists, or an unfinished run of other settings is there, and
+        FileExistsError: ``out`` exists or holds an unfinished run with other settings, and
             ``overwrite`` is false.
-        LookupError: a pattern matches no layer of the run, or it has no such neuron.
-        RuntimeError: a model that cannot be run block by block.
-        ValueError: as `ablate` says.
+        LookupError: a pattern matches no layer of the run, or the run lacks a neuron.
+        RuntimeError: the model cannot be run block by block.
+        ValueError: as `ablate`.
     """
     parsed, arms = check_words(experts, sparsity)
     setup = Setup.of(
@@ -124,7 +130,7 @@ def disentangle(
         for block in setup.blocks:
             found |= load_tensors(_file(parts, block))
         tree = _tree(setup.run, names, kept, arms, parsed, found)
-        # Beside the run's own attributes, of whose text most are.
+        # Added to the run's own attributes, which describe the measured text.
         tree.attrs |= attributes_of({"disentangled": attributes})
         per_layer, by_quantile = layers_table(tree), quantiles_table(tree)
         store.save_table(per_layer, folder / "tables" / "layers.csv")
@@ -139,10 +145,10 @@ def disentangle(
 def check_words(
     experts: Several[int], sparsity: Several[str | float]
 ) -> tuple[list[Sparsity], list[Clustering]]:
-    """Return the sparsities and the arms that words stand for.
+    """Return the parsed sparsities and the arms.
 
     Raises:
-        ValueError: no sparsity, or no number of experts above one.
+        ValueError: there is no sparsity or no number of experts above one, or a value is invalid.
     """
     counts, given = several(experts), several(sparsity)
     parsed = [Sparsity.parse(one) for one in given]
@@ -159,10 +165,10 @@ def check_words(
 
 
 def _kept(run: xr.Dataset, layers: Sequence[str], neurons: Sequence[str]) -> dict[str, list[int]]:
-    """Return the neurons of each layer whose outputs are kept: its most entangled, and those named.
+    """Return the neurons of each layer whose outputs are kept: the most entangled and the named.
 
     Raises:
-        LookupError: there is no such neuron.
+        LookupError: a named neuron does not exist.
     """
     kept = {name: top.tolist() for name, top in top_by_layer(run, count=1, layers=layers).items()}
     known = run.indexes["neuron"]
@@ -189,7 +195,7 @@ def _measure_blocks(
     sparsities: Sequence[Sparsity],
     folder: Path,
 ) -> None:
-    """Save what is found of each block where that is not done."""
+    """Measure the blocks that are not saved yet, and save their results."""
     layers = setup.blocks
     left = [block for block in layers if not _file(folder, block).exists()]
     if not left:
@@ -197,7 +203,7 @@ def _measure_blocks(
     assert setup.evaluation is not None
     walk, held_out, seed = setup.walk(), setup.evaluation_walk(), setup.seed
     places = sampled_places(held_out, HELD_OUT, seed)
-    halves = places // setup.evaluation.length % 2  # of whole windows
+    halves = places // setup.evaluation.length % 2  # even and odd windows
     blocks = range(left[-1] + 1)
     for block in tqdm(blocks, unit="block", desc="disentangle", disable=not setup.progress):
         if block not in left:
@@ -233,14 +239,14 @@ def _tree(
     sparsities: Sequence[Sparsity],
     found: Mapping[str, torch.Tensor],
 ) -> xr.DataTree:
-    """Return the run's dataset of these layers with what was found."""
+    """Return the run's dataset of these layers with the measured variables."""
     data = run.isel(neuron=run["layer"].isin(layers).to_numpy()).load()
 
     def joined(name: str) -> Array:
         return np.concatenate([found[f"{layer} {name}"].numpy() for layer in layers])
 
     lost = joined("lost")
-    with np.errstate(divide="ignore", invalid="ignore"):  # a neuron that loses nothing
+    with np.errstate(divide="ignore", invalid="ignore"):  # a neuron without error
         halves = np.sqrt(lost[:, :, :1] / lost)
         whole = lost.sum(axis=-1)
         improvement = np.sqrt(whole[:, :, :1] / whole)

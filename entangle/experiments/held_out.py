@@ -1,4 +1,4 @@
-"""One layer on held-out tokens: each neuron within clusters, and pruned for them."""
+"""Measures of one layer on held-out tokens: neurons within clusters, and with sparse experts."""
 
 from collections.abc import Callable, Sequence
 
@@ -26,11 +26,11 @@ def measure_layer(
     kept: Sequence[int],
     seed: int,
 ) -> Tensors:
-    """Return what is found of a layer's neurons on held-out inputs (tokens, inputs), by name.
+    """Return the measures of a layer's neurons on held-out inputs (tokens, inputs), by name.
 
-    Calibrations come as one expert, and then in pairs: experts of k-means, and at random. ``halves``
-    (tokens,) says which half a token belongs to, 0 or 1; ``kept`` are the neurons whose outputs are
-    returned.
+    The first calibration has one expert; then come pairs of k-means and random experts. ``halves``
+    (tokens,) is 0 or 1, the half of the windows that a token is in. ``kept`` are the neurons whose
+    outputs are returned.
     """
     outputs = layer.module(inputs)
     found = _clustered(calibrations, inputs, outputs, seed)
@@ -54,9 +54,10 @@ def measure_layer(
 def _clustered(
     calibrations: Sequence[Calibration], inputs: torch.Tensor, outputs: torch.Tensor, seed: int
 ) -> Tensors:
-    """Return each token's cluster, and what dense neurons show within clusters.
+    """Return each token's cluster, and the distance and difficulty of neurons within clusters.
 
-    Within random clusters means those of k-means with the tokens shuffled: of the very same sizes.
+    The random clusters here are the k-means clusters with the tokens shuffled, so that the sizes
+    are exactly the same.
     """
 
     def distance(rows: torch.Tensor) -> Array:
@@ -74,7 +75,7 @@ def _clustered(
         zero = torch.zeros(len(inputs), dtype=torch.int64, device=inputs.device)
         clusters.append(zero if router is None else router.assign(inputs))
     found: dict[str, list[Array]] = {}
-    # One expert has no control; of each pair both are found together.
+    # One expert has no control; both arms of a pair are measured together.
     for arm in [0, *range(1, len(clusters), 2)]:
         assigned = [clusters[arm], clusters[arm][shuffled]] if arm else [clusters[arm]]
         for name, measure in (("wasserstein", distance), ("difficulty", difficulty)):
@@ -88,16 +89,16 @@ def _clustered(
 def _within(
     measure: Callable[[torch.Tensor], Array], assigned: Sequence[torch.Tensor]
 ) -> tuple[Array, Array]:
-    """Return means of what is measured in each cluster, weighted by its tokens, and their share.
+    """Return means of a measure over clusters, weighted by tokens, and the share of tokens in them.
 
-    ``assigned`` (tokens,) are ways to cluster with the same sizes. A cluster in which a neuron has
-    no value in one of them, as where its outputs are all equal, counts in none: the means
-    (ways, neurons) are over the share (neurons,) of the tokens that is left.
+    ``assigned`` are clusterings (tokens,) with the same sizes. If a neuron has no value in a
+    cluster of one clustering, such as with constant outputs, the cluster is left out of all. The
+    means are (clusterings, neurons), the share of the remaining tokens is (neurons,).
     """
     total, weight = np.zeros(()), np.zeros(())
     for cluster in assigned[0].unique():
         rows = [(one == cluster).nonzero().flatten() for one in assigned]
-        values = np.stack([measure(some) for some in rows])  # (ways, neurons)
+        values = np.stack([measure(some) for some in rows])  # (clusterings, neurons)
         known = np.isfinite(values).all(axis=0)
         total = total + np.where(known, values, 0.0) * len(rows[0])
         weight = weight + known * len(rows[0])

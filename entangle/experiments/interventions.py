@@ -1,7 +1,7 @@
-"""What an ablation does to which sets of neurons: its arms.
+"""The arms of an ablation: interventions on sets of neurons.
 
-An arm changes outputs of chosen neurons while the model runs, and no weight of it: adding an arm
-costs one evaluation.
+An arm changes the outputs of chosen neurons while the model runs, and no weights. So each arm costs
+one evaluation.
 """
 
 import dataclasses
@@ -20,37 +20,37 @@ SETS = ("wasserstein", BOTTOM, RANDOM, *RIVALS)
 
 @dataclasses.dataclass(frozen=True)
 class Arm:
-    """What is done to which neurons."""
+    """One intervention on one set of neurons."""
 
     intervention: str
-    sparsity: Sparsity | None  # of `sparsify` alone
+    sparsity: Sparsity | None  # None unless the intervention is `sparsify`
     experts: int
     neurons: str  # one of SETS
     share: float  # of each layer's neurons
-    seed: int | None  # of a random set
+    seed: int | None  # None unless the set is random
     block: int | None  # None: all blocks at once
 
     @property
     def clustering(self) -> Clustering:
-        """How the inputs of a layer are split."""
+        """How the inputs of a layer are split among experts."""
         return ONE if self.experts == 1 else Clustering(self.experts)
 
     def words(self) -> dict[str, Any]:
-        """Return it as a row of a table begins."""
+        """Return the fields of the arm for tables and JSON."""
         sparsity = "" if self.sparsity is None else str(self.sparsity)
         return dataclasses.asdict(self) | {"sparsity": sparsity}
 
 
 @dataclasses.dataclass(frozen=True)
 class Ablation:
-    """What is done to which neurons, in all combinations."""
+    """Interventions and sets of neurons, to be run in all combinations."""
 
     intervention: Sequence[str]
-    sparsity: Sequence[Sparsity]  # of `sparsify` alone, as are experts
+    sparsity: Sequence[Sparsity]  # used by `sparsify` only, like experts
     experts: Sequence[int]
     sets: Sequence[str]
     share: Sequence[float]
-    seeds: int  # of random sets
+    seeds: int  # number of random sets
 
     @classmethod
     def of(
@@ -63,10 +63,10 @@ class Ablation:
         share: Several[float] = 0.03,
         seeds: int = 5,
     ) -> Self:
-        """Read one or several values of each, before a model is loaded.
+        """Return an ablation of one or several values each; needs no model.
 
         Raises:
-            ValueError: a value that is none of the choices, no value, or a number out of range.
+            ValueError: a value is missing, not among the choices, or out of range.
         """
         sparsities = [Sparsity.parse(one) for one in several(sparsity)]
         ablation = cls(
@@ -81,10 +81,10 @@ class Ablation:
         return ablation
 
     def _check(self) -> None:
-        """See that values are among the choices and in their ranges.
+        """Check that values are among the choices and in range.
 
         Raises:
-            ValueError: they are not.
+            ValueError: a value is missing, not among the choices, or out of range.
         """
         for words, choices in ((self.intervention, INTERVENTIONS), (self.sets, SETS)):
             for word in words:
@@ -102,7 +102,7 @@ class Ablation:
             raise ValueError(f"random neurons need at least 1 seed, got {self.seeds}")
 
     def arms(self, sets: Sequence[str], blocks: Sequence[int | None]) -> list[Arm]:
-        """Return all combinations with some of its sets, each once."""
+        """Return the arms of all combinations with these sets and blocks, without duplicates."""
         kinds: list[tuple[str, Sparsity | None, int]] = []
         for intervention in self.intervention:
             if intervention == "sparsify":

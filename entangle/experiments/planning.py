@@ -1,8 +1,8 @@
-"""What commands will cost, before hours are spent: the same ones on one block and on two, and sums.
+"""Estimates of the memory, disk space and time that commands will need.
 
-No weight of the model is read. Of its configuration models of one block and of two are made with
-random weights, then measured and pruned as the whole one would be, by the same commands in
-processes of their own; what these take is carried over to all blocks and all windows.
+The model's weights are not read. Models of one and of two blocks with random weights are made from
+its configuration. The same commands run on them in separate processes, and their costs are
+extrapolated to all blocks and all windows.
 """
 
 import copy
@@ -28,33 +28,33 @@ from entangle.model.text import token_windows
 from entangle.numerics.histograms import Histograms
 from entangle.pruning.options import Pruning
 
-BATCHES = (2, 16)  # of the small models
-RUN_BYTES = 3_000  # for a neuron, beside its counts, when histograms become a run
+BATCHES = (2, 16)  # numbers of batches that the small models run
+RUN_BYTES = 3_000  # of a neuron, besides its counts, when histograms are turned into a run
 
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """What a command is expected to cost."""
+    """The expected cost of a command."""
 
     command: str
     memory_bytes: float  # peak of the process
     device_bytes: float  # peak on a GPU, 0 without one
-    disk_bytes: float  # of what it writes
+    disk_bytes: float  # of the files it writes
     seconds: float
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """A model and a text, and what commands on them are expected to cost."""
+    """The sizes of a model and a text, and the expected costs of commands on them."""
 
     model: str
     text: str
-    blocks: int  # up to the last that has one of the layers
+    blocks: int  # up to the last with a chosen layer
     layers: int
     neurons: int
-    weights: int  # of the layers
+    weights: int  # of the chosen layers
     model_bytes: int  # of all weights
-    block_bytes: int  # of the first block, which all are taken to be like
+    block_bytes: int  # of the first block; all are assumed to be like it
     largest_block_bytes: int
     windows: int
     tokens: int
@@ -63,12 +63,12 @@ class Plan:
 
 @dataclasses.dataclass(frozen=True)
 class _Cost:
-    """What a command took on so many blocks and batches."""
+    """The measured cost of a command on a small model."""
 
     blocks: int
     batches: int
     seconds: float  # from the start of the process
-    memory: float
+    memory: float  # bytes, as are those below
     device: float
     disk: float
 
@@ -90,19 +90,20 @@ def plan(
     sparsity: str = "0.5",
     experts: int = 1,
 ) -> Plan:
-    """Say what measuring and pruning a model would take of memory, of disk and of time, in one process.
+    """Estimate the memory, disk space and time that `measure` and `sparsify` need in one process.
 
-    The model is not loaded, and need not fit here; all its blocks are taken to be like the first.
+    The model is not loaded and need not fit into memory. All blocks are assumed to be like the
+    first.
 
     Raises:
-        FileNotFoundError: no model or text there.
+        FileNotFoundError: the model or the text does not exist.
         LookupError: a pattern matches no layer.
-        RuntimeError: a command fails on the small model, with what it says.
-        ValueError: a number out of range.
+        RuntimeError: a command fails on the small model; the message has its error.
+        ValueError: a number or word is out of range, or the model is expanded.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    Pruning.of(sparsity=sparsity, experts=experts)  # these two raise before minutes are spent
+    Pruning.of(sparsity=sparsity, experts=experts)  # these two lines raise before the slow part
     Histograms.zeros(1, bins=bins)
     source, options = source_of(model, revision, trust_remote_code)
     if is_expanded(Path(source)):
@@ -134,7 +135,7 @@ def plan(
             del small
         place = ["--offload", str(folder / "offloaded")] if offload else []
         for name, words in commands.items():
-            # The first compiles what is not yet compiled on this machine.
+            # The first run is dropped: it compiles kernels that this machine has not compiled yet.
             for count, some in ((1, few), (1, few), (1, more), (2, few), (2, more)):
                 size = ["--windows", str(some * batch_size)]
                 line = [name, str(folder / str(count)), *common, *size, *place, *words]
@@ -178,7 +179,7 @@ def _empty(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> Any:
 
 
 def _cut(config: Any, blocks: int) -> Any:
-    """Return a configuration with so many blocks, and lists that have an entry for each cut too."""
+    """Return a configuration with so many blocks; lists with an entry per block are cut too."""
     small = copy.deepcopy(config)
     text = small.get_text_config(decoder=True)
     before = text.num_hidden_layers
@@ -190,10 +191,10 @@ def _cut(config: Any, blocks: int) -> Any:
 
 
 def _run(words: Sequence[str], out: Path, blocks: int, batches: int) -> _Cost:
-    """Run a command, and return what it took.
+    """Run a command and return its cost.
 
     Raises:
-        RuntimeError: it fails.
+        RuntimeError: the command fails.
     """
     begin = time.perf_counter()
     line = [sys.executable, "-m", "entangle", *words, "--out", str(out), "--overwrite"]
@@ -216,11 +217,11 @@ def _stage(
     block_bytes: float,
     hidden_bytes: float,
 ) -> Stage:
-    """Carry over the costs of one block and of two, each with few and with more batches, to all.
+    """Extrapolate costs of one and two blocks, with few and more batches, to the whole model.
 
-    Time grows with the blocks and with the batches of each; the last block is not like the others,
-    since nothing runs behind it. Memory is known but for what does not grow: the weights and
-    histograms that are held of each block, and the hidden states of each batch.
+    Time is linear in the batches and in the blocks; the last block costs less, since no block runs
+    after it. Memory is a constant, which is measured, plus ``block_bytes`` for each block (weights
+    and histograms) plus ``hidden_bytes`` for each batch (hidden states).
     """
     one, one_more, two, two_more = costs
 
@@ -237,7 +238,7 @@ def _stage(
 
     last = with_all(one, one_more)
     seconds = last + (blocks - 1) * max(with_all(two, two_more) - last, 0.0)
-    # Where weights and hidden states are; those of a model in files wait on the host.
+    # Where weights and hidden states are held; an offloaded model holds them on the host.
     there = "device" if one.device and block_bytes else "memory"
     memory = {name: max(getattr(cost, name) for cost in costs) for name in ("memory", "device")}
     memory[there] = rest(there) + known(blocks, batches)

@@ -1,4 +1,4 @@
-"""Tables of arms: what each scored, its change against the dense model, and their errors."""
+"""The tables of a sweep: scores of its arms, differences to the dense model, and errors."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -28,12 +28,22 @@ COSTS = (
 )
 TEXT = {*OPTIONS} - {"experts"} | {
     "problem"
-}  # columns of text, where nothing is written as nothing
+}  # columns of text, in which an empty cell is an empty string
 Losses = npt.NDArray[np.float64]
 
 
 def tables_of(results: Sequence[Mapping[str, Any]]) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Return a row per arm, the first being the dense model, and a row per arm and layer."""
+    """Return a table of arms, the dense model first, and a table of arms and layers.
+
+    The first has the columns that `sweep` lists. The second has, for each pruned arm:
+
+    * ``method``, ``mask``, ``propagate``, ``experts``, ``assign``, ``components``, ``pull``,
+      ``budget``, ``strength``, ``across``, ``sparsity``: the options of the arm, as in the first.
+    * the columns of `Sparsified.layers`.
+    * ``improvement``: RMSE of a neuron's outputs with one expert over that with several, on the
+      calibration inputs, median over the layer's neurons; NaN unless both arms were run.
+    * ``held_out_improvement``: the same on inputs from the evaluation windows.
+    """
     nats = [np.array(result["window_nats"], dtype=np.float64) for result in results]
     rows, layers = [], []
     for result, found in zip(results, nats, strict=True):
@@ -88,10 +98,10 @@ def tables_of(results: Sequence[Mapping[str, Any]]) -> tuple[pd.DataFrame, pd.Da
 
 
 def _uniform(result: Mapping[str, Any], results: Sequence[Mapping[str, Any]]) -> int | None:
-    """Return the place of the arm to compare with: the same options, but uniform rows and blocks.
+    """Return the index of the arm with the same options but uniform rows and blocks.
 
-    If no arm has uniform blocks, it is the arm with uniform rows and the same blocks. None if there
-    is no such arm, or if it is the arm itself.
+    Without such an arm it is the one with uniform rows and the same ``across``. None if there is
+    neither, or if it is the arm itself.
     """
     same = [name for name in OPTIONS if name not in {*UNBUDGETED, "mask"}]
     alike = [
@@ -110,12 +120,12 @@ def _uniform(result: Mapping[str, Any], results: Sequence[Mapping[str, Any]]) ->
 def _improvements(
     result: Mapping[str, Any], results: Sequence[Mapping[str, Any]]
 ) -> dict[str, Losses]:
-    """Return each neuron's RMSE with one expert over that with several, where both ran.
+    """Return each neuron's RMSE with one expert over that with several, if both arms were run.
 
-    That is on the same inputs, and so with dense propagation only.
+    The two compare only on the same inputs, so only with dense propagation.
     """
     same = [name for name in OPTIONS if name not in {"experts", *EXPERT_DEFAULTS}]
-    if result["experts"] == 1 or result["propagate"] == "sparse":  # which has other inputs
+    if result["experts"] == 1 or result["propagate"] == "sparse":  # its inputs depend on the arm
         return {}
     for one in results:
         if one.get("experts") == 1 and all(one.get(name) == result.get(name) for name in same):
@@ -126,7 +136,7 @@ def _improvements(
     for losses, name in (("lost", "improvement"), ("held_out_lost", "held_out_improvement")):
         if losses in one and losses in result:
             before, after = (arm[losses].astype(np.float64) for arm in (one, result))
-            with np.errstate(divide="ignore", invalid="ignore"):  # nothing lost, or no such layer
+            with np.errstate(divide="ignore", invalid="ignore"):  # neurons without error or output
                 found[name] = np.sqrt(before / after)
     return found
 
@@ -137,7 +147,7 @@ def _medians(values: Losses, layers: Sequence[Mapping[str, Any]]) -> list[float]
 
 
 def _median(values: Losses | None) -> float:
-    """Return the median of what is known of values."""
+    """Return the median of the values that are not NaN; NaN if there is none."""
     known = values[~np.isnan(values)] if values is not None else np.zeros(0)
     return float(np.median(known)) if len(known) else math.nan
 
@@ -146,8 +156,8 @@ def read_table(folder: str | Path) -> pd.DataFrame:
     """Return the table of a sweep's folder; its ``attrs`` are run.json.
 
     Raises:
-        FileNotFoundError: no table there.
-        ValueError: a sweep of a version that did not count multiply-adds.
+        FileNotFoundError: the folder has no such table.
+        ValueError: the table is of an older version, without multiply-adds.
     """
     table = store.read_table(folder, "sweep", TEXT)
     if "density" not in table:
@@ -156,7 +166,7 @@ def read_table(folder: str | Path) -> pd.DataFrame:
 
 
 def markdown(table: pd.DataFrame) -> str:
-    """Return a sweep's table in Markdown, with what it was measured on above it."""
+    """Return a sweep's table in Markdown, below a paragraph on models, texts and units."""
     attributes, tokens = table.attrs, int(table["tokens"].max())
     lines = [
         f"{attributes['model']}, {' '.join(attributes['layers'])} pruned by "
@@ -235,13 +245,13 @@ def _against(row: Mapping[Any, Any]) -> str:
 
 
 def _range(row: Mapping[Any, Any], of: str) -> str:
-    """Return the smallest and the largest share of zeros, of rows or of layers."""
+    """Return the range of the shares of zeros as text: of rows, or of layers (``of="_layer"``)."""
     ends = row[f"least{of}"], row[f"most{of}"]
     return "-" if not math.isfinite(ends[0]) else f"{ends[0]:.3f} to {ends[1]:.3f}"
 
 
 def _remarks(table: pd.DataFrame, words: Sequence[str]) -> list[str]:
-    """Say which arms have no score, and where more damping was needed than is usual."""
+    """Return remarks on arms without a score and on damping above the usual 0.01."""
     lines = []
     for row in table.to_dict(orient="records"):
         arm = " ".join(str(row[name]) for name in words)

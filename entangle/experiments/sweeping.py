@@ -1,4 +1,4 @@
-"""Sweep over prunings of one model: prune, score, put the weights back, and make one table."""
+"""Prune one model in many ways: prune, score, restore the weights, and return one table."""
 
 import dataclasses
 import functools
@@ -45,7 +45,7 @@ from entangle.runs import store
 from entangle.runs.resuming import resumed_run, unwritten
 from entangle.runs.setup import Setup, Stopwatch
 
-DENSE = "dense"  # the arm of the model as it is
+DENSE = "dense"  # the arm of the unpruned model
 
 Row = dict[str, Any]
 
@@ -65,33 +65,62 @@ def sweep(
     progress: bool = False,
     **options: Unpack[PruningOptions],
 ) -> pd.DataFrame:
-    """Score a model pruned in every combination of the options of `sparsify`, each one or several.
+    """Score a model pruned in every combination of the options of `sparsify`, one or several each.
 
-    Without a ``method`` all of them are run.
+    Without a ``method`` all methods are run. Wanda and magnitude are run with one expert only.
+    Arms that would be the same are run once: n:m is always a mask by row, magnitude uses no
+    inputs, and one expert has no router. Budgets (see `zeros_of`) are made from a measured ``run``
+    of the model; masks by block beside masks by row, and n:m beside shares of zeros, are run
+    without a budget, as published. Arms with ``propagate="dense"`` share one pass over the
+    calibration windows. The model is restored at the end.
 
-    Returns a row per arm, the dense model first; what it was made of is in ``attrs``. An error
-    is the standard error over evaluation windows; ``difference`` is in nats a token against the
-    dense model, its error paired by window, and ``ratio`` its exponential. ``against_uniform`` is the same against
-    uniform rows and blocks (or, if there are none, uniform rows of the same blocks). ``layer_error`` is the
-    mean over layers of the relative squared error of their outputs on the calibration's inputs,
-    ``held_out_error`` on inputs from the evaluation text; ``improvement`` is the median over neurons
-    of the relative improvement, the RMSE of their outputs with one expert over that with several.
-    Costs are those of `costs.totals`. Wanda and magnitude are run with one expert only. Arms that
-    would be the same are run once: n:m is a mask by row, magnitude sees no inputs, and one expert
-    has no router. Budgets of rows and ``across`` blocks (see `zeros_of`) are made from a measured
-    ``run`` of the model; beside others n:m and masks by block are run uniform, as published. Arms with ``propagate="dense"`` share one pass over the calibration. Afterwards
-    the model is as it was.
+    With ``out`` the tables are written to that folder. A killed sweep resumes when it is called
+    again with the same arguments, and returns the same table.
 
-    With ``out`` tables are written to that folder. A sweep that was killed goes on where it was
-    when it is called again with the same arguments, and its table is the same.
+    Returns a table with a row per arm, the dense model first; ``attrs`` holds run.json. Errors are
+    standard errors over the evaluation windows; those of ratios and differences are paired by
+    window. A number that an arm does not have is NaN. Columns:
+
+    * ``method``: ``sparsegpt``, ``wanda`` or ``magnitude``; ``dense`` is the unpruned model.
+    * ``mask``, ``propagate``, ``experts``, ``assign``, ``components``, ``pull``, ``budget``,
+      ``strength``, ``across``, ``sparsity``: the options of `sparsify`, as text but for
+      ``experts``; empty where an option does not apply.
+    * ``realised``: share of zeros in the weights of the chosen layers, over all experts.
+    * ``model_sparsity``: share of zeros in all weights of the model.
+    * ``least``, ``most``: smallest and largest share of zeros in a row.
+    * ``least_layer``, ``most_layer``: smallest and largest share of zeros in a layer.
+    * ``perplexity``, ``perplexity_error``: perplexity on the evaluation windows.
+    * ``ratio``, ``ratio_error``: perplexity over that of the dense model.
+    * ``nats``, ``nats_error``: mean negative log-likelihood, nats per token.
+    * ``difference``, ``difference_error``: ``nats`` minus those of the dense model, nats per token.
+    * ``against_uniform``, ``against_uniform_error``: ``nats`` minus those of the arm with uniform
+      rows and blocks (without one, uniform rows and the same ``across``), nats per token.
+    * ``layer_error``: ‖(W - Ŵ)X‖² / ‖WX‖² on the calibration inputs, mean over layers.
+    * ``held_out_error``: the same on inputs from the evaluation windows.
+    * ``improvement``: RMSE of a neuron's outputs with one expert over that with several, on the
+      calibration inputs, median over neurons; needs both arms, with dense propagation.
+    * ``held_out_improvement``: the same on inputs from the evaluation windows.
+    * ``damping``: largest damping that a Gram needed, in units of its mean diagonal.
+    * ``density``: multiply-adds of the pruned layers and their routers over their dense ones.
+    * ``multiply_adds``: multiply-adds per token with non-zero weights of the pruned layers.
+    * ``router_multiply_adds``: multiply-adds per token of their routers.
+    * ``dense_multiply_adds``: multiply-adds per token of the same layers when dense.
+    * ``model_multiply_adds``: multiply-adds per token of the model's linear layers, routers and
+      output embedding.
+    * ``model_dense_multiply_adds``: the same for the dense model.
+    * ``stored``: non-zero weights of the pruned layers, over all experts.
+    * ``disk_bytes``, ``memory_bytes``: size of the pruned layers and routers, bytes.
+    * ``windows``: evaluation windows.
+    * ``tokens``: scored tokens.
+    * ``problem``: why the arm has no score; empty if it has one.
 
     Raises:
-        FileExistsError: ``out`` exists, or an unfinished sweep of other settings is there, and
+        FileExistsError: ``out`` exists or holds an unfinished sweep with other settings, and
             ``overwrite`` is false.
-        LookupError: a pattern matches no layer, or the run lacks one.
-        RuntimeError: a model that cannot be run block by block, or whose dense score is not
-            finite.
-        ValueError: as `sparsify` says, a run of other weights, or a window of the evaluation is one of the calibration.
+        LookupError: a pattern matches no layer, or the run lacks a layer.
+        RuntimeError: the model cannot be run block by block, or its dense score is not finite.
+        ValueError: as `sparsify`; the run was measured on other weights; or an evaluation window
+            is also a calibration window.
     """
     every: PruningOptions = {"method": METHODS, **options}
     prunings = arms_of(**every)
@@ -109,8 +138,8 @@ def sweep(
     check_layers(setup, [pruning.sparsity for pruning in prunings])
     attributes = setup.provenance() | budget_run(setup)
     attributes |= {"arms": [pruning.words() for pruning in prunings]}
-    alike = dict.fromkeys(setup.blocks, 0.0)  # the walk has OWL's ratios
-    for arm in prunings:  # what cannot be made is told before hours are spent
+    alike = dict.fromkeys(setup.blocks, 0.0)  # in place of OWL's ratios, not yet known
+    for arm in prunings:  # raise for an impossible budget before pruning starts
         zeros_of(setup.layers, arm, run=setup.run, outliers=alike, seed=setup.seed)
     outliers = functools.cache(lambda: block_outliers(setup.walk(), setup.layers))
     clusterings = list(dict.fromkeys(p.clustering for p in prunings if p.propagate == "dense"))
@@ -122,7 +151,7 @@ def sweep(
         grams = folder / "grams"
         for file, pruning in tqdm(left.items(), unit="arm", disable=not progress):
             if pruning and pruning.propagate == "dense":
-                _calibrate_dense(setup, clusterings, grams)  # once: the next arm finds it done
+                _calibrate_dense(setup, clusterings, grams)  # only the first call computes
             found, losses = _run_arm(setup, pruning, grams, outliers)
             if losses:
                 ranks.once(save_tensors, _losses_file(file), losses)
@@ -144,7 +173,7 @@ def _name(pruning: Pruning) -> str:
 
 
 def _calibrate_dense(setup: Setup, clusterings: Sequence[Clustering], folder: Path) -> None:
-    """Save the calibrations of the dense model, block by block, where that is not done."""
+    """Save the missing calibrations of the dense model, block by block."""
     layers = setup.blocks
     files = {block: _files(folder, block, clusterings) for block in layers}
     missing = {b: [c for c, file in some.items() if not file.exists()] for b, some in files.items()}
@@ -155,7 +184,7 @@ def _calibrate_dense(setup: Setup, clusterings: Sequence[Clustering], folder: Pa
     walk, held_out = setup.walk(), setup.evaluation_walk()
     blocks = range(setup.last_block + 1)
     for block in tqdm(blocks, unit="block", desc="calibrate", disable=not setup.progress):
-        if block not in left:  # done before we were killed, or nothing to do
+        if block not in left:  # already saved, or no chosen layer
             walk.advance()
             held_out.advance()
             continue
@@ -170,7 +199,7 @@ def _calibrate_dense(setup: Setup, clusterings: Sequence[Clustering], folder: Pa
 def _files(
     folder: Path, block: int, clusterings: Sequence[Clustering]
 ) -> dict[Clustering | None, Path]:
-    """Return the files of a block's calibrations, and for None that of its held-out inputs."""
+    """Return the file of a block's calibration per clustering; key None is the held-out inputs."""
     files: dict[Clustering | None, Path] = {None: folder / f"{block}.safetensors"}
     for clustering in clusterings:
         name = "-".join(map(str, (block, *dataclasses.astuple(clustering))))
@@ -183,7 +212,7 @@ def _losses_file(file: Path) -> Path:
 
 
 def _losses(file: Path) -> dict[str, Any]:
-    """Return the losses of an arm's neurons (neurons,), if it has some."""
+    """Return the squared errors of an arm's neurons (neurons,) by name, empty if none are saved."""
     file = _losses_file(file)
     return {k: v.numpy() for k, v in load_tensors(file).items()} if file.exists() else {}
 
@@ -191,13 +220,13 @@ def _losses(file: Path) -> dict[str, Any]:
 def _run_arm(
     setup: Setup, pruning: Pruning | None, grams: Path, outliers: Callable[[], dict[int, float]]
 ) -> tuple[Row, dict[str, torch.Tensor]]:
-    """Prune, score, and put the dense weights back; return what the arm found, also by neuron.
+    """Prune, score, and restore the dense weights; return the arm's result and errors by neuron.
 
-    An arm that cannot be pruned, or whose score is not finite, says why and costs the others
-    nothing; the dense model's is an error.
+    If an arm cannot be pruned, or its score is not finite, its result holds the reason and the
+    sweep continues.
 
     Raises:
-        NotFiniteError: the dense model's score is not finite.
+        NotFiniteError: the score of the dense model is not finite.
     """
     words: Row = pruning.words() if pruning else {"method": DENSE}
     nothing = {"window_nats": [None] * len(setup.evaluation or ()), "tokens": 0, "layers": []}
@@ -238,7 +267,7 @@ def _share_of_zeros(weights: Iterable[torch.Tensor]) -> float:
 def _prune(
     setup: Setup, pruning: Pruning, grams: Path, outliers: Callable[[], dict[int, float]]
 ) -> list[PrunedLayer]:
-    """Prune the model in place: dense propagation from what is saved, sparse from the text."""
+    """Prune the model in place; dense propagation reads the saved calibrations."""
     ratios = outliers() if pruning.across == "owl" else None
     zeros = zeros_of(setup.layers, pruning, run=setup.run, outliers=ratios, seed=setup.seed)
     if pruning.propagate == "sparse":
@@ -254,7 +283,7 @@ def _prune(
 
 @contextmanager
 def _restored(model: PreTrainedModel, layers: Sequence[LinearLayer]) -> Iterator[None]:
-    """Give the model its layers, and them their weights, back at the end."""
+    """Restore the layers of the model and their weights on exit."""
     dense = [weight_of(layer).clone() for layer in layers]
     try:
         yield

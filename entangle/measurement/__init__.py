@@ -1,1 +1,1 @@
-"""What neurons do: their distributions recorded, ranked, compared and looked into."""
+"""Measuring neurons: recording, ranking and comparing their distributions, and finding contexts."""

@@ -1,4 +1,4 @@
-"""Compare two runs: how distances moved between checkpoints, texts or precisions."""
+"""Comparison of two runs: changes of distances between checkpoints, texts or precisions."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -14,7 +14,25 @@ from entangle.runs.dataset import dataset_of, matching, trusted
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Comparison:
-    """What moved: ``layers`` has a row each, ``neurons`` too, those first that moved most."""
+    """The differences of two runs over the neurons that are ranked in both.
+
+    ``layers`` has a row per layer, in the first run's order:
+
+    - ``layer``, ``block``, ``role``: the layer's labels.
+    - ``neurons``: how many of its neurons are ranked in both runs.
+    - ``correlation``: Spearman's rank correlation of the two runs' distances.
+    - ``correlation_error``: its standard error, for independent neurons.
+    - ``median``, ``other_median``: the median distance in the first and in the other run, in std.
+    - ``beyond``: the share (0 to 1) of these neurons whose change exceeds their bound.
+
+    ``neurons`` has a row per neuron, the largest |change| - bound first:
+
+    - ``neuron``: LAYER:INDEX.
+    - ``first``, ``other``: its Wasserstein distance in each run, in std.
+    - ``change``: other - first, in std.
+    - ``bound``: the sum of the certified error bounds of both distances, in std.
+    - ``beyond``: max(|change| - bound, 0), in std.
+    """
 
     layers: pd.DataFrame
     neurons: pd.DataFrame
@@ -26,16 +44,14 @@ def diff(
     *,
     layers: str | Sequence[str] = ("*",),
 ) -> Comparison:
-    """Compare the distances of the neurons that both runs have; return tables of both.
+    """Compare the Wasserstein distances of the neurons that both runs have.
 
-    ``correlation`` is Spearman's over a layer's neurons, with its standard error for independent
-    neurons. A neuron's ``change`` is from the first run to the other, ``bound`` the sum of the
-    certified errors of both, and ``beyond`` how far the change exceeds it. The tokens that each run
-    counted add noise of their own (see `noise_floor`), which no bound holds. Neurons without a
-    distance, or with one whose bound is above 0.1, in either run are left out.
+    Neurons that have no distance, or an error bound above 0.1, in either run are left out. The
+    bounds do not cover the sampling noise of the tokens that each run counted (see `noise_floor`).
 
     Raises:
-        LookupError: a pattern matches no layer of the first run, or the runs share no neuron.
+        LookupError: a pattern matches no layer of the first run, or no neuron is
+            ranked in both runs.
     """
     tables = []
     for one in map(dataset_of, (run, other)):

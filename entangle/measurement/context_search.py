@@ -1,7 +1,7 @@
-"""The tokens behind a neuron's distribution: at its ends, at its modes and in between.
+"""Contexts: the tokens at the ends, at the modes and at quantiles of a neuron's distribution.
 
-A second pass over the run's own windows. Of its outputs only those of the neurons asked for are
-kept, and of so many neurons at a time that memory is bounded.
+They are found in a second pass over the windows that the run was measured on. Only the outputs of
+the requested neurons are kept, and for a limited number of neurons at a time, to bound memory.
 """
 
 import dataclasses
@@ -36,69 +36,72 @@ Array = npt.NDArray[np.float64]
 ENDS = 8  # tokens shown at either end
 NEAR = 4  # tokens shown at a mode
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
-FARTHEST = 0.01  # share of the tokens that are left out as the farthest from the mean
-FREQUENT = 200  # kinds of tokens whose share is looked at, the most frequent ones
-SHOWN = 20  # of these, those with the largest share
-DRAWS = 200  # of the bootstrap
-VALUES = 2**27  # outputs held at a time
-BEFORE, AFTER = 24, 8  # tokens of text around one
+FARTHEST = 0.01  # share of the tokens that is left out, those farthest from the mean
+FREQUENT = 200  # the most frequent token ids, whose shares are computed
+SHOWN = 20  # of them, those with the largest share are shown
+DRAWS = 200  # of whole windows, in the bootstrap
+VALUES = 2**27  # outputs in memory at a time
+BEFORE, AFTER = 24, 8  # tokens of text before and after the token
 
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """A token in its text, and what the neuron says to it."""
+    """A token in its text, and the neuron's output for it."""
 
     why: str  # lowest, highest, mode at X, quantile Q
-    window: int
+    window: int  # index
     position: int  # in the window
     before: str
     token: str
     after: str
-    output: float
+    output: float  # of the neuron at this token
     deviation: float  # from the mean, in std
-    share: float  # of the distance
+    share: float  # of the distance, from 0 to 1
 
 
 @dataclasses.dataclass(frozen=True)
 class LeftOut:
-    """What a distribution is without some of its tokens."""
+    """The distance of a neuron when some tokens are left out."""
 
-    what: str
-    tokens: int  # left out
-    variance: float  # their share of the sum of squared deviations
-    wasserstein: float  # exact, of the others; NaN where they are constant
+    what: str  # which tokens are left out
+    tokens: int  # how many are left out
+    variance: float  # their share of the sum of squared deviations, from 0 to 1
+    wasserstein: float  # exact, of the remaining tokens, in std; NaN if these are constant
 
 
 @dataclasses.dataclass(frozen=True)
 class NeuronContexts:
-    """What is behind the distribution of one neuron."""
+    """The contexts of one neuron, and the shares that tokens have of its distance."""
 
     neuron: str  # LAYER:INDEX
     tokens: int
-    wasserstein: float  # exact, of the outputs themselves
-    low: float  # its 95% interval, by a bootstrap of whole windows
-    high: float
+    wasserstein: float  # exact, computed from the outputs, in std
+    low: float  # lower end of its 95% bootstrap interval, in std; NaN for one window
+    high: float  # upper end
     modes: list[float]  # in output units
     contexts: list[Context]
     positions: list[float]  # each window position's share of the distance
     frequent: list[dict[str, Any]]  # token, count, share of the distance, mean output
-    without: list[LeftOut]  # the farthest tokens; the position and the token of most variance
+    without: list[LeftOut]  # without the farthest tokens, one position, one token: see `_without`
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _CountedTokens:
-    """The tokens that count, by their kind and place: the same for every neuron."""
+    """The counted tokens: their positions in the windows and their ids, the same for every neuron.
 
-    length: int  # of a window
-    position: npt.NDArray[np.int64]  # (tokens,) in the window, from the first that counts
-    kind: npt.NDArray[np.int64]  # (tokens,) each one's place among kinds
-    kinds: npt.NDArray[np.int64]  # ids
-    counts: npt.NDArray[np.int64]
-    frequent: npt.NDArray[np.int64]  # places of the most frequent kinds, those first
+    A kind is a distinct token id.
+    """
+
+    length: int  # counted tokens of a window
+    position: npt.NDArray[np.int64]  # (tokens,) in the window, 0 at the first counted token
+    kind: npt.NDArray[np.int64]  # (tokens,) index into kinds
+    kinds: npt.NDArray[np.int64]  # (kinds,) token ids
+    counts: npt.NDArray[np.int64]  # (kinds,) how often each occurs
+    frequent: npt.NDArray[np.int64]  # indices of the most frequent kinds, in descending order
 
     @classmethod
     def of(cls, tokens: npt.NDArray[np.int64]) -> Self:
-        """Sort out tokens (windows, length)."""
+        """Group the counted token ids (windows, length)."""
         kinds, kind, counts = np.unique(tokens.ravel(), return_inverse=True, return_counts=True)
         length = tokens.shape[1]
         position = np.tile(np.arange(length), len(tokens))
@@ -116,19 +119,20 @@ def contexts(
     out: str | Path | None = None,
     progress: bool = False,
 ) -> list[NeuronContexts]:
-    """Find the tokens behind the distributions of neurons, written LAYER:INDEX.
+    """Find the contexts of ``neurons``, written LAYER:INDEX; return them in this order.
 
-    ``windows`` are those that ``run`` was measured on. A token's share of the distance is the
+    ``windows`` must be those that ``run`` was measured on. A token's share of the distance is the
     integral over its own quantile bin (see `distance_parts`). The interval is a basic bootstrap
-    interval of 200 draws of whole windows: since noise only adds to a distance, it may lie below it;
-    of one window there is none. A few massive outputs raise the distance by squeezing all others,
-    which then have the shares: what the distance is `without` them says so. With ``out``, the run's folder, they are written into its
-    contexts.json, beside what is there.
+    interval from 200 draws of whole windows; it is NaN for a single window. Noise only adds to a
+    distance, so the interval may lie below it. A few massive outputs raise the std and so squeeze
+    all other standardised outputs, which then carry the shares: compare the distance without them
+    (`NeuronContexts.without`). With ``out``, the run's folder, the contexts are added to its
+    contexts.json.
 
     Raises:
         LookupError: the run has no such neuron.
-        ValueError: the run is of other weights or of other windows, a neuron has no distance, or the
-            model is in training mode.
+        ValueError: the run was measured on other weights or other windows, a neuron has no
+            distance, or the model is in training mode.
     """
     neurons = [neurons] if isinstance(neurons, str) else neurons
     data = dataset_of(run)
@@ -183,7 +187,7 @@ def contexts(
 
 
 def _outputs(setup: Setup, neurons: Sequence[str]) -> Floats:
-    """Run the model and return the outputs (tokens, neurons) of some neurons."""
+    """Run the model on the windows; return the outputs (tokens, neurons) of ``neurons``."""
     wanted: dict[str, list[int]] = {}
     for neuron in neurons:
         layer, _, index = neuron.rpartition(":")
@@ -216,7 +220,11 @@ def _describe(
     counted: "_CountedTokens",
     decode: Any,
 ) -> NeuronContexts:
-    """Describe a neuron by its outputs (tokens,) and their parts of its distance."""
+    """Return the contexts of a neuron.
+
+    ``outputs`` and ``parts``, their parts of the distance, are (tokens,); ``draws`` are the
+    bootstrap's distances.
+    """
     distance = float(parts.sum())
     mean, std = float(outputs.mean(dtype=np.float64)), float(outputs.std(dtype=np.float64))
     low = high = math.nan
@@ -260,10 +268,11 @@ def _describe(
 
 
 def _texts(line: list[int], position: int, decode: Any) -> tuple[str, str, str]:
-    """Return a token's text and that around it, cut out of the text of all of them.
+    """Return the text before a token, the token's own text and the text after it.
 
-    A token alone may be half a character, or lack its space. Where the texts do not lie in each
-    other, as where one ends within a character, each is decoded by itself.
+    All three are cut from one decoded text, since a token decoded alone may be part of a character
+    or lose its space. If the decoded text is not a prefix of the longer one, as when it ends inside
+    a character, each part is decoded alone.
     """
     first, last = max(position - BEFORE, 0), position + 1 + AFTER
     parts = line[first:position], line[position : position + 1], line[position + 1 : last]
@@ -275,7 +284,7 @@ def _texts(line: list[int], position: int, decode: Any) -> tuple[str, str, str]:
 
 
 def _chosen(outputs: Floats, modes: Sequence[float]) -> Iterator[tuple[str, int]]:
-    """Give the tokens to show, and why."""
+    """Yield the tokens to show: the reason and the row of each."""
     order = np.argsort(outputs, kind="stable")
     count = min(ENDS, len(order))
     yield from (("lowest", int(row)) for row in order[:count])
@@ -288,7 +297,7 @@ def _chosen(outputs: Floats, modes: Sequence[float]) -> Iterator[tuple[str, int]
 
 
 def _modes(outputs: Floats, mean: float, std: float) -> list[float]:
-    """Return where the modes are: the peaks that `Histograms.modes` counts (see there)."""
+    """Return the modes, in output units: the peaks that `Histograms.modes` counts (see there)."""
     edges = mean + std * np.linspace(-8, 8, 321)
     counts = np.histogram(outputs, edges)[0].astype(np.float64)
     smooth = np.pad(gaussian_filter1d(counts, sigma=4, mode="constant"), 1)
@@ -300,7 +309,7 @@ def _modes(outputs: Floats, mean: float, std: float) -> list[float]:
 def _frequent(
     counted: _CountedTokens, outputs: Floats, shares: Array, decode: Any
 ) -> list[dict[str, Any]]:
-    """Return the frequent tokens that have the largest shares of the distance."""
+    """Return the frequent tokens with the largest shares of the distance, in descending order."""
     share = np.bincount(counted.kind, weights=shares)
     total = np.bincount(counted.kind, weights=outputs.astype(np.float64))
     usual = counted.frequent
@@ -317,7 +326,7 @@ def _frequent(
 
 
 def _named(token: int, decode: Any) -> str:
-    """Return a token's text; parts of characters, which all look alike, with their number."""
+    """Return a token's text; add its id if it is a part of a character, since those look alike."""
     text = str(decode([token]))
     return f"{text}<{token}>" if "\ufffd" in text else text
 
@@ -325,10 +334,12 @@ def _named(token: int, decode: Any) -> str:
 def _without(
     counted: _CountedTokens, outputs: Floats, skip_first: int, decode: Any
 ) -> list[LeftOut]:
-    """Leave out the 1% farthest from the mean, then a window position, then a frequent token.
+    """Return the distance without the 1% farthest tokens, without one position, without one kind.
 
-    Those two are the ones whose share of the squared deviations exceeds their share of the tokens
-    most.
+    The farthest are those farthest from the mean. The other two leave out all tokens at one window
+    position, and all tokens of one frequent kind.
+    The position and the kind are those whose share of the squared deviations exceeds their share of
+    the tokens by the most.
     """
     deviations = np.square(outputs - outputs.mean(dtype=np.float64))
     positions = np.arange(counted.length)

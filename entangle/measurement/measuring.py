@@ -1,4 +1,4 @@
-"""Measure the distribution of every neuron over a text: at once, in shards, or block by block."""
+"""Measurement of neurons' distributions over a text: in one pass, in shards, or block by block."""
 
 import dataclasses
 import functools
@@ -32,10 +32,10 @@ from entangle.runs import labelling, store
 from entangle.runs.resuming import resumed_run
 from entangle.runs.setup import Setup, Stopwatch
 
-# Of which the pairs of tokens are drawn: what they hold of memory is bounded.
+# The pairs of tokens are drawn from this many windows at most, to bound memory.
 DIFFICULTY_WINDOWS = 64
 
-SECONDS = 30.0  # at most, and a twentieth of the time: what a killed process loses
+SECONDS = 30.0  # least time between saved states, which take at most a twentieth of the time
 
 
 def measure(
@@ -54,18 +54,20 @@ def measure(
 ) -> xr.DataTree:
     """Measure the distribution of every neuron in the matching layers over windows of a text.
 
-    Returns the run: its root has a row per neuron, its child ``histogram`` the whole state. With
-    ``out`` it is also written to that folder, whole or not at all; one that was killed goes on when
-    it is called again with the same arguments.
+    Return the run: its root has a row per neuron (the variables and units are in
+    `runs.dataset.UNITS`), its child ``histogram`` the mergeable state. With ``out`` the run is also
+    written to that folder, whole or not at all. A run that was killed is resumed when `measure` is
+    called again with the same arguments.
 
-    With ``difficulty`` the mapping difficulty is measured too, over so many pairs of tokens of at
-    most 64 of the windows, which run through the model once more, block by block, and its rank
-    correlation with the distance is in tables/difficulty.csv.
+    With ``difficulty`` above 0, also measure the mapping difficulty over that many pairs of tokens.
+    They are drawn from at most 64 of the windows, which run through the model a second time, block
+    by block. With ``out``, tables/difficulty.csv has its rank correlation with the distance in each
+    layer (the columns are those of `rank_correlations`).
 
-    A ``shard`` such as ``3/8`` counts every eighth batch from the third on: `merge` makes of
-    all eight what one process would have measured. Under torchrun each process counts its own
-    batches, and all return the whole; but if a model that is run block by block is written, only
-    rank 0 does.
+    A ``shard`` such as ``3/8`` counts every eighth batch from the third on; `merge` turns all eight
+    shards into the run that one process would have measured. Under torchrun each process counts its
+    own batches and returns the whole run. The exception is a model that is run block by block with
+    ``out``: there only rank 0 returns the run, and the other ranks return an empty tree.
 
     A model whose blocks are in files (``load_model(..., offload=...)``) is run block by block.
 
@@ -73,9 +75,10 @@ def measure(
         FileExistsError: ``out`` exists, or holds an unfinished run of other arguments, and
             ``overwrite`` is false.
         LookupError: a pattern matches no layer.
-        RuntimeError: ``difficulty`` of a model that cannot be run block by block.
-        ValueError: windows longer than the model's context, a model in training mode or
-            compiled, a number out of range, or a shard that has no batch.
+        RuntimeError: ``difficulty`` is above 0 and the model cannot be run block by block.
+        ValueError: the windows are longer than the model's context, the model is in training mode
+            or compiled, a number is out of range, ``shard`` has no batch, or it is given under
+            torchrun or with ``difficulty``.
     """
     if difficulty < 0:
         raise ValueError(f"a difficulty needs at least one pair of tokens, got {difficulty}")
@@ -96,11 +99,11 @@ def measure(
     attributes |= {"difficulty": difficulty} if difficulty else {}
     if shard is not None:
         attributes |= {"shard": shard, "tokens": recording.tokens}
-    streamed = out is not None and is_offloaded(model)  # block after block, and never all of it
+    streamed = out is not None and is_offloaded(model)  # never all in memory
     stopwatch = Stopwatch()
     kept = nullcontext() if out is None else resumed_run(out, attributes, overwrite=overwrite)
     with kept as folder:
-        # First, since it may be impossible.
+        # First: a model that cannot be run block by block fails before the long pass.
         difficulties = _difficulties(setup, difficulty) if difficulty else {}
         state = None if folder is None else folder / "state"
         parts = recording.blocks(state) if is_offloaded(model) else recording.whole(state)
@@ -115,7 +118,7 @@ def measure(
                 table = rank_correlations(store.open_run(folder), "wasserstein", ["difficulty"])
                 store.save_table(table, folder / "tables" / "difficulty.csv")
         else:
-            for _ in trees:  # of which all share the work
+            for _ in trees:  # reading them makes this rank record its batches
                 pass
     if out is None or not streamed:
         return tree
@@ -130,14 +133,14 @@ def _tree(
     attributes: Mapping[str, Any],
     difficulties: Mapping[str, Difficulty],
 ) -> xr.DataTree:
-    """Return the run of some of its layers."""
+    """Return the part of the run that holds ``layers``, which are some of ``every``."""
     labels = labelling.labels_of(layers, every).assign(weight_norm=("neuron", norms))
     tree = labelling.tree_of(state, labels, attributes)
     return labelling.with_difficulty(tree, difficulties) if difficulties else tree
 
 
 def _joined(trees: Sequence[xr.DataTree]) -> xr.DataTree:
-    """Return one run of the runs of some of its layers each."""
+    """Join parts of a run, each of different layers, into one run."""
     if len(trees) == 1:
         return trees[0]
     whole = {}
@@ -148,10 +151,10 @@ def _joined(trees: Sequence[xr.DataTree]) -> xr.DataTree:
 
 
 def _shard(words: str | None, difficulty: int) -> Shard:
-    """Return which batches this process counts.
+    """Return the share of the batches that this process counts.
 
     Raises:
-        ValueError: a shard where there are several processes, or of a difficulty.
+        ValueError: a shard is given under torchrun or together with a difficulty.
     """
     if words is None:
         return ranks.shard()
@@ -165,12 +168,13 @@ def _shard(words: str | None, difficulty: int) -> Shard:
     return Shard.parse(words)
 
 
-Part = tuple[Sequence[LinearLayer], Histograms, npt.NDArray[np.float64]]  # and weights' norms
+# Layers, their histograms, and the norms of their neurons' weights (neurons,).
+Part = tuple[Sequence[LinearLayer], Histograms, npt.NDArray[np.float64]]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Recording:
-    """The batches whose outputs this process records, as histograms of so many bins."""
+    """The recording of this process's share of the batches, as histograms of ``bins`` bins."""
 
     setup: Setup
     bins: int
@@ -178,28 +182,28 @@ class _Recording:
 
     @property
     def count(self) -> int:
-        """How many batches the windows are."""
+        """Return the number of batches of all processes."""
         return len(self._all)
 
     @property
     def mine(self) -> range:
-        """The numbers of the batches that this process counts."""
+        """Return the indices of the batches that this process counts."""
         return self.shard.batches(self.count)
 
     @property
     def tokens(self) -> int:
-        """The tokens that this process counts."""
+        """Return how many tokens this process counts."""
         counted = self._all[0].shape[1] - self.setup.skip_first
         return sum(len(self._all[number]) for number in self.mine) * counted
 
     @property
     def first_counts(self) -> bool:
-        """Whether the first batch is counted here; else it only places the bins."""
+        """Return whether this process counts the first batch, which always places the bins."""
         return 0 in self.mine
 
     @property
     def batches(self) -> list[torch.Tensor]:
-        """The batches to run: the first, which places the bins, and those that are counted."""
+        """Return the batches to run: the first, which places the bins, and the counted ones."""
         numbers = [*self.mine] if self.first_counts else [0, *self.mine]
         return [self._all[number] for number in numbers]
 
@@ -208,7 +212,7 @@ class _Recording:
         return self.setup.batches
 
     def whole(self, folder: Path | None) -> Iterator[Part]:
-        """Run the model batch after batch, and save now and then what to go on from."""
+        """Record all layers, batch by batch; with ``folder``, save states and resume from them."""
         model, layers, batches = self.setup.model, self.setup.layers, self.batches
         name = f"{self.shard.number}-of-{self.shard.of}.safetensors"
         file = None if folder is None else folder / name
@@ -240,7 +244,7 @@ class _Recording:
         yield layers, state, labelling.weight_norms(layers)
 
     def blocks(self, folder: Path | None) -> Iterator[Part]:
-        """Run the batches through block after block, and save each one's histograms."""
+        """Record block by block; with ``folder``, save each block's state and resume from them."""
         layers = self.setup.blocks
         files = {} if folder is None else {b: folder / f"block-{b}.safetensors" for b in layers}
         done = ranks.everyone([block for block, file in files.items() if file.is_file()])[0]
@@ -250,7 +254,7 @@ class _Recording:
             elif ranks.rank() == 0:
                 norms = {"weight_norm": torch.from_numpy(part[1])}
                 save_tensors(files[block], part[0].tensors() | norms)
-            del part  # of one block, while the next is recorded
+            del part  # free this block's histograms before the next block is recorded
         for block, file in files.items() if ranks.rank() == 0 else ():
             tensors = load_tensors(file)
             known = tensors.pop("weight_norm").numpy()
@@ -280,14 +284,14 @@ class _Recording:
 
 
 def _over_ranks(state: Histograms) -> Histograms:
-    """Make of a state that of all processes."""
+    """Replace a state by the merged state of all processes."""
     if ranks.count() > 1:
         state.reduce_(ranks.add_, ranks.least_, ranks.most_)
     return state
 
 
 def _difficulties(setup: Setup, pairs: int) -> dict[str, Difficulty]:
-    """Return the mapping difficulty of each layer's neurons, by the layer's name."""
+    """Measure the mapping difficulty of each layer's neurons; return it by the layer's name."""
     assert setup.windows is not None
     some = dataclasses.replace(setup, windows=some_windows(setup.windows, DIFFICULTY_WINDOWS))
     walk, layers, last = some.walk(), setup.blocks, setup.last_block

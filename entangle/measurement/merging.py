@@ -1,4 +1,4 @@
-"""Make one run of shards, as one process would have measured it."""
+"""Merging of shards into the run that one process would have measured."""
 
 import functools
 from collections.abc import Mapping, Sequence
@@ -12,7 +12,7 @@ from entangle.model.ranks import Shard
 from entangle.runs import labelling, store
 from entangle.runs.setup import Stopwatch
 
-NEURONS = 2**16  # that are merged at a time: what they hold of memory is bounded
+NEURONS = 2**16  # merged at a time, to bound memory
 
 
 def merge(
@@ -23,14 +23,14 @@ def merge(
 ) -> xr.DataTree:
     """Merge the shards of a run that ``measure(..., shard="3/8")`` wrote, in any order.
 
-    Returns the run, and writes it to ``out``: the bits of what one process would have measured, but
-    for skewness and kurtosis, which are the same to 1e-9.
+    Write the run to ``out`` and return it. It has the same bits as the run that one process would
+    have measured, except for skewness and kurtosis, which agree to 1e-9.
 
     Raises:
         FileExistsError: ``out`` exists, and ``overwrite`` is false.
-        FileNotFoundError: a folder that holds no run.
-        ValueError: no shards, a run that is none, shards of different runs, or not all of them, or
-            ``out`` is one of them.
+        FileNotFoundError: a folder holds no run.
+        ValueError: there are no shards, a run is not a shard, the shards are of different runs, one
+            is missing or given twice, or ``out`` is one of them.
     """
     if not shards:
         raise ValueError("expected the folders of all shards of a run, got none")
@@ -39,7 +39,7 @@ def merge(
     found: dict[Path, xr.DataTree] = {}
     for shard in shards:
         tree = store.open_run(shard)
-        if found:  # the names of the first are enough: they take memory
+        if found:  # names take memory, and those of the first shard suffice
             tree.dataset = tree.to_dataset().drop_vars("neuron")
         found[Path(shard)] = tree
     attributes = _attributes({folder: store.read_json(folder / "run.json") for folder in found})
@@ -54,10 +54,10 @@ def merge(
 
 
 def _attributes(shards: Mapping[Path, Mapping[Any, Any]]) -> dict[str, Any]:
-    """Return the attributes of the whole, having seen that these are all its shards.
+    """Check that the shards are complete and of one run; return the run.json of the whole run.
 
     Raises:
-        ValueError: they are not.
+        ValueError: a run is not a shard, or the shards are not exactly all those of one run.
     """
     first, about = next(iter(shards.items()))
     parts: dict[Shard, Path] = {}
@@ -66,7 +66,7 @@ def _attributes(shards: Mapping[Path, Mapping[Any, Any]]) -> dict[str, Any]:
             raise ValueError(f"{folder} is a whole run, and no shard of one")
         names = {*about, *attributes} - {"shard", "tokens"}
         other = [n for n in sorted(names) if about.get(n) != attributes.get(n)]
-        other.sort(key=lambda n: n == "command")  # it repeats the others
+        other.sort(key=lambda n: n == "command")  # name it last: it repeats the other settings
         if other:
             raise ValueError(
                 f"{folder} is no shard of the run that {first} is one of: {other[0]} is "
@@ -88,7 +88,7 @@ def _attributes(shards: Mapping[Path, Mapping[Any, Any]]) -> dict[str, Any]:
 
 
 def _merged(trees: Sequence[xr.DataTree], span: slice, attributes: dict[str, Any]) -> xr.DataTree:
-    """Return some of the neurons of a run."""
+    """Return the merged run of a span of the neurons."""
     states = (labelling.from_tree(tree, span) for tree in trees)
     state = functools.reduce(lambda one, other: one.merged(other), states)
     labels = trees[0].to_dataset()[["weight_norm"]].isel(neuron=span)

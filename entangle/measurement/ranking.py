@@ -1,4 +1,4 @@
-"""Order neurons, choose sets of them, and say how their variables go together."""
+"""Rankings of neurons, sets of neurons, and rank correlations of their variables."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -12,7 +12,7 @@ import xarray as xr
 
 from entangle.runs.dataset import dataset_of, matching, rows_by_layer, trusted
 
-Neurons = dict[str, npt.NDArray[np.int64]]  # by layer, their indices in it, ascending
+Neurons = dict[str, npt.NDArray[np.int64]]  # the indices of each layer's neurons, ascending
 COLUMNS = ("wasserstein", "wasserstein_error", "mean", "std", "skewness", "kurtosis", "modes")
 
 
@@ -23,10 +23,18 @@ def rank(
     by: str = "wasserstein",
     layers: str | Sequence[str] = ("*",),
 ) -> pd.DataFrame:
-    """Return the ``top`` neurons with the largest ``by`` of the matching layers, best first.
+    """Return the ``top`` neurons of the matching layers with the largest ``by``, largest first.
 
-    Neurons without a distance, or with one whose bound is above 0.1, are left out. Ties keep the
-    order of the model. ``layer_ratio`` is the value over its layer's median.
+    Neurons that have no distance, or an error bound above 0.1, are left out. Neurons without a
+    value of ``by`` come last. Ties keep the order of the model. The columns are:
+
+    - ``neuron``: LAYER:INDEX.
+    - the variable ``by``, in its unit (`runs.dataset.UNITS`).
+    - ``layer_ratio``: ``by`` divided by its median over the layer's ranked neurons.
+    - ``wasserstein``, ``wasserstein_error``: the distance and its certified error bound, in std.
+    - ``mean``, ``std``: of the output, in its units.
+    - ``skewness``, ``kurtosis`` (excess): without a unit.
+    - ``modes``: how many modes the smoothed histogram has.
 
     Raises:
         LookupError: the run has no such variable, or a pattern matches none of its layers.
@@ -56,15 +64,16 @@ def top_by_layer(
     lowest: bool = False,
     layers: str | Sequence[str] = ("*",),
 ) -> Neurons:
-    """Return a share of each matching layer's neurons, those with the largest (or lowest) ``by``.
+    """Return the neurons of each matching layer that have the largest (or lowest) ``by``.
 
-    Or so many of them; of a share at least one of each layer. Neurons without a distance, or with one whose bound is above
-    0.1, or without a value of ``by``, are left out; of ties the first are taken.
+    They are a ``share`` of the layer's neurons, at least one, or a ``count`` of them. Neurons that
+    have no distance, an error bound above 0.1, or no value of ``by`` are left out. Ties keep the
+    first.
 
     Raises:
         LookupError: the run has no such variable, or a pattern matches none of its layers.
-        ValueError: not one of share and count, a share that is not above 0 and at most 1, or a count
-            below 1.
+        ValueError: share and count are both given or both missing, the share is not above 0 and at
+            most 1, or the count is below 1.
     """
     if (share is None) == (count is None):
         raise ValueError("expected a share of each layer's neurons, or a count of them")
@@ -87,14 +96,14 @@ def top_by_layer(
 def matched_random(
     run: xr.DataTree | xr.Dataset, neurons: Mapping[str, npt.ArrayLike], *, seed: int = 0
 ) -> Neurons:
-    """Return as many neurons of each layer, drawn at random by ``seed`` from those with a distance.
+    """Return as many random neurons of each layer as ``neurons`` has of it.
 
-    ``neurons`` are those of each layer, as `top_by_layer` returns them.
-
-    Of one seed a smaller draw is part of a larger one.
+    ``neurons`` has the form that `top_by_layer` returns. The random neurons are drawn by ``seed``
+    from those that are ranked (see `rank`). With the same seed, a smaller draw is a subset of a
+    larger one.
 
     Raises:
-        LookupError: a layer that the run has not.
+        LookupError: the run lacks one of the layers.
     """
     dataset = dataset_of(run)
     places = {name: place for place, name in enumerate(dict.fromkeys(dataset["layer"].to_numpy()))}
@@ -116,9 +125,15 @@ def rank_correlations(
 ) -> pd.DataFrame:
     """Return Spearman's rank correlation of ``by`` with other variables, a row per layer.
 
-    Over the neurons that have both and are ranked (see `rank`); ``_error`` is Bonett and
-    Wright's standard error (Psychometrika 65, 2000), for independent neurons. NaN for fewer than
-    four of them, or where one variable is constant.
+    The columns are:
+
+    - ``layer``, ``block``, ``role``: the layer's labels.
+    - ``neurons``: how many of its neurons are ranked (see `rank`) and have a value of ``by``.
+    - for each other variable NAME, a column NAME: the rank correlation, from -1 to 1, over those of
+      these neurons that have a value of NAME. It is NaN for fewer than four neurons, or if one
+      variable is constant.
+    - NAME``_error``: its standard error for independent neurons (Bonett and Wright, Psychometrika
+      65, 2000).
 
     Raises:
         LookupError: the run has no such variable, or a pattern matches none of its layers.
@@ -141,7 +156,10 @@ def rank_correlations(
 
 
 def correlation(x: npt.NDArray[Any], y: npt.NDArray[Any]) -> tuple[float, float]:
-    """Return Spearman's rank correlation and its standard error (Bonett and Wright, 2000)."""
+    """Return Spearman's rank correlation and its standard error (Bonett and Wright, 2000).
+
+    Both are NaN for fewer than four values, or if x or y is constant.
+    """
     if len(x) < 4 or np.ptp(x) == 0 or np.ptp(y) == 0:
         return math.nan, math.nan
     rho = float(scipy.stats.spearmanr(x, y).statistic)
@@ -149,10 +167,10 @@ def correlation(x: npt.NDArray[Any], y: npt.NDArray[Any]) -> tuple[float, float]
 
 
 def _variable(dataset: xr.Dataset, name: str) -> npt.NDArray[np.float64]:
-    """Return a variable of the neurons.
+    """Return a variable's values (neurons,).
 
     Raises:
-        LookupError: the run has none of this name.
+        LookupError: the run has no variable of this name.
     """
     if name not in dataset or dataset[name].dims != ("neuron",) or name in dataset.coords:
         raise LookupError(f"the run has no variable {name!r}, but {', '.join(map(str, dataset))}")

@@ -1,4 +1,4 @@
-"""Record the distributions of a model's neurons while it runs."""
+"""Recording of neurons' output distributions while the model runs."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,9 +14,10 @@ from entangle.runs import labelling
 
 
 class Recorder:
-    """The histograms of some layers' neurons, filled while their model runs.
+    """The histograms of some layers' neurons, filled while the model runs.
 
-    The first batch places their bins. It counts, unless it is another process's to count.
+    The first batch is the pilot: it places the bins. It is also counted if ``first_counts``; with
+    several processes, only one of them counts it.
     """
 
     def __init__(
@@ -27,8 +28,9 @@ class Recorder:
         self.listener: Listener | None = None
         sizes = [layer.neurons for layer in layers]
         ends = torch.tensor(sizes).cumsum(0).tolist()
-        # All on the host, where pages cost memory once they are written to; a layer on the
-        # host adds to its slice directly, one on a device to its own and is copied at the end.
+        # One allocation on the host, whose pages use memory only once they are written to. Layers
+        # on the host add to their slice directly. Layers on a device have histograms there, which
+        # `state` copies into the slice.
         self._all = Histograms.zeros(sum(sizes), bins=bins)
         self._slices = {
             layer.name: slice(end - size, end)
@@ -37,7 +39,7 @@ class Recorder:
         self._histograms: dict[str, Histograms] = {}
 
     def add(self, layer: LinearLayer, rows: torch.Tensor) -> None:
-        """Add a batch's counted rows (tokens, neurons) of a layer; its first is the pilot."""
+        """Add a layer's outputs (tokens, neurons) of a batch; its first batch is the pilot."""
         histograms = self._histograms.get(layer.name)
         if histograms is None:
             if rows.device.type == "cpu":
@@ -53,11 +55,11 @@ class Recorder:
         histograms.add(rows)
 
     def tree(self) -> xr.DataTree:
-        """Return what is recorded so far: the dataset, and as its child the mergeable state.
+        """Return the run so far: the root is the dataset, the child ``histogram`` the state.
 
         Raises:
-            RuntimeError: the model has not run, a layer did not run in each batch, or the last
-                forward pass did not come to its end.
+            RuntimeError: the model has not run, a layer did not run once in each batch, or the last
+                forward pass did not finish.
         """
         if self.listener is None or self.listener.batches == 0:
             raise RuntimeError("nothing is recorded: call the model inside the with block")
@@ -66,21 +68,21 @@ class Recorder:
         return labelling.to_tree(self.state(), self.layers, counted)
 
     def state(self) -> Histograms:
-        """Return the histograms of all layers, one after the other, on the host: no copy of those."""
+        """Return the histograms of all layers, in order, on the host; it is not a copy."""
         for name, histograms in self._histograms.items():
             if histograms.count.device.type != "cpu":
                 self._all[self._slices[name]].copy_(histograms)
         return self._all
 
     def restore(self, state: Histograms) -> None:
-        """Go on from what `state` returned, each layer's on its device."""
+        """Continue from a state that `state` returned; each layer's part goes to its device."""
         self._all.copy_(state)
         for layer in self.layers:
             part, device = self._all[self._slices[layer.name]], weight_of(layer).device
             self._histograms[layer.name] = part if device.type == "cpu" else part.to(device)
 
     def dataset(self) -> xr.Dataset:
-        """Return the dataset alone: one row per neuron."""
+        """Return the dataset without the histograms, one row per neuron."""
         return self.tree().to_dataset()
 
 
@@ -94,14 +96,14 @@ def record(
 ) -> Iterator[Recorder]:
     """Record the layers that match any pattern or name while ``model`` runs in the with block.
 
-    The first batch is the pilot that places the histograms' bins: make it a typical one. Padding
-    is left out by the ``attention_mask`` that the model is called with, and so are the first
+    The first batch is the pilot that places the histograms' bins, so it should be a typical one.
+    Tokens that the model's ``attention_mask`` marks as padding are not counted, nor are the first
     ``skip_first`` tokens of each window.
 
     Raises:
         LookupError: a pattern matches no layer.
-        RuntimeError: at the end, a layer did not run once in each batch.
-        ValueError: a compiled model, or ``bins`` or ``skip_first`` out of range.
+        RuntimeError: at the end of the block, a layer had not run once in each batch.
+        ValueError: the model is compiled, or ``bins`` or ``skip_first`` is out of range.
     """
     recorder = Recorder(find_layers(model, layers), bins)
     with listening(model, recorder.layers, recorder.add, skip_first=skip_first) as listener:

@@ -1,12 +1,12 @@
-"""Run a model block by block: catch what each block is called with, then call it so again.
+"""A walk through a model block by block: each block's call is recorded, then replayed.
 
-A block is never called with arguments of our choosing, which differ between architectures and
-releases. Each batch runs through the model once with the blocks left out: what they are called
-with beside the hidden states (masks, positions) does not depend on them. The first batch also runs
-whole, as the proof of that: where a model is otherwise, it is an error and not a wrong result.
+The arguments of a block differ between architectures and releases, so none are made up here. Each
+batch runs through the model once without its blocks. This records each block's arguments beside
+the hidden states (masks, positions), which must not depend on the blocks' outputs. To check that,
+the first batch also runs through the whole model: if the arguments differ, an error is raised.
 
-Memory: the hidden states of all batches, and one batch in one block. Of a model whose weights are in
-files (see `placing`) one block is on the device, and the hidden states are on the host.
+Memory holds the hidden states of all batches, and one batch in one block. If the model's weights
+are in files (see `placing`), one block is on the device, and the hidden states are on the host.
 """
 
 import dataclasses
@@ -41,18 +41,18 @@ OTHERWISE = (
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Call:
-    """What a block was called with, beside the hidden states."""
+    """The arguments of a call of a block, without the hidden states."""
 
     leaves: list[Any]
-    form: Any  # how the leaves make up (args, kwargs)
-    named: bool  # whether the hidden states were given by name
+    form: Any  # the tree structure of the leaves in (args, kwargs)
+    named: bool  # whether the hidden states were a keyword argument
 
     @classmethod
     def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple["_Call", torch.Tensor]:
-        """Return a call and the hidden states that it was made with.
+        """Return the call with these arguments, and its hidden states.
 
         Raises:
-            ValueError: there are none.
+            ValueError: the arguments have no hidden states.
         """
         named = not args
         hidden = kwargs.get("hidden_states") if named else args[0]
@@ -63,14 +63,14 @@ class _Call:
         return cls(leaves, form, named), hidden
 
     def __call__(self, block: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-        """Call a block so again, with these hidden states, and return the new ones."""
+        """Call a block with these arguments and ``hidden``, and return its hidden states."""
         args, kwargs = _pytree.tree_unflatten(self.leaves, self.form)
         if self.named:
             return _hidden_of(block(*args, hidden_states=hidden, **kwargs))
         return _hidden_of(block(hidden, *args, **kwargs))
 
     def sharing(self, other: "_Call | None") -> "_Call":
-        """Return the same call, with the other's tensors in place of equal ones."""
+        """Return an equal call that shares its equal arguments with ``other``, to save memory."""
         if other is None or self.form != other.form:
             return self
         pairs = zip(self.leaves, other.leaves, strict=True)
@@ -78,7 +78,7 @@ class _Call:
         return dataclasses.replace(self, leaves=leaves)
 
     def equals(self, other: "_Call") -> bool:
-        """Tell whether both say the same."""
+        """Return whether two calls have equal arguments."""
         if self.named != other.named or self.form != other.form:
             return False
         return all(map(_same, self.leaves, other.leaves))
@@ -103,10 +103,11 @@ def _hidden_of(output: Any) -> torch.Tensor:
 
 
 class BlockWalk:
-    """The hidden states of batches on their way through a model's blocks, all in step.
+    """The hidden states of all batches, carried through a model's blocks one block at a time.
 
-    ``block`` is the index of the block that they stand before. `listen` hears the layers of that
-    block, `advance` goes behind it; between the two its weights may change.
+    ``block`` is the index of the block that runs next. `listen` records the inputs of its layers
+    and `record` their outputs; `advance` carries the hidden states through it. The weights of the
+    block may change between `listen` and `advance`.
     """
 
     def __init__(
@@ -117,29 +118,31 @@ class BlockWalk:
         skip_first: int = 0,
         places: Sequence[int] | None = None,
     ) -> None:
-        """Take up batches, each what the model is called with (input_ids, attention_mask).
+        """Compute the hidden states before the first block, and record the arguments of all blocks.
 
-        ``places`` are where in the text each begins, if they do not follow one another.
+        A batch maps names of the model's arguments (input_ids, attention_mask) to tensors.
+        ``places`` are the positions in the text, in tokens, at which the batches begin; without
+        them each batch begins where the one before it ends.
 
         Raises:
             RuntimeError: the blocks do not run one after the other on hidden states alone.
-            ValueError: a compiled model or one that is not loaded, no batches, or ``skip_first`` is
-                negative.
+            ValueError: the model is compiled or not loaded, there are no batches, or
+                ``skip_first`` is negative.
         """
         check_hooks(model, skip_first)
         self.model = model
         self._offloaded = is_offloaded(model)
         self._fetched: nn.Module | None = None
         self.blocks = list(find_blocks(model)[1])
-        if self._offloaded:  # a walk before may have left its last one there
+        if self._offloaded:  # an earlier walk may have left its last block on the device
             for block in self.blocks:
                 give_back(block)
         self.block = 0
         self._device = home_of(model)
         self.counted: list[CountedTokens] = []
-        self._batch = 0  # that runs
+        self._batch = 0  # the number of the running batch
         self._hidden: list[torch.Tensor] = []
-        self._calls: list[list[_Call]] = []  # of each batch, for each block
+        self._calls: list[list[_Call]] = []  # per batch, per block
         self._extras: list[int | None] = []
         with torch.inference_mode():
             for batch in batches:
@@ -149,34 +152,36 @@ class BlockWalk:
 
         starts = itertools.accumulate((batch.size for batch in self.counted), initial=0)
         begun = zip(self.counted, starts if places is None else places, strict=False)
-        self.places = [start + batch.places for batch, start in begun]  # of each counted token
+        # Per batch, the places in the text of its counted tokens.
+        self.places = [start + batch.places for batch, start in begun]
 
     @property
     def tokens(self) -> int:
-        """The tokens that count, in all batches."""
+        """The number of counted tokens in all batches."""
         return sum(batch.counted for batch in self.counted)
 
     @property
     def done(self) -> bool:
-        """Whether the hidden states are behind the last block."""
+        """Whether all blocks have run."""
         return self.block == len(self.blocks)
 
     def listen(
         self, layers: Sequence[LinearLayer], on_inputs: OnRows, *, advance: bool = False
     ) -> dict[str, str]:
-        """Run the block once, calling ``on_inputs`` with the counted input rows of its layers.
+        """Run the block once, and call ``on_inputs`` with the counted input rows of its layers.
 
-        Layers that receive the same tensor are heard once: returned is, for each layer's name,
-        the name of the one with whose rows ``on_inputs`` was called. With ``advance`` the outputs
-        of this run are carried on; after an error some may be, so begin a new walk.
+        If several layers receive the same tensor, ``on_inputs`` is called for the first of them
+        only. Return, for each layer's name, the name of the layer that it was called for. With
+        ``advance`` the outputs of the block become the hidden states. An error may leave some
+        batches advanced and others not: begin a new walk then.
 
         Raises:
-            RuntimeError: a layer did not run once in each batch, its rows are no tokens, or it
-                shares its input in some batches only.
+            RuntimeError: a layer did not run once in each batch, does not have one row for each
+                token, or shares its input in some batches only.
         """
         assert all(layer.block == self.block for layer in layers)
         heard: dict[str, str] = {}
-        seen: dict[int, tuple[torch.Tensor, str]] = {}  # held, so that no id is given anew
+        seen: dict[int, tuple[torch.Tensor, str]] = {}  # holds the tensors, so that no id is reused
 
         def listen_to(layer: LinearLayer) -> RemovableHandle:
             def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -200,12 +205,13 @@ class BlockWalk:
         return heard
 
     def record(self, layers: Sequence[LinearLayer], on_outputs: OnRows) -> None:
-        """Carry the hidden states through the block, calling ``on_outputs`` with its layers' outputs.
+        """Advance through the block, and call ``on_outputs`` with the output rows of its layers.
 
-        They are the counted rows (tokens, neurons), batch after batch.
+        The rows (tokens, neurons) are those of the counted tokens of one batch.
 
         Raises:
-            RuntimeError: a layer did not run once in each batch, or its rows are no tokens.
+            RuntimeError: a layer did not run once in each batch, or does not have one row for
+                each token.
         """
         assert all(layer.block == self.block for layer in layers)
         fired = dict.fromkeys((layer.name for layer in layers), 0)
@@ -220,7 +226,7 @@ class BlockWalk:
         self._hear(map(listen_to, layers), fired, advance=True)
 
     def advance(self) -> None:
-        """Carry the hidden states through the block, as its weights now are."""
+        """Carry the hidden states through the block with its present weights."""
         self._hear([], {}, advance=True)
 
     def _hear(
@@ -231,9 +237,9 @@ class BlockWalk:
         advance: bool,
         after: Callable[[], None] = lambda: None,
     ) -> None:
-        """Run the block with each batch while these hooks listen, and see that all of them fired.
+        """Run the block on each batch with these hooks, and check ``fired`` at the end.
 
-        ``after`` is called when a batch has run.
+        ``after`` is called after each batch.
         """
         handles: list[RemovableHandle] = []
         try:
@@ -244,7 +250,7 @@ class BlockWalk:
                 after()
                 if advance:
                     self._keep(number, hidden)
-                del hidden  # else two batches' are there while the next one runs
+                del hidden  # otherwise the next batch runs while this one's output is in memory
         finally:
             for handle in handles:
                 handle.remove()
@@ -260,12 +266,12 @@ class BlockWalk:
             self._fetched = block
         with torch.inference_mode():
             call = self._calls[number][self.block]
-            hidden = self._hidden[number]  # a copy, since a block may write over it
+            hidden = self._hidden[number]  # copied, since a block may change it in place
             hidden = hidden.to(self._device, copy=True) if self._offloaded else hidden.clone()
             return call(block, hidden)
 
     def _keep(self, number: int, hidden: torch.Tensor) -> None:
-        """Write over a batch's hidden states: to move them would leave holes all over the memory."""
+        """Store a batch's new hidden states, in place if possible: new tensors fragment the memory."""
         before, where = self._hidden[number], self._where(hidden)
         with torch.inference_mode():
             if before.device == where and _form(before) == _form(hidden):
@@ -289,14 +295,17 @@ class BlockWalk:
             if not all(map(_Call.equals, calls, before)):
                 raise RuntimeError(OTHERWISE.format("what they hand on is more than that"))
         self._calls.append(list(map(_Call.sharing, calls, before)))
-        # The model may hold on to its own.
+        # Copied, since the model may keep a reference to its tensor.
         self._hidden.append(hidden.to(self._where(hidden), copy=True))
 
 
 def _run_whole(
     backbone: nn.Module, blocks: Sequence[nn.Module], arguments: Mapping[str, torch.Tensor]
 ) -> tuple[list[_Call], list[int | None]]:
-    """Run all of a model; return each block's call, and how much else it returns in a tuple.
+    """Run the whole model; return each block's call, and the extra items of its output.
+
+    The number of extra items is the length of the output tuple less one, or None if the block
+    returns a tensor.
 
     Raises:
         RuntimeError: the blocks do not run one after the other on hidden states alone.
@@ -317,7 +326,7 @@ def _run_short(
     arguments: Mapping[str, torch.Tensor],
     extras: Sequence[int | None],
 ) -> tuple[list[_Call], torch.Tensor]:
-    """Run a model without its blocks; return each one's call, and the first's hidden states.
+    """Run a model without its blocks; return the same as `_catch`.
 
     Raises:
         RuntimeError: the blocks do not run one after the other on hidden states alone.
@@ -336,9 +345,10 @@ def _catch(
     arguments: Mapping[str, torch.Tensor],
     output_of: Callable[[int, torch.Tensor, Callable[[], Any]], Any],
 ) -> tuple[list[_Call], torch.Tensor]:
-    """Run a model; return each block's call, and the first's hidden states.
+    """Run a model; return each block's call, and the hidden states before the first block.
 
-    ``output_of`` gives a block's output from its index, its hidden states and what would run it.
+    ``output_of`` returns a block's output. Its arguments are the block's index, the block's hidden
+    states, and a function that runs the block.
 
     Raises:
         RuntimeError: the blocks do not run one after the other on hidden states alone.
@@ -358,7 +368,8 @@ def _catch(
             elif not _same(hidden, last):
                 raise RuntimeError(OTHERWISE.format(f"something lies before block {index}"))
             output = output_of(index, hidden, lambda: forward(*args, **kwargs))
-            last = _hidden_of(output).clone()  # what lies between may write over it
+            # Copied, since code between the blocks may change it in place.
+            last = _hidden_of(output).clone()
             calls.append(call)
             return output
 
@@ -375,7 +386,7 @@ def _catch(
 def _replaced(
     blocks: Sequence[nn.Module], make: Callable[[int, Forward], Forward]
 ) -> Iterator[None]:
-    """Give each block another forward, made from its own, and in the end its own again."""
+    """Replace each block's forward by one made from it, and restore it on exit."""
     own = [vars(block).get("forward") for block in blocks]  # accelerate may have set one
     try:
         for index, block in enumerate(blocks):

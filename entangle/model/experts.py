@@ -1,7 +1,8 @@
-"""A mixture of sparse experts as a module: copies of a layer's weights, and who gets which token.
+"""Layers of sparse experts, and the packed form of sparse weights.
 
-Packed, an expert is one bit for each weight and the values of those that are not zero: disk holds
-about density x experts of the dense layer. Packing and unpacking keep every bit.
+An expert is a pruned copy of a layer's weights; a router sends each token to one expert. A packed
+expert is stored as one bit per weight and the values that are not zero: on disk the experts take
+about density x experts times the space of the dense layer. Packing and unpacking keep every bit.
 """
 
 import dataclasses
@@ -21,19 +22,19 @@ class Mixture(nn.Module):
 
     in_features: int
     out_features: int
-    router: Router | None  # None: one expert, which has all tokens
-    bias: nn.Parameter | None  # (neurons,): all experts share it
+    router: Router | None  # None: one expert gets all tokens
+    bias: nn.Parameter | None  # (neurons,), shared by all experts
 
     def one(self, inputs: torch.Tensor) -> torch.Tensor:
-        """Return the outputs (..., neurons) of inputs (..., inputs) that are one token."""
+        """Return the outputs (..., neurons) of the inputs (..., inputs) of a single token."""
         raise NotImplementedError
 
     def many(self, rows: torch.Tensor, routes: Routes) -> torch.Tensor:
-        """Return the outputs (tokens, neurons) of rows (tokens, inputs) that are no single token."""
+        """Return the outputs (tokens, neurons) of rows (tokens, inputs), for any number but one."""
         raise NotImplementedError
 
     def extra_repr(self) -> str:
-        """Return what `print` says of it, as `nn.Linear` does."""
+        """Return the text that `print` shows for the module, as in `nn.Linear`."""
         return (
             f"experts={self.router.experts if self.router else 1}, "
             f"in_features={self.in_features}, out_features={self.out_features}, "
@@ -44,10 +45,10 @@ class Mixture(nn.Module):
         """Return the outputs (..., neurons) of inputs (..., inputs).
 
         Raises:
-            ValueError: inputs of another width.
+            ValueError: the inputs have another width than the weights.
         """
         width, router = inputs.shape[-1], self.router
-        if width != self.in_features:  # which the kernels would not notice
+        if width != self.in_features:  # the kernels do not check it
             raise ValueError(f"expected {self.in_features} inputs, got {width}")
         if inputs.numel() == width:
             return self.one(inputs)
@@ -60,9 +61,9 @@ class Mixture(nn.Module):
 
 
 class ExpertLinear(Mixture):
-    """A mixture that holds all weights, zeros too.
+    """A mixture that stores all weights, including zeros.
 
-    ``counts`` are the tokens of the calibration text that each expert got.
+    ``counts`` are the numbers of tokens of the calibration text that each expert got.
     """
 
     router: Router
@@ -74,10 +75,11 @@ class ExpertLinear(Mixture):
         router: Router,
         counts: Sequence[int],
     ) -> None:
-        """Take a weight (experts, neurons, inputs), and a bias (neurons,) that all experts share.
+        """Make the layer from a weight (experts, neurons, inputs) and a shared bias (neurons,).
 
         Raises:
-            ValueError: another number of experts, or of inputs, in the weight than in the router.
+            ValueError: the numbers of experts of the weight, the router and ``counts`` differ, or
+                the weight and the router have different numbers of inputs.
         """
         super().__init__()
         if not len(weight) == router.experts == len(counts):
@@ -97,7 +99,7 @@ class ExpertLinear(Mixture):
         router.layers += 1
 
     def one(self, inputs: torch.Tensor) -> torch.Tensor:
-        """Return the outputs (..., neurons) of inputs (..., inputs) that are one token."""
+        """Return the outputs (..., neurons) of the inputs (..., inputs) of a single token."""
         return self._product(inputs, self.router.one(inputs, self))
 
     def many(self, rows: torch.Tensor, routes: Routes) -> torch.Tensor:
@@ -115,9 +117,10 @@ class ExpertLinear(Mixture):
 
 
 class PackedLinear(Mixture):
-    """A mixture, or one pruned layer, that holds no zeros: to run it, on the CPU.
+    """A mixture, or one pruned layer, stored without zeros, to run on the CPU only.
 
-    Few tokens are multiplied as it is; for many, where that is faster, an expert is unpacked.
+    A few tokens are multiplied by the packed weights. For more tokens, an expert is unpacked if that
+    is faster.
     """
 
     def __init__(
@@ -126,7 +129,7 @@ class PackedLinear(Mixture):
         """Pack a weight (experts, neurons, inputs).
 
         Raises:
-            ValueError: a weight of a dtype that cannot be packed (see `slice_rows`).
+            ValueError: the weight's dtype cannot be packed (see `slice_rows`).
         """
         super().__init__()
         _, self.out_features, self.in_features = weight.shape
@@ -138,7 +141,7 @@ class PackedLinear(Mixture):
 
     @property
     def weight(self) -> torch.Tensor:
-        """The weight with its zeros, unpacked each time: for models that read it themselves."""
+        """The weight with its zeros, unpacked at each access, for models that read it directly."""
         if self.router is None:
             return self.sliced.dense(0)
         return torch.stack([self.sliced.dense(expert) for expert in range(self.router.experts)])
@@ -150,7 +153,7 @@ class PackedLinear(Mixture):
         )
 
     def one(self, inputs: torch.Tensor) -> torch.Tensor:
-        """Return the outputs (..., neurons) of inputs (..., inputs) that are one token."""
+        """Return the outputs (..., neurons) of the inputs (..., inputs) of a single token."""
         router = self.router
         if isinstance(router, CentroidRouter):
             known = router.recall(inputs, self)
@@ -192,25 +195,25 @@ def _constant(values: torch.Tensor) -> nn.Parameter:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Packed:
-    """Weights with many zeros, in little space."""
+    """Packed weights: a mask, and the values of the weights that are not zero."""
 
-    mask: torch.Tensor  # (bytes,) uint8: a bit for each weight, whether it is stored
-    values: torch.Tensor  # (stored,) of the weights' dtype
+    mask: torch.Tensor  # (bytes,) uint8: one bit per weight, 1 if its value is stored
+    values: torch.Tensor  # (stored,) in the weights' dtype
 
 
 def pack(weight: torch.Tensor) -> Packed:
     """Pack a weight of any shape."""
     weight = weight.detach().cpu().contiguous()
-    stored = _bits(weight) != 0  # a negative zero is no zero here, so that no bit is lost
+    stored = _bits(weight) != 0  # by bits, so that a negative zero is stored
     mask = np.packbits(stored.flatten().numpy())
     return Packed(torch.from_numpy(mask), weight[stored])
 
 
 def unpack(packed: Packed, shape: Sequence[int]) -> torch.Tensor:
-    """Return the weight of a shape that was packed.
+    """Return the weight (``shape``) that was packed.
 
     Raises:
-        ValueError: what was packed was no weight of this shape.
+        ValueError: the mask or the values do not fit the shape.
     """
     size = int(np.prod(shape))
     bits = np.unpackbits(packed.mask.numpy())
@@ -226,7 +229,7 @@ def unpack(packed: Packed, shape: Sequence[int]) -> torch.Tensor:
 
 
 def packed_bytes(weight: torch.Tensor) -> int:
-    """Return how many bytes `pack` would make of a weight."""
+    """Return the size in bytes of a weight after `pack`."""
     return -(-weight.numel() // 8) + int((_bits(weight) != 0).sum()) * weight.element_size()
 
 

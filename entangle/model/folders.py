@@ -1,4 +1,4 @@
-"""Write a folder or a file whole or not at all, and tell later whether it still is."""
+"""Folders and files that are written whole or not at all, and SHA-256 sums to check them."""
 
 import hashlib
 import shutil
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-KEPT = ".kept"  # in a folder that is being filled: what is done is not to be lost
+KEPT = ".kept"  # the marker of a resumable folder: its unfinished work stays for the next try
 
 
 @contextmanager
@@ -18,22 +18,24 @@ def new_folder(
     overwrite: bool = False,
     goes_on: Callable[[Path], bool] | None = None,
 ) -> Iterator[Path]:
-    """Give an empty folder to fill, ``TARGET.partial``, which becomes ``target`` at the end.
+    """Yield an empty folder ``TARGET.partial`` to fill, and rename it to ``target`` at the end.
 
-    After an error nothing of it is left, and what was at ``target`` is as before. While it is
-    being filled no other process gets it. With ``goes_on``, which tells whether what a killed
-    process left in it is to be gone on with, the folder may begin with that, and stays after an
-    error if there is something to go on with.
+    The folder is locked: no other process can fill it. After an error it is removed, and ``target``
+    is as before.
+
+    With ``goes_on`` the folder is resumable. If it holds unfinished work of a killed process,
+    ``goes_on(folder)`` decides whether that is kept or removed. After an error a folder with
+    unfinished work stays.
 
     Raises:
-        FileExistsError: ``target`` exists and ``overwrite`` is false, or it is no run or model
-            that could be replaced; or ``TARGET.partial`` is not ours, or holds what another
-            command could go on with and ``overwrite`` is false.
+        FileExistsError: ``target`` exists, and ``overwrite`` is false or entangle did not write it;
+            or ``TARGET.partial`` was not written by entangle, or holds unfinished work of another
+            command and ``overwrite`` is false.
         BlockingIOError: another process is writing to ``target``.
         OSError: the target cannot be written; the message names it.
     """
     target = Path(target)
-    if target.is_symlink():  # what it points to is replaced, and not the link
+    if target.is_symlink():  # replace its target, not the link
         target = target.resolve()
     check_target(target, overwrite)
     partial = partial_of(target)
@@ -55,7 +57,7 @@ def new_folder(
         (target / ".lock").unlink()
         (target / KEPT).unlink(missing_ok=True)
     except BaseException:
-        # Not in `finally`: once renamed, a folder of this name is another process's.
+        # Not in `finally`: after the rename a folder of this name belongs to another process.
         if goes_on is None or not has_work(partial):
             shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -64,32 +66,35 @@ def new_folder(
 
 
 def partial_of(target: Path) -> Path:
-    """Return the folder that is filled to become ``target``, or what it points to."""
+    """Return the folder that is filled and then renamed to ``target``; links are resolved."""
     target = target.resolve() if target.is_symlink() else target
     return target.with_name(target.name + ".partial")
 
 
 def shared_partial(target: Path) -> Path:
-    """Return the folder that another process fills to become ``target``, made if it is not there."""
+    """Return the folder that another process fills and renames to ``target``; make it if missing."""
     folder = partial_of(target)
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
 def remove_folder(folder: Path) -> None:
-    """Remove a folder that is no longer needed, if it is there."""
+    """Remove a folder if it exists."""
     shutil.rmtree(folder, ignore_errors=True)
 
 
 def has_work(partial: Path) -> bool:
-    """Tell whether a folder that is being filled holds more than what says what it will be."""
+    """Return whether a partial folder holds work: files other than its lock, marker and run.json.
+
+    Files that are half written (``.partial``) do not count.
+    """
     files = (path for path in partial.rglob("*") if path.is_file())
     own = {".lock", KEPT, "run.json"}
     return any(file.name not in own and ".partial" not in file.name for file in files)
 
 
 def check_target(target: Path, overwrite: bool) -> None:
-    """See that a folder may be written at ``target``.
+    """Check that a folder may be written at ``target``.
 
     Raises:
         FileExistsError: it exists and ``overwrite`` is false, or entangle did not write it.
@@ -107,12 +112,12 @@ def _is_ours(folder: Path) -> bool:
 
 
 def _claim(partial: Path, target: Path) -> FileLock:
-    """Make the folder to fill and lock it; what it holds stays.
+    """Make the partial folder and lock it; files in it stay.
 
     Raises:
-        FileExistsError: a folder of this name is there and we did not make it.
-        BlockingIOError: another process has locked it.
-        OSError: it cannot be made.
+        FileExistsError: the folder exists, and entangle did not make it.
+        BlockingIOError: another process has locked the folder.
+        OSError: the folder cannot be made.
     """
     lock = FileLock(partial / ".lock", timeout=0)
     try:
@@ -132,7 +137,7 @@ def _claim(partial: Path, target: Path) -> FileLock:
 
 
 def _empty(folder: Path) -> None:
-    """Remove what a killed process left, but not the lock that we hold."""
+    """Remove everything in a folder except its lock."""
     for path in folder.iterdir():
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
@@ -156,13 +161,13 @@ def _replace(partial: Path, target: Path) -> None:
 
 @contextmanager
 def new_file(target: str | Path) -> Iterator[Path]:
-    """Give a file to write beside ``target``, which becomes it at the end, or vanishes.
+    """Yield a path beside ``target`` to write to; rename it to ``target``, or remove it on errors.
 
     Raises:
         OSError: the target cannot be written; the message names it.
     """
     target = Path(target)
-    # The ending stays, since savefig and others choose the format by it.
+    # The suffix stays, since savefig and others choose the format by it.
     partial = target.with_name(f"{target.stem}.partial{target.suffix}")
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -177,7 +182,7 @@ def new_file(target: str | Path) -> Iterator[Path]:
 
 
 def sums(folder: Path, files: Iterable[str]) -> dict[str, str]:
-    """Return the SHA-256 of files in a folder, by their names.
+    """Return the SHA-256 of each file in a folder, by its name.
 
     Raises:
         OSError: a file cannot be read.
@@ -190,10 +195,10 @@ def sums(folder: Path, files: Iterable[str]) -> dict[str, str]:
 
 
 def check_sums(folder: Path, expected: Mapping[str, str]) -> None:
-    """See that the files in a folder are those that `sums` saw.
+    """Check that the files in a folder have the SHA-256 sums that `sums` returned.
 
     Raises:
-        ValueError: one is missing, or has other bytes; the message names it.
+        ValueError: a file is missing or has another sum; the message names it.
     """
     for name, digest in expected.items():
         if not (folder / name).is_file():

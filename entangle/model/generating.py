@@ -1,4 +1,4 @@
-"""Let a model go on with a text, and time it."""
+"""Greedy generation of text by a model, with its timing."""
 
 import dataclasses
 import time
@@ -15,42 +15,42 @@ from entangle.model.placing import home_of
 
 @dataclasses.dataclass(frozen=True)
 class Generated:
-    """What a model wrote after a prompt, and how long it took."""
+    """The text that a model generated after a prompt, with times and sizes."""
 
     text: str
     prompt_tokens: int
-    tokens: int  # new ones, an end of sequence too
-    first_seconds: float  # to the first new token: the prompt's
-    seconds: float  # from the first new token to the last
-    weight_bytes: int  # of the model in memory
+    tokens: int  # generated tokens, including the end of sequence
+    first_seconds: float  # until the first generated token: reading the prompt
+    seconds: float  # from the first generated token to the last
+    weight_bytes: int  # the size of the model's weights in memory
 
     @property
     def tokens_per_second(self) -> float:
-        """The speed after the first new token; NaN if there is no other."""
+        """The speed after the first generated token; NaN if it is the only one."""
         return (self.tokens - 1) / self.seconds if self.tokens > 1 else float("nan")
 
 
 class _Clock(TextStreamer):
-    """Notes when each token came, and hands the text on in whole words."""
+    """A streamer that records the time of each token, and passes the text on in whole words."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, say: Callable[[str], None]) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self.say = say
-        self.times: list[float] = []  # the first is the prompt's
+        self.times: list[float] = []  # the first is the time of the prompt
 
     def put(self, value: torch.Tensor) -> None:
-        """Take tokens."""
+        """Record the time, and decode the tokens."""
         self.times.append(time.perf_counter())
         super().put(value)  # type: ignore[no-untyped-call]
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        """Take text."""
+        """Pass decoded text on."""
         self.say(text)
 
 
 @contextmanager
 def _no_settings(model: PreTrainedModel) -> Iterator[None]:
-    """Keep the model's own settings, such as a penalty for repetition, out of ours."""
+    """Replace the model's generation settings by defaults, without e.g. a repetition penalty."""
     kept, model.generation_config = model.generation_config, GenerationConfig()  # type: ignore[no-untyped-call]
     try:
         yield
@@ -59,13 +59,13 @@ def _no_settings(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _compile(model: PreTrainedModel, ids: torch.Tensor) -> None:
-    """Have all kernels of packed layers compiled, which is not the model's speed."""
+    """Compile all kernels of packed layers, so that the timing does not include it."""
     packed = [module.sliced for module in model.modules() if isinstance(module, PackedLinear)]
     for sliced in {one.dtype: one for one in packed}.values():
         sliced.dense(0)
         sliced.product(torch.zeros(2, sliced.inputs), 0)
     if packed:
-        model(input_ids=ids[:, :1])  # routed and not
+        model(input_ids=ids[:, :1])  # compiles layers with and without a router
 
 
 def generate(
@@ -76,15 +76,16 @@ def generate(
     tokens: int = 64,
     say: Callable[[str], None] = lambda text: None,
 ) -> Generated:
-    """Return what the model finds most likely after the prompt, at most ``tokens`` of it.
+    """Generate at most ``tokens`` tokens after the prompt, always the most likely one.
 
-    It ends early where the model ends the sequence. ``say`` is given the text as it comes. The
+    Generation stops at an end of sequence. ``say`` is called with the text as it is generated. The
     model may be packed (see `load_model`).
 
     Raises:
-        ValueError: a prompt without a token, fewer than one to write, or more than the model reads.
+        ValueError: the prompt has no tokens, ``tokens`` is not positive, or both together exceed
+            the model's context.
     """
-    prompt.encode()  # a half of a character, as a shell passes bytes on, is a ValueError
+    prompt.encode()  # raises ValueError on bytes from the shell that are not UTF-8
     ids = tokenizer(prompt, return_tensors="pt", verbose=False)["input_ids"].to(home_of(model))
     longest = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     if not ids.numel() or tokens < 1:

@@ -1,4 +1,4 @@
-"""Run a model while listening to its linear layers, or while changing what they say."""
+"""Forward hooks that record or replace the outputs of a model's linear layers."""
 
 import dataclasses
 import inspect
@@ -19,7 +19,7 @@ Change = Callable[[LinearLayer, torch.Tensor, torch.Tensor], torch.Tensor]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class CountedTokens:
-    """Which tokens of a batch count: neither padding nor the first ones that are left out."""
+    """The tokens of a batch that count: all but padding and the skipped first ones."""
 
     size: int  # tokens of the batch
     counted: int
@@ -28,7 +28,7 @@ class CountedTokens:
 
     @property
     def places(self) -> torch.Tensor:
-        """Which of the batch's tokens they are (tokens,) int64, on the CPU."""
+        """The indices in the batch of the counted tokens, (tokens,) int64, on the CPU."""
         keep = torch.ones(self.size, dtype=torch.bool) if self.keep is None else self.keep.cpu()
         return keep.nonzero().flatten()
 
@@ -36,7 +36,7 @@ class CountedTokens:
         """Return the counted rows (tokens, channels) of a layer's inputs or outputs.
 
         Raises:
-            RuntimeError: the layer has not one row for each token of the batch.
+            RuntimeError: the layer does not have one row for each token of the batch.
         """
         rows = values.detach().reshape(-1, values.shape[-1])
         if len(rows) != self.size:
@@ -50,10 +50,10 @@ class CountedTokens:
 def counted_tokens(
     module: nn.Module, args: Any, kwargs: Mapping[str, Any], skip_first: int
 ) -> CountedTokens:
-    """Read from the arguments that a model is called with which of its tokens count.
+    """Return which tokens count, from the arguments of a forward pass of ``module``.
 
     Raises:
-        ValueError: the arguments do not say which tokens there are, or which are padding.
+        ValueError: the arguments have no tokens, or the attention mask does not fit them.
     """
     arguments = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
     arguments |= arguments.pop("kwargs", {})
@@ -73,7 +73,7 @@ def counted_tokens(
 
 
 class Listener:
-    """What has been heard so far: batches, and tokens counted and left out."""
+    """The state of a recording: the numbers of batches, and of counted, padding and skipped tokens."""
 
     def __init__(self, layers: Sequence[LinearLayer], skip_first: int) -> None:
         self.layers = list(layers)
@@ -83,14 +83,14 @@ class Listener:
         self.padding = 0
         self.skipped = 0
         self.fired = dict.fromkeys((layer.name for layer in layers), 0)
-        self.running: nn.Module | None = None  # whose forward pass has begun and not ended
+        self.running: nn.Module | None = None  # the module in its forward pass
         self._batch: CountedTokens | None = None
 
     def check(self) -> None:
-        """See that every layer fired once a batch, and that the last one came to its end.
+        """Check that each layer ran once in each batch, and that the last forward pass ended.
 
         Raises:
-            RuntimeError: if not.
+            RuntimeError: a layer did not, or the forward pass was interrupted.
         """
         if self.running is not None:
             raise RuntimeError(
@@ -100,14 +100,17 @@ class Listener:
         check_fired(self.fired, self.batches)
 
     def begin(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        """Take up a batch: read from the module's arguments which of its tokens count.
+        """Begin a batch, and count its tokens from the arguments of the module.
+
+        A call inside a forward pass that already runs belongs to the same batch.
 
         Raises:
-            ValueError: the arguments do not say which tokens there are, or which are padding.
+            RuntimeError: an earlier batch is incomplete (see `check`).
+            ValueError: the arguments have no tokens, or the attention mask does not fit them.
         """
         if self.running is not None:
             if module is not self.running:
-                return  # a part of the model within the whole: the same batch
+                return  # a submodule inside the forward pass: the same batch
             self.check()
         self._batch = counted_tokens(module, args, kwargs, self.skip_first)
         self.batches += 1
@@ -117,15 +120,16 @@ class Listener:
         self.running = module
 
     def end(self, module: nn.Module) -> None:
-        """Note that the batch has come to its end, unless ``module`` is but a part of the model."""
+        """End the batch if ``module`` is the one that began it."""
         if module is self.running:
             self.running = None
 
     def rows(self, layer: LinearLayer, values: torch.Tensor) -> torch.Tensor:
-        """Return the counted rows (tokens, neurons) of a layer's values for this batch.
+        """Return the counted rows (tokens, neurons) of a layer's outputs in this batch.
 
         Raises:
-            RuntimeError: the layer has not one row for each token of the batch.
+            RuntimeError: no forward pass runs, or the layer does not have one row for each token
+                of the batch.
         """
         if self.running is None or self._batch is None:
             raise RuntimeError(f"{layer.name} ran outside a forward pass of its model")
@@ -135,10 +139,10 @@ class Listener:
 
 
 def check_fired(fired: Mapping[str, int], batches: int) -> None:
-    """See that each layer, by its name, ran once in each batch.
+    """Check that each layer ran once in each batch; ``fired`` counts its runs by its name.
 
     Raises:
-        RuntimeError: if not.
+        RuntimeError: a layer did not.
     """
     wrong = [name for name, count in fired.items() if count != batches]
     if wrong:
@@ -152,12 +156,12 @@ def check_fired(fired: Mapping[str, int], batches: int) -> None:
 def _real_tokens(
     mask: Any, windows: int, length: int, past: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return which tokens are no padding, and their positions among those of their window.
+    """Return which tokens are not padding, and each token's position in its window without padding.
 
-    ``past`` is how many tokens of each window a cache holds.
+    Both are (windows, length). ``past`` is the number of tokens of each window in the cache.
 
     Raises:
-        ValueError: a mask that is not one number a token.
+        ValueError: the mask is not of shape (windows, past + length).
     """
     if mask is None:
         real = torch.ones(windows, length, dtype=torch.bool, device=device)
@@ -184,10 +188,11 @@ def listening(
     """Call ``on_outputs`` with each layer's counted output rows while the model runs.
 
     Rows of padding (by the model's ``attention_mask``) and of the first ``skip_first`` tokens of
-    each window are left out. The hooks are gone after every exit.
+    each window are left out. The hooks are removed on every exit.
 
     Raises:
-        RuntimeError: at the end, a layer did not run once in each batch.
+        RuntimeError: at the end, a layer did not run once in each batch, or the last forward pass
+            was interrupted.
         ValueError: the model is compiled or not loaded, or ``skip_first`` is negative.
     """
     check_hooks(model, skip_first)
@@ -221,10 +226,10 @@ def listening(
 
 @contextmanager
 def intervening(layers: Sequence[LinearLayer], change: Change) -> Iterator[dict[str, int]]:
-    """Give each layer the outputs that ``change`` makes of its inputs and outputs.
+    """Replace each layer's outputs by ``change(layer, inputs, outputs)`` while the model runs.
 
-    Both are as the model has them (..., inputs) and (..., neurons), with padding. Yields how often
-    each layer, by its name, has run. The hooks are gone after every exit.
+    Inputs are (..., inputs) and outputs (..., neurons), as in the model, with padding. Yield the
+    number of runs of each layer by its name. The hooks are removed on every exit.
     """
     fired = dict.fromkeys((layer.name for layer in layers), 0)
 
@@ -248,7 +253,7 @@ def intervening(layers: Sequence[LinearLayer], change: Change) -> Iterator[dict[
 
 
 def check_hooks(model: PreTrainedModel, skip_first: int) -> None:
-    """See that hooks will run on a model.
+    """Check that forward hooks will run on a model.
 
     Raises:
         ValueError: the model is compiled or not loaded, or ``skip_first`` is negative.
@@ -265,7 +270,10 @@ def check_hooks(model: PreTrainedModel, skip_first: int) -> None:
 
 
 def _is_compiled(module: nn.Module) -> bool:
-    """Tell the three ways: `torch.compile(module)`, `module.compile()`, a compiled `forward`."""
+    """Return whether a module is compiled.
+
+    There are three ways: `torch.compile(module)`, `module.compile()` and a compiled `forward`.
+    """
     return (
         hasattr(module, "_orig_mod")
         or module._compiled_call_impl is not None
@@ -274,11 +282,14 @@ def _is_compiled(module: nn.Module) -> bool:
 
 
 def _entrances(model: PreTrainedModel) -> set[nn.Module]:
-    """Return the modules at which a forward pass may begin: OPT, for one, skips its backbone."""
+    """Return the modules at which a forward pass may begin.
+
+    They are several because OPT, for example, calls its decoder and not its backbone.
+    """
     return {model, backbone_of(model), decoder_of(model)}
 
 
 def backbone_of(model: PreTrainedModel) -> nn.Module:
-    """Return the model without its output embedding: all that measuring needs to run."""
+    """Return the model without its output embedding, which measuring does not need."""
     backbone: nn.Module = model.base_model
     return backbone

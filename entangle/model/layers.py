@@ -1,7 +1,7 @@
-"""Find the linear layers of any causal language model, by structure and not by name.
+"""The linear layers of any causal language model, found by structure and not by name.
 
-A weight is ``(neurons, inputs)`` here, whatever the module stores, and that of an expanded layer
-``(experts, neurons, inputs)``; outputs are ``(tokens, neurons)`` rows.
+Here a weight is always ``(neurons, inputs)``, however the module stores it, and that of an expanded
+layer is ``(experts, neurons, inputs)``. Outputs are ``(tokens, neurons)``.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from entangle.model.experts import ExpertLinear, PackedLinear
 
-if TYPE_CHECKING:  # it takes seconds to import, which commands that need no model need not wait for
+if TYPE_CHECKING:  # the import takes seconds, and some commands need no model
     from transformers import PreTrainedModel
 
 _LINEAR = (nn.Linear, Conv1D, ExpertLinear)
@@ -27,26 +27,26 @@ _LINEAR = (nn.Linear, Conv1D, ExpertLinear)
 class LinearLayer:
     """One linear layer inside a transformer block."""
 
-    name: str  # dotted, in the model: model.layers.5.mlp.up_proj
+    name: str  # dotted name in the model: model.layers.5.mlp.up_proj
     block: int
-    role: str  # its name in the block: mlp.up_proj
+    role: str  # dotted name in the block: mlp.up_proj
     module: nn.Module = dataclasses.field(repr=False, compare=False)
 
     @property
     def neurons(self) -> int:
-        """The number of its outputs."""
+        """The number of outputs."""
         return weight_of(self).shape[-2]
 
     @property
     def inputs(self) -> int:
-        """The number of its inputs."""
+        """The number of inputs."""
         return weight_of(self).shape[-1]
 
 
 def weight_of(layer: LinearLayer) -> torch.Tensor:
-    """Return the layer's weight as ``(neurons, inputs)``: a view, GPT-2's Conv1D transposed.
+    """Return a view of the layer's weight as ``(neurons, inputs)``; GPT-2's Conv1D is transposed.
 
-    An expanded layer's is ``(experts, neurons, inputs)``.
+    The weight of an expanded layer is ``(experts, neurons, inputs)``.
     """
     weight = layer.module.weight
     assert isinstance(weight, torch.Tensor)
@@ -54,19 +54,19 @@ def weight_of(layer: LinearLayer) -> torch.Tensor:
 
 
 def write_weight(layer: LinearLayer, weight: torch.Tensor) -> None:
-    """Give the layer another weight ``(neurons, inputs)``, in place."""
+    """Write a weight ``(neurons, inputs)`` into the layer, in place."""
     weight_of(layer).copy_(weight)
 
 
 def replace_layer(model: "PreTrainedModel", layer: LinearLayer, module: nn.Module) -> LinearLayer:
-    """Put another module in the layer's place, and return the layer that it makes."""
+    """Replace the layer's module in the model, and return the new layer."""
     parent, _, leaf = layer.name.rpartition(".")
     setattr(model.get_submodule(parent), leaf, module)
     return dataclasses.replace(layer, module=module)
 
 
 def check_prunable(layers: Sequence[LinearLayer], among: Sequence[LinearLayer] = ()) -> None:
-    """See that the layers have plain weights, which no other layer, nor one of ``among``, has.
+    """Check that the layers have plain weights, and share none with each other or with ``among``.
 
     Raises:
         ValueError: a layer is quantised or expanded, or shares its weight with another.
@@ -103,11 +103,11 @@ def _place(weight: torch.Tensor) -> int:
 
 
 def find_blocks(model: "PreTrainedModel") -> tuple[str, nn.ModuleList]:
-    """Return the list of the model's transformer blocks, and its dotted name.
+    """Return the dotted name and the list of the model's transformer blocks.
 
     Raises:
-        ValueError: no list of modules is as long as the configuration says there are blocks, or
-            a wrapper without a configuration, such as DataParallel, or a packed model.
+        ValueError: the model is packed, has no configuration (a wrapper such as DataParallel), or
+            has no list of as many modules with linear layers as ``num_hidden_layers``.
     """
     if not hasattr(model, "config"):
         raise ValueError(
@@ -120,7 +120,7 @@ def find_blocks(model: "PreTrainedModel") -> tuple[str, nn.ModuleList]:
         )
     config = model.config.get_text_config(decoder=True)
     count = getattr(config, "num_hidden_layers", None)
-    # A vision encoder may have as many blocks, so only the text decoder is searched.
+    # Only the text decoder is searched: a vision encoder may have as many blocks.
     inside = {id(module) for module in decoder_of(model).modules()}
     for name, module in model.named_modules():
         blocks = isinstance(module, nn.ModuleList) and id(module) in inside
@@ -133,7 +133,7 @@ def find_blocks(model: "PreTrainedModel") -> tuple[str, nn.ModuleList]:
 
 
 def decoder_of(model: "PreTrainedModel") -> nn.Module:
-    """Return the part of the model that reads text, which holds its blocks."""
+    """Return the text decoder of the model, which contains its blocks."""
     decoder: nn.Module = model.get_decoder()  # type: ignore[no-untyped-call]
     return decoder
 
@@ -145,8 +145,8 @@ def _has_linears(blocks: nn.ModuleList) -> bool:
 def find_layers(model: "PreTrainedModel", patterns: Sequence[str] = ("*",)) -> list[LinearLayer]:
     """Return the linear layers in the model's blocks that match any pattern, in model order.
 
-    A pattern is a layer's exact name or a shell pattern of it such as ``*.mlp.up_proj``. The
-    output embedding lies outside the blocks and is no layer.
+    A pattern is a layer's exact name or a shell pattern such as ``*.mlp.up_proj``. The output
+    embedding is outside the blocks, so it is not a layer.
 
     Raises:
         LookupError: a pattern matches no layer; the message names near matches.
@@ -181,9 +181,10 @@ def _no_match(pattern: str, layers: Sequence[LinearLayer]) -> str:
 
 
 def skipped_parameters(model: "PreTrainedModel") -> list[str]:
-    """Return the matrices in the blocks that belong to no linear layer, such as fused experts.
+    """Return the names of parameters in the blocks that belong to no layer, such as fused experts.
 
-    A command that measures or prunes says their names: what is skipped is not silent.
+    Only parameters of two or more dimensions are listed. Commands that measure or prune print them,
+    so that nothing is skipped silently.
     """
     prefix, blocks = find_blocks(model)
     linear = {id(p) for layer in _walk(model) for p in layer.module.parameters()}
@@ -196,10 +197,10 @@ def skipped_parameters(model: "PreTrainedModel") -> list[str]:
 
 @contextmanager
 def naming(layer: LinearLayer) -> Iterator[None]:
-    """Name the layer in an error's message.
+    """Prefix the message of a ValueError with the layer's name.
 
     Raises:
-        ValueError: the error.
+        ValueError: the body raised one.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""A model and its tokenizer from a hub id, a folder or a GGUF file, and back to a folder."""
+"""Loading a model and its tokenizer from a hub id, a folder or a GGUF file, and saving them."""
 
 import hashlib
 import shutil
@@ -56,24 +56,25 @@ def load_model(
 ) -> PreTrainedModel:
     """Load a causal language model in eval mode from a hub id, a folder or a ``.gguf`` file.
 
-    The folder may be that of an expanded model, which only entangle can load. ``dtype`` is
-    ``auto`` (as stored), ``float32``, ``bfloat16`` or ``float16``; ``device`` is ``auto`` (CUDA if
-    there is one) or as in torch. Nothing loaded runs code of its own unless ``trust_remote_code``.
+    The folder may hold an expanded model, which only entangle can load. ``dtype`` is ``auto`` (as
+    stored), ``float32``, ``bfloat16`` or ``float16``; ``device`` is ``auto`` (CUDA if available) or
+    a device of torch. Code that comes with a model runs only with ``trust_remote_code``.
 
-    A model that is larger than the device is spread with ``device_map="auto"``, by accelerate, over
-    the devices that are there and the host. With ``offload`` its blocks stay in files, and come to the
-    device one at a time; that folder holds those that transformers has to write anew.
+    There are two ways to load a model that is larger than the device. With ``device_map="auto"``
+    accelerate spreads it over all devices and the host. With ``offload``, a folder, its blocks stay
+    in files and come to the device one at a time; transformers writes to the folder only the blocks
+    that it cannot read from the model's own files.
 
-    ``packed`` is for running a pruned or expanded model, not for measuring or pruning it: on the
-    CPU layers that are zero by half or more hold no zeros, and a few tokens are multiplied without
-    them; there are no gradients. Elsewhere it changes nothing.
+    ``packed`` is for running a pruned or expanded model, not for measuring or pruning it. On the
+    CPU, layers with at least half of their weights zero are stored without zeros, which makes a few
+    tokens faster; they have no gradients. On other devices it changes nothing.
 
     Raises:
-        FileNotFoundError: a path that is not there, or a folder without a model.
+        FileNotFoundError: the path does not exist, or the folder holds no model.
         NotADirectoryError: ``offload`` is a file.
-        ValueError: an unknown dtype or device, weights that are missing, a model that cannot be
-            loaded, with what transformers says of it, an expanded one or a GGUF file to spread, or
-            a device map under torchrun.
+        ValueError: the dtype or device is unknown; weights are missing; transformers cannot load
+            the model (the message quotes it); ``device_map`` or ``offload`` is given for an
+            expanded model or a GGUF file; or ``device_map`` is given under torchrun.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
@@ -107,12 +108,12 @@ def load_model(
         )
     model, report = loaded
     wrong = {*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])}
-    if wrong:  # transformers makes them up at random
+    if wrong:  # transformers initialises them at random
         raise ValueError(
             f"cannot load {name}: {len(wrong)} of the weights that its configuration asks for "
             f"are not in its files, or have another shape there, first {min(wrong)}"
         )
-    if "gguf_file" in options:  # plain floats by now; these marks would have it saved as quantised
+    if "gguf_file" in options:  # dequantised by now; these attributes would save it as quantised
         vars(model).update(hf_quantizer=None, is_quantized=False)
         del model.config.quantization_config
     on_device: PreTrainedModel = (model if spread else model.to(target)).eval()
@@ -129,9 +130,9 @@ def _places(
     offload: str | Path | None,
     device: torch.device,
 ) -> dict[str, Any]:
-    """Return what says to ``from_pretrained`` where the weights are to be."""
+    """Return the options of ``from_pretrained`` that place the weights on devices and in files."""
     folder = {}
-    if offload is not None:  # where each process writes what it must
+    if offload is not None:  # each process writes to its own folder
         own = Path(offload) / f"rank-{ranks.rank()}" if ranks.count() > 1 else offload
         folder = {"offload_folder": str(own)}
     if device_map is not None:
@@ -153,7 +154,7 @@ def _load_expanded(
     model = load_expanded(folder, trust_remote_code, dtype=wanted, packed=packed)
     if wanted is not None:
         routers = {id(p) for m in model.modules() if isinstance(m, Router) for p in m.parameters()}
-        for parameter in model.parameters():  # and not the buffers, as transformers does
+        for parameter in model.parameters():  # not the buffers, as in transformers
             if id(parameter) not in routers:
                 parameter.data = parameter.data.to(wanted)
         model.config.dtype = wanted
@@ -169,24 +170,24 @@ def save_model(
     folder: Path,
     described: Mapping[str, dict[str, Any]] | None = None,
 ) -> None:
-    """Write a model, and its tokenizer, into a folder: an ordinary Hugging Face one.
+    """Write a model and its tokenizer into an ordinary Hugging Face folder.
 
-    What it holds of another model is removed first: it must not be where the weights are read from.
-    That of an expanded model only entangle can load (see `packing.save_expanded`).
+    Only entangle can load the folder of an expanded model (see `packing.save_expanded`). Weights of
+    another model in the folder are removed first, so the model's own weights must not be in it.
 
     Raises:
         OSError: the folder cannot be written.
-        ValueError: transformers refuses to save the model, with what it says.
+        ValueError: transformers refuses to save the model; the message quotes it.
     """
-    folder.mkdir(parents=True, exist_ok=True)  # transformers says nothing if it is a file
+    folder.mkdir(parents=True, exist_ok=True)  # transformers does not raise if it is a file
     try:
         if expanded_layers(model):
             save_expanded(model, folder, described)
         else:
-            (folder / EXPANSION).unlink(missing_ok=True)  # of a model that was here before
-            for file in folder.glob("model*.safetensors*"):  # or a whole one hides those in parts
+            (folder / EXPANSION).unlink(missing_ok=True)  # from an earlier model
+            for file in folder.glob("model*.safetensors*"):  # a single file would hide shards
                 file.unlink()
-            # One file after another is in memory, when its weights are read and written.
+            # Each file is in memory as a whole while it is written, so it may not exceed a block.
             size: dict[str, Any] = (
                 {"max_shard_size": bytes_of_block(model)} if is_offloaded(model) else {}
             )
@@ -200,23 +201,24 @@ def save_model(
     except OSError:
         raise
     except Exception as error:
-        # A full disk is an error of its own kind to safetensors, and of no kind to tokenizers.
+        # On a full disk safetensors raises SafetensorError, and tokenizers a bare Exception.
         disk = isinstance(error, SafetensorError) or type(error) is Exception
         reason = textwrap.shorten(str(error), 300, placeholder=" ...")
         kind = OSError if disk else ValueError
         raise kind(f"cannot save the model to {folder}: {reason}") from error
-    for file in folder.rglob("*.safetensors"):  # which safetensors lets only its owner read
+    # safetensors makes its files readable by their owner only.
+    for file in folder.rglob("*.safetensors"):
         shutil.copymode(folder / "config.json", file)
 
 
 def load_tokenizer(
     name: str | Path, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
-    """Load the tokenizer that belongs to a model, from the same name.
+    """Load the tokenizer of a model from the name that `load_model` takes.
 
     Raises:
-        FileNotFoundError: a path that is not there, or a folder without a model.
-        ValueError: a tokenizer that cannot be loaded, with what transformers says of it.
+        FileNotFoundError: the path does not exist, or the folder holds no model.
+        ValueError: transformers cannot load the tokenizer; the message quotes it.
     """
     source, options = source_of(name, revision, trust_remote_code)
     with _explained(name):
@@ -227,22 +229,22 @@ def load_tokenizer(
 
 
 def _complete(tokenizer: PreTrainedTokenizerBase, file: Path) -> None:
-    """Give a tokenizer what transformers does not read from a GGUF file: its length, its rule."""
+    """Set what transformers does not read from a GGUF file: context length and pre-tokenizer."""
     fields = GGUFReader(file).fields
     architecture = bytes(fields["general.architecture"].parts[-1]).decode()
     length, rule = fields.get(f"{architecture}.context_length"), fields.get("tokenizer.ggml.pre")
     if length is not None:
         tokenizer.model_max_length = int(length.parts[-1][0])
-    if rule is not None and bytes(rule.parts[-1]) == b"smollm":  # every digit is a word of its own
+    if rule is not None and bytes(rule.parts[-1]) == b"smollm":  # splits numbers into digits
         backend = tokenizer.backend_tokenizer
         backend.pre_tokenizer = Sequence([Digits(individual_digits=True), backend.pre_tokenizer])
 
 
 def _device(name: str) -> torch.device:
-    """Return a device that can be used here.
+    """Return the device of a name; ``auto`` is CUDA if available, and otherwise the CPU.
 
     Raises:
-        ValueError: there is no such device.
+        ValueError: the device is not available.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -258,10 +260,10 @@ def _device(name: str) -> torch.device:
 def source_of(
     name: str | Path, revision: str | None, trust_remote_code: bool
 ) -> tuple[str, dict[str, Any]]:
-    """Return what to give to ``from_pretrained``: the name or folder, and options.
+    """Return the arguments of ``from_pretrained``: the name or folder, and the options.
 
     Raises:
-        FileNotFoundError: what can only be a path, and no model is there.
+        FileNotFoundError: the name can only be a path, and there is no model.
     """
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     path = Path(name)
@@ -273,7 +275,7 @@ def source_of(
         if not (path / "config.json").is_file():
             raise FileNotFoundError(f"the folder {path} holds no model: it has no config.json")
         return str(path), options
-    # A hub id is NAME or OWNER/NAME; anything else can only be meant as a path.
+    # A hub id is NAME or OWNER/NAME; anything else must be a path.
     if len(path.parts) > 2 or path.exists() or str(name).startswith((".", "~", "/")):
         raise FileNotFoundError(f"there is no model at {path}: expected a folder or a .gguf file")
     return str(name), options | ({"revision": revision} if revision else {})
@@ -281,21 +283,21 @@ def source_of(
 
 @contextmanager
 def _explained(name: str | Path) -> Iterator[None]:
-    """Say in one message why transformers could not load a model.
+    """Turn any error of transformers into one message.
 
     Raises:
-        ValueError: with the beginning of what it said.
+        ValueError: loading failed; the message quotes the first 300 characters of the error.
     """
     try:
         yield
-    except Exception as error:  # tokenizers raises no less
+    except Exception as error:  # tokenizers raises bare Exceptions
         where = "" if Path(name).exists() else "it is no folder here, and "
         reason = textwrap.shorten(str(error) or type(error).__name__, 300, placeholder=" ...")
         raise ValueError(f"cannot load {name}: {where}transformers says: {reason}") from error
 
 
 def weights_hash(model: PreTrainedModel) -> str:
-    """Return the SHA-256 of all parameters' names, dtypes, shapes and bytes; tied ones once."""
+    """Return the SHA-256 of the names, dtypes, shapes and bytes of all parameters; tied ones once."""
     digest = hashlib.sha256()
     for name, parameter in stored_parameters(model):
         digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())

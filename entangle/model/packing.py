@@ -1,9 +1,9 @@
-"""Write an expanded model as a self-contained folder with packed experts, and read it again.
+"""Expanded models on disk, as self-contained folders with packed experts, and packing in memory.
 
-Beside config and tokenizer the folder holds ``dense.safetensors`` (the weights of all that is not
-expanded), ``experts/BLOCK.safetensors`` (packed) and ``expansion.json`` (which layers, and the sums
-of these files). Of none of these names is a model to transformers, so that it fails instead of
-making up the weights that it does not find.
+Beside config and tokenizer the folder holds ``dense.safetensors`` (the weights outside the expanded
+layers), ``experts/BLOCK.safetensors`` (the packed experts of a block) and ``expansion.json`` (the
+expanded layers, and the SHA-256 sums of these files). transformers knows none of these names, so it
+fails to load the folder instead of initialising missing weights at random.
 """
 
 import hashlib
@@ -35,7 +35,7 @@ Tensors = dict[str, torch.Tensor]
 
 
 def save_tensors(file: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Write tensors as safetensors, with their sum, whole or not at all.
+    """Write tensors to a safetensors file with their SHA-256 sum, whole or not at all.
 
     Raises:
         OSError: the file cannot be written.
@@ -44,12 +44,12 @@ def save_tensors(file: Path, tensors: Mapping[str, torch.Tensor]) -> None:
         try:
             whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
             save_file(whole, partial, metadata={"sha256": _sum(whole)})
-        except SafetensorError as error:  # a full disk, for one
+        except SafetensorError as error:  # for example a full disk
             raise OSError(f"cannot write {file}: {error}") from error
 
 
 def load_tensors(file: Path, device: torch.device | str = "cpu") -> Tensors:
-    """Read what `save_tensors` wrote.
+    """Read a file of `save_tensors`, and check its sum.
 
     Raises:
         OSError: the file is damaged.
@@ -79,13 +79,13 @@ def router_tensors(owner: str, router: Router) -> Tensors:
 
 
 def router_from(owner: str, tensors: Mapping[str, torch.Tensor]) -> Router:
-    """Return the router whose tensors, as `router_tensors` named them, are among these.
+    """Return the router of a layer from tensors that `router_tensors` named.
 
-    Copied, since a product's last bit depends on how its factors lie in memory, and a file packs
-    them closely.
+    The tensors are cloned: the last bit of a product depends on the alignment of its factors in
+    memory, and tensors from a file are not aligned.
 
     Raises:
-        ValueError: there are none of this owner's.
+        ValueError: there are no tensors of this owner.
     """
     prefix = f"{owner} router "
     found = {name: value.clone() for name, value in tensors.items() if name.startswith(prefix)}
@@ -93,21 +93,21 @@ def router_from(owner: str, tensors: Mapping[str, torch.Tensor]) -> Router:
 
 
 def expanded_layers(model: PreTrainedModel) -> list[LinearLayer]:
-    """Return the layers of a model that are expanded."""
+    """Return the expanded layers of a model."""
     return [layer for layer in find_layers(model) if isinstance(layer.module, ExpertLinear)]
 
 
 def is_expanded(folder: Path) -> bool:
-    """Tell whether a folder holds an expanded model."""
+    """Return whether a folder holds an expanded model."""
     return (folder / EXPANSION).is_file()
 
 
 def save_expanded(
     model: PreTrainedModel, folder: Path, described: Mapping[str, dict[str, Any]] | None = None
 ) -> None:
-    """Write an expanded model into a folder, its tokenizer left out.
+    """Write an expanded model into a folder, without a tokenizer.
 
-    ``described`` is what `save_experts` returned of all blocks, where they are there already.
+    ``described`` is what `save_experts` returned for all blocks, if they are already written there.
 
     Raises:
         OSError: a file cannot be written.
@@ -130,7 +130,7 @@ def save_expanded(
 
 
 def save_experts(folder: Path, layers: Sequence[LinearLayer]) -> dict[str, dict[str, Any]]:
-    """Write the expanded layers of one block into a folder, and return what describes each.
+    """Write the expanded layers of one block; return the entry of `expansion.json` for each.
 
     Raises:
         OSError: the file cannot be written.
@@ -152,10 +152,12 @@ def load_experts(
     dtype: torch.dtype | None = None,
     packed: bool = False,
 ) -> None:
-    """Put the expanded layers of one block that `save_experts` wrote in the places of layers.
+    """Replace layers of one block by the expanded ones that `save_experts` wrote.
+
+    With a ``dtype`` the experts are converted to it; with ``packed`` see `pack_layer`.
 
     Raises:
-        LookupError: a layer without tensors.
+        LookupError: a layer has no tensors in the file.
         OSError: the file cannot be read.
     """
     tensors = load_tensors(folder / _file_of(layers[0].block))
@@ -166,7 +168,7 @@ def load_experts(
         expanded = replace_layer(model, layer, mixture.to(device))
         if packed:
             pack_layer(model, expanded)
-        del mixture, expanded  # or they would stay until the next is unpacked
+        del mixture, expanded  # frees this layer before the next is unpacked
 
 
 def _file_of(block: int) -> str:
@@ -174,7 +176,7 @@ def _file_of(block: int) -> str:
 
 
 def _dense_tensors(model: PreTrainedModel, layers: list[LinearLayer]) -> Tensors:
-    """Return what is not expanded, of tied weights the first."""
+    """Return the tensors outside the expanded layers; of tied weights only the first."""
     expanded = tuple(f"{layer.name}." for layer in layers)
     every = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     buffers = {name: value for name, value in model.state_dict().items() if name not in every}
@@ -183,7 +185,10 @@ def _dense_tensors(model: PreTrainedModel, layers: list[LinearLayer]) -> Tensors
 
 
 def _pack_layer(layer: LinearLayer, owners: dict[int, str], tensors: Tensors) -> dict[str, object]:
-    """Add a layer's tensors, those of a router that layers share once; describe the layer."""
+    """Add a layer's tensors to ``tensors``, a shared router only once; return the layer's entry.
+
+    ``owners`` maps the id of a router to the name of the first layer that uses it.
+    """
     module = layer.module
     assert isinstance(module, ExpertLinear)
     owner = owners.setdefault(id(module.router), layer.name)
@@ -205,9 +210,9 @@ def _pack_layer(layer: LinearLayer, owners: dict[int, str], tensors: Tensors) ->
 
 
 def pack_layer(model: PreTrainedModel, layer: LinearLayer) -> None:
-    """Hold a layer's weights packed, if half of them or more are zeros: with fewer that gains nothing.
+    """Pack a layer if at least half of its weights are zeros; with fewer, packing gains nothing.
 
-    Left as they are, too, are weights that are quantised, float64, or not there.
+    Layers whose weights are quantised, float64 or on the meta device are left as they are.
     """
     weight = weight_of(layer)
     weight = weight if weight.ndim == 3 else weight[None]
@@ -216,7 +221,7 @@ def pack_layer(model: PreTrainedModel, layer: LinearLayer) -> None:
         return
     router = layer.module.router if isinstance(layer.module, ExpertLinear) else None
     if router is not None:
-        router.layers -= 1  # its place is taken
+        router.layers -= 1  # the packed layer takes its place in the router's count
     bias = layer.module.bias
     assert bias is None or isinstance(bias, torch.Tensor)
     packed = PackedLinear(weight, bias, router).train(layer.module.training)
@@ -224,13 +229,13 @@ def pack_layer(model: PreTrainedModel, layer: LinearLayer) -> None:
 
 
 def pack_layers(model: PreTrainedModel, layers: list[LinearLayer]) -> None:
-    """Pack layers, and empty the list: each dense weight is freed when its layer is packed."""
+    """Pack layers and empty the list, so that each dense weight is freed once it is packed."""
     while layers:
         pack_layer(model, layers.pop())
 
 
 def weight_bytes(model: PreTrainedModel) -> int:
-    """Return the bytes that a model's weights take in memory, packed or not; tied ones once."""
+    """Return the size of a model's weights in memory in bytes, packed or not; tied ones once."""
     tensors = {id(x): x for x in (*model.parameters(), *model.buffers())}.values()
     packed = [m.sliced.nbytes for m in model.modules() if isinstance(m, PackedLinear)]
     return sum(tensor.nbytes for tensor in tensors) + sum(packed)
@@ -243,13 +248,14 @@ def load_expanded(
     dtype: torch.dtype | None = None,
     packed: bool = False,
 ) -> PreTrainedModel:
-    """Read an expanded model, bit for bit as it was written, onto the CPU.
+    """Read an expanded model onto the CPU, bit for bit as it was written.
 
-    With a ``dtype`` experts become that, but no router. ``packed``, see `pack_layer`.
+    With a ``dtype`` the experts are converted to it, but not the routers. With ``packed`` see
+    `pack_layer`.
 
     Raises:
         OSError: a file cannot be read.
-        ValueError: files that are missing or were changed, or that do not belong together.
+        ValueError: files are missing or were changed, or do not belong together.
     """
     try:
         about = json.loads((folder / EXPANSION).read_text(encoding="utf-8"))
@@ -270,7 +276,7 @@ def load_expanded(
             raise ValueError(f"no sum of {min(unknown)}")
         _fill(model, folder, described, dtype, packed)
     except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-        reason = textwrap.shorten(str(error), 300, placeholder=" ...")  # torch's is many lines
+        reason = textwrap.shorten(str(error), 300, placeholder=" ...")  # torch's has many lines
         raise ValueError(
             f"{folder} is damaged: {EXPANSION} and its files do not belong together ({reason})"
         ) from error
@@ -283,7 +289,7 @@ def load_expanded(
 def _empty_model(folder: Path, trust_remote_code: bool) -> PreTrainedModel:
     options = {"trust_remote_code": trust_remote_code}
     config = AutoConfig.from_pretrained(folder, **options)
-    # Buffers are computed as always: they are not in any file.
+    # Buffers are computed here, since no file holds them.
     with init_empty_weights(include_buffers=False):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
             config, **options
@@ -300,11 +306,11 @@ def _fill(
     dtype: torch.dtype | None,
     packed: bool,
 ) -> None:
-    """Give an empty model its experts and its dense weights.
+    """Load the experts and the dense weights into an empty model.
 
     Raises:
-        LookupError: a layer that the model has not, or one without tensors.
-        ValueError: tensors of another shape.
+        LookupError: a layer or a tensor is not in the model, or a layer has no tensors.
+        ValueError: a layer has another shape in the model.
     """
     layers = {layer.name: layer for layer in find_layers(model)}
     for name, about in described.items():
@@ -314,16 +320,16 @@ def _fill(
     for block in dict.fromkeys(about["block"] for about in described.values()):
         here = [layers[name] for name, about in described.items() if about["block"] == block]
         load_experts(model, folder, here, described, dtype=dtype, packed=packed)
-    # Copied as a router is. assign: the tensors themselves, so with their dtype.
+    # Cloned for the reason in `router_from`. assign=True keeps the dtypes of the file.
     dense = {name: tensor.clone() for name, tensor in load_tensors(folder / DENSE).items()}
     result = model.load_state_dict(dense, strict=False, assign=True)
     if result.unexpected_keys:
         raise LookupError(f"the model has no {result.unexpected_keys[0]}")
-    # As transformers does: what is tied by the configuration, but not here, stays apart.
+    # As in transformers: weights that are separate in the file stay so, even if the config ties them.
     model.tie_weights(missing_keys={*result.missing_keys}, recompute_mapping=False)
     del dense
     if packed:
-        others = [layers.pop(name) for name in {*layers} - {*described}]  # they may be pruned too
+        others = [layers.pop(name) for name in {*layers} - {*described}]  # they may be pruned
         for layer in others:
             layer.module.to(dtype)
         pack_layers(model, others)

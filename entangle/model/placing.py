@@ -1,7 +1,7 @@
-"""Where the weights of a model are that is larger than its device: in files, block after block.
+"""Offloading for models that are larger than their device: weights in files, read by block.
 
-accelerate's hooks read a module's weights each time that it runs. For many batches that is many
-times; here a block's are fetched once, stay while all batches run, and are given back.
+accelerate's hooks read a module's weights each time that it runs, so once per batch. Here a
+block's weights are read once, stay on the device for all batches, and are released.
 """
 
 import contextlib
@@ -18,28 +18,33 @@ from entangle.model.layers import LinearLayer, find_blocks
 
 
 def is_offloaded(model: nn.Module) -> bool:
-    """Tell whether some weights of a model are in files, to be read when they are needed."""
+    """Return whether some weights of a model are offloaded to files."""
     return any(True for _ in _offloading(model))
 
 
 def is_whole(model: nn.Module) -> bool:
-    """Tell whether all weights of a model are somewhere: on a device or in files."""
+    """Return whether each weight of a model is on a device or in a file."""
     known = {id(p) for module, _ in _offloading(model) for p in module.parameters(recurse=False)}
     return all(not p.is_meta or id(p) in known for p in model.parameters())
 
 
 def check_in_memory(model: nn.Module, deed: str) -> None:
-    """See that a model's weights are not in files.
+    """Check that no weights of a model are in files.
+
+    ``deed`` begins the error message.
 
     Raises:
-        ValueError: they are.
+        ValueError: some are.
     """
     if is_offloaded(model):
         raise ValueError(f"{deed} needs the whole model in memory: load it without offload")
 
 
 def home_of(model: nn.Module) -> torch.device:
-    """Return the device of the first weights that are on one: where a model takes its tokens."""
+    """Return the device that a model's tokens must be on.
+
+    It is that of the first parameter on a device, or, if all are in files, that of the first hook.
+    """
     for parameter in model.parameters():
         if not parameter.is_meta:
             return parameter.device
@@ -47,7 +52,10 @@ def home_of(model: nn.Module) -> torch.device:
 
 
 def blocks_in_files(model: PreTrainedModel, device: torch.device) -> dict[str, Any]:
-    """Return a device map for accelerate: the blocks of an empty model in files, all else there."""
+    """Return a device map for accelerate: the blocks on disk, all other modules on ``device``.
+
+    The model may be empty, with all weights on the meta device.
+    """
     prefix, blocks = find_blocks(model)
     places: dict[str, Any] = {f"{prefix}.{index}": "disk" for index in range(len(blocks))}
     module: nn.Module = model
@@ -61,54 +69,57 @@ def blocks_in_files(model: PreTrainedModel, device: torch.device) -> dict[str, A
 
 
 def fetch(block: nn.Module) -> None:
-    """Have the weights of a block on its device until `give_back`; elsewhere they stay as they are."""
+    """Read a block's offloaded weights onto its device, until `give_back` releases them."""
     for module, hook in _offloading(block):
         if hook.offload:
             hook.pre_forward(module)
             for name, parameter in module.named_parameters(recurse=False):
-                if parameter.device.type == "cpu":  # a part of a file until it is copied
+                if parameter.device.type == "cpu":  # a memory map of the file: copy it
                     module.get_parameter(name).data = parameter.data.clone()
-            hook.offload = False  # else it would read them again for each batch
+            hook.offload = False  # otherwise the hook reads them again for each batch
             hook.fetched = True
 
 
 def give_back(block: nn.Module) -> None:
-    """Let go of the weights that `fetch` fetched: of those that were changed, see `keep`."""
+    """Release the weights that `fetch` read; changes are lost unless `keep` names their file."""
     fetched = [(module, hook) for module, hook in _offloading(block) if not hook.offload]
     for module, hook in fetched:
         hook.offload = True
         hook.post_forward(module, None)
     if fetched:
-        # The C library keeps what is freed between other things: it grew by half a block each time.
+        # The C library does not return freed memory that lies between live allocations: without
+        # this call the process grew by half a block each time.
         with contextlib.suppress(AttributeError, OSError, TypeError):
-            ctypes.CDLL(None).malloc_trim(0)  # of glibc, and no other
+            ctypes.CDLL(None).malloc_trim(0)  # only glibc has it
 
 
 def bytes_of_block(model: PreTrainedModel) -> int:
-    """Return how much the largest of a model's blocks weighs: what has to be in memory at once."""
+    """Return the size of the largest block in bytes: the weights that are in memory at once."""
     _, blocks = find_blocks(model)
     return max(sum(parameter.nbytes for parameter in block.parameters()) for block in blocks)
 
 
 def keep(layer: LinearLayer, file: Path, name: str) -> None:
-    """Have a layer's weight read from a tensor of a safetensors file from now on.
+    """Read a layer's weight from the tensor ``name`` of a safetensors file from now on.
+
+    A layer that is not offloaded is left as it is.
 
     Raises:
-        ValueError: it is offloaded, but not as `load_model` does it.
+        ValueError: the layer is offloaded, but not by `load_model`.
     """
     for module, hook in _offloading(layer.module):
         loader, key = hook.weights_map, "weight"
-        while hasattr(loader, "prefix"):  # accelerate's view of one module's part
+        while hasattr(loader, "prefix"):  # accelerate's view of one module's weights
             loader, key = loader.dataset, loader.prefix + key
         if not hasattr(loader, "index"):
             raise ValueError(f"{layer.name} is offloaded by hand: load the model with load_model")
         dtype = str(module.get_parameter("weight").dtype).removeprefix("torch.")
         loader.index[key] = {"safetensors_file": str(file), "weight_name": name, "dtype": dtype}
-        loader.state_dict.pop(key, None)  # of a model on the host, which would come first
+        loader.state_dict.pop(key, None)  # the weight on the host, which would be read first
 
 
 def stored_parameters(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Return all parameters in the order of their names, tied ones once, each read in its turn."""
+    """Yield all parameters sorted by name, tied ones once; those in files are read one at a time."""
     where = {id(p): (m, h) for m, h in _offloading(model) for p in m.parameters(recurse=False)}
     for name, parameter in sorted(model.named_parameters()):
         if parameter.is_meta and id(parameter) in where:
@@ -119,7 +130,7 @@ def stored_parameters(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _offloading(model: nn.Module) -> Iterator[tuple[nn.Module, Any]]:
-    """Return the modules whose weights are in files, with the hooks that read them."""
+    """Yield the modules whose weights are in files, with the hooks that read them."""
     for module in model.modules():
         hook = getattr(module, "_hf_hook", None)
         for one in getattr(hook, "hooks", (hook,)):

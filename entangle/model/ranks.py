@@ -1,7 +1,7 @@
-"""Several processes on one text: which batches are whose, and how their sums become one.
+"""Collectives and shards for several processes that work on one text.
 
-Under torchrun each process is a rank of `torch.distributed`; alone there is one rank, and nothing is
-sent. All ranks call the same functions in the same order. Rank 0 prints and writes.
+Under torchrun each process is a rank of `torch.distributed`. Without it there is one rank, and
+nothing is sent. All ranks call the same functions in the same order. Rank 0 prints and writes.
 """
 
 import dataclasses
@@ -12,34 +12,37 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
-LAUNCHED = "TORCHELASTIC_RUN_ID" in os.environ  # by torchrun
-if TYPE_CHECKING or LAUNCHED:  # else it is imported by whoever needs it: to read a run it is not
+LAUNCHED = "TORCHELASTIC_RUN_ID" in os.environ  # set by torchrun
+if TYPE_CHECKING or LAUNCHED:  # commands that only read runs must not import torch
     import torch
     from torch import distributed
 
 Value = TypeVar("Value")
 
-# Between two calls a rank may have much more to do than another: rank 0, for one, writes.
+# The timeout of a collective: between two of them rank 0 may write for long while the others wait.
 PATIENCE = datetime.timedelta(hours=12)
 
 
 class StoppedError(RuntimeError):
-    """Rank 0 has an error, which it tells: the other ranks only end."""
+    """An error of rank 0, raised on the other ranks: rank 0 reports it, the others end."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """A process's share of a text's batches: every ``of``-th, from the one of its number (from 0)."""
+    """One process's share of the batches: every ``of``-th batch, beginning with batch ``number``.
+
+    ``number`` counts from 0.
+    """
 
     number: int = 0
     of: int = 1
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Read one as it is written: ``3/8`` is the third of eight.
+        """Return the shard that a text names: ``3/8`` is the third of eight, with the number 2.
 
         Raises:
-            ValueError: it is no such thing.
+            ValueError: the text does not name a shard.
         """
         number, _, of = text.partition("/")
         if not (number.isdecimal() and of.isdecimal() and 1 <= int(number) <= int(of)):
@@ -50,15 +53,15 @@ class Shard:
         return f"{self.number + 1}/{self.of}"
 
     def batches(self, count: int) -> range:
-        """Return the numbers of its batches, of so many."""
+        """Return which of ``count`` batches belong to the shard."""
         return range(self.number, count, self.of)
 
 
 def join() -> None:
-    """Join the processes that torchrun started, this one among them.
+    """Join the process group of torchrun: gloo on the CPU, NCCL on GPUs.
 
     Raises:
-        ValueError: more of them here than GPUs, where there are some.
+        ValueError: this machine has GPUs, but fewer than processes.
     """
     backend = "gloo"
     if torch.cuda.is_available():
@@ -71,50 +74,53 @@ def join() -> None:
 
 
 def leave() -> None:
-    """Wait until all processes are done, and part: one that ends alone may be killed for it."""
+    """Wait for all ranks, then leave the process group.
+
+    A rank that ends before the others may be killed.
+    """
     if count() > 1:
         everyone(None)
         _group().destroy_process_group()
 
 
 def count() -> int:
-    """Return how many processes there are."""
+    """Return the number of ranks."""
     group = _group()
     return int(group.get_world_size()) if group is not None else 1
 
 
 def rank() -> int:
-    """Return the number of this process, from 0."""
+    """Return the rank of this process, from 0."""
     group = _group()
     return int(group.get_rank()) if group is not None else 0
 
 
 def _group() -> Any:
-    """Return torch.distributed if this process is one of a group, however it was started."""
+    """Return torch.distributed if this process is in a process group, and None if not."""
     module = sys.modules.get("torch.distributed")
     joined = module is not None and module.is_available() and module.is_initialized()
     return module if joined else None
 
 
 def shard() -> Shard:
-    """Return this process's share."""
+    """Return the shard of this process."""
     return Shard(rank(), count())
 
 
 def add_(tensor: "torch.Tensor") -> None:
-    """Make of a tensor its sum over all ranks."""
+    """Replace a tensor by its sum over all ranks, in place."""
     if count() > 1:
         _reduce_(tensor, "SUM")
 
 
 def least_(tensor: "torch.Tensor") -> None:
-    """Make of a tensor its least values over all ranks."""
+    """Replace a tensor by its elementwise minimum over all ranks, in place."""
     if count() > 1:
         _reduce_(tensor, "MIN")
 
 
 def most_(tensor: "torch.Tensor") -> None:
-    """Make of a tensor its largest values over all ranks."""
+    """Replace a tensor by its elementwise maximum over all ranks, in place."""
     if count() > 1:
         _reduce_(tensor, "MAX")
 
@@ -125,7 +131,10 @@ def _reduce_(tensor: "torch.Tensor", how: str) -> None:
 
 
 def everyone(value: Value) -> list[Value]:
-    """Return what each rank gave, in their order: small things, which are pickled on the way."""
+    """Gather one value from each rank on all ranks, in the order of the ranks.
+
+    The values are pickled, so they should be small.
+    """
     if count() == 1:
         return [value]
     found: list[Any] = [None] * count()
@@ -136,10 +145,10 @@ def everyone(value: Value) -> list[Value]:
 
 @contextmanager
 def _others() -> Iterator[None]:
-    """Say what it means if others do not answer.
+    """Explain a failed collective.
 
     Raises:
-        RuntimeError: they do not.
+        RuntimeError: the collective failed.
     """
     try:
         yield
@@ -151,7 +160,7 @@ def _others() -> Iterator[None]:
 
 
 def once(write: Callable[..., object], *args: Any) -> None:
-    """Have rank 0 write what all ranks read, and wait until it is there."""
+    """Call ``write(*args)`` on rank 0 only; all ranks wait until it has returned."""
     if rank() == 0:
         write(*args)
     everyone(None)
@@ -159,10 +168,12 @@ def once(write: Callable[..., object], *args: Any) -> None:
 
 @contextmanager
 def leading(what: object) -> Iterator[None]:
-    """Do something on rank 0 that the others wait for in `agree`, and tell them whether it went well.
+    """Run the body on rank 0 while the others wait in `agree`, and tell them whether it failed.
+
+    ``what`` describes the command and its inputs; it must be the same on all ranks.
 
     Raises:
-        RuntimeError: another rank is about something else.
+        RuntimeError: ``what`` differs on another rank.
     """
     try:
         yield
@@ -173,11 +184,11 @@ def leading(what: object) -> Iterator[None]:
 
 
 def agree(what: object) -> None:
-    """Wait for what rank 0 does in `leading`.
+    """Wait until rank 0 has left the body of `leading`.
 
     Raises:
-        RuntimeError: it, or another rank, is about something else.
-        StoppedError: it has an error.
+        RuntimeError: ``what`` differs between ranks.
+        StoppedError: the body failed on rank 0.
     """
     found = everyone(repr(what))
     if found[0] is None:
@@ -196,10 +207,10 @@ def _compare(found: list[Any]) -> None:
 
 @contextmanager
 def together() -> Iterator[None]:
-    """Do something of one's own, of which the others hear if it cannot be done.
+    """Run the body on each rank; if it raises ValueError on one rank, raise it on all ranks.
 
     Raises:
-        ValueError: on all ranks, what it was on one.
+        ValueError: the body raised it on a rank; the message is that of the first such rank.
     """
     problem = None
     try:
@@ -214,7 +225,10 @@ def together() -> Iterator[None]:
 
 
 def spread(costs: Sequence[float]) -> list[int]:
-    """Return a rank for each piece of work, so that all have as much to do: the largest first."""
+    """Return a rank for each piece of work, so that the ranks' total costs are about equal.
+
+    The most expensive pieces come first, each to the rank with the least work so far.
+    """
     owners, busy = [0] * len(costs), [0.0] * count()
     for piece in sorted(range(len(costs)), key=lambda piece: -costs[piece]):
         owners[piece] = min(range(count()), key=busy.__getitem__)
@@ -223,15 +237,15 @@ def spread(costs: Sequence[float]) -> list[int]:
 
 
 def broadcast_(tensor: "torch.Tensor", owner: int) -> None:
-    """Make of a tensor that of one rank."""
-    assert tensor.is_contiguous()  # else its values would be mixed up
+    """Replace a tensor by that of the rank ``owner``, in place."""
+    assert tensor.is_contiguous()  # otherwise the values would be permuted
     if count() > 1:
         with _others():
             _group().broadcast(tensor, owner)
 
 
 def from_rank(owner: int, value: Value | None) -> Value:
-    """Return what one rank gave: what is not large, which is pickled on the way."""
+    """Return the value of the rank ``owner`` on all ranks. It is pickled, so it should be small."""
     found = [value]
     if count() > 1:
         with _others():
@@ -240,7 +254,7 @@ def from_rank(owner: int, value: Value | None) -> Value:
 
 
 def gather(rows: "torch.Tensor", places: "torch.Tensor") -> "torch.Tensor":
-    """Return all ranks' rows (tokens, ...), in the order of their places (tokens,)."""
+    """Return the rows (tokens, ...) of all ranks, sorted by their places (tokens,) in the text."""
     if count() == 1:
         return rows
     lengths = everyone(len(rows))

@@ -1,4 +1,4 @@
-"""Windows on their way through a model's blocks, and samples of the inputs of its layers."""
+"""Walks of windows through a model's blocks, and samples of the inputs of its layers."""
 
 from collections.abc import Sequence
 
@@ -16,16 +16,19 @@ from entangle.model.text import TokenWindows
 def walk_blocks(
     model: PreTrainedModel, windows: TokenWindows, batch_size: int, skip_first: int
 ) -> BlockWalk:
-    """Return the windows on their way through the model's blocks, under torchrun this process's.
+    """Return a walk of the windows through the model's blocks, before the first block.
+
+    Under torchrun each process walks with its share of the batches.
 
     Raises:
-        RuntimeError: as `BlockWalk` says, or fewer batches than processes.
-        ValueError: as `BlockWalk` says.
+        RuntimeError: as in `BlockWalk`, or there are fewer batches than processes.
+        ValueError: as in `BlockWalk`.
     """
     batches = windows.batches(batch_size)
     mine = ranks.shard().batches(len(batches))
     if len(batches) < ranks.count():
-        raise RuntimeError(  # of no arm: fewer processes can go on
+        # A ValueError would be recorded as an arm's problem, but fewer processes can resume the run.
+        raise RuntimeError(
             f"{len(batches)} batches of {batch_size} windows are too few for {ranks.count()} "
             "processes: use a smaller batch size, more windows or fewer processes"
         )
@@ -37,10 +40,11 @@ def walk_blocks(
 def sample_inputs(
     walk: BlockWalk, layers: Sequence[LinearLayer], size: int, seed: int, *, advance: bool = False
 ) -> dict[str, torch.Tensor]:
-    """Run the block once and return inputs (tokens, inputs) of these layers of it, by name.
+    """Run the block once; return a sample (tokens, inputs) of the inputs of its layers, by name.
 
-    Which of the counted tokens is decided by a hash of the seed and the token's place, so that
-    another batch size chooses the same. Layers that have the same inputs share the tensor.
+    At most ``size`` counted tokens are chosen, those with the smallest hashes of the seed and of the
+    token's place in the text, so the choice does not depend on the batch size. Layers with the same
+    inputs share the tensor.
     """
     chosen = _choose(walk, size, seed)
     heard: dict[str, list[torch.Tensor]] = {}
@@ -56,18 +60,18 @@ def sample_inputs(
 
 
 def sampled_places(walk: BlockWalk, size: int, seed: int) -> torch.Tensor:
-    """Return the place in the text of each token that `sample_inputs` chooses (tokens,)."""
+    """Return the places in the text (tokens,) of the tokens that `sample_inputs` chooses."""
     places = _places(walk, _choose(walk, size, seed))
     return ranks.gather(places, places)
 
 
 def _places(walk: BlockWalk, chosen: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Return the places of this process's tokens that were chosen."""
+    """Return the places in the text of the chosen tokens of this process."""
     return torch.cat([place[which] for place, which in zip(walk.places, chosen, strict=True)])
 
 
 def _choose(walk: BlockWalk, size: int, seed: int) -> list[torch.Tensor]:
-    """Return for each batch which of its counted tokens are among the ``size`` chosen of all."""
+    """Return, per batch, which of its counted tokens (tokens,) are among the ``size`` chosen ones."""
     hashes = _hash(torch.cat(walk.places).numpy().astype(np.uint64), seed)
     every = np.sort(np.concatenate(ranks.everyone(hashes)))
     chosen = torch.from_numpy(hashes <= every[min(size, len(every)) - 1])
@@ -75,7 +79,7 @@ def _choose(walk: BlockWalk, size: int, seed: int) -> list[torch.Tensor]:
 
 
 def _hash(numbers: npt.NDArray[np.uint64], seed: int) -> npt.NDArray[np.uint64]:
-    """Return the SplitMix64 of numbers: of one seed no two are equal."""
+    """Return the SplitMix64 hashes of numbers; with one seed, different numbers differ."""
     mixed = numbers + np.uint64(seed * 0xD1342543DE82EF95 % 2**64)
     mixed = (mixed + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
     mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

@@ -1,4 +1,4 @@
-"""The score of a model on a text, with its standard error over windows."""
+"""The score of a model on a text."""
 
 import dataclasses
 import math
@@ -11,16 +11,16 @@ import numpy.typing as npt
 class Score:
     """The negative log-likelihood of a text under a model, with its standard error over windows.
 
-    Each window stands alone, the convention of the pruning papers: its first token is given and
-    not scored, and what is scored has on average half a window of context.
+    Each window is scored separately, as in the pruning papers: its first token is given and not
+    scored, and a scored token has on average half a window of context.
     """
 
-    window_nats: npt.NDArray[np.float64]  # (windows,): mean over a window's scored tokens
-    tokens: int  # scored
+    window_nats: npt.NDArray[np.float64]  # (windows,): mean nats per scored token
+    tokens: int  # the number of scored tokens
 
     @property
     def nats(self) -> float:
-        """The mean negative log-likelihood of a token."""
+        """The mean negative log-likelihood, in nats per token."""
         return float(self.window_nats.mean())
 
     @property
@@ -31,7 +31,7 @@ class Score:
 
     @property
     def perplexity(self) -> float:
-        """The exponential of ``nats``; infinite where that is beyond floats."""
+        """The exponential of ``nats``; infinite if a float cannot hold it."""
         return math.exp(self.nats) if not self.nats > 709 else math.inf
 
     @property

@@ -1,4 +1,4 @@
-"""Score a model on a text."""
+"""Scoring of a model on a text."""
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from entangle.model.text import TokenWindows, check_windows
 
 
 class NotFiniteError(RuntimeError):
-    """A model's log-likelihood is NaN or infinite."""
+    """A log-likelihood that is NaN or infinite."""
 
 
 def perplexity(
@@ -24,14 +24,14 @@ def perplexity(
     skip_first: int = 0,
     progress: bool = False,
 ) -> Score:
-    """Score every token but the first of each window, given those before it in the window.
+    """Return the score of each window's tokens, each given the tokens before it in its window.
 
-    The first ``skip_first`` tokens of each window are given and not scored. Under torchrun each
-    process scores its share of the batches, and all return the whole.
+    The first ``skip_first`` tokens of each window, and at least one, are given and not scored. Under
+    torchrun each process scores its share of the batches, and all return the same score.
 
     Raises:
-        NotFiniteError: the model's outputs are not finite.
-        ValueError: windows or ``skip_first`` that do not fit the model (see `check_windows`).
+        NotFiniteError: the log-likelihood of a window is not finite.
+        ValueError: the windows or ``skip_first`` do not fit the model (see `check_windows`).
     """
     check_windows(model, windows, skip_first)
     first = max(skip_first, 1)
@@ -45,7 +45,7 @@ def perplexity(
             batch = batches[number]
             tokens = batch.to(home_of(model))
             logits = model(input_ids=tokens, use_cache=False).logits
-            # A window at a time: in float32 all of them would double the peak of memory.
+            # One window at a time: all logits in float32 would double the peak memory.
             for place, (window, scores) in enumerate(zip(tokens, logits, strict=True)):
                 losses = cross_entropy(
                     scores[first - 1 : -1].float(), window[first:], reduction="none"

@@ -1,4 +1,4 @@
-"""Windows of tokens, cut from a text, and their fingerprint."""
+"""Windows of tokens that are cut from a text, and their fingerprint."""
 
 import dataclasses
 import hashlib
@@ -17,23 +17,23 @@ Purpose = Literal["calibration", "evaluation"]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TokenWindows:
-    """Equal-length, non-overlapping sequences of one text, with what they were cut from."""
+    """Windows of one text, and where the text was read."""
 
     tokens: torch.Tensor  # (windows, length) int64, on the CPU
-    text: str  # where it was read
-    available: int  # how many windows the whole text has
+    text: str  # the source of the text
+    available: int  # the number of windows in the whole text
     seed: int
     bos: Bos
 
     @property
     def fingerprint(self) -> str:
-        """The SHA-256 of the tokens and of how they are cut."""
+        """The SHA-256 of the tokens and their shape."""
         array = self.tokens.numpy().astype("<i8")
         return hashlib.sha256(repr(array.shape).encode() + array.tobytes()).hexdigest()
 
     @property
     def hashes(self) -> list[str]:
-        """The beginning of the SHA-256 of each window's tokens: equal windows have equal ones."""
+        """The first 12 hex digits of the SHA-256 of each window's tokens."""
         rows = self.tokens.numpy().astype("<i8")
         return [hashlib.sha256(row.tobytes()).hexdigest()[:12] for row in rows]
 
@@ -44,8 +44,8 @@ class TokenWindows:
         """Return some of the windows: ``windows[::2]`` and ``windows[1::2]`` are disjoint halves.
 
         Raises:
-            TypeError: ``which`` is no slice.
-            ValueError: it leaves none, or its step is not positive.
+            TypeError: ``which`` is not a slice.
+            ValueError: the slice is empty, or its step is not positive.
         """
         if not isinstance(which, slice):
             raise TypeError(f"windows are taken by slices such as windows[:8], got {which!r}")
@@ -56,7 +56,7 @@ class TokenWindows:
 
     @property
     def length(self) -> int:
-        """The tokens in a window."""
+        """The number of tokens in a window."""
         return int(self.tokens.shape[1])
 
     def batches(self, size: int) -> Sequence[torch.Tensor]:
@@ -80,18 +80,19 @@ def token_windows(
     bos: Bos = "auto",
     purpose: Purpose = "calibration",
 ) -> TokenWindows:
-    """Draw ``windows`` windows of ``length`` tokens from a text by ``seed``.
+    """Draw ``windows`` random windows of ``length`` tokens from a text, by ``seed``.
 
-    All of them if it has fewer, or if ``windows`` is None.
+    If the text has fewer windows, or if ``windows`` is None, all of them are returned. Windows keep
+    the order of the text.
 
-    ``text`` is where to read, as TEXT on the command line (see `read_documents`), or a list of
-    documents themselves. Windows keep the order of the text. ``bos`` puts the tokenizer's
-    beginning-of-sequence token before each window: ``always``, ``never``, or as the tokenizer
-    itself does (``auto``).
+    ``text`` is a source, as TEXT on the command line (see `read_documents`), or a list of documents.
+    ``bos`` tells whether each window begins with the tokenizer's beginning-of-sequence token:
+    ``always``, ``never``, or ``auto``, if the tokenizer itself adds one.
 
     Raises:
-        ValueError: the text has fewer tokens than one window, a number is not positive, or
-            ``bos="always"`` with a tokenizer that has no such token.
+        ValueError: the text has fewer tokens than one window; ``windows`` is less than 1 or
+            ``length`` less than 2; or ``bos`` is unknown, or ``always`` with a tokenizer that has
+            no such token.
     """
     if (windows is not None and windows < 1) or length < 2:
         raise ValueError(
@@ -102,7 +103,7 @@ def token_windows(
     else:
         source, documents = "documents given in Python", list(text)
     start = _start_tokens(tokenizer, bos)
-    # verbose=False: a text longer than the model's context is what we expect here.
+    # verbose=False: no warning that the text is longer than the model's context.
     ids = tokenizer("\n\n".join(documents), add_special_tokens=False, verbose=False)["input_ids"]
     body = length - len(start)
     available = len(ids) // body
@@ -121,7 +122,7 @@ def token_windows(
 
 
 def some_windows(windows: TokenWindows, count: int) -> TokenWindows:
-    """Return at most ``count`` of the windows, evenly spread."""
+    """Return at most ``count`` of the windows, evenly spaced."""
     if len(windows) <= count:
         return windows
     places = np.linspace(0, len(windows) - 1, count).round().astype(int)
@@ -129,11 +130,11 @@ def some_windows(windows: TokenWindows, count: int) -> TokenWindows:
 
 
 def check_windows(model: PreTrainedModel, windows: TokenWindows, skip_first: int = 0) -> None:
-    """See that a model can run on windows, before minutes are spent.
+    """Check that a model can run on windows, before a long computation begins.
 
     Raises:
-        ValueError: the model is in training mode, the windows are longer than its context, they
-            have tokens that it does not know, or ``skip_first`` leaves none of their tokens.
+        ValueError: the model is in training mode, the windows are longer than its context or have
+            tokens outside its vocabulary, or ``skip_first`` is negative or skips all tokens.
     """
     if not 0 <= skip_first < windows.length:
         why = (
@@ -163,10 +164,10 @@ def check_windows(model: PreTrainedModel, windows: TokenWindows, skip_first: int
 
 
 def check_disjoint(calibration: TokenWindows, evaluation: TokenWindows) -> None:
-    """See that no window of the evaluation is one of the calibration.
+    """Check that no evaluation window is also a calibration window.
 
     Raises:
-        ValueError: some have the same tokens.
+        ValueError: some evaluation windows have the tokens of a calibration window.
     """
     known = {row.tobytes() for row in calibration.tokens.numpy()}
     shared = sum(row.tobytes() in known for row in evaluation.tokens.numpy())
@@ -190,17 +191,17 @@ def _start_tokens(tokenizer: PreTrainedTokenizerBase, bos: Bos) -> list[int]:
 def read_documents(source: str | Path, purpose: Purpose = "calibration") -> tuple[str, list[str]]:
     """Read a text: a file, a folder of ``*.txt``, or ``hub:NAME[/CONFIG][:SPLIT][#COLUMN]``.
 
-    Of a folder with ``calibration.txt`` and ``evaluation.txt``, the one that ``purpose`` names.
-    Returns where exactly it was read and its documents.
+    If a folder has ``calibration.txt`` and ``evaluation.txt``, only the file that ``purpose`` names
+    is read. Return the exact source and the documents.
 
     Raises:
-        FileNotFoundError: no such file or folder, or no ``*.txt`` in it.
-        ValueError: a file that is not UTF-8 text.
+        FileNotFoundError: the file or folder does not exist, or the folder has no ``*.txt``.
+        ValueError: a file is not UTF-8 text, or a text of the hub cannot be read.
     """
     if str(source).startswith("hub:"):
         return str(source), _read_hub(str(source).removeprefix("hub:"))
     path = Path(source)
-    named = all(len(part) < 256 for part in path.parts)  # a longer one is text, no name
+    named = all(len(part) < 256 for part in path.parts)  # a longer part cannot be a file name
     if named and path.is_dir():
         files = sorted(path.glob("*.txt"))
         names = {file.name for file in files}
@@ -227,13 +228,13 @@ def _read_file(file: Path) -> str:
 
 
 def _read_hub(name: str) -> list[str]:
-    """Read a column of a data set of the Hugging Face hub; by default `text` of `train`.
+    """Read a column of a data set of the Hugging Face hub; the default is `text` of `train`.
 
     Raises:
-        ValueError: the extra is not installed, or the hub has no such data set or column.
+        ValueError: the extra `hub` is not installed, or the hub has no such data set or column.
     """
     try:
-        import datasets  # an extra: only texts of the hub need it
+        import datasets  # an optional package, only for texts of the hub
     except ImportError as error:
         raise ValueError(
             "texts of the hub need the extra 'hub': pip install 'entangle[hub]'"
@@ -241,7 +242,7 @@ def _read_hub(name: str) -> list[str]:
     name, _, column = name.partition("#")
     name, _, split = name.partition(":")
     parts = name.split("/")
-    # "a/b" is the data set b of owner a or the configuration b of data set a; the hub knows.
+    # "a/b" is data set b of owner a, or configuration b of data set a: try both.
     attempts: list[tuple[str, str | None]] = [(name, None)] if len(parts) < 3 else []
     attempts += [("/".join(parts[:-1]), parts[-1])] if len(parts) > 1 else []
     problems = []

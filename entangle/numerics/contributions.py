@@ -1,4 +1,4 @@
-"""Which tokens make a neuron's distance to a Gaussian, and how sure that distance is."""
+"""Each token's part of a neuron's distance to a Gaussian, and a bootstrap of that distance."""
 
 import numpy as np
 import numpy.typing as npt
@@ -14,9 +14,9 @@ Array = npt.NDArray[np.float64]
 def distance_parts(samples: npt.ArrayLike | torch.Tensor) -> Array:
     """Return each token's part of each neuron's distance (tokens, neurons), in std.
 
-    A token's part is ∫|x₍ᵢ₎ - Φ⁻¹(u)| du over its own quantile bin, x standardised, averaged over
-    tokens with equal values; the parts add up to the exact distance. NaN for a constant neuron, or
-    one with values that are not finite.
+    A token's part is ∫|x₍ᵢ₎ - Φ⁻¹(u)| du over its own quantile bin, where x is standardised. Tokens
+    with equal values share the mean of their parts. The parts add up to the exact distance. They
+    are NaN for a constant neuron and for one with values that are not finite.
     """
     rows = _rows(samples)
     order = np.argsort(rows, axis=0, kind="stable")
@@ -33,11 +33,12 @@ def bootstrap(
 ) -> Array:
     """Return the exact distances of resampled windows (draws, neurons), in std.
 
-    ``samples`` (tokens, neurons) are consecutive windows of ``window`` tokens each. As many are
-    drawn with replacement, whole, since tokens of a window depend on each other.
+    ``samples`` (tokens, neurons) are consecutive windows of ``window`` tokens each. A draw takes as
+    many windows with replacement. It takes whole windows, since tokens of one window depend on each
+    other.
 
     Raises:
-        ValueError: the tokens are no whole number of windows.
+        ValueError: the number of tokens is not a multiple of ``window``.
     """
     rows = _rows(samples)
     if window < 1 or len(rows) % window:

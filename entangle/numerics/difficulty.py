@@ -1,8 +1,8 @@
-"""Mapping difficulty: how far apart a neuron sends inputs that lie close together.
+"""Mapping difficulty: how far apart the outputs of a neuron are for inputs that are close.
 
-Over pairs of tokens it is the mean of (|Δy| / median |Δy|) / (‖Δx‖ / max ‖Δx‖), as published in
+It is the mean over pairs of tokens of (|Δy| / median |Δy|) / (‖Δx‖ / max ‖Δx‖), as published in
 "Sparse Expansion and Neuronal Disentanglement" (arXiv 2405.15756). The maximum, and with it every
-difficulty, grows with the number of pairs; within a layer it is only a factor.
+difficulty, grows with the number of pairs. Within a layer the maximum is a common factor.
 """
 
 import dataclasses
@@ -14,11 +14,11 @@ import torch
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Difficulty:
-    """The mapping difficulty of a layer's neurons; NaN for one with half its |Δy| zero."""
+    """The mapping difficulty of a layer's neurons; NaN where the median |Δy| is zero."""
 
     difficulty: npt.NDArray[np.float64]  # (neurons,)
-    pairs: int  # counted
-    equal: int  # left out, since their inputs are equal
+    pairs: int  # number of pairs used
+    equal: int  # number of pairs left out, since their inputs are equal
 
 
 def mapping_difficulty(
@@ -26,11 +26,11 @@ def mapping_difficulty(
 ) -> Difficulty:
     """Return the difficulty of inputs (tokens, inputs) and outputs (tokens, neurons).
 
-    Over ``pairs`` disjoint pairs of tokens drawn at random by ``seed``, fewer where the tokens do
-    not suffice. Pairs with equal inputs are left out.
+    It is computed from ``pairs`` disjoint random pairs of tokens, drawn with ``seed``, or from
+    fewer if there are too few tokens. Pairs with equal inputs are left out.
 
     Raises:
-        ValueError: inputs and outputs of different tokens, or no pair asked for.
+        ValueError: the numbers of inputs and outputs differ, or ``pairs`` is below 1.
     """
     if len(inputs) != len(outputs) or pairs < 1:
         raise ValueError(

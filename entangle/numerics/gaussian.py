@@ -1,13 +1,13 @@
 """1-Wasserstein distances to a Gaussian: from counts, from samples, and the noise floor.
 
-W1 = ∫|F - Φ| dx = ∫|F⁻¹ - Φ⁻¹| du, in closed form, with ∫Φ = xΦ + φ and ∫Φ⁻¹ = -φ(Φ⁻¹). From
-counts it comes with a certified bound of its error; from samples it is exact, or POT's or SciPy's
-distance to a drawn normal sample. Only these two draw a Gaussian.
+W1 = ∫|F - Φ| dx = ∫|F⁻¹ - Φ⁻¹| du, in closed form, with ∫Φ = xΦ + φ and ∫Φ⁻¹ = -φ(Φ⁻¹). The
+distance from counts has a certified error bound. The distance from samples is exact, or it is POT's
+or SciPy's distance to a drawn normal sample. Only these two methods draw a Gaussian.
 
-Two equal points have 0.53538, a uniform neuron 0.15428, a Laplacian one 0.14541 and an
-exponential one 0.31442. W1 cannot tell heavy tails from several modes.
+W1 is 0.53538 for two equal points, 0.15428 for a uniform neuron, 0.14541 for a Laplacian one and
+0.31442 for an exponential one. W1 does not distinguish heavy tails from several modes.
 
-Nothing here needs torch, so that a run is read quickly.
+This module does not import torch, so that reading a run is quick.
 """
 
 import dataclasses
@@ -35,7 +35,7 @@ Method = Literal["exact", "pot", "scipy"]
 class Distances:
     """W1 to N(0, 1) in std; NaN for a neuron that is dead or has values that are not finite.
 
-    ``error`` bounds how far ``wasserstein`` lies from the exact distance of the rows counted.
+    ``error`` bounds the difference of ``wasserstein`` from the exact distance of the counted rows.
     """
 
     wasserstein: Array  # (neurons,)
@@ -43,15 +43,18 @@ class Distances:
 
 
 def from_counts(state: Mapping[str, npt.NDArray[Any]], mean: Array, std: Array) -> Distances:
-    """Return the distance of each neuron's histogram, its distribution F linear inside a bin.
+    """Return the distance of each neuron's histogram, whose distribution F is linear inside a bin.
 
-    ``state`` is the state of `Histograms` by name, as a run holds it; ``mean`` and ``std``
+    ``state`` is the state of `Histograms` by name, as stored in a run; ``mean`` and ``std``
     (neurons,) are its moments.
 
-    The error is certified, in units of the final std: half a bin times the share of tokens
-    inside (F is right at the edges), 1/32 of half a bin for the lattice's mean and std (and what
-    a tail's rounded squares may add to it), and per tail twice the smaller of what F and Φ hold
-    beyond the edge, ∫(1 - F) and ∫(1 - Φ): F's is known exactly, as the tail's mean.
+    The error bound is certified, in units of the final std. It is a sum of these terms:
+
+    * half a bin width times the share of tokens inside, since F is exact at the bin edges;
+    * 1/32 of half a bin width for the lattice's error in mean and std, and half the squared bin
+      width times the share of tokens in the tails, whose squares are rounded;
+    * for each tail, twice the smaller of ∫(1 - F) and ∫(1 - Φ) beyond the edge. ∫(1 - F) is known
+      exactly, from the tail's sum.
     """
     known = np.isfinite(std)
     std = np.where(known, std, 1.0)
@@ -85,14 +88,14 @@ def from_samples(
     """Return the distance of each neuron's samples (tokens, neurons) to N(0, 1), in std.
 
     ``exact`` integrates |x₍ᵢ₎ - Φ⁻¹(u)| over each quantile bin of width 1/n. ``pot`` and ``scipy``
-    give the libraries' numbers against one normal sample of the same size, drawn with ``seed``:
-    the paper's estimator, off by at most that sample's own distance to N(0, 1), about 1.3/√n.
-    A constant column, or one with values that are not finite, gives NaN.
+    return the libraries' distances to one normal sample of the same size, drawn with ``seed``. This
+    is the paper's estimator. Its error is at most that sample's own distance to N(0, 1), about
+    1.3/√n. A constant column, or one with values that are not finite, gives NaN.
 
     Raises:
-        ValueError: the samples are not two-dimensional, or there is no such method.
+        ValueError: the samples are not two-dimensional, or the method is unknown.
     """
-    if hasattr(samples, "detach"):  # a tensor, and so torch is there
+    if hasattr(samples, "detach"):  # a tensor; torch is not imported here
         samples = samples.detach().cpu()
         samples = samples.float() if samples.element_size() < 4 else samples
     rows = np.asarray(samples)
@@ -114,12 +117,12 @@ def from_samples(
 
 
 def between_sorted(columns: npt.NDArray[np.float32], others: npt.NDArray[np.float32]) -> Array:
-    """Return W1 between each neuron's sorted samples and others (neurons, tokens), in std of the first.
+    """Return W1 between sorted samples of each neuron (neurons, tokens), in std of ``columns``.
 
-    Of as many samples it is the mean of |x₍ᵢ₎ - y₍ᵢ₎|. NaN where the first are constant.
+    For equal numbers of samples it is the mean of |x₍ᵢ₎ - y₍ᵢ₎|. NaN for constant ``columns``.
 
     Raises:
-        ValueError: not as many of both.
+        ValueError: the shapes differ.
     """
     if columns.shape != others.shape:
         raise ValueError(
@@ -133,34 +136,38 @@ def between_sorted(columns: npt.NDArray[np.float32], others: npt.NDArray[np.floa
 def _library_distance(standard: Array, drawn: Array, method: Method) -> float:
     if method == "scipy":
         return float(scipy.stats.wasserstein_distance(standard, drawn))
-    import ot  # an extra: only users who ask for POT's number need it
+    import ot  # an optional package, needed only for the method pot
 
     return float(ot.wasserstein_1d(standard, drawn, p=1))  # W_p to the p-th power: p must be 1
 
 
 @functools.lru_cache(maxsize=4)
 def gaussian_bins(n: int) -> tuple[Array, Array]:
-    """Return the n-quantiles of N(0, 1) and the density there, from u = 0 to 1 (n + 1,)."""
+    """Return the n-quantiles of N(0, 1) and the density at them, both (n + 1,), from u = 0 to 1."""
     quantiles: Array = scipy.special.ndtri(np.arange(n + 1) / max(n, 1))
     return quantiles, np.exp(-0.5 * quantiles**2) / ROOT_2PI
 
 
-# E[√n W1] of a Gaussian sample with its own mean and std, in the limit:
-# √(2/π) ∫ √(Φ(1-Φ) - φ²(1 + x²/2)) dx, the standard deviation of the limiting process (Durbin, "Weak
-# convergence of the sample distribution function when parameters are estimated", Annals of Statistics
-# 1, 1973), times the mean of a standard normal's absolute value. A test integrates it again.
+# The limit of E[√n W1] for a Gaussian sample standardised by its own mean and std:
+# √(2/π) ∫ √(Φ(1-Φ) - φ²(1 + x²/2)) dx. The root is the standard deviation of the limiting process
+# (Durbin, "Weak convergence of the sample distribution function when parameters are estimated",
+# Annals of Statistics 1, 1973), and √(2/π) is E|N(0, 1)|. A test computes the integral again.
 NOISE = 0.8331789520451822
 
 
 def noise_floor(count: float) -> float:
-    """Return the mean distance that a truly Gaussian neuron shows on ``count`` independent tokens.
+    """Return the mean distance of a truly Gaussian neuron on ``count`` independent tokens, in std.
 
-    0.833/√n in the limit, a little less for few. Tokens of a text depend on each other, so it is
-    a lower bound; a threshold, never subtracted. NaN without tokens.
+    It is 0.833/√n in the limit; the true mean is a little smaller for few tokens. Tokens of a text
+    depend on each other, so it is a lower bound. It is a threshold and is never subtracted. NaN
+    without tokens.
     """
     return NOISE / math.sqrt(count) if count > 0 else math.nan
 
 
 def noise_floor_95(count: float) -> float:
-    """Return a bound of the 95% quantile of that distance: 1.2/√n (tests/numerics/test_gaussian.py)."""
+    """Return a bound, 1.2/√n, of the 95% quantile of a truly Gaussian neuron's distance, in std.
+
+    ``tests/numerics/test_gaussian.py`` checks it. See `noise_floor`. NaN without tokens.
+    """
     return 1.2 / math.sqrt(count) if count > 0 else math.nan

@@ -1,17 +1,18 @@
 """One histogram per neuron, filled in one pass and merged without loss.
 
-Guarantees, for any rows whatever (``tests/numerics/test_histograms.py`` holds them):
+Guarantees, for any rows (checked by ``tests/numerics/test_histograms.py``):
 
-* Memory is bounded: ``bins`` counts and a dozen numbers a neuron, however many tokens.
-* Counts, mean and std are sums of integers, so they are the same bits under any split, order or
-  merge of the same batches. Skewness and kurtosis, float64 sums, agree to 1e-9.
-* A value inside the histogram is known to its bin; one outside is part of its tail's count and
-  exact sum. ``wasserstein.from_histograms`` turns this into a distance and a bound of its error.
+* Memory is bounded: ``bins`` counts and fewer than twenty numbers for each neuron, for any
+  number of tokens.
+* Counts, mean and std come from sums of integers, so they have the same bits under any split, order
+  or merge of the same batches. Skewness and kurtosis come from float64 sums and agree to 1e-9.
+* A value inside the histogram is counted in its bin. A value outside is counted in its tail, which
+  has an exact sum. ``wasserstein.from_histograms`` returns the distance and its error bound.
 
-The pilot, the first rows of a run, places each neuron's bins: equal ones over center ± 8 scale.
-Each bin has a lattice of 64 steps; the middle of its step stands for a value in all sums.
+The pilot, the first batch of a run, places each neuron's bins, of equal width, over center ± 8
+scale. Each bin is a lattice of 64 steps. In all sums a value is replaced by the middle of its step.
 
-Rows are ``(tokens, neurons)``. Every tensor of the state has the neurons first.
+Rows are ``(tokens, neurons)``. The first dimension of every tensor of the state is the neuron.
 """
 
 import dataclasses
@@ -30,16 +31,16 @@ from entangle.numerics.kernels.bins import HALF_RANGE, MAX_BINS, MAX_EXCESS, MAX
 from entangle.numerics.kernels.histograms_cpu import add_rows
 
 MAX_TOKENS = 2**31 - 1  # counts are int32
-_EXACT_ROWS = 2**18  # float64 holds the sum of this many squared steps, in quarters, exactly
+_EXACT_ROWS = 2**18  # float64 holds the sum of this many (q + ½)² exactly
 Array = npt.NDArray[np.float64]
 InPlace = Callable[[torch.Tensor], None]
 
 
 @dataclasses.dataclass(frozen=True)
 class Moments:
-    """What the sums of ``Histograms`` say of each neuron; NaN where that is nothing."""
+    """The moments of each neuron (neurons,), from the sums of `Histograms`; NaN where undefined."""
 
-    count: npt.NDArray[np.int64]  # tokens, those with an invalid value too
+    count: npt.NDArray[np.int64]  # tokens, including those with an invalid value
     mean: Array
     std: Array  # population; NaN for a dead neuron
     skewness: Array
@@ -48,25 +49,25 @@ class Moments:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Histograms:
-    """The mergeable state: one histogram per neuron, with its tails and its sums."""
+    """The mergeable state: one histogram for each neuron, with its tails and its sums."""
 
     center: torch.Tensor  # (neurons,) float64, values of float32; NaN before `start`
     scale: torch.Tensor  # (neurons,) float64
     counts: torch.Tensor  # (neurons, bins) int32
     count: torch.Tensor  # (neurons,) int64: all rows added
-    steps: torch.Tensor  # (neurons, 2) int64: sums of q and q(q + 1) inside, q a value's step
-    powers: torch.Tensor  # (neurons, 2) float64: sums of (q + ½)³ and (q + ½)⁴, tails too
-    tail_count: torch.Tensor  # (neurons, 2) int64: below, above
+    steps: torch.Tensor  # (neurons, 2) int64: sums of q and q(q + 1) inside; q is a value's step
+    powers: torch.Tensor  # (neurons, 2) float64: sums of (q + ½)³ and (q + ½)⁴, with the tails
+    tail_count: torch.Tensor  # (neurons, 2) int64: values below, above
     tail_excess: torch.Tensor  # (neurons, 2) int64: whole steps beyond the edge, summed
     tail_square: torch.Tensor  # (neurons, 2) int64: squared excess, in whole squared bins, summed
     minimum: torch.Tensor  # (neurons,) float32
     maximum: torch.Tensor  # (neurons,) float32
-    nonfinite: torch.Tensor  # (neurons,) int64: how many values that are NaN or infinite
-    beyond: torch.Tensor  # (neurons,) int64: how many values too far out to be summed
+    nonfinite: torch.Tensor  # (neurons,) int64: number of values that are NaN or infinite
+    beyond: torch.Tensor  # (neurons,) int64: number of values too far out to be summed
 
     @classmethod
     def zeros(cls, neurons: int, *, bins: int = 1024, device: torch.device | str = "cpu") -> Self:
-        """Return the empty state of ``neurons`` neurons, still to be given a pilot by `start`.
+        """Return the empty state of ``neurons`` neurons; `start` must place its bins.
 
         Raises:
             ValueError: ``bins`` is not an even number from 2 to 2048.
@@ -95,7 +96,7 @@ class Histograms:
 
     @classmethod
     def from_rows(cls, rows: torch.Tensor, *, bins: int = 1024) -> Self:
-        """Return the histograms of ``rows`` (tokens, neurons), which are their own pilot."""
+        """Return the histograms of ``rows`` (tokens, neurons), with ``rows`` as the pilot."""
         histograms = cls.zeros(rows.shape[1], bins=bins, device=rows.device)
         histograms.start(rows)
         histograms.add(rows)
@@ -103,17 +104,17 @@ class Histograms:
 
     @property
     def bins(self) -> int:
-        """The number of bins of each neuron."""
+        """Return the number of bins of each neuron."""
         return self.counts.shape[1]
 
     @property
     def neurons(self) -> int:
-        """The number of neurons."""
+        """Return the number of neurons."""
         return self.counts.shape[0]
 
     @property
     def width(self) -> torch.Tensor:
-        """The width of a neuron's bins, in units of its output (neurons,)."""
+        """Return the width of each neuron's bins (neurons,), in units of its output."""
         return self.scale * (2 * HALF_RANGE / self.bins)
 
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -121,7 +122,7 @@ class Histograms:
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
     def __getitem__(self, neurons: slice) -> Self:
-        """Return the state of a range of neurons: views, so that adding to it adds to this."""
+        """Return the state of a range of neurons, as views: adding to it adds to this state."""
         return type(self)(**{name: tensor[neurons] for name, tensor in self.tensors().items()})
 
     def to(self, device: torch.device) -> Self:
@@ -131,18 +132,19 @@ class Histograms:
         )
 
     def copy_(self, other: Self) -> None:
-        """Take the state of as many neurons from ``other``, on whatever device it is."""
+        """Copy the state of as many neurons from ``other``, which may be on another device."""
         for name, tensor in self.tensors().items():
             tensor.copy_(getattr(other, name))
 
     def start(self, pilot: torch.Tensor) -> None:
         """Place the bins by the mean and std of the pilot's rows (tokens, neurons).
 
-        A scale is the neuron's std, and at least a thousandth of the median std of all neurons
-        here; a neuron that is constant in the pilot takes that median, or 1 where all are.
+        The center is the neuron's mean. The scale is its std, but at least a thousandth of the
+        median std of the neurons that are not constant in the pilot. A constant neuron has that
+        median as its scale, or 1 if all are constant.
 
         Raises:
-            RuntimeError: the bins have their place already.
+            RuntimeError: the bins are placed already.
             ValueError: the pilot has no rows or another number of neurons.
         """
         self._check(pilot)
@@ -157,8 +159,8 @@ class Histograms:
         alive = std[std > 0]
         median = alive.median() if len(alive) else std.new_ones(())
         scale = torch.where(std > 0, torch.maximum(std, 1e-3 * median), median)
-        # The kernels multiply by the float32 inverse of a step; the scale is defined by that
-        # inverse, and kept away from where it would overflow.
+        # The kernels multiply by the float32 inverse of a step, so the scale is computed from that
+        # inverse. The clamp prevents its overflow.
         inverse = (STEPS * self.bins / (2 * HALF_RANGE) / scale.clamp(min=1e-30)).float()
         self.scale.copy_(STEPS * self.bins / (2 * HALF_RANGE) / inverse.double())
         self.center.copy_(torch.where(torch.isfinite(mean), mean, 0.0).float())
@@ -167,9 +169,9 @@ class Histograms:
         """Count rows (tokens, neurons) of any floating dtype.
 
         Raises:
-            OverflowError: more than 2^31 - 1 tokens.
+            OverflowError: there are more than 2^31 - 1 tokens.
             RuntimeError: `start` has not been called.
-            ValueError: another number of neurons.
+            ValueError: the rows have another number of neurons.
         """
         self._check(rows)
         if torch.isnan(self.center[:1]).any():
@@ -196,13 +198,13 @@ class Histograms:
             )
 
     def merged(self, other: Self) -> Self:
-        """Return the state of both sets of rows together.
+        """Return the state of the rows of both.
 
-        A law: associative, commutative, and a started state without rows is neutral.
+        Merging is associative and commutative, and a started state without rows is neutral.
 
         Raises:
-            OverflowError: more than 2^31 - 1 tokens together.
-            ValueError: the two do not have the same bins, so not the same pilot.
+            OverflowError: both together have more than 2^31 - 1 tokens.
+            ValueError: the two have different bins, so different pilots.
         """
         if self.counts.shape != other.counts.shape:
             raise ValueError(
@@ -226,13 +228,14 @@ class Histograms:
         return type(self)(**merged)
 
     def reduce_(self, add: InPlace, least: InPlace, most: InPlace) -> None:
-        """Make of this state that of the rows of several processes: `merged`, in place.
+        """Replace this state by the merged state of all processes (see `merged`).
 
-        The functions make of a tensor its sum, its least and its largest values over all of them.
+        ``add``, ``least`` and ``most`` replace a tensor by its sum, minimum and maximum over all
+        processes, in place.
 
         Raises:
-            OverflowError: more than 2^31 - 1 tokens together.
-            ValueError: the processes do not have the same bins.
+            OverflowError: all together have more than 2^31 - 1 tokens.
+            ValueError: the processes have different bins.
         """
         for tensor in (self.center, self.scale):
             low, high = tensor.clone(), tensor.clone()
@@ -243,10 +246,11 @@ class Histograms:
                     f"{int((low != high).sum())} of {self.neurons} neurons have their bins elsewhere "
                     "in another process: do all run on the same kind of machine?"
                 )
-        add(self.count)  # first: the others may overflow
+        add(self.count)  # first, since it tells whether the others overflow
         if self.neurons and int(self.count.max()) > MAX_TOKENS:
             raise OverflowError(f"a histogram counts at most {MAX_TOKENS} tokens")
-        high, low = self.tail_square >> 32, self.tail_square & (2**32 - 1)  # sums that have room
+        # Halves of 32 bits, whose sums do not overflow.
+        high, low = self.tail_square >> 32, self.tail_square & (2**32 - 1)
         for tensor in (self.counts, self.steps, self.powers, self.tail_count, self.tail_excess):
             add(tensor)
         for tensor in (self.nonfinite, self.beyond, high, low):
@@ -264,11 +268,11 @@ class Histograms:
         return (full | (self.nonfinite > 0) | (self.beyond > 0)).cpu().numpy()
 
     def moments(self) -> Moments:
-        """Return each neuron's moments, of the lattice's values (at most half a step off each)."""
+        """Return each neuron's moments, of values on the lattice (at most half a step off)."""
         state = {name: tensor.cpu().numpy() for name, tensor in self.tensors().items()}
         count, tails = state["count"], state["tail_count"]
-        # Exact in Python's integers, however far off the pilot was, and in half steps from the
-        # center: the middle of step q lies at 2q + 1, a tail's value at ±(edge + its excess).
+        # Python's integers are exact, however far off the pilot was. The unit is half a step from
+        # the center: the middle of step q is 2q + 1, and a tail's value is ±(edge + its excess).
         first, second = state["steps"].astype(object).T
         below, above = tails.astype(object).T
         excess_below, excess_above = (2 * state["tail_excess"].astype(object) + tails).T
@@ -289,7 +293,7 @@ class Histograms:
         mean = np.where(state["minimum"] == state["maximum"], state["minimum"], mean)
 
         m1, m2 = (total / n).astype(np.float64), (squared / n).astype(np.float64)
-        m3, m4 = (state["powers"] * [8, 16]).T / n  # sums of cubes of whole steps, to half steps
+        m3, m4 = (state["powers"] * [8, 16]).T / n  # from whole steps to half steps
         third = m3 - 3 * m1 * m2 + 2 * m1**3
         fourth = m4 - 4 * m1 * m3 + 6 * m1**2 * m2 - 3 * m1**4
         return Moments(
@@ -301,10 +305,10 @@ class Histograms:
         )
 
     def modes(self, moments: Moments) -> npt.NDArray[np.int64]:
-        """Return how many modes each neuron has, 0 for one without a std.
+        """Return the number of modes of each neuron (neurons,), 0 for one without a std.
 
-        Modes are the peaks of the density over ±8 std, smoothed by a Gaussian of 0.2 std, whose
-        prominence is at least 5% of the highest. Beyond lie at most 1/64 of the tokens
+        The density over ±8 std is smoothed by a Gaussian of 0.2 std. Modes are its peaks whose
+        prominence is at least 5% of the highest value. At most 1/64 of the tokens are beyond 8 std
         (Chebyshev), too few for such a peak.
         """
         grid = np.linspace(-HALF_RANGE, HALF_RANGE, 20 * 2 * HALF_RANGE + 1)
@@ -314,14 +318,14 @@ class Histograms:
         for some in np.array_split(alive, len(alive) // 256 + 1):
             mean, std = moments.mean[some, None], moments.std[some, None]
             place = (mean + std * grid - center[some, None]) / width[some, None] + self.bins / 2
-            place = place.clip(0, self.bins)  # of the grid, in bins (some, points)
+            place = place.clip(0, self.bins)  # the grid in units of bins (some, points)
             k = np.minimum(place.astype(np.int64), self.bins - 1)
             inside = counts[some]
             below = np.take_along_axis(np.cumsum(inside, axis=1) - inside, k, 1)
             cumulative = below + (place - k) * np.take_along_axis(inside, k, 1)
             smooth = gaussian_filter1d(np.diff(cumulative), sigma=0.2 * 20, mode="constant")
-            # All as one signal, a zero on either side of each: a peak may lie at the end, and
-            # none is measured against another neuron's, as no valley is deeper than zero.
+            # Search all neurons as one signal, with a zero on either side of each. Then a peak may
+            # be at the end, and neurons do not affect each other: no valley is deeper than zero.
             smooth = np.pad(smooth, ((0, 0), (1, 1)))
             length = smooth.shape[1]
             least = np.repeat(0.05 * smooth.max(axis=1), length)
@@ -330,14 +334,14 @@ class Histograms:
         return modes
 
     def edges(self, neuron: int) -> Array:
-        """Return the edges of a neuron's bins, in units of its output (bins + 1,)."""
+        """Return the edges of a neuron's bins (bins + 1,), in units of its output."""
         center, scale = float(self.center[neuron]), float(self.scale[neuron])
         return center + scale * np.linspace(-HALF_RANGE, HALF_RANGE, self.bins + 1)
 
 
 def _mean_and_std(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the columns' mean and population std in float64, without a float64 copy of it all."""
-    rows = rows.detach().float()  # as they will be added
+    """Return the columns' mean and population std in float64, without a float64 copy of all."""
+    rows = rows.detach().float()  # as `add` converts them
     mean = torch.cat([part.double().mean(dim=0) for part in rows.split(256, dim=1)])
     parts = zip(rows.split(256, dim=1), mean.split(256), strict=True)
     variance = torch.cat([(part.double() - m).square().mean(dim=0) for part, m in parts])
@@ -345,12 +349,12 @@ def _mean_and_std(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _add_torch(state: Histograms, rows: torch.Tensor) -> None:
-    """Do as `add_rows` with torch, on any device and without a copy to the host."""
-    if len(rows) == 0:  # they have no minimum
+    """Do the same as `add_rows` with torch, on any device, without a copy to the host."""
+    if len(rows) == 0:  # no rows have no minimum
         return
     edge = STEPS // 2 * state.bins
     center, inverse = state.center.float(), (STEPS / state.width).float()
-    for part in rows.split(max(1, 2**24 // max(state.neurons, 1))):  # bounds the memory of it all
+    for part in rows.split(max(1, 2**24 // max(state.neurons, 1))):  # bounds the memory
         y = torch.floor((part - center) * inverse)
         inside = (y >= -edge) & (y < edge)
         numbers = torch.where(inside, y, 0.0).long().add_(edge).div_(STEPS, rounding_mode="floor")

@@ -1,14 +1,15 @@
-"""One-shot pruning of one weight matrix, from the moments of its inputs.
+"""One-shot pruning of one weight matrix, from the second moments of its inputs.
 
-The data come first and without weights (`InputMoments`), then the weights without data: one Gram
-serves every method, sparsity and subset of rows. Weights are ``(neurons, inputs)``; moments of
-several experts give as many pruned copies ``(experts, neurons, inputs)``.
+`InputMoments` are computed without the weights, and pruning does not read the data: one Gram serves
+every method, sparsity and subset of rows. Weights are ``(neurons, inputs)``; moments of several
+experts give a pruned copy for each expert ``(experts, neurons, inputs)``.
 
-A sparsity is one for all rows, or says how many weights of each are pruned: ``zeros`` (neurons,).
+``sparsity`` is one `Sparsity` for all rows, or the number of weights to prune in each row
+``(neurons,)``.
 
-Guarantees (``tests/numerics/test_masks.py`` holds them): the pruned count is exact, on ties too; with
-``mask="row"`` a neuron's result is the same bits whatever other neurons, or experts, are pruned
-with it, and however many of their weights.
+Guarantees (checked by ``tests/numerics/test_masks.py``): the pruned count is exact, on ties too.
+With ``mask="row"`` a neuron's result has the same bits whatever other neurons or experts are pruned
+with it, and at whatever sparsity.
 
 Sources: Wanda, arXiv 2306.11695, eq. 1; SparseGPT, arXiv 2301.00774, section 3 and algorithm 1.
 """
@@ -22,15 +23,15 @@ from entangle.numerics.kernels.masks_cpu import TILE, mark_lowest, solve_block
 from entangle.numerics.moments import InputMoments, inverse_factor
 from entangle.numerics.sparsity import Mask, Method, Sparsity
 
-BLOCK = 128  # columns that SparseGPT solves before it updates those to their right, as published
+BLOCK = 128  # columns that SparseGPT solves together, as published
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Pruned:
-    """A pruned weight matrix, one for each expert, and the damping that SparseGPT needed for it."""
+    """The pruned weight matrix of each expert, and the damping that SparseGPT needed for it."""
 
     weight: torch.Tensor  # ([experts,] neurons, inputs)
-    damping: tuple[float, ...]  # of each expert; 0 for the other methods
+    damping: tuple[float, ...]  # one for each expert; 0 for the other methods
 
 
 def prune(
@@ -41,12 +42,12 @@ def prune(
     method: Method = "sparsegpt",
     mask: Mask = "row",
 ) -> Pruned:
-    """Prune a weight (neurons, inputs) by a method's name.
+    """Prune a weight (neurons, inputs) by the named method.
 
-    ``sparsity`` is one for all rows, or the number of weights of each row to prune (neurons,).
+    ``sparsity`` is one for all rows, or the number of weights to prune in each row (neurons,).
 
     Raises:
-        ValueError: as the method's own function does, or an unknown name of method or mask.
+        ValueError: the method or mask is unknown, or the method's own function raises it.
     """
     if mask not in {"row", "block"}:
         raise ValueError(f"mask must be 'row' or 'block', got {mask!r}")
@@ -68,8 +69,8 @@ def magnitude(
     """Return the weight (neurons, inputs) without its smallest entries.
 
     Raises:
-        ValueError: weights that are not finite, or inputs that n:m does not divide, or counts of
-            zeros that are not those of rows.
+        ValueError: weights are not finite, n:m does not divide the inputs, or the numbers of zeros
+            do not fit the rows.
     """
     _check_finite(weight, "weights")
     return _without_lowest(weight, weight.abs().float(), sparsity, mask)
@@ -85,15 +86,15 @@ def wanda(
     """Return the weight without the entries of smallest |w| · ‖x‖ (see `wanda_scores`).
 
     Raises:
-        ValueError: moments of other inputs or not finite, or inputs that n:m does not divide, or
-            counts of zeros that are not those of rows.
+        ValueError: the moments are of other inputs, values are not finite, n:m does not divide the
+            inputs, or the numbers of zeros do not fit the rows.
     """
     _check(weight, moments)
     return _without_lowest(weight, wanda_scores(weight, moments.squares), sparsity, mask)
 
 
 def wanda_scores(weight: torch.Tensor, squares: torch.Tensor) -> torch.Tensor:
-    """Return |w| · ‖x‖ of each weight, ‖x‖² being the sums of squares (inputs,) of its inputs."""
+    """Return |w| · ‖x‖ of each weight, where ``squares`` (inputs,) has each input's ‖x‖²."""
     return weight.abs().float() * squares.sqrt().unsqueeze(-2)
 
 
@@ -119,9 +120,9 @@ def _without_lowest(
 
 
 def _lowest(scores: torch.Tensor, count: int | torch.Tensor) -> torch.Tensor:
-    """Return where the ``count`` lowest scores along the last axis are, of ties the first.
+    """Return a mask of the ``count`` lowest scores along the last axis; ties mark the first.
 
-    The count is one for all rows, or one for each (rows,). Scores are float32 and not negative.
+    There is one count for all rows, or one for each row (rows,). Scores are float32, not negative.
     """
     counts = torch.as_tensor(count, device=scores.device).expand(scores.shape[:-1])
     if scores.device.type == "cpu":
@@ -143,10 +144,10 @@ def _lowest_torch(scores: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
 
 
 def _block_counts(rows: int, inputs: int, sparsity: Sparsity) -> list[tuple[int, int, int]]:
-    """Return each column block's first and end column, and how many weights to prune.
+    """Return the first and end column of each column block, and how many weights to prune in it.
 
-    No group of an n:m sparsity is cut by an edge. The counts are differences of one rounded line,
-    so that they add up to the exact total.
+    A block holds whole groups of an n:m sparsity. The counts are differences of a rounded
+    cumulative count, so that they add up to the exact total.
     """
     total = round(sparsity.share * inputs * rows)
     step = max(BLOCK // sparsity.group, 1) * sparsity.group if sparsity.group else BLOCK
@@ -165,19 +166,21 @@ def sparse_gpt(
     *,
     mask: Mask = "row",
 ) -> Pruned:
-    """Prune by optimal brain surgeon, column after column, as SparseGPT does.
+    """Prune by optimal brain surgeon, column by column, as SparseGPT does.
 
-    ``mask="row"`` gives every neuron exactly its sparsity, its count carried over the blocks of
-    128 columns; ``"block"``, as published, chooses in each block among the weights of all rows.
-    n:m chooses in each row and group of m columns, as published.
+    ``mask="row"`` gives every neuron exactly its sparsity, with its zeros spread evenly over the
+    blocks of 128 columns. ``"block"`` chooses in each block among the weights of all rows, and n:m
+    in each row and group of m columns, both as published.
 
-    A block B is published to change by -E·U[:B, B], E the errors of the columns left of it. With D
-    what the weights there lost, E = D·R for R = U⁻¹, and so the change is D·R[:B, B]·U[B, B]: of
-    U only such squares are computed.
+    As published, a block B of columns changes by -E·U[:B, B], where E are the errors of the columns
+    left of it. Let D be the dense minus the pruned weights of those columns. Then E = D·R with
+    R = U⁻¹, and since R·U = I the change is D·R[:B, B]·U[B, B]. So only the squares U[B, B] are
+    computed.
 
     Raises:
-        ValueError: moments of other inputs or not finite, a Gram that no damping makes regular,
-            inputs that n:m does not divide, or counts of zeros that are not those of rows.
+        ValueError: the moments are of other inputs, values are not finite, the Gram stays singular
+            with any damping, n:m does not divide the inputs, or the numbers of zeros do not fit
+            the rows.
     """
     _check(weight, moments)
     neurons, inputs = weight.shape
@@ -187,16 +190,17 @@ def sparse_gpt(
         check_group(inputs, sparsity)
         zeros = torch.full((neurons,), round(sparsity.share * inputs))
     factors = [inverse_factor(lower) for lower in moments.lower.reshape(-1, inputs, inputs)]
-    # Columns first, so that a column's neurons lie side by side.
+    # Columns are the first dimension, so that a column's neurons are contiguous.
     columns = torch.zeros(inputs, -(-neurons // TILE) * TILE, device=weight.device)
     columns[:, :neurons] = weight.detach().float().T
-    solved = columns.new_zeros(len(factors), *columns.shape)  # D·R in blocks not yet solved
+    # The pruned weights of solved blocks; in the others D·R.
+    solved = columns.new_zeros(len(factors), *columns.shape)
     for first, end, joint in _block_counts(neurons, inputs, sparsity):
-        counts = torch.zeros(columns.shape[1], dtype=torch.int64)  # of the rows in this block
+        counts = torch.zeros(columns.shape[1], dtype=torch.int64)  # zeros of each row in this block
         counts[:neurons] = _on_line(zeros, end, inputs) - _on_line(zeros, first, inputs)
         square = torch.stack([factor.square(first, end) for factor in factors])
         block = columns[first:end].repeat(len(factors), 1, 1)  # (experts, columns, padded)
-        finite = square.nan_to_num(posinf=0.0)  # nothing is carried to an input always zero
+        finite = square.nan_to_num(posinf=0.0)  # a dead input is not updated
         for one, u, carried in zip(block, finite, solved, strict=True):
             one.addmm_(u.T, carried[first:end])
         pruned = torch.zeros_like(block, dtype=torch.bool)
@@ -204,7 +208,7 @@ def sparse_gpt(
             diagonal = square.diagonal(dim1=1, dim2=2).unsqueeze(-1)
             scores = (block[:, :, :neurons] / diagonal).abs()
             pruned[:, :, :neurons] = _lowest(scores.flatten(1), joint).view_as(scores)
-            counts.zero_()  # nothing is left to choose
+            counts.zero_()  # all are chosen already
         if block.device.type == "cpu":
             arrays = (tensor.numpy() for tensor in (block, pruned, square, counts))
             solve_block(*arrays, sparsity.kept, sparsity.group)  # type: ignore[call-arg]
@@ -221,15 +225,16 @@ def sparse_gpt(
 
 
 def _on_line(zeros: torch.Tensor, column: int, inputs: int) -> torch.Tensor:
-    """Return how many of its zeros each row has left of a column."""
+    """Return how many zeros each row has before a column, if they are spread evenly."""
     return (zeros.double() * column / inputs).round().long()
 
 
 def _check_zeros(zeros: torch.Tensor, weight: torch.Tensor, mask: Mask) -> torch.Tensor:
-    """See that there is a whole number of weights to prune for each row; return them as int64.
+    """Check the number of weights to prune in each row, and return it as int64 (neurons,).
 
     Raises:
-        ValueError: there is not, or the mask is by block.
+        ValueError: the numbers are not whole, one for each row and from 0 to the number of inputs,
+            or the mask is by block.
     """
     neurons, inputs = weight.shape
     if mask == "block":
@@ -258,7 +263,7 @@ def _check(weight: torch.Tensor, moments: InputMoments) -> None:
 
 def _check_finite(values: torch.Tensor, name: str) -> None:
     if bool(values.sum().isfinite()):
-        return  # so is each of them
+        return  # a finite sum has finite terms
     bad = int((~torch.isfinite(values)).sum())
     if bad:
         raise ValueError(
@@ -268,10 +273,10 @@ def _check_finite(values: torch.Tensor, name: str) -> None:
 
 
 def check_group(inputs: int, sparsity: Sparsity) -> None:
-    """See that the inputs can be cut into the groups of an n:m sparsity.
+    """Check that the groups of an n:m sparsity divide the inputs.
 
     Raises:
-        ValueError: if not.
+        ValueError: they do not.
     """
     if sparsity.group and inputs % sparsity.group:
         raise ValueError(
@@ -287,7 +292,7 @@ def _solve_torch(
     counts: torch.Tensor,
     sparsity: Sparsity,
 ) -> None:
-    """Do as `solve_block` with torch, on any device."""
+    """Do the same as `solve_block` with torch, on any device."""
     diagonal = factor.diagonal(dim1=1, dim2=2).unsqueeze(-1)  # (experts, columns, 1)
     if not sparsity.group and bool(counts.any()):
         pruned.copy_(_lowest((block / diagonal).abs().mT, counts).mT)

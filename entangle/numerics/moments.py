@@ -1,8 +1,8 @@
 """Second moments of a layer's inputs: the Gram XᵀX, which is SparseGPT's Hessian.
 
-The moments hold no weights. One Gram serves every method, sparsity and subset of rows, and its
-inverse factor serves every neuron. With several experts the first dimension is that of experts, and
-each expert has moments of its own inputs.
+The moments do not depend on the weights. One Gram serves every method, sparsity and subset of rows,
+and its inverse factor serves every neuron. With several experts the first dimension is the expert,
+and each expert has the moments of its own inputs.
 """
 
 import dataclasses
@@ -11,19 +11,19 @@ from typing import Self
 
 import torch
 
-_PANEL = 256  # columns of a Gram that are summed together
-_WAITING = 4096  # rows
-_LADDER = (0.01, 0.1, 1.0)  # damping, times the Gram's mean diagonal: as published, and then more
+_PANEL = 256  # rows of a Gram that are computed together
+_WAITING = 4096  # rows that `ExpertMoments` buffers
+_LADDER = (0.01, 0.1, 1.0)  # damping, times the Gram's mean diagonal; first as published
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class InputMoments:
-    """The Gram of a layer's inputs, XᵀX over tokens, and their number."""
+    """The Gram XᵀX of a layer's inputs X (tokens, inputs), and the number of tokens."""
 
     lower: (
         torch.Tensor
     )  # ([experts,] inputs, inputs) float32; entries above the diagonal are unused
-    count: torch.Tensor  # ([experts]) int64: tokens
+    count: torch.Tensor  # ([experts]) int64: number of tokens
 
     @classmethod
     def zeros(
@@ -42,23 +42,23 @@ class InputMoments:
 
     @property
     def inputs(self) -> int:
-        """The number of inputs."""
+        """Return the number of inputs."""
         return self.lower.shape[-1]
 
     @property
     def gram(self) -> torch.Tensor:
-        """The whole Gram ([experts,] inputs, inputs)."""
+        """Return the whole Gram ([experts,] inputs, inputs)."""
         return self.lower.tril() + self.lower.tril(-1).mT
 
     @property
     def squares(self) -> torch.Tensor:
-        """Each input's sum of squares ([experts,] inputs), the Gram's diagonal."""
+        """Return each input's sum of squares ([experts,] inputs), the Gram's diagonal."""
         return self.lower.diagonal(dim1=-2, dim2=-1)
 
     def add(self, rows: torch.Tensor) -> None:
         """Add input rows (tokens, inputs) of any floating dtype to the moments of one expert."""
         rows = rows.detach().float()
-        for first in range(0, self.inputs, _PANEL):  # the product is symmetric: half is enough
+        for first in range(0, self.inputs, _PANEL):  # symmetric: compute the lower half only
             end = min(first + _PANEL, self.inputs)
             self.lower[first:end, :end].addmm_(rows[:, first:end].T, rows[:, :end])
         self.count.add_(len(rows))
@@ -72,19 +72,19 @@ class InputMoments:
         return type(self)(self.lower[list(experts)], self.count[list(experts)])
 
     def merged(self, other: Self) -> Self:
-        """Return the moments of both sets of rows together."""
+        """Return the moments of the rows of both."""
         return type(self)(self.lower + other.lower, self.count + other.count)
 
     def pooled(self) -> Self:
-        """Return the moments of all experts' rows together."""
+        """Return the pooled moments: those of the rows of all experts."""
         return type(self)(self.lower.sum(dim=0), self.count.sum())
 
     def pulled(self, strength: float) -> Self:
-        """Return each expert's moments as if ``strength · inputs`` average tokens had joined it.
+        """Return each expert's moments, shrunk towards the pooled moments.
 
-        A cluster has too few tokens for a Gram of its own width, and of the directions that it
-        lacks the tokens of the other clusters know something. Of an expert without tokens they
-        know all, whatever the strength.
+        Each expert gains ``strength · inputs`` average tokens of the pooled moments. A cluster has
+        too few tokens for a Gram of its width, and the other clusters supply the directions that it
+        lacks. An expert without tokens gains at least one average token, whatever the strength.
         """
         pooled, tokens = self.pooled(), strength * self.inputs
         joined = torch.full_like(self.count, tokens, dtype=torch.float64)
@@ -95,16 +95,16 @@ class InputMoments:
 
 
 class ExpertMoments:
-    """Moments of several experts, filled row by row.
+    """Moments of several experts, accumulated from rows of their inputs.
 
-    Rows wait until there are enough of them: to add the few rows that one batch has for an expert
-    would cost a pass over its whole Gram.
+    Rows are buffered, since each addition costs a pass over an expert's whole Gram, and one batch
+    has only a few rows for an expert.
     """
 
     def __init__(
         self, moments: InputMoments, router: Callable[[torch.Tensor], torch.Tensor]
     ) -> None:
-        """Take empty moments and the router that gives each row (tokens, inputs) its expert."""
+        """Take empty moments, and a router that returns the expert of each row (tokens, inputs)."""
         self._moments = moments
         self._assign = router
         self._waiting: list[torch.Tensor] = []
@@ -133,13 +133,13 @@ class ExpertMoments:
 def output_energy(weight: torch.Tensor, moments: InputMoments) -> torch.Tensor:
     """Return each neuron's ‖wX‖² over the tokens of the moments ([experts,] neurons), in float64.
 
-    For the difference of dense and pruned weights it is the error of pruning. It is computed in
-    float64: after good pruning most of the sum cancels, since the difference is nearly orthogonal to
-    the inputs.
+    For the difference of dense and pruned weights this is the error of pruning. The computation is
+    in float64: after good pruning the difference is nearly orthogonal to the inputs, so most of the
+    sum cancels.
     """
     weight = weight.double()
     energy = weight.new_zeros(())
-    for first in range(0, moments.inputs, _PANEL):  # the product is symmetric: half is enough
+    for first in range(0, moments.inputs, _PANEL):  # symmetric: read the lower half only
         end = min(first + _PANEL, moments.inputs)
         panel = 2 * moments.lower[..., first:end, :end].double().tril(first)
         panel.diagonal(first, dim1=-2, dim2=-1).div_(2)
@@ -149,7 +149,7 @@ def output_energy(weight: torch.Tensor, moments: InputMoments) -> torch.Tensor:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class InverseFactor:
-    """The upper U with UᵀU = H⁻¹, H a damped Gram, held as R = U⁻¹ with RRᵀ = H."""
+    """The upper U with UᵀU = H⁻¹, where H is a damped Gram; stored as R = U⁻¹ with RRᵀ = H."""
 
     root: torch.Tensor  # R (inputs, inputs) float32
     dead: torch.Tensor  # (inputs) bool: the input is always zero; U_jj is then set to infinity
@@ -157,15 +157,15 @@ class InverseFactor:
 
     @property
     def upper(self) -> torch.Tensor:
-        """The whole of U (inputs, inputs)."""
+        """Return the whole U (inputs, inputs)."""
         return self.square(0, len(self.root))
 
     def square(self, first: int, end: int) -> torch.Tensor:
-        """Return U[first:end, first:end], which R's own square there determines."""
+        """Return U[first:end, first:end], the inverse of the same square of R."""
         square = self.root[first:end, first:end]
         identity = torch.eye(end - first, device=square.device)
         inverse: torch.Tensor = torch.linalg.solve_triangular(square, identity, upper=True)
-        # The score w / U_jj of a dead input is 0: it is pruned first, and changes no other.
+        # The score w / U_jj of a dead input is 0, so it is pruned first and changes no other input.
         inverse.diagonal()[self.dead[first:end]] = torch.inf
         return inverse
 
@@ -174,15 +174,15 @@ def inverse_factor(gram: torch.Tensor) -> InverseFactor:
     """Return the inverse factor of a Gram (inputs, inputs), with the least damping that suffices.
 
     Only the lower triangle is read. The order of the inputs is reversed, so that a Cholesky
-    decomposition gives H = RRᵀ with R upper; nothing is inverted.
+    decomposition gives H = RRᵀ with R upper; no matrix is inverted.
 
     Raises:
-        ValueError: no damping of the ladder (0.01, 0.1, 1) makes the Gram regular.
+        ValueError: the Gram stays singular with each damping (0.01, 0.1 and 1).
     """
     mean = float(gram.diagonal().double().mean())
     if mean > 0:
         for dtype, damping in [(torch.float32, _LADDER[0]), *((torch.float64, d) for d in _LADDER)]:
-            damped = gram.flip(0, 1).to(dtype)  # of which Cholesky reads the upper triangle
+            damped = gram.flip(0, 1).to(dtype)  # Cholesky reads its upper triangle
             damped.diagonal().add_(damping * mean)
             upper, failed = torch.linalg.cholesky_ex(damped, upper=True)
             root = upper.mT.flip(0, 1).float()

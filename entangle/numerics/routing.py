@@ -1,8 +1,8 @@
-"""Route a layer's inputs to experts: by PCA and k-means folded into one matrix, or at random.
+"""Routers from a layer's inputs to experts: PCA and k-means folded into one matrix, or random.
 
-PCA is affine and k-means compares squared distances. With z = C(x - m) the nearest centroid c is the
-one of largest z·c - ‖c‖²/2, which is affine in x: a matrix ``(inputs, experts)`` and a bias are all
-of a router.
+PCA is affine, z = C(x - m), and k-means compares squared distances. The nearest centroid c has the
+largest z·c - ‖c‖²/2, which is affine in x. So a router is a matrix ``(inputs, experts)`` and a bias
+``(experts,)``.
 """
 
 import dataclasses
@@ -25,20 +25,20 @@ from torch import nn
 Array = npt.NDArray[np.float64]
 Floats = npt.NDArray[np.float32]
 
-LEAST = 16  # rows of the sample: a smaller cluster is merged with its nearest
-_ROWS = 2048  # of the sample that are made float64 at a time
+LEAST = 16  # rows of the sample: a smaller cluster is merged with the nearest one
+_ROWS = 2048  # rows of the sample that are converted to float64 at a time
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Routes:
-    """Which tokens go to which expert: sorted by expert, in each the order is kept."""
+    """The tokens of each expert: indices of tokens sorted by expert, ascending within an expert."""
 
     order: torch.Tensor  # (tokens,) int64
-    counts: list[int]  # of each expert
+    counts: list[int]  # tokens of each expert
 
     @property
     def spans(self) -> list[tuple[int, int, int]]:
-        """The experts that have a token, and whose are ``order[first:last]``."""
+        """Return (expert, first, last) of each expert with tokens, ``order[first:last]``."""
         lasts = itertools.accumulate(self.counts)
         return [
             (expert, last - count, last)
@@ -49,24 +49,24 @@ class Routes:
 
 @dataclasses.dataclass(slots=True, eq=False)
 class _Last:
-    """The routes found last, and which layers have taken them."""
+    """The latest routes, and which layers have taken them."""
 
     inputs: weakref.ref[torch.Tensor]
     version: int
-    found: Any  # Routes, or of one row its expert
+    found: Any  # Routes, or for one row its expert
     takers: set[int]
 
 
 class Router(nn.Module):
-    """What chooses an expert for each row (tokens, inputs): a row's choice is its own."""
+    """A module that chooses an expert for each row (tokens, inputs), whatever the other rows."""
 
     inputs: int
     experts: int
-    multiply_adds: int  # for a row
+    multiply_adds: int  # for each row
 
     def __init__(self) -> None:
         super().__init__()
-        self.layers = 0  # that share it, since they have the same input
+        self.layers = 0  # number of layers that share the router and its inputs
         self._last: _Last | None = None
 
     def assign(self, rows: torch.Tensor) -> torch.Tensor:
@@ -74,9 +74,10 @@ class Router(nn.Module):
         raise NotImplementedError
 
     def forward(self, inputs: torch.Tensor, layer: object = None) -> Routes:
-        """Return the routes of inputs (..., inputs), found once for the layers that share them.
+        """Return the routes of inputs (..., inputs), computed once for the layers that share them.
 
-        A layer that asks again for the same tensor may have changed it where it lies.
+        They are computed again when the same layer asks twice, since the tensor may have been
+        changed in place.
         """
         routes: Routes | None = self.recall(inputs, layer)
         if routes is None:
@@ -85,7 +86,7 @@ class Router(nn.Module):
         return routes
 
     def one(self, inputs: torch.Tensor, layer: object = None) -> int:
-        """Return the expert of inputs that are one row, as `forward` does: decoding hurries."""
+        """Return the expert of inputs of one row, shared as in `forward`: fast, for decoding."""
         expert: int | None = self.recall(inputs, layer)
         if expert is None:
             expert = int(self.assign(inputs.reshape(1, self.inputs)))
@@ -93,14 +94,14 @@ class Router(nn.Module):
         return expert
 
     def recall(self, inputs: torch.Tensor, layer: object) -> Any:
-        """Return what was noted of the same inputs, for a layer that has not yet taken it."""
+        """Return the noted result of the same inputs; None if there is none or the layer has it."""
         last, self._last = self._last, None
         if last is None or last.inputs() is not inputs or last.version != _version(inputs):
             return None
         return None if id(layer) in last.takers else self._take(last, layer)
 
     def note(self, inputs: torch.Tensor, layer: object, found: Any) -> None:
-        """Keep what a layer found of its inputs for the others that share them."""
+        """Keep a result of a layer's inputs for the other layers that share them."""
         self._take(_Last(weakref.ref(inputs), _version(inputs), found, set()), layer)
 
     def _take(self, last: _Last, layer: object) -> Any:
@@ -115,22 +116,22 @@ class Router(nn.Module):
         return Routes(chosen.argsort(stable=True), counts)
 
     def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
-        """Go to another device as modules do, but stay exact when a model is made bfloat16."""
+        """Move to another device as modules do, but keep dtypes when a model becomes bfloat16."""
         kept = {name: parameter.data for name, parameter in self.named_parameters()}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, parameter in self.named_parameters():
             parameter.data = kept[name].to(parameter.device)
         return self
 
-    def __getstate__(self) -> dict[str, object]:  # a copy has seen nothing yet
+    def __getstate__(self) -> dict[str, object]:  # a copy has no noted result
         return self.__dict__ | {"_last": None}
 
 
 def router_of(parameters: Mapping[str, torch.Tensor]) -> Router:
-    """Return the router that has these parameters, by their names in it.
+    """Return the router that has the parameters of these names.
 
     Raises:
-        ValueError: no router has parameters of these names.
+        ValueError: no router has parameters with these names.
     """
     for kind, names in ((CentroidRouter, {"matrix", "bias"}), (RandomRouter, {"key", "edges"})):
         if set(parameters) == names:
@@ -148,7 +149,7 @@ def _constant(values: torch.Tensor) -> nn.Parameter:
 
 
 class CentroidRouter(Router):
-    """Routes a row to its nearest centroid: ``argmax(x @ matrix + bias)``, of ties the first."""
+    """A router to the nearest centroid: ``argmax(x @ matrix + bias)``; ties choose the first."""
 
     def __init__(self, matrix: torch.Tensor, bias: torch.Tensor) -> None:
         super().__init__()
@@ -161,13 +162,13 @@ class CentroidRouter(Router):
     def assign(self, rows: torch.Tensor) -> torch.Tensor:
         """Return the expert (tokens,) int64 of each row (tokens, inputs)."""
         kind = rows.device.type
-        lower = torch.is_autocast_enabled(kind)  # bfloat16 would choose others
+        lower = torch.is_autocast_enabled(kind)  # bfloat16 would choose other experts
         with torch.autocast(kind, enabled=False) if lower else nullcontext():
             return torch.addmm(self.bias, rows.float(), self.matrix).argmax(dim=1)
 
     @property
     def arrays(self) -> tuple[Floats, Floats]:
-        """The matrix and the bias, which are constants, as arrays: kept until the router is moved."""
+        """Return the constant matrix and bias as arrays, cached until the router is moved."""
         if self._arrays is None:
             matrix = np.ascontiguousarray(self.matrix.detach().numpy())
             self._arrays = matrix, self.bias.detach().numpy()
@@ -182,17 +183,17 @@ class CentroidRouter(Router):
 
 
 class RandomRouter(Router):
-    """Routes a row by a hash of its signs, to experts with given shares of all rows: the control.
+    """The control: a router by a hash of a row's signs, to experts with given shares of all rows.
 
-    It is a function of the row, like any router, and knows nothing of what the row means; of its
-    signs, since they survive rounding. Equal rows go together: where inputs depend on nothing but
-    the token, as in a first block, sizes may be off.
+    The choice is a function of the row, as for any router, but unrelated to the row's meaning. It
+    uses only signs, since they survive rounding. Equal rows have the same expert, so sizes may
+    differ from the given shares where inputs depend only on the token, as in a first block.
     """
 
     def __init__(self, key: torch.Tensor, edges: torch.Tensor) -> None:
         super().__init__()
         self.key = _constant(key)  # (inputs,) int64, odd
-        self.edges = _constant(edges)  # (experts - 1,) float64: where in [0, 1) one expert ends
+        self.edges = _constant(edges)  # (experts - 1,) float64: where in [0, 1) each expert ends
         self.inputs, self.experts = len(key), len(edges) + 1
         self.multiply_adds = len(key)
 
@@ -206,23 +207,23 @@ class RandomRouter(Router):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Clusters:
-    """Clusters of rows by k-means in the space of PCA: the parts that a router is folded from."""
+    """Clusters of rows by k-means in the space of PCA, which `fold` turns into a router."""
 
-    mean: Array  # (inputs,) of the rows
-    axes: Array | None  # (components, inputs) of PCA, orthonormal; None: no PCA
-    centroids: Array  # (experts, components), or without PCA (experts, inputs), of centred rows
-    sizes: Array  # (experts,) rows of each
+    mean: Array  # (inputs,) mean of the rows
+    axes: Array | None  # (components, inputs) axes of PCA, orthonormal; None: no PCA
+    centroids: Array  # of centred rows (experts, components), or (experts, inputs) without PCA
+    sizes: Array  # (experts,) rows of each expert
 
 
 def fit_router(
     rows: torch.Tensor, experts: int, *, components: int | None = None, seed: int = 0
 ) -> CentroidRouter:
-    """Fit PCA and k-means to a sample of a layer's inputs (tokens, inputs), and fold them.
+    """Fit a router to a sample of a layer's inputs (tokens, inputs), by PCA and k-means.
 
     See `find_clusters` and `fold`. Source: arXiv 2405.15756, Sparse Expansion.
 
     Raises:
-        ValueError: no rows, rows that are not finite, or a number out of range.
+        ValueError: there are no rows, rows are not finite, or a number is out of range.
     """
     return fold(find_clusters(rows, experts, components=components, seed=seed))
 
@@ -232,13 +233,13 @@ def find_clusters(
 ) -> Clusters:
     """Find clusters of rows (tokens, inputs) by PCA and k-means, both in float64.
 
-    ``components`` of PCA are ``inputs // 32`` unless told otherwise, as published; 0 is none, as is
-    more than there are tokens or inputs. A cluster of k-means with fewer than 16 rows is merged
-    with its nearest, the smallest first. So there may be fewer clusters than asked for, at least
-    one.
+    PCA has ``inputs // 32`` components by default, as published. 0 components mean no PCA; so do as
+    many as there are tokens or inputs, or more. A cluster of fewer than 16 rows is merged with the
+    nearest one, the smallest cluster first. So there may be fewer clusters than ``experts``, but at
+    least one.
 
     Raises:
-        ValueError: no rows, rows that are not finite, or a number out of range.
+        ValueError: there are no rows, rows are not finite, or a number is out of range.
     """
     sample = rows.detach().float().cpu().numpy()
     if experts < 1 or (components is not None and components < 0):
@@ -253,7 +254,7 @@ def find_clusters(
     mean, axes = sample.mean(axis=0, dtype=np.float64), None
     if 0 < components < min(tokens, inputs):
         axes = _principal_axes(sample, mean, components)
-    # k-means adds its threads' sums in the order in which they end: one is deterministic.
+    # k-means adds its threads' sums in the order in which they finish: one thread is deterministic.
     with threadpool_limits(1, user_api="openmp"), warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # fewer distinct rows than clusters
         kmeans = KMeans(min(experts, tokens), n_init=1, random_state=seed % 2**32, copy_x=False)
@@ -263,10 +264,10 @@ def find_clusters(
 
 
 def _principal_axes(sample: Floats, mean: Array, components: int) -> Array:
-    """Return the axes of largest variance (components, inputs), those of largest variance first.
+    """Return the axes of largest variance (components, inputs), in order of falling variance.
 
-    In float64: beside massive activations the smaller axes would be rounding in float32, so that
-    another kernel of the processor would find other clusters.
+    They are computed in float64: beside massive activations float32 rounds the smaller axes away,
+    and the clusters would depend on the processor's kernel.
     """
     inputs = sample.shape[1]
     scatter = np.zeros((inputs, inputs))
@@ -278,7 +279,7 @@ def _principal_axes(sample: Floats, mean: Array, components: int) -> Array:
 
 
 def _reduced(sample: Floats, mean: Array, axes: Array | None) -> Array:
-    """Return centred rows (tokens, components) in the space of the axes, if there are some."""
+    """Return centred rows, projected on the axes (tokens, components) if there are axes."""
     found = np.empty((len(sample), len(mean) if axes is None else len(axes)))
     for first in range(0, len(sample), _ROWS):
         centred = sample[first : first + _ROWS] - mean
@@ -292,18 +293,19 @@ def fold(clusters: Clusters) -> CentroidRouter:
     bias = -0.5 * (centroids**2).sum(axis=1)
     matrix = centroids.T if axes is None else axes.T @ centroids.T  # (inputs, experts)
     bias = bias - clusters.mean @ matrix
-    # What is the same for all experts changes no choice, but costs precision. Not the mean: of a
-    # cluster of outliers that would be large, and rounding would mix up the others.
+    # Subtract the largest cluster's column: a term common to all experts changes no choice, but
+    # costs precision. A cluster of outliers would make the mean of the columns large, and rounding
+    # would then confuse the other clusters.
     usual = clusters.sizes.argmax()
     matrix, bias = matrix - matrix[:, [usual]], bias - bias[usual]
     return CentroidRouter(torch.from_numpy(matrix).float(), torch.from_numpy(bias).float())
 
 
 def _merged(centroids: Array, sizes: Array) -> tuple[Array, Array]:
-    """Return centroids (experts, components) and sizes of clusters that are large enough.
+    """Return centroids (experts, components) and sizes after merging clusters that are too small.
 
-    The massive activations of first tokens fall into many tiny clusters far from all others: merged
-    with their nearest they become one that is large enough, and not a part of an ordinary one.
+    The massive activations of first tokens fall into many tiny clusters far from all others. Merged
+    with the nearest, they form one cluster that is large enough, apart from the ordinary ones.
     """
     while len(sizes) > 1 and sizes.min() < LEAST:
         small = int(sizes.argmin())
@@ -319,10 +321,10 @@ def _merged(centroids: Array, sizes: Array) -> tuple[Array, Array]:
 
 
 def random_router(inputs: int, sizes: torch.Tensor, *, seed: int = 0) -> RandomRouter:
-    """Return a router that gives each expert a share of rows like ``sizes`` (experts,), at random.
+    """Return a random router: experts get shares of rows proportional to ``sizes`` (experts,).
 
     Raises:
-        ValueError: no sizes, or none above zero.
+        ValueError: there are no sizes, one is negative, or all are zero.
     """
     shares = sizes.double().cpu()
     if not len(shares) or not bool((shares >= 0).all()) or float(shares.sum()) <= 0:

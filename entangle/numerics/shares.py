@@ -1,7 +1,7 @@
-"""Non-uniform sparsity: how many weights are pruned in each row of a layer, and in each block.
+"""Non-uniform sparsity: the number of weights pruned in each row of a layer, and in each block.
 
-Totals are exact: shares are rounded to whole numbers by largest remainder, so that different budgets
-of one sparsity prune the same number of weights.
+Totals are exact: shares are rounded to whole numbers by largest remainder, so that different
+budgets of the same sparsity prune the same number of weights.
 
 Sources: OWL, arXiv 2310.05175, section 3.2; TRIM, arXiv 2505.16743, section 3 and algorithm 1.
 """
@@ -16,15 +16,15 @@ from entangle.numerics.moments import InputMoments
 Floats = npt.NDArray[np.float64]
 Counts = npt.NDArray[np.int64]
 
-OUTLIER = 5.0  # times the mean score: beyond, OWL calls a weight an outlier
-STEPS, RATES = 10, (-0.05, 0.02, 0.05, 0.1)  # of TRIM
+OUTLIER = 5.0  # OWL's outliers have scores above this times the mean score
+STEPS, RATES = 10, (-0.05, 0.02, 0.05, 0.1)  # TRIM's number of steps, and its rates
 
 
 def largest_remainder(shares: npt.ArrayLike, sizes: npt.ArrayLike, total: int) -> Counts:
     """Return whole numbers close to ``shares * sizes`` that add up to ``total``.
 
-    Each is from 0 to its size. What shares leave of the total goes to the largest remainders, of
-    equal ones to the first; where shares add up to another total, all are moved alike first.
+    Each is from 0 to its size. If the shares give another total, one constant is added to all of
+    them first. The rest of the total goes to the largest remainders; ties prefer the first.
 
     Raises:
         ValueError: the total is not from 0 to the sum of the sizes.
@@ -47,7 +47,7 @@ def largest_remainder(shares: npt.ArrayLike, sizes: npt.ArrayLike, total: int) -
 
 
 def _moved(shares: Floats, sizes: Counts, total: int) -> Floats:
-    """Return the shares, within 0 and 1, moved alike until they make the total."""
+    """Return the shares, moved by one constant and clipped to 0 to 1, that give the total."""
     low, high = -1.0, 1.0
     for _ in range(60):
         middle = (low + high) / 2
@@ -60,7 +60,7 @@ def _moved(shares: Floats, sizes: Counts, total: int) -> Floats:
 
 
 def ranks(values: npt.ArrayLike) -> Floats:
-    """Return ranks from 0 (the smallest value) to 1, of equal ones the first lower, NaN ½."""
+    """Return ranks from 0 (the smallest value) to 1. Ties rank the first lower; NaN ranks ½."""
     values = np.asarray(values, dtype=np.float64)
     known = np.isfinite(values)
     found = np.full(len(values), 0.5)
@@ -71,12 +71,12 @@ def ranks(values: npt.ArrayLike) -> Floats:
 
 
 def graded(sparsity: float, rank: npt.ArrayLike, strength: float) -> Floats:
-    """Return a sparsity for each row: less for high ranks, ``sparsity`` on average.
+    """Return a sparsity for each row: lower for high ranks, ``sparsity`` on average.
 
-    It is s + strength · (1 - 2 · rank) · min(s, 1 - s), so within 0 and 1.
+    It is s + strength · (1 - 2 · rank) · min(s, 1 - s), which lies from 0 to 1.
 
     Raises:
-        ValueError: a strength that is not from 0 to 1.
+        ValueError: the strength is not from 0 to 1.
     """
     if not 0 <= strength <= 1:
         raise ValueError(f"strength must be from 0 (all rows alike) to 1, got {strength!r}")
@@ -86,17 +86,17 @@ def graded(sparsity: float, rank: npt.ArrayLike, strength: float) -> Floats:
 
 
 def spread(sparsity: float, scores: npt.ArrayLike, sizes: npt.ArrayLike, width: float) -> Floats:
-    """Return a sparsity for each part of a model: less where its score is high.
+    """Return a sparsity for each part of a model: lower where its score is high.
 
-    Densities are linear in the scores, which become a range of twice the width, around the mean
-    weighted by sizes: OWL's rule with λ = ``width``. The width gives way where a part would have
-    more weights than there are, or less than none. Equal scores change nothing.
+    Densities are linear in the scores. Their range is ``2 * width``, and their mean weighted by
+    sizes is ``1 - sparsity``: OWL's rule with λ = ``width``. The width is reduced if a density
+    would leave 0 to 1. Equal scores give ``sparsity`` to all.
     """
     scores, sizes = (np.asarray(values, dtype=np.float64) for values in (scores, sizes))
     reach = scores.max() - scores.min()
     if not reach > 0:
         return np.full(len(scores), sparsity)
-    scaled = (scores - np.average(scores, weights=sizes)) / reach  # of a range of 1
+    scaled = (scores - np.average(scores, weights=sizes)) / reach  # their range is 1
     width = min(width, sparsity / (2 * scaled.max()), (1 - sparsity) / (-2 * scaled.min()))
     found: Floats = sparsity - 2 * width * scaled
     return found
@@ -110,11 +110,11 @@ def outlier_ratio(scores: torch.Tensor) -> float:
 def even_quality(weight: torch.Tensor, moments: InputMoments, sparsity: float) -> Floats:
     """Return TRIM's sparsity for each row of a weight (neurons, inputs), ``sparsity`` on average.
 
-    A row's quality is the cosine of its outputs before and after pruning by Wanda. Step by step,
-    rows of a higher quality than the mean are pruned more (or less, where the rate is negative),
-    and of all steps and rates that is kept which leaves the whole layer's outputs the highest
-    cosine. Written from the description: the quality is scaled to a range of 1, and the rates are
-    ours.
+    A row's quality is the cosine between its outputs before and after pruning by Wanda. Each step
+    prunes rows of a higher quality than the mean more (less, if the rate is negative). Of all steps
+    and rates, and uniform sparsity, the result is the one with the highest cosine of the whole
+    layer's outputs. This was written from the paper's description: the quality is scaled to a range
+    of 1, and the rates are our choice.
     """
     neurons, inputs = weight.shape
     total = round(sparsity * weight.numel())

@@ -1,8 +1,8 @@
 """Sparse matrices as slices of eight rows side by side, and their products with tokens.
 
-Decoding is bound by memory: a matrix that is mostly zeros has fewer bytes to read. Rows are sorted
-by their number of nonzeros and cut into slices of eight; of a slice the first nonzeros of all
-eight rows lie side by side, then the second ones, and so on, so that eight sums run in parallel.
+Decoding is bound by memory, and a sparse matrix has fewer bytes to read. Rows are sorted by their
+number of nonzeros and cut into slices of eight. A slice stores the first nonzeros of its eight rows
+side by side, then the second ones, and so on, so that eight sums run in parallel.
 
 Source: SELL-C-sigma, Kreutzer et al., "A unified sparse matrix data format for efficient general
 sparse matrix-vector multiplication on modern processors with wide SIMD units", arXiv 1307.6209,
@@ -37,32 +37,32 @@ Array = npt.NDArray[Any]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Sliced:
-    """Matrices (experts, neurons, inputs) in slices; padded where a slice's rows differ in length."""
+    """Matrices (experts, neurons, inputs) in slices; shorter rows of a slice are padded."""
 
     values: Array  # (entries,) float32, or the bits of bfloat16 as uint16
-    columns: Array  # (entries,) uint16, or uint32 where there are more inputs than that
-    starts: Array  # (experts, slices + 1) int64: of each slice, in steps of eight entries
-    order: Array  # (experts, slices * 8) int64: the row that lies there; past the last: none
+    columns: Array  # (entries,) uint16, or uint32 if there are more than 65,536 inputs
+    starts: Array  # (experts, slices + 1) int64: where a slice starts, in units of eight entries
+    order: Array  # (experts, slices * 8) int64: the row at each place; ``neurons``: padding
     neurons: int
     inputs: int
 
     @property
     def nbytes(self) -> int:
-        """The bytes in memory."""
+        """Return the bytes in memory."""
         return sum(x.nbytes for x in (self.values, self.columns, self.starts, self.order))
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the values."""
+        """Return the dtype of the values."""
         return torch.bfloat16 if self.values.dtype == np.uint16 else torch.float32
 
     def is_faster(self, tokens: int, expert: int) -> bool:
-        """Tell whether `product` beats unpacking an expert and a dense product.
+        """Return whether `product` is faster than unpacking an expert and a dense product.
 
-        Measured (``benchmarks/decode.py``) in units of a dense float32 product with sixteen more
-        tokens: `product` takes 1.2 times the density and, for every sixteen tokens, 0.2 + 1.8 times
-        the density; to unpack and multiply takes 5 and 1 for every sixteen in float32, 2.8 and 0.17
-        in bfloat16.
+        Times were measured by ``benchmarks/decode.py``. Their unit is the time that a dense float32
+        product takes for sixteen more tokens. `product` takes 1.2 · density once, and
+        0.2 + 1.8 · density for every sixteen tokens. Unpacking and a dense product take 5 once and
+        1 for every sixteen tokens in float32, and 2.8 and 0.17 in bfloat16.
         """
         if tokens == 1:
             return True
@@ -84,11 +84,11 @@ class Sliced:
     ) -> tuple[torch.Tensor, int]:
         """Return `product` (..., neurons) for inputs (..., inputs) of one token, and the expert.
 
-        None is the nearest by a router's matrix (inputs, experts) and bias (experts,), found in the
-        same call: outside of the kernels memory waits.
+        If the expert is None, the router's matrix (inputs, experts) and bias (experts,) choose it.
+        The same kernel call does both: decoding is bound by memory, which idles between kernels.
 
         Raises:
-            ValueError: inputs, an expert or a router that are not of these matrices.
+            ValueError: the inputs, the expert or the router do not fit these matrices.
         """
         experts = len(self.starts)
         routed = expert is None and (matrix.shape, len(bias)) == ((self.inputs, experts), experts)
@@ -102,17 +102,17 @@ class Sliced:
         row, out = inputs.detach().float().numpy().ravel(), found.numpy().ravel()
         weight = self.values, self.columns, self.starts, self.order
         router = -1 if expert is None else expert, matrix, bias
-        if torch.get_num_threads() == 1:  # to start threads costs as much as a small product
+        if torch.get_num_threads() == 1:  # starting threads costs as much as a small product
             return found, int(multiply_alone(*weight, *router, row, out))
         return found, int(multiply_together(threads.like_torch(), *weight, *router, row, out))
 
     def product(self, rows: torch.Tensor, expert: int) -> torch.Tensor:
         """Return ``rows @ weight.T`` (tokens, neurons) float32 for rows (tokens, inputs).
 
-        Sums are float32 in any case, and no gradient goes back through them.
+        Sums are always float32, and there is no gradient.
 
         Raises:
-            ValueError: an expert that is none of these matrices', or rows of another width.
+            ValueError: the expert does not exist, or the rows have another width.
         """
         if len(rows) == 1:
             return self.one(rows, expert)[0]
@@ -123,11 +123,11 @@ class Sliced:
     ) -> torch.Tensor:
         """Return products (tokens, neurons) float32 of rows (tokens, inputs) with several experts.
 
-        A span (expert, first, last) says whose are the rows ``order[first:last]``; the products of
-        rows in no span are left to the caller to fill in.
+        A span (expert, first, last) gives the rows ``order[first:last]`` to an expert. Rows in no
+        span have undefined products, which the caller must fill in.
 
         Raises:
-            ValueError: an expert that is none of these matrices', or rows of another width.
+            ValueError: the expert does not exist, or the rows have another width.
         """
         experts = len(self.starts)
         wrong = next((expert for expert, *_ in spans if not 0 <= expert < experts), None)
@@ -150,7 +150,8 @@ class Sliced:
         if torch.get_num_threads() == 1:
             multiply_tiles(0, len(tiles), 1, tiles, *weight, *tokens, out.numpy())
         elif len(tiles):
-            parts = -(-2 * threads.like_torch() // len(tiles))  # of a tile, where there are few
+            # Split each tile into parts, so that there is work for all threads.
+            parts = -(-2 * threads.like_torch() // len(tiles))
             multiply_tiles_together(parts, tiles, *weight, *tokens, out.numpy())
         return out
 
@@ -164,10 +165,12 @@ class Sliced:
 
 
 def slice_rows(weight: torch.Tensor) -> Sliced:
-    """Return matrices (experts, neurons, inputs) in slices, all but zeros.
+    """Return the nonzeros of matrices (experts, neurons, inputs) in slices.
+
+    float16 becomes float32.
 
     Raises:
-        ValueError: another dtype than float32, bfloat16 or float16, which becomes float32.
+        ValueError: the dtype is not float32, bfloat16 or float16.
     """
     if weight.dtype not in PACKABLE:
         raise ValueError(f"only float32, bfloat16 and float16 can be packed, got {weight.dtype}")
@@ -179,7 +182,8 @@ def slice_rows(weight: torch.Tensor) -> Sliced:
     slices = -(-neurons // ROWS)
     order = np.full((experts, slices * ROWS), neurons)
     order[:, :neurons] = np.argsort(-counts, axis=1, kind="stable")
-    lengths = np.take_along_axis(counts, order[:, ::ROWS], axis=1)  # a slice's first is its longest
+    # The first row of a slice is its longest.
+    lengths = np.take_along_axis(counts, order[:, ::ROWS], axis=1)
     ends = lengths.cumsum().reshape(lengths.shape)
     starts = np.concatenate([ends[:, :1] - lengths[:, :1], ends], axis=1)
     entries = int(ends[-1, -1]) * ROWS

@@ -1,4 +1,4 @@
-"""What a pruned matrix is asked to be: its sparsity, its method and its kind of mask."""
+"""The sparsity of a pruned matrix, and the names of the methods and masks."""
 
 import dataclasses
 from typing import Literal, Self
@@ -9,7 +9,7 @@ Method = Literal["sparsegpt", "wanda", "magnitude"]
 
 @dataclasses.dataclass(frozen=True)
 class Sparsity:
-    """How many weights are zero: a share of a row, or all but ``kept`` of every ``group``."""
+    """The share of weights that are zero, or n:m: n (``kept``) kept of every m (``group``)."""
 
     share: float
     kept: int = 0
@@ -17,10 +17,10 @@ class Sparsity:
 
     @classmethod
     def parse(cls, text: str | float) -> Self:
-        """Read ``0.8`` or ``n:m``, n kept of m: ``1:4`` is 75% sparse.
+        """Parse ``0.8``, or ``n:m`` with n kept of every m: ``1:4`` is 75% sparse.
 
         Raises:
-            ValueError: neither a share from 0 to 1 nor n:m with 0 <= n <= m.
+            ValueError: the text is neither a share from 0 to 1 nor n:m with 0 <= n <= m.
         """
         try:
             if ":" in str(text):

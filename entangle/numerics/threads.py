@@ -1,9 +1,9 @@
-"""Numba's threads, as many as OpenMP and torch have, whose own counts are left as they are.
+"""The number of Numba's threads, set to that of OpenMP and torch, whose numbers do not change.
 
-When Numba's threads are first asked for, it tells OpenMP, and so torch, to use as many threads as
-there are cores. That is done here and undone, whether torch is imported already or comes later,
-since the last bits of a product depend on the number of threads. Every module that runs parallel
-kernels imports this one.
+When Numba starts its threads, it sets the number of OpenMP's threads, and so of torch's, to the
+number of cores. This module starts them and restores the numbers, whether torch is imported before
+or after it, since the last bits of a product depend on the number of threads. Every module that
+runs parallel kernels imports this one.
 """
 
 import ctypes
@@ -22,7 +22,7 @@ def _openmp() -> Any:
 
 
 def _start() -> None:
-    """Start Numba's threads, and give OpenMP and torch their counts back."""
+    """Start Numba's threads, and restore the numbers of threads of OpenMP and torch."""
     openmp, torch = _openmp(), sys.modules.get("torch")
     before = None if openmp is None else int(openmp.omp_get_max_threads())
     kept = None if torch is None else int(torch.get_num_threads())
@@ -38,7 +38,10 @@ _start()
 
 
 def like_torch() -> int:
-    """Have as many threads as torch has, and return how many: to wait for one more costs time."""
+    """Set the number of Numba's threads to torch's, within Numba's maximum, and return it.
+
+    More threads than torch has cost time, since a kernel waits for all of them.
+    """
     threads: int = min(sys.modules["torch"].get_num_threads(), numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
     numba.set_num_threads(threads)
     return threads

@@ -1,6 +1,6 @@
-"""1-Wasserstein distances of each neuron's standardised outputs to N(0, 1): its entanglement.
+"""1-Wasserstein distances of torch histograms and rows, on any device (see `gaussian`).
 
-The distances of `gaussian`, for what is on a device: histograms and rows of torch.
+The distance of a neuron's standardised outputs to N(0, 1) measures its entanglement.
 """
 
 import numpy as np
@@ -13,18 +13,18 @@ from entangle.numerics.histograms import Histograms, Moments
 
 
 def from_histograms(histograms: Histograms, moments: Moments) -> Distances:
-    """Return each neuron's distance, with a certified bound of its error (see `from_counts`)."""
+    """Return each neuron's distance, with a certified error bound (see `from_counts`)."""
     state = {name: tensor.cpu().numpy() for name, tensor in histograms.tensors().items()}
     return from_counts(state, moments.mean, moments.std)
 
 
 def between_samples(rows: torch.Tensor, others: torch.Tensor) -> Array:
-    """Return W1 between each neuron's rows and others, both (tokens, neurons), in std of ``rows``.
+    """Return W1 between rows and others of each neuron, both (tokens, neurons), in std of ``rows``.
 
-    Of as many samples it is the mean of |x₍ᵢ₎ - y₍ᵢ₎|. NaN where the rows are constant.
+    For equal numbers of samples it is the mean of |x₍ᵢ₎ - y₍ᵢ₎|. It is NaN for constant ``rows``.
 
     Raises:
-        ValueError: not as many of both.
+        ValueError: the shapes differ.
     """
     return between_sorted(sorted_columns(rows), sorted_columns(others))
 

@@ -1,1 +1,1 @@
-"""How a model becomes sparse: options, calibration, budgets, masks, checkpoints."""
+"""Pruning of a model: options, calibration, budgets, masks, checkpoints."""

@@ -1,4 +1,4 @@
-"""How layers are pruned: what is asked for, and what becomes of one layer."""
+"""Pruning one block's layers."""
 
 import dataclasses
 import math
@@ -22,11 +22,11 @@ from entangle.pruning.options import Pruning
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PrunedLayer:
-    """What became of a layer."""
+    """The result of pruning a layer."""
 
-    row: dict[str, Any]  # a row of a table
-    lost: torch.Tensor  # (neurons,) float64: each one's ‖(w - ŵ)X‖² over the calibration's inputs X
-    held_out: torch.Tensor  # the same over inputs from other text; empty where there is none
+    row: dict[str, Any]  # its row in `Sparsified.layers`
+    lost: torch.Tensor  # (neurons,) float64: ‖(w - ŵ)X‖² over the calibration inputs X
+    held_out: torch.Tensor  # the same over held-out inputs; empty without them
 
 
 def prune_layers(
@@ -38,20 +38,17 @@ def prune_layers(
     held_out: Mapping[str, torch.Tensor] | None = None,
     zeros: Mapping[str, torch.Tensor | int] | None = None,
 ) -> list[PrunedLayer]:
-    """Prune layers in place, or put mixtures of experts in their places.
+    """Prune layers in place, or replace them by mixtures of experts.
 
-    The argument ``zeros`` says how many weights to prune: of each row (neurons,), or of the whole
-    layer, which TRIM's rule spreads over the rows. Without it each row has the sparsity.
+    ``zeros`` is the number of weights to prune in each row (neurons,) of a layer, or in the whole
+    layer; TRIM's rule distributes the latter over the rows. Without it each row has the sparsity.
+    ``held_out`` has inputs (tokens, inputs) for the held-out error. The columns of the resulting
+    rows are listed in `Sparsified`.
 
-    In the result's row ``zeros`` counts the zeros that the weights have, and ``least`` and ``most``
-    are the smallest and the largest share of zeros of a row. ``error`` is ‖(W - Ŵ)X‖² / ‖WX‖² over
-    the calibration's inputs X, each with the Ŵ of its expert; it is NaN for a layer without output.
-    ``held_out_error`` is the same over the inputs ``held_out`` (tokens, inputs).
-
-    Under torchrun each process prunes some of the experts, and each places all of them.
+    Under torchrun each process prunes some of the experts, and all processes receive all of them.
 
     Raises:
-        ValueError: as `prune` says; the message names the layer.
+        ValueError: as `prune`; the message names the layer.
     """
     zeros, held_out = zeros or {}, held_out or {}
     experts = [calibrations[layer.name].moments.count.numel() for layer in layers]
@@ -75,14 +72,14 @@ def prune_layers(
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Weights:
-    """A layer's pruned experts, of which this process has its own."""
+    """A layer's pruned experts; before `share` only those that this process pruned."""
 
     weight: torch.Tensor  # ([experts,] neurons, inputs)
     damping: list[float]
     owners: list[int]
 
     def share(self) -> None:
-        """Give all processes each one's."""
+        """Broadcast each expert from the process that pruned it."""
         if ranks.count() > 1:
             for one, owner in zip(
                 self.weight.view(-1, *self.weight.shape[-2:]), self.owners, strict=True
@@ -130,7 +127,7 @@ def _place(
     held_out: torch.Tensor | None,
     owner: int,
 ) -> PrunedLayer:
-    """Give a layer its pruned weights, and say what became of it."""
+    """Write the pruned weights into a layer, and return the result with its errors."""
     weight, moments, router = weight_of(layer), calibration.moments, calibration.router
     errors: tuple[torch.Tensor, torch.Tensor, float] | None = None
     if owner == ranks.rank():
@@ -150,7 +147,7 @@ def _place(
         bias = getattr(layer.module, "bias", None)
         mixture = ExpertLinear(pruned.weight, bias, router, experts)
         layer = replace_layer(model, layer, mixture)
-    first = router is None or router.layers == 1  # of the layers that share it
+    first = router is None or router.layers == 1  # a shared router is counted once
     missing = (weight_of(layer) == 0).sum(dim=-1).double() / layer.inputs
     total = int((weight_of(layer) == 0).sum())
     row = {
@@ -181,9 +178,9 @@ def _ratio(lost: float, energy: float) -> float:
 
 
 def _energy(rows: torch.Tensor, weight: torch.Tensor, router: Router | None) -> torch.Tensor:
-    """Return each neuron's sum of squared outputs (neurons,) of rows (tokens, inputs), in float64.
+    """Return each neuron's sum of squared outputs (neurons,) on rows (tokens, inputs), in float64.
 
-    Outputs themselves have no sum that cancels, so that float32 is enough for them.
+    Float32 suffices for the outputs; only the sum of squares needs float64.
     """
     if router is None:
         return (rows.float() @ weight.float().T).double().square().sum(dim=0)

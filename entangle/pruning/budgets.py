@@ -1,7 +1,7 @@
-"""Budgets: how many weights of each row are pruned, by what a run knows of its neuron.
+"""Budgets: non-uniform sparsity over the rows of a layer and over the blocks of a model.
 
-Two rules, one within layers and one across blocks, and totals that are those of uniform rows to the
-last weight, so that arms differ only in who has the weights.
+Every budget prunes exactly as many weights in total as uniform rows do, so arms differ only in
+where the weights are kept.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,10 +20,12 @@ from entangle.pruning.options import DISTANCE, SHUFFLED, TRIM, UNIFORM, Pruning
 from entangle.runs.dataset import values_of
 
 Floats = npt.NDArray[np.float64]
-Zeros = dict[str, torch.Tensor | int]  # of a layer's rows (neurons,), or its total for TRIM's rule
-ENTANGLED = 0.15  # std: from here on a neuron counts as entangled
-WIDTH = 0.08  # of densities across blocks, to either side: OWL's λ as published
-ENTANGLED_WIDTH = 0.16  # where the score is the share of entangled neurons
+Zeros = dict[
+    str, torch.Tensor | int
+]  # by layer: of each row (neurons,), or for TRIM's rule of the layer
+ENTANGLED = 0.15  # std: a neuron with a larger distance counts as entangled
+WIDTH = 0.08  # largest deviation of a block's density: OWL's λ as published
+ENTANGLED_WIDTH = 0.16  # the same if the score is the share of entangled neurons
 
 
 def zeros_of(
@@ -34,20 +36,31 @@ def zeros_of(
     outliers: Mapping[int, float] | None = None,
     seed: int = 0,
 ) -> Zeros:
-    """Return how many weights of each row of each layer to prune; nothing for uniform rows.
+    """Return the number of weights to prune in each row of each layer; empty for uniform rows.
 
-    All budgets prune as many weights as uniform rows do. Within a layer rows are graded by the rank
-    of a variable of the run (see `numerics.shares.graded`): ``wasserstein*std`` is the distance in
-    output units, ``ranks`` the sum of the ranks of both, ``shuffled`` the control, ranks of
-    ``wasserstein*std`` that are another neuron's. Of ``trim`` each layer's total is returned: the
-    rule needs its inputs. Across blocks densities are linear in a score (see `spread`): the share
-    of neurons with a distance above 0.15, the same ``shuffled`` over the blocks, the ``depth``
-    (early blocks are denser), or ``owl``, the outlier ratios of the blocks.
+    All budgets prune as many weights in total as uniform rows do.
+
+    Within a layer, rows whose neuron has a higher rank of ``budget`` keep more weights (see
+    `numerics.shares.graded`):
+
+    * ``wasserstein*std``: the distance in output units.
+    * ``wasserstein``, ``std``, ``kurtosis``, ``weight_norm``: that variable of the run.
+    * ``ranks``: the sum of the ranks of ``wasserstein`` and ``std``.
+    * ``shuffled``: the ranks of ``wasserstein*std``, permuted over the layer; the control.
+    * ``trim``: TRIM's rule. It needs the inputs, so the layer's total is returned.
+
+    Across blocks, densities are linear in a score (see `spread`), by ``across``:
+
+    * ``entanglement``: the share of neurons with a distance above 0.15 std.
+    * ``shuffled``: these shares, permuted over the blocks; the control.
+    * ``depth``: early blocks are denser.
+    * ``owl``: the outlier ratios of the blocks, ``outliers``.
 
     Raises:
         LookupError: the run lacks a layer, a neuron or the variable.
-        ValueError: no run or no outlier ratios where they are needed, or layers of a single block,
-            across which there is nothing to move.
+        ValueError: the run or the outlier ratios are needed and missing; or ``across`` is not
+            uniform, and all layers are of one block or all blocks have the same share of entangled
+            neurons.
     """
     budget, across, sparsity = pruning.budget, pruning.across, pruning.sparsity
     if not pruning.budgeted:
@@ -88,7 +101,7 @@ def zeros_of(
 def block_outliers(walk: BlockWalk, layers: Sequence[LinearLayer]) -> dict[int, float]:
     """Run the dense model and return each block's outlier ratio (see `outlier_ratio`).
 
-    As published the weights of all layers of a block have one mean.
+    The mean is over the weights of all layers of a block, as published.
     """
     found = {}
     for block in range(max(layer.block for layer in layers) + 1):
@@ -126,7 +139,8 @@ def _scores(
     """Return each block's score.
 
     Raises:
-        ValueError: it is OWL's, and there are no outlier ratios, or all have the same share.
+        ValueError: OWL's outlier ratios are missing, or all blocks have the same share of
+            entangled neurons.
     """
     blocks = sorted({layer.block for layer in layers})
     if across == "depth":
@@ -148,17 +162,17 @@ def _scores(
         )
     if across == SHUFFLED and len(blocks) > 1:
         rng, drawn = np.random.default_rng(seed), shares
-        while drawn == shares:  # which would be no control
+        while drawn == shares:  # the same order would be no control
             drawn = rng.permutation(shares).tolist()
         found = dict(zip(found, drawn, strict=True))
     return found
 
 
 def _values(layer: LinearLayer, variable: str, data: xr.Dataset) -> Floats:
-    """Return a variable of a layer's neurons, in their order.
+    """Return a variable of a layer's neurons (neurons,), NaN for those without a distance.
 
     Raises:
-        LookupError: the run lacks it, or a neuron.
+        LookupError: the run lacks the variable or a neuron.
     """
 
     def of(name: str) -> Floats:
@@ -171,4 +185,4 @@ def _values(layer: LinearLayer, variable: str, data: xr.Dataset) -> Floats:
         values = distance * of("std")
     else:
         values = of(variable)
-    return np.where(np.isnan(distance), np.nan, values)  # without a distance: rank ½
+    return np.where(np.isnan(distance), np.nan, values)  # NaN has rank ½

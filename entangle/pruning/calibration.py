@@ -1,4 +1,4 @@
-"""What pruning needs to know of a text: clusters of each layer's inputs and their moments."""
+"""Calibration: clusters of each layer's inputs and their second moments."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -16,19 +16,19 @@ from entangle.numerics.routing import CentroidRouter, Router, fit_router, random
 from entangle.pruning.options import ONE, Clustering
 
 SAMPLE = 16_384  # tokens that a router is fitted on
-HELD_OUT = 8_192  # tokens of other text that the outputs' error is measured on
+HELD_OUT = 8_192  # held-out tokens that the outputs' error is measured on
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Calibration:
-    """What pruning one layer needs to know of a text.
+    """The second moments, router and output energy of one layer on a text.
 
-    Layers that have the same inputs share moments and router, as the same objects.
+    Layers with the same inputs have the same moments and router objects.
     """
 
-    moments: InputMoments  # of its inputs, stacked where there is a router
+    moments: InputMoments  # of the inputs; with a router one per expert
     router: Router | None  # None: one expert
-    energy: float  # ‖WX‖² of its dense weights W: what an error is relative to
+    energy: float  # ‖WX‖² of the dense weights W, the denominator of relative errors
 
 
 Calibrations = dict[str, Calibration]  # by the layer's name
@@ -42,20 +42,20 @@ def calibrate(
     seed: int = 0,
     advance: bool,
 ) -> dict[Clustering, Calibrations]:
-    """Run the block and return calibrations of these layers of it, for each clustering.
+    """Run a block and return the calibrations of some of its layers, for each clustering.
 
-    Clusters cost one run more, in which a sample of the inputs is heard. With ``advance`` the walk
-    goes on behind the block, with the weights as they are.
+    Several experts need a second run of the block, which samples the inputs for the routers. With
+    ``advance`` the walk moves past the block, with its current weights.
 
     Raises:
-        ValueError: inputs of which no clusters can be made; the message names the layer.
+        ValueError: the inputs of a layer cannot be clustered; the message names the layer.
     """
     routers: dict[tuple[Clustering, str], Router | None] = {}
     several = [clustering for clustering in clusterings if clustering.experts > 1]
     if several:
         samples = sample_inputs(walk, layers, SAMPLE, seed)
         fitted: dict[int, dict[Clustering, Router]] = {}
-        apart: dict[int, LinearLayer] = {}  # one of those that have the same inputs
+        apart: dict[int, LinearLayer] = {}  # one layer per distinct input
         for layer in layers:
             apart.setdefault(id(samples[layer.name]), layer)
         owners = dict(
@@ -105,7 +105,7 @@ def calibrate(
 def _fit(
     rows: torch.Tensor, clusterings: Sequence[Clustering], seed: int
 ) -> dict[Clustering, Router]:
-    """Fit a router for each clustering; a random one has the sizes of k-means' clusters."""
+    """Fit a router for each clustering; random clusters have the sizes of the k-means clusters."""
     fitted: dict[Clustering, CentroidRouter] = {}
     found: dict[Clustering, Router] = {}
     for clustering in clusterings:
@@ -123,7 +123,7 @@ def _fit(
 def _no_moments(
     layer: LinearLayer, router: Router | None, device: torch.device
 ) -> ExpertMoments | InputMoments:
-    with torch.inference_mode(False):  # the block runs in it, but these are added to later too
+    with torch.inference_mode(False):  # the moments are changed outside inference mode too
         if router is None:
             return InputMoments.zeros(layer.inputs, device=device)
         moments = InputMoments.zeros(layer.inputs, experts=router.experts, device=device)
@@ -136,7 +136,7 @@ def _energy(layer: LinearLayer, moments: InputMoments) -> float:
 
 
 def save_calibrations(file: Path, calibrations: Calibrations) -> None:
-    """Write calibrations, what several layers share only once."""
+    """Write calibrations; moments and routers that layers share are written once."""
     tensors: dict[str, torch.Tensor] = {}
     owners: dict[int, str] = {}
     for name, calibration in calibrations.items():
@@ -150,7 +150,7 @@ def save_calibrations(file: Path, calibrations: Calibrations) -> None:
 
 
 def load_calibrations(file: Path, device: torch.device) -> Calibrations:
-    """Read what `save_calibrations` wrote."""
+    """Read the calibrations that `save_calibrations` wrote."""
     tensors = load_tensors(file, device)
     shared: dict[str, tuple[InputMoments, Router | None]] = {}
     for key in tensors:
@@ -168,7 +168,7 @@ def load_calibrations(file: Path, device: torch.device) -> Calibrations:
 
 
 def save_rows(file: Path, rows: Mapping[str, torch.Tensor]) -> None:
-    """Write inputs by layer (see `sample_inputs`), what several layers share only once."""
+    """Write inputs by layer (see `sample_inputs`); inputs that layers share are written once."""
     owners: dict[int, str] = {}
     tensors: dict[str, torch.Tensor] = {}
     for name, values in rows.items():
@@ -179,7 +179,7 @@ def save_rows(file: Path, rows: Mapping[str, torch.Tensor]) -> None:
 
 
 def load_rows(file: Path, device: torch.device) -> dict[str, torch.Tensor]:
-    """Read what `save_rows` wrote."""
+    """Read the inputs by layer that `save_rows` wrote."""
     tensors = load_tensors(file, device)
     pairs = [key.split(" ") for key in tensors if " " in key]
     return {name: tensors[owner] for name, owner in pairs}

@@ -1,4 +1,4 @@
-"""The blocks of a model that are pruned already, in files: what a killed command goes on with."""
+"""Checkpoint of pruned blocks, from which a killed command resumes."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -18,9 +18,9 @@ from entangle.runs import store
 
 
 class FinishedBlocks:
-    """Blocks of a model that are pruned, each in files: a command that was killed goes on with them.
+    """The checkpoint of a model's pruned blocks: files for each block.
 
-    Under torchrun rank 0 writes them, into a folder that all processes see.
+    Under torchrun rank 0 writes them, into a folder that all processes can read.
     """
 
     def __init__(self, model: PreTrainedModel, folder: Path) -> None:
@@ -30,7 +30,7 @@ class FinishedBlocks:
         self.there: set[int] = set(ranks.from_rank(0, self._written()))
 
     def save(self, layers: Sequence[LinearLayer], pruned: Sequence[PrunedLayer]) -> None:
-        """Write a block's layers, which are pruned."""
+        """Write the pruned layers of a block and their results."""
         block = layers[0].block
         about: dict[str, Any] = {"rows": [one.row for one in pruned]}
         here = {x.name: x for x in find_layers(self._model, [layer.name for layer in layers])}
@@ -44,11 +44,11 @@ class FinishedBlocks:
             store.write_json(self._blocks / f"{block}.json", about)
         self.there.add(block)
         if not expanded:
-            ranks.everyone(block)  # until the file is there
+            ranks.everyone(block)  # waits until the file is written
             self._leave(here.values(), file)
 
     def load(self, layers: Sequence[LinearLayer]) -> list[PrunedLayer]:
-        """Give a block's layers what `save` wrote."""
+        """Restore the layers of a block; their results have no errors by neuron."""
         block = layers[0].block
         about = store.read_json(self._blocks / f"{block}.json")
         file = self._blocks / f"{block}.safetensors"
@@ -58,7 +58,7 @@ class FinishedBlocks:
             load_experts(self._model, self.folder, layers, about["described"], device=where)
         elif self._leave(layers, file):
             for layer in layers:
-                give_back(layer.module)  # to be read from there
+                give_back(layer.module)  # the next use reads the file
         else:
             tensors = load_tensors(file)
             for layer in layers:
@@ -68,7 +68,10 @@ class FinishedBlocks:
         return [PrunedLayer(row, nothing, nothing) for row in rows]
 
     def _leave(self, layers: Iterable[LinearLayer], file: Path) -> bool:
-        """Have the weights of a model in files read from this one, if it is one."""
+        """Read these weights from ``file`` from now on, if the model is offloaded.
+
+        Return whether it is.
+        """
         if not is_offloaded(self._model):
             return False
         for layer in layers:
@@ -76,7 +79,7 @@ class FinishedBlocks:
         return True
 
     def let_go(self, block: int) -> None:
-        """Free the experts of a block that is done, if the model is larger than memory."""
+        """Release the experts of a finished block from memory, if the model is offloaded."""
         if is_offloaded(self._model):
             for layer in find_layers(self._model):
                 if layer.block == block and isinstance(layer.module, ExpertLinear):
@@ -85,7 +88,7 @@ class FinishedBlocks:
                     )
 
     def described(self) -> dict[str, Any]:
-        """Return what describes the expanded layers of all blocks."""
+        """Return the descriptions of the expanded layers of all blocks, by name."""
         files = [self._blocks / f"{block}.json" for block in self._written()]
         parts = [store.read_json(file).get("described", {}) for file in files]
         return {name: about for part in parts for name, about in part.items()}
@@ -95,7 +98,7 @@ class FinishedBlocks:
         return sorted(int(file.stem) for file in files if file.stem.isdecimal())
 
     def remove(self) -> None:
-        """Remove what only a killed command needs."""
+        """Remove the checkpoint."""
         folders.remove_folder(self._blocks)
 
 

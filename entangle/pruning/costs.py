@@ -1,8 +1,7 @@
-"""What a pruned layer costs: multiply-adds for a token, and bytes on disk and in memory.
+"""Costs of a pruned layer: multiply-adds per token, and bytes on disk and in memory.
 
-A multiply-add of a weight that is zero is not counted where a layer was pruned, though a dense
-product, which is how layers run here, makes it too. Attention's own products are left out: they
-have no weights.
+In pruned layers only non-zero weights count, although layers run here as dense products. The
+products within attention have no weights and do not count.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,11 +20,11 @@ SUMS = ("multiply_adds", "router_multiply_adds", "stored", "disk_bytes", "memory
 
 
 def costs_of(layer: LinearLayer, *, with_router: bool = True) -> dict[str, Any]:
-    """Return what a pruned layer costs, with its router or, where another has it, without.
+    """Return the costs of a pruned layer, by name; without its router if another layer counts it.
 
-    ``multiply_adds`` are the non-zero weights of a token's expert, averaged over the calibration's
-    tokens; ``stored`` those of all experts; ``disk_bytes`` are what entangle writes: experts packed,
-    one expert as a dense matrix.
+    ``multiply_adds`` is the number of non-zero weights of a token's expert, mean over the
+    calibration tokens; ``stored`` that of all experts. ``disk_bytes`` is the size of the written
+    files: several experts are packed, one expert is a dense matrix.
     """
     weight, module = weight_of(layer), layer.module
     nonzeros = (weight != 0).sum(dim=(-2, -1)).double().reshape(-1).cpu()
@@ -47,7 +46,7 @@ def costs_of(layer: LinearLayer, *, with_router: bool = True) -> dict[str, Any]:
 
 
 def dense_costs_of(layer: LinearLayer) -> dict[str, Any]:
-    """Return the same of a layer that is not pruned, zeros that it may have by itself included."""
+    """Return the same costs for a layer that is not pruned; its zeros count as weights."""
     weight = weight_of(layer)
     size = weight.numel() * weight.element_size()
     return {
@@ -65,7 +64,7 @@ def _bytes_of(router: Router) -> int:
 
 
 def model_multiply_adds(model: PreTrainedModel) -> float:
-    """Return the multiply-adds for a token of a model's linear layers and its output embedding.
+    """Return the multiply-adds per token of a model's linear layers and its output embedding.
 
     Layers that are not expanded count as dense.
     """
@@ -84,9 +83,10 @@ def model_multiply_adds(model: PreTrainedModel) -> float:
 
 
 def totals(rows: Sequence[Mapping[str, Any]], dense_model: float) -> dict[str, float]:
-    """Return the sums over pruned layers, and those of all its layers (`model_multiply_adds`).
+    """Return the costs summed over the pruned layers, and the multiply-adds of the whole model.
 
-    ``density`` is the layers' multiply-adds, with their routers', over their dense ones.
+    ``dense_model`` are those of the dense model (`model_multiply_adds`). ``density`` is the
+    multiply-adds of the pruned layers and routers over those of the dense layers.
     """
     sums = {name: sum(row[name] for row in rows) for name in SUMS}
     dense = sum(row["dense_multiply_adds"] for row in rows)
@@ -100,5 +100,5 @@ def totals(rows: Sequence[Mapping[str, Any]], dense_model: float) -> dict[str, f
 
 
 def size_of(folder: Path) -> int:
-    """Return the bytes of all weights in a model's folder."""
+    """Return the size of all weights in a model's folder, bytes."""
     return sum(file.stat().st_size for file in folder.rglob("*.safetensors"))

@@ -1,7 +1,7 @@
 """The options of pruning, each declared once: a field of `Pruning`.
 
-The flags of the command line, the keyword arguments of `sparsify` and `sweep`, what run.json keeps
-and the columns of tables are made from its fields.
+The command line's flags, the keyword arguments of `sparsify` and `sweep`, the entries of run.json
+and the columns of tables are made from the fields.
 """
 
 import dataclasses
@@ -41,14 +41,16 @@ Budget = Literal[
     "trim",
 ]
 Across = Literal["uniform", "entanglement", "shuffled", "depth", "owl"]
-Scope = Literal["every", "experts", "budget"]  # whose option it is: of several experts or a budget
+Scope = Literal[
+    "every", "experts", "budget"
+]  # which prunings have it: every, those with several experts, with a budget
 
 Value = TypeVar("Value")
 
 UNIFORM: Literal["uniform"] = "uniform"
 TRIM: Literal["trim"] = "trim"
 SHUFFLED: Literal["shuffled"] = "shuffled"
-DISTANCE: Budget = "wasserstein*std"  # the distance in output units, and the usual budget
+DISTANCE: Budget = "wasserstein*std"  # the distance in output units; the default budget of a run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +69,7 @@ def read_count(text: str) -> int:
     """Read a whole number.
 
     Raises:
-        ValueError: it is none.
+        ValueError: the text is no whole number.
     """
     return _read(int, text, "a whole number such as 16")
 
@@ -76,7 +78,7 @@ def read_number(text: str) -> float:
     """Read a number.
 
     Raises:
-        ValueError: it is none.
+        ValueError: the text is no number.
     """
     return _read(float, text, "a number such as 0.25")
 
@@ -98,15 +100,15 @@ def _read(kind: Callable[[str], Value], text: str, expected: str) -> Value:
 
 @dataclasses.dataclass(frozen=True)
 class Option:
-    """One option, as flags and tables use it: the last three are those of its field."""
+    """One option of pruning; name, default and choices are taken from its field."""
 
     help: str
     read: Callable[[str], Any] = str  # a value from text; raises ValueError
     metavar: str | None = None
     scope: Scope = "every"
     name: str = ""
-    default: Any = ...  # it must be given
-    choices: tuple[str, ...] = ()  # none where it is a number or the like
+    default: Any = ...  # required
+    choices: tuple[str, ...] = ()  # empty if any value of the type is allowed
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -182,11 +184,12 @@ class Pruning:
 
     @classmethod
     def of(cls, **options: Unpack["PruningOptions"]) -> Self:
-        """Return the pruning of one value of each option.
+        """Return the pruning with these options, one value each.
 
         Raises:
-            TypeError: an option of another name, or without a sparsity.
-            ValueError: a value that is none of the choices, no sparsity, or a number out of range.
+            TypeError: an option is unknown, or the sparsity is missing.
+            ValueError: a value is not among the choices, out of range or no sparsity, or an option
+                has several values.
         """
         values: dict[str, Any] = dict(options)
         check_names(values)
@@ -203,10 +206,10 @@ class Pruning:
         return pruning
 
     def _check(self) -> None:
-        """See that numbers are in their ranges, and that the values go together.
+        """Check that numbers are in range and that the options can be combined.
 
         Raises:
-            ValueError: they do not.
+            ValueError: a number is out of range, or options exclude each other.
         """
         if not isinstance(self.experts, int) or self.experts < 1:
             raise ValueError(f"a layer needs at least 1 expert, got experts={self.experts!r}")
@@ -232,27 +235,27 @@ class Pruning:
 
     @property
     def budgeted(self) -> bool:
-        """Whether rows or blocks differ in how much of them is pruned."""
+        """Whether the sparsity differs between rows or blocks."""
         return (self.budget, self.across) != (UNIFORM, UNIFORM)
 
     @property
     def needs_run(self) -> bool:
-        """Whether its budget is made of what a run measured."""
+        """Whether the budget is made from a measured run."""
         return needs_run(self.budget, self.across)
 
     @property
     def clustering(self) -> Clustering:
-        """How it splits the inputs of a layer."""
+        """How the inputs of a layer are split among experts."""
         return ONE if self.experts == 1 else Clustering(self.experts, self.assign, self.components)
 
     def words(self) -> dict[str, Any]:
-        """Return its options as run.json keeps them; those of experts or a budget only with these."""
+        """Return the options for run.json, without those of experts or a budget that are unused."""
         scopes = {"every": True, "experts": self.experts > 1, "budget": self.budgeted}
         words = {name: getattr(self, name) for name, one in OPTIONS.items() if scopes[one.scope]}
         words |= {"sparsity": str(self.sparsity)}
         if words.get("components", 0) is None:
             words["components"] = "auto"
-        if "strength" in words and self.budget in {UNIFORM, TRIM}:  # rows that are not graded
+        if "strength" in words and self.budget in {UNIFORM, TRIM}:  # these have no strength
             words["strength"] = ""
         return words
 
@@ -261,7 +264,7 @@ Several: TypeAlias = Value | Sequence[Value]
 
 
 def several(value: Any) -> list[Any]:
-    """Return one value, or several, as a list."""
+    """Return one or several values as a list."""
     return [*value] if _is_several(value) else [value]
 
 
@@ -270,9 +273,9 @@ def _is_several(value: Any) -> bool:
 
 
 class PruningOptions(TypedDict, total=False):
-    """The fields of `Pruning` as keyword arguments: of `sweep` several values each.
+    """The fields of `Pruning` as keyword arguments; `sweep` takes several values of each.
 
-    Type checkers and editors read them here; a test sees that they are the fields.
+    Type checkers and editors need them written out; a test checks that they match the fields.
     """
 
     method: Several[Method]
@@ -299,12 +302,12 @@ def _options() -> Iterator[Option]:
 
 OPTIONS: Mapping[str, Option] = {option.name: option for option in _options()}
 
-EXPERT_DEFAULTS = {  # what is usual for the options of several experts, as tables say it
+EXPERT_DEFAULTS = {  # defaults of the options of several experts, as text in tables
     name: "auto" if option.default is None else str(option.default)
     for name, option in OPTIONS.items()
     if option.scope == "experts"
 }
-UNBUDGETED = {  # what tables say of arms without a budget
+UNBUDGETED = {  # text in tables for arms without a budget
     name: "" if name == "strength" else str(option.default)
     for name, option in OPTIONS.items()
     if option.scope == "budget"
@@ -315,15 +318,15 @@ METHODS: tuple[Method, ...] = get_args(Method)
 
 
 def needs_run(budget: str, across: str) -> bool:
-    """Say whether a budget is made of what a run measured."""
+    """Return whether a budget is made from a measured run."""
     return budget not in {UNIFORM, TRIM} or across in {"entanglement", SHUFFLED}
 
 
 def check_names(names: Collection[str]) -> None:
-    """See that these are names of options, and that sparsity is among them.
+    """Check that these are names of options, and that sparsity is among them.
 
     Raises:
-        TypeError: if not.
+        TypeError: a name is unknown, or sparsity is missing.
     """
     for name in names:
         if name not in OPTIONS:
@@ -337,9 +340,10 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def with_options(**defaults: Any) -> Callable[[Function], Function]:
-    """Have `help` and notebooks show the options of pruning, with their defaults, one by one.
+    """Return a decorator that lists the options of pruning in a function's signature.
 
-    ``defaults`` are those of the function that are not the options' own.
+    So `help` and notebooks show them. ``defaults`` are the function's own defaults, where they
+    differ from those of the options.
     """
 
     def shown(function: Function) -> Function:
@@ -358,15 +362,17 @@ def with_options(**defaults: Any) -> Callable[[Function], Function]:
 
 
 def arms_of(**options: Unpack[PruningOptions]) -> list[Pruning]:
-    """Return the prunings of all combinations of one or several values of each option, each once.
+    """Return a pruning for each combination of the options' values, without duplicates.
 
-    Arms that would be the same are one: magnitude sees no inputs, one expert has no router, and
-    a budget that grades no rows has no strength. Wanda and magnitude, rivals of experts, have one
-    expert. Beside others n:m and masks by block have no budget, as published.
+    Arms that differ only in options without effect are one arm: ``propagate`` of magnitude, which
+    uses no inputs; the router's options with one expert; the strength of budgets without one.
+    Wanda and magnitude have one expert. Masks by block beside masks by row, and n:m beside shares
+    of zeros, have no budget, as published.
 
     Raises:
-        TypeError: an option of another name, or without a sparsity.
-        ValueError: a value that is none of the choices, no sparsity, or nothing to combine.
+        TypeError: an option is unknown, or the sparsity is missing.
+        ValueError: a value is not among the choices, out of range or no sparsity, an option has no
+            value, or options exclude each other.
     """
     check_names(options)
     values: dict[str, list[Any]] = {name: several(value) for name, value in options.items()}
@@ -379,16 +385,16 @@ def arms_of(**options: Unpack[PruningOptions]) -> list[Pruning]:
             "experts are pruned by sparsegpt: add it to the methods, or use one expert"
         )
     all_grouped = all(Sparsity.parse(one).group for one in values["sparsity"])
-    # Arms of one propagation come together, as those of dense propagation share one pass.
+    # Arms with dense propagation come together, since they share one pass over the windows.
     order = sorted(values, key=[*sorted(OPTIONS, key=lambda name: name != "propagate")].index)
     arms: dict[Pruning, None] = {}
     for combination in itertools.product(*(values[name] for name in order)):
         arm = dict(zip(order, combination, strict=True))
-        if arm.get("method") == "magnitude" and arm.get("budget") != TRIM:  # it sees no inputs
+        if arm.get("method") == "magnitude" and arm.get("budget") != TRIM:  # it uses no inputs
             arm["propagate"] = values.get("propagate", ["sparse"])[0]
-        if arm.get("method", "sparsegpt") != "sparsegpt":  # a rival of experts, and none itself
+        if arm.get("method", "sparsegpt") != "sparsegpt":  # a method without experts
             arm["experts"] = 1
-        if arm.get("experts", 1) == 1:  # and so no router
+        if arm.get("experts", 1) == 1:  # no router
             arm = _without(arm, "experts")
         fixed = bool(Sparsity.parse(arm["sparsity"]).group) and not all_grouped
         if fixed or (arm.get("mask") == "block" and "row" in values["mask"]):  # as published
@@ -396,7 +402,7 @@ def arms_of(**options: Unpack[PruningOptions]) -> list[Pruning]:
         if arm.get("budget", UNIFORM) in {UNIFORM, TRIM}:
             arm.pop("strength", None)
         pruning = Pruning.of(**arm)
-        if pruning.sparsity.group:  # groups lie in a row
+        if pruning.sparsity.group:  # groups of n:m lie within a row
             pruning = dataclasses.replace(pruning, mask="row")
         arms[pruning] = None
     return list(arms)

@@ -1,7 +1,7 @@
-"""Prune once, swap rows: pruned weights of the neurons that any arm treats, each pruned once.
+"""Pruned rows of the neurons that an ablation treats, each pruned once for all arms.
 
-With a mask by row SparseGPT solves each row alone, so that a row has the same bits whatever lies
-beside it: an arm takes its rows from those of all arms.
+With a mask by row SparseGPT solves each row alone: a row has the same bits whichever rows are
+pruned with it. So all arms share the pruned rows.
 """
 
 import dataclasses
@@ -25,7 +25,9 @@ from entangle.pruning.options import ONE, PULL, Clustering
 from entangle.runs.setup import Setup
 
 Kind = tuple[Clustering, Sparsity]
-Outputs = Callable[[torch.Tensor], torch.Tensor]  # of chosen neurons, from a layer's inputs
+Outputs = Callable[
+    [torch.Tensor], torch.Tensor
+]  # from a layer's inputs to the outputs of chosen neurons
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -35,16 +37,16 @@ class SparseRows:
     neurons: torch.Tensor  # (some,) int64, ascending
     weight: torch.Tensor  # ([experts,] some, inputs)
     router: Router | None
-    counts: list[int]  # the calibration's tokens of each expert
+    counts: list[int]  # calibration tokens of each expert
 
     def among(self, neurons: torch.Tensor) -> "SparseRows":
-        """Return those of fewer neurons, which must be among these."""
+        """Return the rows of some of these neurons (some,), ascending."""
         places = torch.searchsorted(self.neurons, neurons)
         weight = self.weight.index_select(-2, places)
         return dataclasses.replace(self, neurons=neurons, weight=weight)
 
     def outputs(self, layer: LinearLayer) -> Outputs:
-        """Return what gives their outputs (..., some) from the layer's inputs, its bias included."""
+        """Return a function from the layer's inputs to the outputs (..., some), bias included."""
         bias = getattr(layer.module, "bias", None)
         bias = None if bias is None else bias.detach()[self.neurons]
         if self.router is not None:
@@ -53,10 +55,12 @@ class SparseRows:
 
 
 def prune_rows(setup: Setup, wanted: Mapping[Kind, Mapping[str, set[int]]], folder: Path) -> None:
-    """Prune all wanted rows of each layer, once for each kind, and save them where not yet done.
+    """Prune the wanted rows of each layer, for each clustering and sparsity, and save them.
+
+    Blocks that are already saved are skipped.
 
     Raises:
-        ValueError: inputs that rows cannot be pruned by; the message names the layer.
+        ValueError: the inputs of a layer cannot be used; the message names the layer.
     """
     layers = setup.blocks
     left = [b for b in layers if not all(_file(folder, b, kind).exists() for kind in wanted)]
@@ -73,7 +77,7 @@ def prune_rows(setup: Setup, wanted: Mapping[Kind, Mapping[str, set[int]]], fold
         here = layers[block]
         found = calibrate(inputs, here, clusterings, seed=setup.seed, advance=block < last)
         mine = ranks.shard().batches(len(wanted))
-        with ranks.together():  # each process has kinds of its own
+        with ranks.together():  # each process prunes a part of them
             for clustering, sparsity in itertools.islice(wanted, mine.start, None, mine.step):
                 rows = wanted[clustering, sparsity]
                 tensors: dict[str, torch.Tensor] = {}
@@ -90,7 +94,7 @@ def prune_rows(setup: Setup, wanted: Mapping[Kind, Mapping[str, set[int]]], fold
 def sparse_rows(
     layer: LinearLayer, calibration: Calibration, sparsity: Sparsity, neurons: torch.Tensor
 ) -> SparseRows:
-    """Prune some rows of a layer's weight, each with its own mask: the same bits as among others."""
+    """Prune some rows of a layer's weight by SparseGPT, with a mask by row."""
     weight, moments = weight_of(layer), calibration.moments
     neurons = neurons.to(weight.device)
     used = moments if calibration.router is None else moments.pulled(PULL)
@@ -107,7 +111,7 @@ def _file(folder: Path, block: int, kind: Kind) -> Path:
 def _tensors(name: str, rows: SparseRows) -> dict[str, torch.Tensor]:
     tensors = {f"{name} neurons": rows.neurons, f"{name} weight": rows.weight}
     tensors[f"{name} counts"] = torch.tensor(rows.counts)
-    if rows.router is not None:  # cloned: a file holds no tensor twice, and layers may share it
+    if rows.router is not None:  # cloned: layers share routers, a file holds no tensor twice
         tensors |= {key: value.clone() for key, value in router_tensors(name, rows.router).items()}
     return tensors
 
@@ -121,7 +125,7 @@ def load_rows(
         here = [layer for layer in layers if layer.block == block]
         device = weight_of(here[0]).device
         tensors = load_tensors(_file(folder, block, kind), device)
-        routers: list[Router] = []  # layers with the same inputs share one, and so its routes
+        routers: list[Router] = []  # layers with the same inputs share one router
         for name in (layer.name for layer in here):
             router = None if kind[0] == ONE else _shared(router_from(name, tensors), routers)
             parts = (tensors[f"{name} neurons"], tensors[f"{name} weight"])
@@ -131,7 +135,7 @@ def load_rows(
 
 
 def _shared(router: Router, known: list[Router]) -> Router:
-    """Return the equal one among those known, to which it is added if there is none."""
+    """Return the equal router among those known; without one, add this router to them."""
     state = router.state_dict()
     for other in known:
         same = other.state_dict()

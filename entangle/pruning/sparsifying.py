@@ -1,7 +1,7 @@
-"""Prune a model block by block, from the inputs that its layers have over a text.
+"""One-shot pruning of a model, block by block, calibrated on windows of a text.
 
 With several experts a layer becomes a mixture: one pruned copy of its weights for each cluster of
-its inputs. One expert is plain one-shot pruning.
+its inputs. One expert is plain pruning.
 """
 
 import dataclasses
@@ -35,7 +35,7 @@ from entangle.runs.dataset import about
 from entangle.runs.resuming import resumed_run
 from entangle.runs.setup import Setup, Stopwatch
 
-# What determines a run, and so a budget made from it.
+# Attributes that identify the run that a budget was made from.
 _OF_RUN = (
     "text",
     "tokens",
@@ -51,19 +51,47 @@ _OF_RUN = (
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Sparsified:
-    """What pruning made of each layer: a row per layer, and what it was made of (run.json)."""
+    """The result of pruning: a table with a row per pruned layer, and run.json as ``attributes``.
+
+    Columns of ``layers``; NaN where a number does not exist:
+
+    * ``layer``: dotted name of the layer.
+    * ``block``: index of its block.
+    * ``role``: its name within the block.
+    * ``neurons``, ``inputs``: shape of its weight.
+    * ``clusters``: clusters of its inputs, one per expert.
+    * ``smallest_cluster``, ``largest_cluster``: calibration tokens in them.
+    * ``weights``: number of weights, over all experts.
+    * ``zeros``: number of zeros among them.
+    * ``realised``: share of zeros.
+    * ``least``, ``most``: smallest and largest share of zeros in a row of an expert.
+    * ``error``: ‖(W - Ŵ)X‖² / ‖WX‖² on the calibration inputs X, each with the Ŵ of its expert.
+    * ``held_out_error``: the same on held-out inputs; `sparsify` has none, `sweep` has.
+    * ``damping``: largest damping that an expert's Gram needed, in units of its mean diagonal; 0
+      for methods other than SparseGPT.
+    * ``tokens``: calibration tokens.
+    * ``held_out_tokens``: tokens of the held-out error.
+    * ``multiply_adds``: non-zero weights that a token is multiplied by, mean over the calibration
+      tokens.
+    * ``router_multiply_adds``: multiply-adds per token of the router; counted in the first of the
+      layers that share it.
+    * ``dense_multiply_adds``: multiply-adds per token of the dense layer.
+    * ``stored``: non-zero weights, over all experts.
+    * ``disk_bytes``: size of the written weights and router, bytes; several experts are packed.
+    * ``memory_bytes``: size of the weights and router in memory, bytes.
+    """
 
     layers: pd.DataFrame
     attributes: dict[str, Any]
 
     @property
     def sparsity(self) -> float:
-        """The share of the layers' weights that are zero, of all experts' where there are some."""
+        """The share of zeros in the layers' weights, over all experts."""
         return float(self.layers["zeros"].sum() / self.layers["weights"].sum())
 
     @property
     def error(self) -> float:
-        """The mean over layers of the relative squared error of their outputs."""
+        """The relative squared error of a layer's outputs, mean over layers."""
         return float(self.layers["error"].mean())
 
 
@@ -84,34 +112,43 @@ def sparsify(
 ) -> Sparsified:
     """Prune the matching layers of a model in place, block by block, from windows of a text.
 
-    ``sparsity`` is a share of zeros or ``n:m``, n kept of every m. With ``propagate="sparse"`` a
-    block is pruned for the inputs that the pruned blocks before it give, with ``"dense"`` for
-    those of the dense model.
+    Options:
 
-    With several ``experts`` each layer becomes a mixture (Sparse Expansion, arXiv 2405.15756): a
-    pruned copy of its weights for each of so many clusters of its inputs, found by PCA (to
-    ``components``, inputs // 32 unless told otherwise, 0 for none) and k-means; with
-    ``assign="random"`` tokens go to experts at random, the control. Each cluster's Gram is pulled
-    towards the pooled one as by ``pull * inputs`` average tokens; as published, ``pull=0``.
+    * ``sparsity``: the share of zeros, or ``n:m``, n weights kept of every m.
+    * ``method``: ``sparsegpt``, ``wanda`` or ``magnitude``.
+    * ``mask``: ``row``, every neuron has exactly the sparsity; ``block``, weights are chosen per
+      128 columns over all rows, as published.
+    * ``propagate``: ``sparse``, each block is calibrated on the outputs of the pruned blocks before
+      it; ``dense``, on those of the dense model.
+    * ``experts``: number of pruned copies of each layer, one per cluster of its inputs (Sparse
+      Expansion, arXiv 2405.15756); 1 is plain pruning.
+    * ``assign``: tokens go to experts by ``kmeans`` or, as a control, at ``random``.
+    * ``components``: PCA components before k-means; None for inputs // 32, 0 for no PCA.
+    * ``pull``: shrinkage of each cluster's Gram towards the pooled one, as if ``pull * inputs``
+      average tokens had joined the cluster; 0 as published.
+    * ``budget``: variable of a measured ``run`` by which rows differ in sparsity, ``trim`` for
+      TRIM's rule, or ``uniform``; the total stays the same (see `zeros_of`).
+    * ``strength``: how much rows differ, from 0 (not at all) to 1.
+    * ``across``: score by which blocks differ in sparsity, or ``uniform`` (see `zeros_of`).
 
-    A ``budget`` of rows or ``across`` blocks keeps more weights where neurons are entangled, at the
-    same total (see `zeros_of`), by a measured ``run`` of this model.
+    ``run`` is a measured run of this model. A ``budget`` by a variable needs it, and so does
+    ``across`` by ``entanglement`` or ``shuffled``.
 
-    With ``out`` the model, and the tokenizer, are also written to that folder: an ordinary Hugging
-    Face one, or with several experts one that `load_model` loads, with run.json, log.json and
-    sparsity.json. After an error the model may be pruned in part. A command that was killed goes on
-    with the blocks that are done when it is called again with the same arguments. Of a model whose
-    blocks are in files, what is here is used up afterwards: load what was written.
+    With ``out`` the model, and the tokenizer if given, are written to that folder, with run.json,
+    log.json and sparsity.json: an ordinary Hugging Face folder, or with several experts one that
+    `load_model` loads. A killed command resumes after its finished blocks when it is called again
+    with the same arguments. After an error the model may be partly pruned. A model whose blocks
+    are in files cannot be used afterwards: load the written one.
 
     Raises:
-        FileExistsError: ``out`` exists, or holds unfinished work of other arguments, and
+        FileExistsError: ``out`` exists or holds unfinished work with other arguments, and
             ``overwrite`` is false.
         LookupError: a pattern matches no layer.
-        RuntimeError: a model that cannot be run block by block, or a layer that did not run once
-            in each batch.
-        ValueError: windows longer than the model's context, a model in training mode, compiled,
-            quantised or expanded, a number or word out of range, a run of other weights, or inputs
-            that no pruning can be made of; the message names the layer.
+        RuntimeError: the model cannot be run block by block, or a layer did not run once in each
+            batch.
+        ValueError: the windows are longer than the model's context; the model is in training mode,
+            compiled, quantised or expanded; a number or word is out of range; the run was measured
+            on other weights; or the inputs of a layer cannot be used (the message names it).
     """
     pruning = Pruning.of(**options)
     setup = Setup.of(
@@ -152,10 +189,10 @@ def sparsify(
 def needed_run(
     prunings: Sequence[Pruning], run: xr.DataTree | xr.Dataset | None
 ) -> xr.DataTree | xr.Dataset | None:
-    """Return the run where a budget is made of it, and else none.
+    """Return the run if a budget needs it, else None.
 
     Raises:
-        ValueError: a budget needs a run, and there is none.
+        ValueError: a budget needs a run, and none is given.
     """
     needed = [pruning for pruning in prunings if pruning.needs_run]
     if needed and run is None:
@@ -166,17 +203,18 @@ def needed_run(
 
 
 def budget_run(setup: Setup) -> dict[str, Any]:
-    """Return what names the run that budgets are made of, if there is one."""
+    """Return the attributes that identify the budgets' run; empty without one."""
     if setup.run is None:
         return {}
     return {"budget_run": {name: about(setup.run).get(name) for name in _OF_RUN}}
 
 
 def check_layers(setup: Setup, sparsities: Sequence[Sparsity]) -> None:
-    """See that the layers can be pruned to sparsities, before minutes are spent.
+    """Check, before any computation, that the layers can be pruned to these sparsities.
 
     Raises:
-        ValueError: a layer is quantised or expanded, shares its weight, or has no such groups.
+        ValueError: a layer is quantised or expanded, shares its weight, or its inputs cannot be
+            divided into groups of m.
     """
     check_prunable(setup.layers, find_layers(setup.model))
     for layer in setup.layers:
@@ -194,11 +232,11 @@ def prune_model(
 ) -> list[PrunedLayer]:
     """Prune layers in place, block by block.
 
-    Where there is an evaluation, the error is measured on its inputs too. Blocks that are ``done``
-    are read, and the others saved there.
+    If there is an evaluation, the error on its inputs is measured too. Blocks that are in ``done``
+    are read from there; the others are written to it.
 
     Raises:
-        ValueError: the inputs of a layer cannot be pruned by; the message names it.
+        ValueError: the inputs of a layer cannot be used; the message names the layer.
     """
     pruned: list[PrunedLayer] = []
     dense = pruning.propagate == "dense"

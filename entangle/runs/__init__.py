@@ -1,1 +1,1 @@
-"""Results of commands: names, folders and JSON."""
+"""The results of commands: names of variables, run folders and JSON files."""

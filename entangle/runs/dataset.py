@@ -1,4 +1,4 @@
-"""Labels on numbers: a run as an xarray tree, a row per neuron."""
+"""The dataset of a run: a row per neuron, and the names and units of its variables."""
 
 import fnmatch
 import json
@@ -47,30 +47,30 @@ UNITS = {
     "improvement": ("relative improvement: RMSE with one expert over that with several", "1"),
     "improvement_halves": ("relative improvement on even and on odd windows", "1"),
 }
-"""Each variable's long name and unit."""
+"""The long name and the unit of each variable."""
 
-TRUSTED_ERROR = 0.1  # a distance whose bound is above is left out of rankings
-NAMED_ERROR = 0.02  # one whose bound is above is named in the summary
+TRUSTED_ERROR = 0.1  # neurons with a larger error bound are not ranked
+NAMED_ERROR = 0.02  # neurons with a larger error bound are named in the summary
 
 
-_MAPPINGS = ("versions", "disentangled")  # of the attributes
-_LISTS = ("layers", "skipped_parameters", "window_hashes")
+_MAPPINGS = ("versions", "disentangled")  # attributes that are mappings
+_LISTS = ("layers", "skipped_parameters", "window_hashes")  # attributes that are lists
 
 
 def labelled(name: str, values: npt.NDArray[Any]) -> tuple[str, npt.NDArray[Any], dict[str, str]]:
-    """Return a variable of the neurons with its long name and unit."""
+    """Return a variable (neurons,) for `xarray.Dataset`, with its long name and unit."""
     return "neuron", values, dict(zip(("long_name", "units"), UNITS[name], strict=True))
 
 
 def dataset_of(run: xr.DataTree | xr.Dataset) -> xr.Dataset:
-    """Return the root dataset of a run, or the dataset itself, with the index ``neuron``."""
+    """Return the root dataset of a run, or the given dataset, with the index ``neuron``."""
     return upgraded(run.to_dataset() if isinstance(run, xr.DataTree) else run)
 
 
 def upgraded(data: xr.Dataset) -> xr.Dataset:
-    """Return a dataset as this version writes it.
+    """Return a dataset of an older version in this version's form; others are unchanged.
 
-    That of an older version lacks the index ``neuron``, and has attributes that netCDF cannot hold.
+    Older datasets lack the index ``neuron`` and have attributes that netCDF cannot hold.
     """
     if "neuron" in data.coords:
         return data
@@ -81,9 +81,9 @@ def upgraded(data: xr.Dataset) -> xr.Dataset:
 
 
 def attributes_of(about: Mapping[str, Any]) -> dict[str, Any]:
-    """Return run.json as the attributes of a dataset, which netCDF holds too.
+    """Return the content of run.json as attributes of a dataset that netCDF can hold.
 
-    What is None is left out, and what is a mapping is JSON.
+    Values that are None are left out, and mappings become JSON.
     """
     return {
         name: json.dumps(value, ensure_ascii=False) if isinstance(value, Mapping) else value
@@ -93,9 +93,10 @@ def attributes_of(about: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def about(run: xr.DataTree | xr.Dataset) -> dict[str, Any]:
-    """Return what the attributes of a run say, as run.json says it, but for what is null.
+    """Return the content of run.json, without what is null, from the attributes of a run.
 
-    NetCDF gives numbers and lists back as NumPy's, and a list of one text as a text.
+    NetCDF returns numbers and lists as NumPy types, and a list of one string as a string: convert
+    them back.
     """
     found: dict[str, Any] = {}
     for name, value in run.attrs.items():
@@ -107,13 +108,13 @@ def about(run: xr.DataTree | xr.Dataset) -> dict[str, Any]:
 
 
 def disentangled(run: xr.DataTree | xr.Dataset) -> dict[str, Any]:
-    """Return the run.json of what `disentangle` made of a run; empty for another run."""
+    """Return the run.json of a run that `disentangle` wrote; empty for any other run."""
     found: dict[str, Any] = about(run).get("disentangled", {})
     return found
 
 
 def trusted(run: xr.DataTree | xr.Dataset) -> npt.NDArray[np.bool_]:
-    """Return which neurons have a distance whose bound is at most 0.1: no others are ranked."""
+    """Return a mask (neurons,) of those that are ranked: a distance, and a bound of at most 0.1."""
     dataset = dataset_of(run)
     bound, distance = dataset["wasserstein_error"].to_numpy(), dataset["wasserstein"].to_numpy()
     known: npt.NDArray[np.bool_] = (bound <= TRUSTED_ERROR) & np.isfinite(distance)
@@ -121,7 +122,7 @@ def trusted(run: xr.DataTree | xr.Dataset) -> npt.NDArray[np.bool_]:
 
 
 def summary(run: xr.DataTree | xr.Dataset) -> dict[str, Any]:
-    """Return what a run was measured on, what it found, and what it could not measure."""
+    """Return what a run was measured on, the quantiles of its distances (in std), and warnings."""
     dataset = dataset_of(run)
     distance, error = dataset["wasserstein"].to_numpy(), dataset["wasserstein_error"].to_numpy()
     layers = dataset["layer"].to_numpy()
@@ -150,7 +151,7 @@ def summary(run: xr.DataTree | xr.Dataset) -> dict[str, Any]:
 
 
 def _warnings(dataset: xr.Dataset, distance: Array, error: Array) -> list[str]:
-    """Say which neurons have no distance, or one to be careful with, and what was not measured."""
+    """Return warnings of neurons without a distance or with a large bound, and skipped matrices."""
     broken = dataset["nonfinite"].to_numpy() > 0
     cases = {
         "with outputs that are NaN, infinite or beyond all bounds, so without a distance": broken,
@@ -170,15 +171,15 @@ def _warnings(dataset: xr.Dataset, distance: Array, error: Array) -> list[str]:
 
 
 def neuron_names(layer: str, indices: Iterable[int]) -> list[str]:
-    """Return the names LAYER:INDEX of some neurons of a layer."""
+    """Return the names, LAYER:INDEX, of the neurons of a layer with these indices."""
     return [f"{layer}:{index}" for index in indices]
 
 
 def check_neuron(data: xr.Dataset, name: str) -> None:
-    """See that there is a neuron LAYER:INDEX.
+    """Check that the dataset has the neuron LAYER:INDEX.
 
     Raises:
-        LookupError: if there is none.
+        LookupError: it has no such neuron.
     """
     if name in data.indexes["neuron"]:
         return
@@ -194,7 +195,7 @@ def check_neuron(data: xr.Dataset, name: str) -> None:
 
 
 def values_of(data: xr.Dataset, variable: str, layer: str, indices: Iterable[int]) -> Array:
-    """Return a variable of some neurons of a layer (neurons,), in their order.
+    """Return a variable (neurons,) of a layer's neurons with these indices, in their order.
 
     Raises:
         LookupError: the run lacks the variable or one of the neurons.
@@ -213,10 +214,10 @@ def values_of(data: xr.Dataset, variable: str, layer: str, indices: Iterable[int
 
 
 def matching(names: npt.NDArray[np.str_], patterns: str | Sequence[str]) -> npt.NDArray[np.bool_]:
-    """Return which layer names match any pattern.
+    """Return a mask (names,) of the layer names that match any pattern.
 
     Raises:
-        LookupError: a pattern matches none.
+        LookupError: a pattern matches no name.
     """
     patterns = [patterns] if isinstance(patterns, str) else patterns
     codes, distinct = pd.factorize(names)
@@ -230,7 +231,7 @@ def matching(names: npt.NDArray[np.str_], patterns: str | Sequence[str]) -> npt.
 def rows_by_layer(
     dataset: xr.Dataset, patterns: str | Sequence[str]
 ) -> dict[str, npt.NDArray[np.int64]]:
-    """Return the places in the dataset of each matching layer's neurons."""
+    """Return the rows of each matching layer's neurons in the dataset, by the layer's name."""
     names = dataset["layer"].to_numpy().astype(str)
     chosen = np.flatnonzero(matching(names, patterns))
     groups = pd.Series(chosen).groupby(names[chosen], sort=False)
@@ -238,7 +239,7 @@ def rows_by_layer(
 
 
 def say_skipped(names: Sequence[str], deed: str) -> list[str]:
-    """Return a line that says what `skipped_parameters` found was not ``deed``, or none."""
+    """Return one line, or none, that names the `skipped_parameters`, which were not ``deed``."""
     if not names:
         return []
     return [

@@ -1,4 +1,4 @@
-"""Histograms of neurons as a labelled run: an xarray tree, a row per neuron."""
+"""Conversion of histograms to a run, an xarray tree with a row per neuron, and back."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -23,9 +23,9 @@ _DIMENSIONS = {"counts": ("neuron", "bin")} | dict.fromkeys(
 def to_tree(
     histograms: Histograms, layers: Sequence[LinearLayer], attributes: Mapping[str, Any]
 ) -> xr.DataTree:
-    """Return the run: its root the dataset, its child ``histogram`` the whole mergeable state.
+    """Return the run: its root is the dataset, its child ``histogram`` the mergeable state.
 
-    ``histograms`` holds the neurons of ``layers`` one after the other; the tree shares its memory.
+    ``histograms`` has the neurons of ``layers``, layer after layer; the tree shares its memory.
     """
     labels = labels_of(layers).assign(weight_norm=("neuron", weight_norms(layers)))
     return tree_of(histograms, labels, attributes)
@@ -34,7 +34,7 @@ def to_tree(
 def tree_of(
     histograms: Histograms, labels: xr.Dataset, attributes: Mapping[str, Any]
 ) -> xr.DataTree:
-    """Return the run of neurons with these labels (`labels_of`, and their ``weight_norm``)."""
+    """Return the run; ``labels`` are those of `labels_of`, with the variable ``weight_norm``."""
     moments = histograms.moments()
     distances = wasserstein.from_histograms(histograms, moments)
     invalid = histograms.invalid()
@@ -66,7 +66,7 @@ def tree_of(
 
 
 def with_difficulty(tree: xr.DataTree, found: Mapping[str, Difficulty]) -> xr.DataTree:
-    """Return the run with the mapping difficulty of its neurons, found by layer."""
+    """Return the run with the mapping difficulty of its neurons, given by layer name."""
     dataset = tree.to_dataset()
     names = dataset["layer"].to_numpy()
     layers = [found[name] for name in dict.fromkeys(names)]
@@ -82,7 +82,7 @@ def with_difficulty(tree: xr.DataTree, found: Mapping[str, Difficulty]) -> xr.Da
 
 
 def from_tree(tree: xr.DataTree, span: slice = slice(None)) -> Histograms:
-    """Return the mergeable state that a run holds of its neurons, or of some of them.
+    """Return the mergeable state of a run's neurons, or of a span of them.
 
     Raises:
         ValueError: the tree has no histograms.
@@ -97,10 +97,10 @@ def from_tree(tree: xr.DataTree, span: slice = slice(None)) -> Histograms:
 def labels_of(
     layers: Sequence[LinearLayer], among: Sequence[LinearLayer] | None = None
 ) -> xr.Dataset:
-    """Return the neurons' coordinates: their name, layer, its block and its role, and their index.
+    """Return the coordinates of the neurons: ``neuron``, ``layer``, ``block``, ``role``, ``index``.
 
-    The name, LAYER:INDEX, is an index. Names have the width of the longest ``among`` layers, so
-    that several datasets become one.
+    ``neuron``, LAYER:INDEX, is the index of the dataset. All strings are as wide as the longest of
+    the ``among`` layers (default: ``layers``), so that datasets can be concatenated.
     """
     sizes = [layer.neurons for layer in layers]
     every = layers if among is None else among
@@ -121,10 +121,10 @@ def labels_of(
 
 
 def weight_norms(layers: Sequence[LinearLayer]) -> Array:
-    """Return the norm of each neuron's weights."""
+    """Return the Euclidean norm of each neuron's weights (neurons,), of experts the mean norm."""
 
     def norms(layer: LinearLayer) -> torch.Tensor:
-        away = weight_of(layer).is_meta  # in a file
+        away = weight_of(layer).is_meta  # the weight is in a file
         if away:
             fetch(layer.module)
         norm = torch.linalg.vector_norm(weight_of(layer).double(), dim=-1)

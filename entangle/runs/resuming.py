@@ -1,4 +1,4 @@
-"""A run's folder that a killed command goes on with."""
+"""Run folders that resume the work of a killed command."""
 
 import json
 import tempfile
@@ -18,18 +18,18 @@ Arm = TypeVar("Arm")
 def resumed_run(
     target: str | Path | None, attributes: Mapping[str, Any], *, overwrite: bool = False
 ) -> Iterator[Path]:
-    """Give a run's folder to fill, with what an unfinished run of the same attributes left in it.
+    """Yield a run's folder to fill; it has the files of an unfinished run with the same attributes.
 
-    The attributes are its run.json. After an error what is done stays in ``TARGET.partial``, and
-    the same run goes on there. Without a target the folder is gone at the end.
-
-    Under torchrun rank 0 makes the folder and gives it to all.
+    ``attributes`` are the content of run.json. The folder is ``TARGET.partial`` and is renamed at
+    the end. After an error its files stay there, and the next run with the same attributes resumes.
+    Without a target, yield a temporary folder that is deleted at the end. Under torchrun rank 0
+    makes the folder and all ranks use it.
 
     Raises:
-        FileExistsError: an unfinished run of other attributes is in the way and ``overwrite`` is
-            false; or as `folders.new_folder` says.
-        RuntimeError: the ranks do not have the same attributes.
-        StoppedError: on another rank than 0, which has an error.
+        FileExistsError: ``TARGET.partial`` holds an unfinished run with other attributes and
+            ``overwrite`` is false, or for a reason of `folders.new_folder`.
+        RuntimeError: the ranks have different attributes.
+        StoppedError: rank 0 has an error; raised on the other ranks.
     """
     if target is None:
         with tempfile.TemporaryDirectory() as temporary:
@@ -39,7 +39,7 @@ def resumed_run(
     if ranks.rank() > 0:
         ranks.agree(attributes)
         yield folders.shared_partial(Path(target))
-        ranks.everyone(None)  # none reads there any more
+        ranks.everyone(None)  # rank 0 renames the folder only when no rank uses it
         return
 
     def goes_on(partial: Path) -> bool:
@@ -51,10 +51,11 @@ def resumed_run(
             return True
         if not overwrite:
             names = [key for key in {**left, **wanted} if left.get(key) != wanted.get(key)]
-            names = [key for key in names if key != "command"] or names  # it repeats the others
+            # The command repeats the other settings.
+            names = [key for key in names if key != "command"] or names
             there = [f"{key} {left.get(key)!r}, not {wanted.get(key)!r}" for key in names]
             began = left.get("command")
-            if began:  # which does not say what determines no result
+            if began:  # it lacks the flags that change no result
                 began += f" --shard {left['shard']}" if "shard" in left else ""
                 began += f" --out {target}"
             raise FileExistsError(
@@ -76,6 +77,6 @@ def resumed_run(
 
 
 def unwritten(arms: Mapping[Path, Arm]) -> dict[Path, Arm]:
-    """Return the arms whose files are not written yet, as rank 0 sees them."""
+    """Return the arms whose files do not exist yet; rank 0 looks, so that all ranks agree."""
     there = ranks.from_rank(0, [file.exists() for file in arms])
     return {f: arm for (f, arm), done in zip(arms.items(), there, strict=True) if not done}

@@ -1,6 +1,7 @@
-"""What a command runs on: model, texts, layers and run, checked once, and what is saved of it.
+"""The model, windows, layers and run that a command uses, checked once, and their provenance.
 
-`Setup` is run.json's beginning, and `Stopwatch` is log.json: what does not determine a result.
+`Setup` makes the beginning of run.json, which determines a result. `Stopwatch` makes log.json,
+which does not.
 """
 
 import dataclasses
@@ -29,25 +30,25 @@ from entangle.model.text import TokenWindows, check_disjoint, check_windows
 from entangle.runs.dataset import about, dataset_of, matching, trusted
 
 COMMAND: ContextVar[str | None] = ContextVar("command", default=None)
-"""The command line that runs, which run.json keeps; none in Python."""
+"""The command line, which is written to run.json; None in Python."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Setup:
-    """A model, the layers and texts that a command is about, and how it runs on them.
+    """The model, windows, run and layers of a command, and the settings of its forward passes.
 
-    `of` checks them once; the weights are hashed once, when they are first asked for.
+    `of` checks them once. The weights are hashed once, at the first use of `weights`.
     """
 
     model: PreTrainedModel
-    windows: TokenWindows | None  # of the calibration, or what is measured
-    evaluation: TokenWindows | None  # what is scored, or measured held out
-    run: xr.Dataset | None  # measured of this model
-    patterns: list[str]  # of the layers' names
+    windows: TokenWindows | None  # calibration windows, or those to measure
+    evaluation: TokenWindows | None  # windows to score, or to measure as held-out data
+    run: xr.Dataset | None  # measured on this model
+    patterns: list[str]  # of layers' names
     batch_size: int
     skip_first: int
     progress: bool
-    ranked: bool  # the run ranks the neurons
+    ranked: bool  # use only layers with a neuron that the run ranks
 
     @classmethod
     def of(
@@ -63,17 +64,17 @@ class Setup:
         progress: bool = False,
         ranked: bool = False,
     ) -> Self:
-        """Check all that a command runs on, before minutes are spent.
+        """Return a checked setup, before any long computation.
 
-        With ``ranked`` the layers are those of the run that have a neuron to be ranked, and the
-        run must not have been measured on what is scored.
+        With ``ranked``, the layers are those in which the run ranks a neuron (see
+        `runs.dataset.trusted`), and the run must not have been measured on the evaluation.
 
         Raises:
             LookupError: a pattern matches no layer.
-            ValueError: windows that do not fit the model, a model that is compiled, not loaded or in
-                training mode, an evaluation window that is one of the calibration, a run of other
-                weights, a number out of range, or with ``ranked`` a run measured on the evaluation,
-                or without a neuron to be ranked.
+            ValueError: the windows do not fit the model; the model is compiled, not loaded or in
+                training mode; calibration and evaluation share a window; the run was measured on
+                other weights or is a shard; a number is out of range; or, with ``ranked``, the run
+                was measured on the evaluation or ranks no neuron of the layers.
         """
         setup = cls(
             model,
@@ -95,14 +96,16 @@ class Setup:
         if windows is not None and evaluation is not None:
             check_disjoint(windows, evaluation)
         setup._check_run()
-        assert setup.layers  # found now, or the pattern is told
+        assert setup.layers  # raises now if a pattern matches none
         return setup
 
     def _check_run(self) -> None:
-        """See that the run is of this model, and whole; and with ``ranked`` saw no evaluation.
+        """Check that the run was measured on this model and is not a shard.
+
+        With ``ranked``, also check that it was not measured on the evaluation.
 
         Raises:
-            ValueError: it was measured on other weights or on the evaluation, or is a shard.
+            ValueError: it was measured on other weights or on the evaluation, or it is a shard.
         """
         if self.run is None:
             return
@@ -122,11 +125,13 @@ class Setup:
 
     @functools.cached_property
     def layers(self) -> list[LinearLayer]:
-        """The layers that match a pattern, in model order; with ``ranked`` those it can rank.
+        """Return the layers that match a pattern, in model order.
+
+        With ``ranked``, return only those in which the run ranks a neuron.
 
         Raises:
             LookupError: a pattern matches no layer.
-            ValueError: the run can rank no neuron of them.
+            ValueError: the run ranks no neuron of the layers.
         """
         if self.ranked and self.run is not None:
             return _ranked_layers(self.model, self.run, self.patterns)
@@ -134,29 +139,29 @@ class Setup:
 
     @functools.cached_property
     def weights(self) -> str:
-        """The SHA-256 of the model's weights."""
+        """Return the SHA-256 of the model's weights."""
         return weights_hash(self.model)
 
     @property
     def tokens(self) -> int:
-        """How many tokens of the windows count."""
+        """Return how many tokens of the windows are counted."""
         text = self.windows
         return 0 if text is None else len(text) * (text.length - self.skip_first)
 
     @property
     def batches(self) -> Sequence[torch.Tensor]:
-        """The windows (windows, length), as many at a time as run together."""
+        """Return the batches, each (windows, length) with at most ``batch_size`` windows."""
         assert self.windows is not None
         return self.windows.batches(self.batch_size)
 
     @property
     def seed(self) -> int:
-        """The seed that the windows were drawn with."""
+        """Return the seed that the windows were drawn with."""
         return 0 if self.windows is None else self.windows.seed
 
     @property
     def blocks(self) -> dict[int, list[LinearLayer]]:
-        """The layers of each block that has some."""
+        """Return the layers by block; blocks without a layer are left out."""
         found: dict[int, list[LinearLayer]] = {}
         for layer in self.layers:
             found.setdefault(layer.block, []).append(layer)
@@ -164,24 +169,24 @@ class Setup:
 
     @property
     def last_block(self) -> int:
-        """The last block that has a layer."""
+        """Return the index of the last block that has a layer."""
         return max(layer.block for layer in self.layers)
 
     def walk(self) -> BlockWalk:
-        """Return the windows before the first block."""
+        """Return a walk of the windows through the blocks, before the first block."""
         assert self.windows is not None
         return walk_blocks(self.model, self.windows, self.batch_size, self.skip_first)
 
     def evaluation_walk(self) -> BlockWalk:
-        """Return the evaluation's windows before the first block."""
+        """Return a walk of the evaluation's windows through the blocks, before the first block."""
         assert self.evaluation is not None
         return walk_blocks(self.model, self.evaluation, self.batch_size, self.skip_first)
 
     def score(self) -> Score:
-        """Score the model, as it now is, on the evaluation.
+        """Score the model, with its present weights, on the evaluation.
 
         Raises:
-            NotFiniteError: its outputs are not finite.
+            NotFiniteError: the model's outputs are not finite.
         """
         assert self.evaluation is not None
         return perplexity(
@@ -193,7 +198,7 @@ class Setup:
         )
 
     def provenance(self) -> dict[str, Any]:
-        """Return what a run of it is made of: the beginning of its run.json."""
+        """Return the beginning of run.json: command, model, weights, windows, layers, versions."""
         model, text, scored = self.model, self.windows, self.evaluation
         drawn = text if text is not None else scored
         assert drawn is not None
@@ -232,11 +237,11 @@ class Setup:
 def _ranked_layers(
     model: PreTrainedModel, run: xr.Dataset, patterns: Sequence[str]
 ) -> list[LinearLayer]:
-    """Return the model's layers that match a pattern and have neurons that the run can rank.
+    """Return the model's layers that match a pattern and in which the run ranks a neuron.
 
     Raises:
         LookupError: a pattern matches no layer of the run.
-        ValueError: there are none.
+        ValueError: there is no such layer.
     """
     names = run["layer"].to_numpy().astype(str)
     wanted = set(names[matching(names, patterns) & trusted(run)])
@@ -250,10 +255,10 @@ def _ranked_layers(
 
 
 def _check_unseen(said: Mapping[str, Any], evaluation: TokenWindows) -> None:
-    """See that a run was not measured on what is scored.
+    """Check that a run was not measured on windows of the evaluation.
 
     Raises:
-        ValueError: it was.
+        ValueError: it was measured on some of them.
     """
     known = set(said.get("window_hashes", []))
     shared = sum(one in known for one in evaluation.hashes)
@@ -269,19 +274,19 @@ PACKAGES = ("entangle", "torch", "transformers", "numpy", "numba", "scikit-learn
 
 
 def versions() -> dict[str, str]:
-    """Return the versions that a run's numbers depend on."""
+    """Return the versions of Python and of the packages that a run's numbers depend on."""
     return {"python": platform.python_version()} | {p: metadata.version(p) for p in PACKAGES}
 
 
 class Stopwatch:
-    """What a run cost: time from its making, and the process's peak of memory."""
+    """The duration of a run since this object was made, and the process's peak memory."""
 
     def __init__(self) -> None:
         self.start = time.perf_counter()
         self.clock = time.strftime("%Y-%m-%dT%H:%M:%S%z")
 
     def log(self) -> dict[str, Any]:
-        """Return log.json: what does not determine a run."""
+        """Return the content of log.json: duration (seconds), peak memory (bytes), machine."""
         return {
             "started": self.clock,
             "seconds": round(time.perf_counter() - self.start, 3),
@@ -300,13 +305,13 @@ def _has_cuda() -> bool:
 
 
 def _peak_memory() -> int:
-    """Return the largest resident size of this process so far."""
+    """Return the largest resident memory of this process so far, in bytes."""
     status = Path("/proc/self/status")
-    if status.is_file():  # Linux, whose getrusage also counts the process that started this one
+    if status.is_file():  # on Linux getrusage also counts the parent process
         lines = dict(line.split(":", 1) for line in status.read_text().splitlines())
         return int(lines["VmHWM"].removesuffix("kB")) * 1024
     try:
         import resource
-    except ImportError:  # Windows, where psutil knows it
+    except ImportError:  # Windows
         return int(psutil.Process().memory_info().peak_wset)  # type: ignore[attr-defined]
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS

@@ -1,4 +1,4 @@
-"""Run folders: written whole, opened again, with their tables and figures."""
+"""Writing and reading of run folders, their tables and their figures."""
 
 import gc
 import hashlib
@@ -30,21 +30,22 @@ def write_run(
     attributes: Mapping[str, Any],
     log: Callable[[], Mapping[str, Any]],
 ) -> None:
-    """Write a run, tree after tree of some of its neurons, into its folder (`folders.new_folder`).
+    """Write a run into a folder that `folders.new_folder` made.
 
-    The attributes are its run.json. What ``log`` returns when all is written is its log.json, with
-    the sum of all files that are not to change.
+    Each of ``trees`` holds some of the neurons and is appended to the dataset. ``attributes`` are
+    the content of run.json. ``log`` is called last; log.json has what it returns and the SHA-256 of
+    the dataset and run.json.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the run cannot be written.
     """
     for number, tree in enumerate(trees):
         try:
             for node in tree.subtree:
                 _append(node, folder / DATASET, begin=number == 0)
-        except OSError as error:  # such as a full disk, of which zarr says no more
+        except OSError as error:  # such as a full disk; name the folder
             raise OSError(f"cannot write {folder / DATASET}: {error.strerror or error}") from error
-        del node, tree  # of which there are cycles: what they hold would stay for long
+        del node, tree  # they are in reference cycles: collect, to free their memory now
         gc.collect()
     zarr.consolidate_metadata(folder / DATASET, zarr_format=2)
     write_json(folder / "run.json", attributes)
@@ -52,7 +53,7 @@ def write_run(
 
 
 def _append(node: xr.DataTree, store: Path, *, begin: bool) -> None:
-    """Write a dataset of a tree, or append it along its neurons."""
+    """Write a node's dataset, or append it along ``neuron`` unless it is the first (``begin``)."""
     compressor = Blosc(cname="zstd", clevel=3, shuffle=Blosc.BITSHUFFLE)
     dataset = node.to_dataset(inherit=False)
     encoding = {
@@ -62,7 +63,7 @@ def _append(node: xr.DataTree, store: Path, *, begin: bool) -> None:
     how: dict[str, Any] = {"append_dim": "neuron"}
     if begin:
         how = {"mode": "w" if node.path == "/" else "a", "encoding": encoding}
-    with warnings.catch_warnings():  # of what comes last
+    with warnings.catch_warnings():  # metadata is consolidated at the end, by write_run
         warnings.filterwarnings("ignore", message=".*consolidated metadata.*")
         dataset.to_zarr(
             store, group=node.path.strip("/") or None, zarr_format=2, consolidated=False, **how
@@ -70,19 +71,19 @@ def _append(node: xr.DataTree, store: Path, *, begin: bool) -> None:
 
 
 def _sum(folder: Path) -> str:
-    """Return the SHA-256 of a run's dataset and of its run.json."""
+    """Return the SHA-256 over a run's dataset and its run.json."""
     files = sorted(path for path in (folder / DATASET).rglob("*") if path.is_file())
     names = ["run.json", *(path.relative_to(folder).as_posix() for path in files)]
     return hashlib.sha256(repr(folders.sums(folder, names)).encode()).hexdigest()
 
 
 def write_json(file: Path, content: Mapping[str, Any]) -> None:
-    """Write a JSON file for people and programs to read, whole or not at all."""
+    """Write an indented JSON file, whole or not at all; NaN and infinity become null."""
     save_text(json.dumps(without_nan(content), indent=2, ensure_ascii=False) + "\n", file)
 
 
 def without_nan(value: Any) -> Any:
-    """Return the value with null for NaN and infinity, which JSON does not have."""
+    """Return the value with None for NaN and infinity, which JSON lacks."""
     if isinstance(value, Mapping):
         return {name: without_nan(item) for name, item in value.items()}
     if isinstance(value, list):
@@ -94,7 +95,7 @@ def read_json(file: Path) -> dict[str, Any]:
     """Read a JSON file that `write_json` wrote.
 
     Raises:
-        ValueError: it is damaged.
+        ValueError: the file is damaged.
     """
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
@@ -106,11 +107,13 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def open_run(folder: str | Path) -> xr.DataTree:
-    """Open a run: its root the dataset, its child ``histogram`` the mergeable state, read lazily.
+    """Open a run: its root is the dataset, its child ``histogram`` the mergeable state.
+
+    Both are read lazily. The files are checked against the SHA-256 in log.json.
 
     Raises:
-        FileNotFoundError: no folder there, or none that holds a run.
-        ValueError: a run that is damaged.
+        FileNotFoundError: there is no folder, or it holds no finished run.
+        ValueError: the run is damaged.
     """
     folder = Path(folder)
     if (folder / folders.KEPT).exists() and not (folder / "log.json").exists():
@@ -128,7 +131,7 @@ def open_run(folder: str | Path) -> xr.DataTree:
         if (folder / name).exists() and not (folder / DATASET).exists():
             raise FileNotFoundError(f"{folder} is no measured run, but holds {what}")
     try:
-        # chunks=None reads without dask; what is read at once is the coordinates.
+        # chunks=None reads without dask; only the coordinates are read at once.
         written = read_json(folder / "log.json").get("sha256")
         if written is None:
             raise ValueError("a version of entangle wrote it that kept no sum of its files")
@@ -142,12 +145,13 @@ def open_run(folder: str | Path) -> xr.DataTree:
 
 
 def read_table(folder: str | Path, name: str, text: Collection[str]) -> pd.DataFrame:
-    """Return a table that a command wrote; its ``attrs`` are what it was made of (run.json).
+    """Return tables/NAME.csv of a folder that a command wrote, with its run.json as ``attrs``.
 
-    ``text`` are its columns of text, where nothing is written as nothing.
+    ``text`` names the columns of text, in which an empty cell is an empty string. In other columns
+    it is NaN.
 
     Raises:
-        FileNotFoundError: no table of this name there.
+        FileNotFoundError: the folder has no table of this name.
     """
     folder = Path(folder)
     file = folder / "tables" / f"{name}.csv"
@@ -163,10 +167,12 @@ def read_table(folder: str | Path, name: str, text: Collection[str]) -> pd.DataF
 
 
 def save_figure(figure: "Figure", file: str | Path) -> Path:
-    """Write a figure in the format of the file's ending, or as PNG, and close nothing.
+    """Write a figure in the format of the file's suffix, by default PNG; return the path.
+
+    The figure stays open.
 
     Raises:
-        ValueError: an ending that matplotlib does not know.
+        ValueError: matplotlib does not know the suffix.
     """
     file = Path(file)
     file = file if file.suffix else file.with_suffix(".png")
@@ -176,7 +182,7 @@ def save_figure(figure: "Figure", file: str | Path) -> Path:
 
 
 def save_table(table: pd.DataFrame, file: str | Path) -> Path:
-    """Write a table as CSV, numbers in full."""
+    """Write a table as CSV, with numbers in full precision; return the path."""
     file = Path(file)
     with folders.new_file(file) as partial:
         table.to_csv(partial, index=False)
@@ -184,7 +190,7 @@ def save_table(table: pd.DataFrame, file: str | Path) -> Path:
 
 
 def save_text(text: str, file: str | Path) -> Path:
-    """Write a text, such as a table in Markdown."""
+    """Write a text, such as a table in Markdown; return the path."""
     file = Path(file)
     with folders.new_file(file) as partial:
         partial.write_text(text, encoding="utf-8")

@@ -1,1 +1,1 @@
-"""Results, drawn."""
+"""Figures, reports and notebook views of results."""

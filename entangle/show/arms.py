@@ -1,4 +1,4 @@
-"""Pictures of a table of arms: what was done to a model, and what its score became."""
+"""Figures of the tables of sweeps and ablations."""
 
 from pathlib import PurePath
 from typing import Any, overload
@@ -19,7 +19,7 @@ from entangle.show.panels import DASHES, STYLE, Picture
 _MARKS = {"sparsegpt": "o", "wanda": "s", "magnitude": "^"}
 _RIVALS = ("#b8306b", "#8c6d31")
 _COLOURED = ["method", "experts", "components", "pull", "budget", "strength"]
-_STROKES = ("-", "--", "-.", ":", (0, (1, 3)))  # of budgets across blocks
+_STROKES = ("-", "--", "-.", ":", (0, (1, 3)))  # one per budget across blocks
 _SETS = {  # in the order in which they are drawn
     "wasserstein": "#0b3c5d",
     "kurtosis": "#b8306b",
@@ -40,18 +40,17 @@ def sweep(table: pd.DataFrame, *, ax: None = None) -> Figure: ...
 def sweep(table: pd.DataFrame, *, ax: Axes) -> Axes: ...
 @mpl.rc_context(STYLE)
 def sweep(table: pd.DataFrame, *, ax: Axes | None = None) -> Figure | Axes:
-    """Draw perplexity against multiply-adds: a line per number of experts and per rival method.
+    """Draw perplexity (log axis) against multiply-adds: a line per combination of options.
 
-    Lines also tell apart masks, propagations and whatever else differs between the arms.
-    Multiply-adds are those of a token in the pruned layers, routers included, over the dense ones:
-    with one expert one less the realised sparsity. Bars are one standard error over windows; n:m
-    sparsities are single marks, named beside them; the dashed line is the dense model. The
-    perplexity's axis is logarithmic. Budgets of rows have a colour each, those across blocks a
-    stroke. Of one sparsity, where all have as many weights, they are drawn one below the other, by
-    what they cost in nats above dense, paired by window.
+    ``table`` is a result of `entangle.sweep`. Multiply-adds are those per token of the pruned
+    layers and their routers, over the dense ones: with one expert, 1 minus the realised sparsity.
+    Bars are one standard error over windows. Sparsities n:m are single labelled marks. The dashed
+    line is the dense model. Each budget of rows has a colour, each budget across blocks a line
+    style. Several budgets at a single sparsity, which all keep as many weights, are drawn as a list
+    instead: the difference to the dense model, nats per token, paired by window.
 
     Raises:
-        ValueError: if no arm has a score.
+        ValueError: no arm has a score.
     """
     older = {name: _usual(name) for name in _KINDS if name not in table}
     arms = table[(table["method"] != "dense") & np.isfinite(table["perplexity"])].assign(**older)
@@ -82,7 +81,7 @@ def sweep(table: pd.DataFrame, *, ax: Axes | None = None) -> Figure | Axes:
     panel.yaxis.set_major_formatter(ticker.StrMethodFormatter("{x:,.10g}"))
     panel.yaxis.set_minor_locator(ticker.NullLocator())
     low, high = panel.get_xlim()
-    if high - low < 0.04:  # all at one sparsity, which rounding alone is not to spread out
+    if high - low < 0.04:  # one sparsity: rounding differences must not fill the axis
         panel.set_xlim((low + high) / 2 - 0.02, (low + high) / 2 + 0.02)
     panel.xaxis.set_major_formatter(ticker.PercentFormatter(1))
     tokens = f"{int(table['tokens'].max()):,} tokens, {int(table['windows'].max())} windows"
@@ -98,15 +97,15 @@ def sweep(table: pd.DataFrame, *, ax: Axes | None = None) -> Figure | Axes:
 
 @mpl.rc_context(STYLE)
 def ablation(table: pd.DataFrame) -> Figure:
-    """Draw what treating neurons costs, in nats above dense: a panel for each thing done to them.
+    """Draw the difference to the dense model, nats per token: a panel per intervention.
 
-    Against the share of neurons treated, or with one share set by set, or against the block that
-    was treated alone. Bars are one standard error, paired by window; of random neurons the mean over
-    seeds with its 95% t-interval. With one share the upper axis is the
-    ratio of perplexities.
+    ``table`` is a result of `entangle.ablate`. The other axis is the share of treated neurons if
+    there are several, the treated block if blocks were treated one at a time, or else the set of
+    neurons. Bars are one standard error, paired by window. Random neurons have their mean over
+    seeds and its 95% t-interval. In a list of sets the upper axis is the ratio of perplexities.
 
     Raises:
-        ValueError: if no arm has a score.
+        ValueError: no arm has a score.
     """
     arms = table[(table["intervention"] != "dense") & np.isfinite(table["perplexity"])]
     if arms.empty:
@@ -155,7 +154,7 @@ def ablation(table: pd.DataFrame) -> Figure:
 
 
 def _deed(kind: dict[str, Any]) -> str:
-    """Return what is done, as a panel's title."""
+    """Return a panel's title: the intervention and its options."""
     words = [kind["intervention"]]
     if kind["sparsity"]:
         words = [f"{kind['sparsity']} sparse", f"{kind['experts']} experts"]
@@ -166,20 +165,20 @@ def _deed(kind: dict[str, Any]) -> str:
 
 
 def _called(name: str, part: pd.DataFrame) -> str:
-    """Return what a set is called, and what its bar is where that is no standard error."""
+    """Return the label of a set, with the meaning of its bar if that is no standard error."""
     over_seeds = part.loc[part["set"] == name, "difference_low"].notna().any()
     return f"{said(name)} (95%, seeds)" if name == RANDOM and over_seeds else said(name)
 
 
 def _bars(row: pd.DataFrame) -> "pd.Series[float]":
-    """Return what is drawn below and above each difference."""
+    """Return the half-length of the bar of each difference, nats per token."""
     error = row["difference_error"]
     low = (row["difference"] - row["difference_low"]).where(row["set"] == RANDOM, error)
     return low.fillna(error).fillna(0.0)
 
 
 def _colours(part: pd.DataFrame) -> dict[str, Any]:
-    """Return the colour of each set, in the order in which they are drawn."""
+    """Return the colour of each set, in drawing order."""
     others = [str(name) for name in dict.fromkeys(part["set"]) if name not in _SETS]
     return _SETS | dict(zip(others, sns.color_palette("flare", len(others)), strict=True))
 
@@ -221,7 +220,7 @@ def _dots(panel: Axes, part: pd.DataFrame) -> None:
 
 
 def _budgets(table: pd.DataFrame, arms: pd.DataFrame, ax: Axes | None) -> Figure | Axes:
-    """Draw arms of one sparsity by their difference to the dense model, the best first."""
+    """Draw arms of one sparsity as a list, by their difference to the dense model, best first."""
     arms = arms.sort_values("difference", kind="stable")
     figure = Picture(figsize=(8.5, 1.2 + 0.24 * len(arms)), layout="constrained")
     panel = ax or figure.add_subplot()
@@ -248,7 +247,7 @@ def _budgets(table: pd.DataFrame, arms: pd.DataFrame, ax: Axes | None) -> Figure
 
 
 def _line(panel: Axes, part: pd.DataFrame, label: str, dashes: Any, style: dict[str, Any]) -> None:
-    """Draw the arms of one line, those of n:m beside it."""
+    """Draw the arms of one line, and its n:m arms as single marks."""
     grouped = part["sparsity"].str.contains(":")
     free = part[~grouped].sort_values("density")
     shown = free if len(free) else part[grouped]
@@ -268,18 +267,18 @@ def _line(panel: Axes, part: pd.DataFrame, label: str, dashes: Any, style: dict[
 
 
 def _tints(arms: pd.DataFrame) -> dict[tuple[Any, ...], Any]:
-    """Return a colour for each rival, and a shade of one for each number of experts."""
+    """Return a colour for each combination of the coloured options; SparseGPT's are shades."""
     keys = list(dict.fromkeys(arms[_COLOURED].itertuples(index=False, name=None)))
     mixtures = [key for key in keys if key[0] == "sparsegpt"]
     rivals = [key for key in keys if key not in mixtures]
-    kinds = arms["budget"].nunique() > 1  # which differ in kind, not in number
+    kinds = arms["budget"].nunique() > 1  # budgets are categories: distinct hues, no shades
     shades = sns.color_palette("husl" if kinds else "crest", len(mixtures))
     others = _RIVALS if len(rivals) <= len(_RIVALS) else sns.color_palette("flare", len(rivals))
     return dict(zip(mixtures, shades, strict=True)) | dict(zip(rivals, others, strict=False))
 
 
 def _label(said: dict[str, Any], arms: pd.DataFrame) -> str:
-    """Return a line's name: its method, and what differs between the lines."""
+    """Return the label of a line: its method, and the options in which lines differ."""
     words = [said["method"]]
     if arms["experts"].max() > 1 and said["method"] == "sparsegpt":
         words.append(f"{said['experts']} expert{'s' if said['experts'] > 1 else ''}")
@@ -300,7 +299,7 @@ def _label(said: dict[str, Any], arms: pd.DataFrame) -> str:
 
 
 def _usual(name: str) -> str:
-    """Return what arms have of an option that their table, an older one, does not name."""
+    """Return the value of an option that a table of an older version lacks."""
     if name in EXPERT_DEFAULTS:
         return ""
     return UNBUDGETED.get(name, str(OPTIONS[name].default))
@@ -316,7 +315,7 @@ def _dashes(said: dict[str, Any], arms: pd.DataFrame) -> Any:
 
 
 def _subject(table: pd.DataFrame) -> str:
-    """Return what was pruned and scored, as far as the table knows."""
+    """Return the title: model, layers and evaluation text, as far as the table has them."""
     about = table.attrs
     paths = [PurePath(str(about.get(key, ""))).parts for key in ("model", "evaluation")]
     model, text = ("/".join(path[-2:]).removesuffix(".txt") for path in paths)

@@ -1,4 +1,4 @@
-"""One neuron in Jupyter: ``run.entangle.neuron("LAYER:INDEX")`` on the tree of a run."""
+"""Accessor for notebooks: ``run.entangle.neuron("LAYER:INDEX")`` on the tree of a run."""
 
 import html
 import json
@@ -23,10 +23,10 @@ _FACTS = ("mean", "std", "skewness", "kurtosis", "modes", "min", "max", "weight_
 
 @xr.register_datatree_accessor("entangle")  # type: ignore[no-untyped-call]
 class Entangle:
-    """What a run's tree can be asked in a notebook."""
+    """The accessor ``entangle`` of a run's tree."""
 
     def __init__(self, run: xr.DataTree) -> None:
-        """Take the tree that ``measure`` and ``open_run`` return."""
+        """Wrap a tree that ``measure`` or ``open_run`` returned."""
         self._run = run
 
     def neuron(self, name: str) -> "Neuron":
@@ -39,10 +39,10 @@ class Entangle:
 
 
 class Neuron:
-    """One neuron of a run: its numbers, its distribution, its tokens, its clusters."""
+    """One neuron of a run: its variables, distribution, contexts and clusters."""
 
     def __init__(self, run: xr.DataTree, name: str) -> None:
-        """Find it.
+        """Select the neuron LAYER:INDEX of a run.
 
         Raises:
             LookupError: the run has no such neuron.
@@ -54,19 +54,19 @@ class Neuron:
         self.values: xr.Dataset = data.sel(neuron=name).load()
 
     def plot(self, *, ax: Axes | None = None) -> Figure | Axes:
-        """Draw its distribution over its fitted Gaussian (see ``plots.neuron``)."""
+        """Draw the distribution and the fitted Gaussian (see ``plots.neuron``)."""
         return (
             plots.neuron(self._run, self.name, ax=ax) if ax else plots.neuron(self._run, self.name)
         )
 
     @property
     def contexts(self) -> pd.DataFrame:
-        """The tokens behind its distribution, a row each: why, text, output, share of the distance.
+        """The contexts that ``entangle contexts`` found: a row per token, with reason and text.
 
-        What is known of all of them, such as the exact distance and its interval, is in ``attrs``.
+        ``attrs`` holds what concerns all tokens, such as the exact distance and its interval.
 
         Raises:
-            LookupError: they were not found yet.
+            LookupError: the contexts of this neuron were not searched yet.
         """
         source = self._run.encoding.get("source")
         file = Path(source).parent / "contexts.json" if source else None
@@ -84,10 +84,20 @@ class Neuron:
 
     @property
     def by_cluster(self) -> pd.DataFrame:
-        """Its dense outputs on held-out tokens, a row per cluster of each number of experts.
+        """The dense outputs on held-out tokens: a table with a row per arm and cluster.
+
+        Columns:
+
+        * ``experts``: number of clusters of the arm.
+        * ``assign``: ``kmeans`` or ``random``.
+        * ``cluster``: index of the cluster.
+        * ``tokens``: held-out tokens in it.
+        * ``mean``, ``std``: of the outputs in the cluster, output units.
+        * ``wasserstein``: distance of these outputs to a Gaussian, in their std.
+        * ``noise_floor``: noise floor for as many tokens, std.
 
         Raises:
-            LookupError: the run is not one of ``disentangle``, or did not keep this neuron.
+            LookupError: the run is not of ``disentangle``, or did not keep the neuron's outputs.
         """
         if "outputs" not in self._run.children:
             raise LookupError("clusters are known to a run that disentangle wrote: open that one")
@@ -122,7 +132,7 @@ class Neuron:
         return pd.DataFrame(rows)
 
     def __repr__(self) -> str:
-        """Return its distance in a line."""
+        """Return the name and distance in one line."""
         values = self.values
         return (
             f"{self.name}: W1 {float(values['wasserstein']):.4f} "
@@ -148,7 +158,7 @@ class Neuron:
         )
 
     def _sketch(self) -> str:
-        """Return its histogram over its fitted Gaussian as a small picture in SVG."""
+        """Return the histogram and the fitted Gaussian as a small SVG, empty without them."""
         mean, std = float(self.values["mean"]), float(self.values["std"])
         if "histogram" not in self._run.children or not 0 < std < np.inf:
             return ""

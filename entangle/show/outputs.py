@@ -1,4 +1,4 @@
-"""Pictures of one neuron's outputs on held-out tokens, as `disentangle` kept them."""
+"""Figures of one neuron's outputs on held-out tokens, from a run of `disentangle`."""
 
 from difflib import get_close_matches
 
@@ -11,19 +11,19 @@ from matplotlib.figure import Figure
 from entangle.show.panels import BAND, FIT, INK, STYLE, Floats, Picture, held_out_subject, place_of
 
 _BARS = 80
-_MASSIVE = 20  # excess kurtosis: above, a few tokens make all of the distance
+_MASSIVE = 20  # excess kurtosis above which a few tokens cause the whole distance
 
 
 @mpl.rc_context(STYLE)
 def clusters(run: xr.DataTree, name: str | None = None) -> Figure:
     """Draw a neuron's dense outputs split by cluster: one panel for each number of clusters.
 
-    Bars are stacked, a colour for each cluster of k-means, from the one with the lowest mean output
-    to that with the highest; the line is the Gaussian fitted to all. The neuron, LAYER:INDEX, is
-    the most entangled one without massive activations (excess kurtosis below 20) unless one is named.
+    Bars are stacked, with a colour for each k-means cluster, ordered by mean output. The line is
+    the Gaussian fitted to all outputs. ``name`` is LAYER:INDEX; by default it is the most entangled
+    neuron without massive activations (excess kurtosis below 20).
 
     Raises:
-        LookupError: if the run is not one of disentangle, or did not keep this neuron.
+        LookupError: the run is not of `disentangle`, or did not keep the neuron's outputs.
     """
     data, kept, name = _kept(run, name)
     dense = kept["dense"].to_numpy().astype(float)
@@ -56,14 +56,14 @@ def clusters(run: xr.DataTree, name: str | None = None) -> Figure:
 
 @mpl.rc_context(STYLE)
 def sparse(run: xr.DataTree, name: str | None = None, *, sparsity: str | None = None) -> Figure:
-    """Draw a neuron's sparse outputs over its dense ones: one panel for each number of experts.
+    """Draw a neuron's sparse and dense outputs: one panel for each number of experts.
 
-    The neuron, LAYER:INDEX, is the most entangled one without massive activations (excess kurtosis
-    below 20) unless one is named; of several sparsities the last is drawn.
+    ``name`` is LAYER:INDEX; by default it is the most entangled neuron without massive activations
+    (excess kurtosis below 20). ``sparsity`` is by default the run's last one.
 
     Raises:
-        LookupError: if the run is not one of disentangle, or did not keep this neuron, or has no
-            such sparsity.
+        LookupError: the run is not of `disentangle`, did not keep the neuron's outputs, or lacks
+            the sparsity.
     """
     data, kept, name = _kept(run, name)
     place = place_of(data, sparsity)
@@ -96,10 +96,10 @@ def sparse(run: xr.DataTree, name: str | None = None, *, sparsity: str | None = 
 
 
 def _kept(run: xr.DataTree, name: str | None) -> tuple[xr.Dataset, xr.Dataset, str]:
-    """Return a run's dataset, and the outputs of a neuron that it kept, with its name.
+    """Return a run's dataset, the kept outputs of a neuron, and the neuron's name.
 
     Raises:
-        LookupError: there are none.
+        LookupError: the run kept no outputs, or not those of this neuron.
     """
     if not isinstance(run, xr.DataTree) or "outputs" not in run.children:
         raise LookupError("this run kept no outputs: draw one that disentangle wrote")
@@ -127,9 +127,9 @@ def _row(data: xr.Dataset, name: str) -> xr.Dataset:
 
 
 def _edges(dense: Floats) -> Floats:
-    """Return the edges of bars over the central 99% of outputs, and 3.5 std either way.
+    """Return edges of bars that cover the central 99% of outputs and 3.5 std around the median.
 
-    The std is that of a Gaussian with their quartiles: a massive activation does not squeeze it.
+    The std is that of a Gaussian with the same quartiles, so massive activations do not widen it.
     """
     low, first, middle, third, high = np.quantile(dense, [0.005, 0.25, 0.5, 0.75, 0.995])
     reach = 3.5 * ((third - first) / 1.349 or dense.std())

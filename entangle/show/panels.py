@@ -1,4 +1,4 @@
-"""What the pictures of a run share: sheets and panels, what to draw on them, colours."""
+"""Shared parts of the figures of a run: layout, labels, colours, and the values to draw."""
 
 from collections.abc import Sequence
 from io import BytesIO
@@ -36,7 +36,7 @@ DASHES: dict[str, Any] = {"color": FIT, "linewidth": 1.2, "linestyle": "--"}
 
 
 class Picture(Figure):
-    """A figure that a notebook shows once, whether or not pyplot's inline mode is on."""
+    """A figure that a notebook shows exactly once, with or without pyplot's inline mode."""
 
     def _repr_png_(self) -> tuple[bytes, dict[str, float]]:
         self.savefig(buffer := BytesIO(), format="png", dpi=200)
@@ -45,14 +45,14 @@ class Picture(Figure):
 
 
 def label_of(run: Run, variable: str) -> str:
-    """Return what a variable is and its unit, in lines short enough for a colour bar."""
+    """Return a variable's long name and unit, wrapped for a colour bar."""
     said = dataset_of(run)[variable].attrs
     name, unit = UNITS.get(variable, (said.get("long_name", variable), said.get("units", "1")))
     return fill(f"{name} ({unit})".removesuffix(" (1)"), 24)
 
 
 def subject_of(data: xr.Dataset) -> str:
-    """Return what was measured on what: model, text and tokens, as far as they are known."""
+    """Return a run's model, text and number of tokens, as far as they are known."""
     model, text = (PurePath(str(data.attrs.get(key, ""))).parts for key in ("model", "text"))
     tokens = f"{data.attrs['tokens']:,} tokens" if "tokens" in data.attrs else ""
     names = "/".join(model[-1:]), "/".join(text[-2:]).removesuffix(".txt")
@@ -70,10 +70,10 @@ def held_out_subject(data: xr.Dataset) -> str:
 
 
 def place_of(data: xr.Dataset, sparsity: str | None) -> int:
-    """Return the place of a sparsity among those of a run of `disentangle`, None being the last.
+    """Return the index of a sparsity in a run of `disentangle`; None is the last one.
 
     Raises:
-        LookupError: there is no such sparsity.
+        LookupError: the run lacks the sparsity.
     """
     known = [str(one) for one in data["sparsity"].to_numpy()]
     if sparsity is not None and sparsity not in known:
@@ -82,11 +82,18 @@ def place_of(data: xr.Dataset, sparsity: str | None) -> int:
 
 
 def frame_of(run: Run, variable: str, layers: Names) -> tuple[pd.DataFrame, Counts]:
-    """Return a row per chosen neuron, `value` NaN where there is none to trust, and the blocks.
+    """Return a table with a row per neuron of the layers, and the indices of their blocks.
+
+    ``attrs`` has the figure's subject and its notes. Columns:
+
+    * ``layer``, ``block``, ``role``: the neuron's layer.
+    * ``count``: tokens.
+    * ``floor``: noise floor for as many tokens, std.
+    * ``value``: the variable in its unit; NaN for dead or broken neurons and untrusted distances.
 
     Raises:
-        LookupError: if the run has no such variable, or no layer that matches a pattern.
-        ValueError: if no value is left.
+        LookupError: the run lacks the variable, or a pattern matches no layer.
+        ValueError: no neuron has a value.
     """
     data = dataset_of(run)
     if variable not in data.data_vars:
@@ -108,7 +115,7 @@ def frame_of(run: Run, variable: str, layers: Names) -> tuple[pd.DataFrame, Coun
 
 
 def colours_of(cells: Floats) -> tuple[colors.Normalize, colors.Colormap]:
-    """Return a scale and a map that show both the bulk and what stands apart."""
+    """Return a colour scale and map that resolve both the bulk of the values and outliers."""
     cells = cells[np.isfinite(cells)]
     top = np.quantile(abs(cells), 0.998) or abs(cells).max() or 1.0
     signed = cells.min() < 0
@@ -123,7 +130,7 @@ def colours_of(cells: Floats) -> tuple[colors.Normalize, colors.Colormap]:
 def panels_of(
     frame: pd.DataFrame, figure: Sheet, *, most: int, height: float, labels: tuple[str, str]
 ) -> tuple[dict[str, Axes], Figure | SubFigure]:
-    """Return titled axes for each role in the model's order, and the sheet that holds them."""
+    """Return titled axes by role, in the model's order, and the figure that holds them."""
     roles = [str(role) for role in frame["role"].unique()]
     rows = -(-len(roles) // most)
     columns = -(-len(roles) // rows)
@@ -150,7 +157,7 @@ def panels_of(
             ax.yaxis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
             ax.yaxis.set_minor_locator(ticker.NullLocator())
             ax.grid(axis="y", alpha=0.25)
-    subject = frame.attrs["subject"]  # gives way to a legend where it is long
+    subject = frame.attrs["subject"]  # starts lower if it is long, to leave room for a legend
     sheet.suptitle("\n" * (len(subject) > 50) + subject, x=0.01, ha="left", linespacing=2)
     sheet.supxlabel(f"{labels[0]}\n{frame.attrs['notes']}".strip())
     sheet.supylabel(labels[1])
@@ -158,7 +165,7 @@ def panels_of(
 
 
 def histogram_of(held: xr.Dataset) -> tuple[Floats, Counts]:
-    """Return the edges of a neuron's fine bins and the tokens below each; last, all tokens."""
+    """Return the edges of a neuron's fine bins, and the tokens below each edge and in total."""
     counts, tails = held["counts"].to_numpy().astype(np.int64), held["tail_count"].to_numpy()
     places = np.linspace(-HALF_RANGE, HALF_RANGE, len(counts) + 1)
     edges = float(held["center"]) + float(held["scale"]) * places
@@ -166,7 +173,7 @@ def histogram_of(held: xr.Dataset) -> tuple[Floats, Counts]:
 
 
 def quantiles_of(edges: Floats, below: Counts, shares: list[float]) -> Floats:
-    """Return quantiles; those beyond the histogram are its outermost output."""
+    """Return quantiles in output units, clipped to the filled bins of the histogram."""
     filled = np.diff(below[:-1]) > 0
     rims = np.append(filled, False) | np.append(False, filled) | ~filled.any()
     quantiles: Floats = np.interp(np.multiply(shares, below[-1]), below[:-1][rims], edges[rims])

@@ -1,9 +1,9 @@
-"""Pictures of a run: each function takes the run, draws what it holds and writes no file.
+"""Figures of runs and tables; no function writes a file.
 
-They are made for a README's width: 8.5 inches, 850 pixels at 100 dpi. Neurons without a distance
-(dead or broken) or with an error bound above 0.1 are left out of pictures of the distance,
-and a line under the picture says how many. `layers` are patterns of layer names. `figure` is an
-empty figure, or one of its subfigures, to draw into; the whole figure is returned.
+Figures are 8.5 inches wide: 850 pixels at 100 dpi, the width of a README. Neurons without a
+distance (dead or broken) or with an error bound above 0.1 are left out of figures of the distance;
+a line below the figure says how many. `layers` are patterns of layer names. `figure` is an empty
+figure or subfigure to draw into; the whole figure is returned.
 """
 
 from collections.abc import Sequence
@@ -63,7 +63,7 @@ __all__ = [
     "sweep",
 ]
 
-_BARS = 64  # of each of several neurons
+_BARS = 64  # in the histogram of each of several neurons
 
 REFERENCES = {  # exact W1 of known distributions to their fitted Gaussians, std
     "two equal points": [0.53538],
@@ -83,14 +83,15 @@ def heatmap(
     layers: Names = None,
     figure: Sheet = None,
 ) -> Figure:
-    """Draw one panel per role: blocks down, each layer's neurons sorted and averaged into columns.
+    """Draw a variable as heatmaps, one panel per role: blocks down, neurons across, largest first.
 
-    A column shows the mean of its equal share of the layer's neurons (a neuron on its edge counts
-    in part); neurons without a value come last, in grey. Colours go by the square root of a variable
-    without negative values, else by asinh around zero, up to the 99.8% quantile of the cells.
+    Each layer's neurons are sorted and averaged into ``bins`` columns of equal share; a neuron at
+    the edge of a column counts in both in part. Neurons without a value come last, in grey. The
+    colour scale is the square root for variables without negative values, else asinh, up to the
+    99.8% quantile of the cells.
 
     Raises:
-        ValueError: if `bins` is below one.
+        ValueError: ``bins`` is below one, or no neuron has a value.
     """
     if bins < 1:
         raise ValueError(f"a layer needs at least one column, got bins={bins}")
@@ -116,10 +117,10 @@ def heatmap(
 
 @mpl.rc_context(STYLE)
 def layers(run: Run, *, layers: Names = None, figure: Sheet = None) -> Figure:
-    """Draw the distribution of the distances in each layer: one panel per role, x the block.
+    """Draw the distribution of the distances in each layer against its block: one panel per role.
 
-    A box is a layer: its median, the 25% to 75% and 5% to 95% quantiles, the largest as a point;
-    the dashed line is the noise floor at the layer's count of tokens.
+    A box shows a layer's median, its 25% to 75% and 5% to 95% quantiles, and the largest distance
+    as a point. The dashed line is the noise floor at the layer's number of tokens.
     """
     frame, blocks = frame_of(run, "wasserstein", layers)
     by_layer = frame.groupby(["role", "block"])
@@ -145,8 +146,8 @@ def layers(run: Run, *, layers: Names = None, figure: Sheet = None) -> Figure:
 def ranks(run: Run, *, layers: Names = None, figure: Sheet = None) -> Figure:
     """Draw each layer's distances, largest first, against their rank: one panel per role.
 
-    Colour is the block; ticks at the right are the exact distances of known distributions, the
-    dashed line is the noise floor at the median of the layers' counts of tokens.
+    The colour is the block. Ticks at the right are the exact distances of known distributions. The
+    dashed line is the noise floor, its median over the role's neurons.
     """
     frame, blocks = frame_of(run, "wasserstein", layers)
     shades = colors.ListedColormap(mpl.colormaps["viridis"](np.linspace(0, 0.93, 256)))
@@ -175,14 +176,16 @@ def neuron(run: xr.DataTree, name: str, *, ax: None = None) -> Figure: ...
 def neuron(run: xr.DataTree, name: str, *, ax: Axes) -> Axes: ...
 @mpl.rc_context(STYLE)
 def neuron(run: xr.DataTree, name: str, *, ax: Axes | None = None) -> Figure | Axes:
-    """Draw the distribution of the neuron LAYER:INDEX over its fitted Gaussian N(mean, std²).
+    """Draw the distribution of the neuron LAYER:INDEX and its fitted Gaussian N(mean, std²).
 
-    A bar is a whole number of fine bins, about as wide as Freedman and Diaconis say (2·IQR/∛tokens),
-    its height a density over all tokens: the bars integrate to the share of tokens shown. The range
-    holds the central 99.9% of the tokens, as far as the histogram goes, and 3.5 std either way.
+    A bar is a whole number of fine bins, about as wide as the rule of Freedman and Diaconis
+    (2·IQR/∛tokens). Its height is a density over all tokens: the bars integrate to the share of
+    tokens shown. The range covers the central 99.9% of the tokens that lie within the histogram,
+    and 3.5 std on both sides of the mean.
 
     Raises:
-        ValueError: if the run has no histograms, or the neuron is dead or broken.
+        LookupError: the run has no such neuron.
+        ValueError: the run has no histograms, or the neuron is dead or broken.
     """
     held, data = _histograms(run), dataset_of(run)
     check_neuron(data, name)
@@ -214,13 +217,14 @@ def neuron(run: xr.DataTree, name: str, *, ax: Axes | None = None) -> Figure | A
 
 @mpl.rc_context(STYLE)
 def neurons(run: xr.DataTree, names: Sequence[str]) -> Figure:
-    """Draw the distributions of neurons, LAYER:INDEX, side by side, each in its own std over N(0, 1).
+    """Draw the standardised distributions of neurons, LAYER:INDEX, and N(0, 1), side by side.
 
-    Panels share their axes. They hold the central 99.8% of each neuron's tokens, 3.5 std either way
-    and at most 8.
+    Panels share their axes. These cover the central 99.8% of each neuron's tokens, at least 3.5
+    and at most 8 std on both sides of the mean.
 
     Raises:
-        ValueError: if the run has no histograms, there is no neuron, or one is dead or broken.
+        LookupError: the run has no such neuron.
+        ValueError: the run has no histograms, no neuron is named, or one is dead or broken.
     """
     held, data = _histograms(run), dataset_of(run)
     if not names:
@@ -254,10 +258,10 @@ def neurons(run: xr.DataTree, names: Sequence[str]) -> Figure:
 
 
 def _histograms(run: xr.DataTree) -> xr.Dataset:
-    """Return the state of a run's histograms.
+    """Return the histogram state of a run.
 
     Raises:
-        ValueError: it has none.
+        ValueError: the run has no histograms.
     """
     if not isinstance(run, xr.DataTree) or "histogram" not in run.children:
         raise ValueError("no histograms: pass the whole tree that measure and open_run return")
@@ -268,7 +272,7 @@ def _histograms(run: xr.DataTree) -> xr.Dataset:
 def _draw_density(
     ax: Axes, edges: Floats, below: Counts, span: tuple[float, float], *, mean: float, std: float
 ) -> int:
-    """Draw bars of whole fine bins and the Gaussian over a range; return the tokens in the bars."""
+    """Draw bars of whole fine bins, and the Gaussian, over a range; return the tokens in bars."""
     low, high = span
     quarters = quantiles_of(edges, below, [0.25, 0.75])
     width = 2 * (quarters[1] - quarters[0]) / np.cbrt(below[-1])
@@ -287,19 +291,19 @@ def _draw_density(
 
 
 def _columns(part: pd.DataFrame, blocks: Counts, bins: int) -> Floats:
-    """Return means of shares of the ranked neurons of a role, (blocks, bins), NaN where none is."""
+    """Return the means of a role's heatmap columns (blocks, bins), NaN for empty ones."""
     table = np.full((len(blocks), bins), np.nan)
     for block, layer in part.groupby("block"):
         ranked = np.sort(layer["value"].dropna())[::-1]
         cuts = np.linspace(0, len(layer), bins + 1).clip(max=len(ranked))
         sums = np.interp(cuts, np.arange(len(ranked) + 1), np.append(0, np.cumsum(ranked)))
-        with np.errstate(invalid="ignore"):  # 0/0: a share without a value
+        with np.errstate(invalid="ignore"):  # 0/0: a column without a value
             table[blocks == block] = np.diff(sums) / np.diff(cuts)
     return table
 
 
 def _mark_references(panels: Sequence[Axes]) -> None:
-    """Mark known distributions at the right of each panel, named where the first row ends."""
+    """Mark known distributions at the right of each panel, with names in the first row."""
     low, high = panels[0].get_ylim()
     ends = [ax for ax in panels if (spec := ax.get_subplotspec()) and spec.is_last_col()]
     for ax in panels:
@@ -317,7 +321,7 @@ def _number(value: Any) -> str:
 
 
 def _facts(row: xr.Dataset) -> str:
-    """Return the numbers of a neuron as an aligned text box."""
+    """Return the variables of a neuron as aligned text."""
     texts = {
         "W1 (std)"
         if row["wasserstein_error"] <= TRUSTED_ERROR

@@ -1,4 +1,4 @@
-"""Pictures of how a neuron's other measures go with its distance to a Gaussian."""
+"""Figures of other measures of a neuron against its distance to a Gaussian."""
 
 import matplotlib as mpl
 import numpy as np
@@ -30,20 +30,20 @@ from entangle.show.panels import (
     subject_of,
 )
 
-_LEAST = 25  # neurons that a median is drawn of
+_LEAST = 25  # fewest neurons for a median
 
 
 @mpl.rc_context(STYLE)
 def difficulty(run: Run, *, layers: Names = None, figure: Sheet = None) -> Figure:
     """Draw each neuron's mapping difficulty against its distance: one panel per role.
 
-    Difficulty is over its layer's median, since within a layer it is known but for a factor. The
-    line is the median of a tenth of the neurons; the number the median of the layers' rank
-    correlations. Both axes are logarithmic.
+    The difficulty is divided by its layer's median, since it is known only up to a factor per
+    layer. The line is the median in each tenth of the neurons. The number is the median of the
+    layers' rank correlations. Both axes are logarithmic.
 
     Raises:
-        LookupError: if the run was measured without it.
-        ValueError: if no neuron has one.
+        LookupError: the run was measured without mapping difficulty.
+        ValueError: no neuron has a mapping difficulty.
     """
     if "difficulty" not in dataset_of(run):
         raise LookupError(
@@ -83,12 +83,12 @@ def improvement(
 ) -> Figure:
     """Draw relative improvement on held-out tokens against distance: a panel per number of experts.
 
-    A point is a neuron in its k-means experts; lines are medians of a tenth of the neurons, in these
-    and in random ones. Of several sparsities the last is drawn unless one is named.
+    A point is a neuron with k-means experts. Lines are medians in each tenth of the neurons, with
+    k-means and with random experts. ``sparsity`` is by default the run's last one.
 
     Raises:
-        LookupError: if the run is not one of disentangle, or has no such sparsity.
-        ValueError: if no neuron has an improvement.
+        LookupError: the run is not of `disentangle`, or lacks the sparsity.
+        ValueError: no neuron has an improvement.
     """
     data = dataset_of(run)
     if "improvement" not in data:
@@ -128,11 +128,11 @@ def improvement(
 def comparison(run: Run, other: Run, *, layers: Names = None, figure: Sheet = None) -> Figure:
     """Draw each neuron's distance in another run against that in the first: one panel per role.
 
-    The number is the median of the layers' rank correlations, the dashed line where nothing moved;
-    the line is the median of a tenth of the neurons. Both axes are logarithmic.
+    The number is the median of the layers' rank correlations. The dashed line is equality, the
+    other line the median in each tenth of the neurons. Both axes are logarithmic.
 
     Raises:
-        LookupError: if the runs share no neuron with a distance.
+        LookupError: the runs share no neuron with a distance.
     """
     found = diff(run, other, layers=layers or "*")
     data, place = dataset_of(run), found.layers.set_index("layer")
@@ -160,7 +160,7 @@ def comparison(run: Run, other: Run, *, layers: Names = None, figure: Sheet = No
 
 
 def _cloud(ax: Axes, x: Floats, y: Floats, label: str = "median") -> None:
-    """Draw neurons as faint points, and the median of each tenth of them."""
+    """Draw neurons as faint points, and the median in each tenth of them."""
     known = np.isfinite(x) & np.isfinite(y)
     ax.plot(x[known], y[known], ".", color=BAND, markersize=1.2, alpha=0.25, rasterized=True)
     line = _medians(x, y)
@@ -168,7 +168,7 @@ def _cloud(ax: Axes, x: Floats, y: Floats, label: str = "median") -> None:
 
 
 def _medians(x: Floats, y: Floats) -> "pd.Series[float]":
-    """Return the medians of y in tenths of x (its last in finer parts), at their medians of x."""
+    """Return medians of y in tenths of x (the last one split finer), indexed by medians of x."""
     known = np.isfinite(x) & np.isfinite(y)
     table = pd.DataFrame({"x": x[known], "y": y[known]}).sort_values("x", kind="stable")
     ranks = (np.arange(len(table)) + 0.5) / max(len(table), 1)

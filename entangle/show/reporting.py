@@ -1,4 +1,4 @@
-"""One HTML file of what runs hold: to read it takes a browser, and neither network nor Python."""
+"""Report of runs in one HTML file, to be read offline in a browser."""
 
 import base64
 import dataclasses
@@ -24,8 +24,8 @@ from entangle.show import plots
 from entangle.show.panels import held_out_subject, subject_of
 from entangle.show.sketches import sketch
 
-MOST = 200_000  # neurons of a run that the file holds, as many of each layer
-_BARS, _LEVELS = 40, 63  # of a sketch
+MOST = 200_000  # neurons of a run in the file, with an equal limit per layer
+_BARS, _LEVELS = 40, 63  # bars of a sketch, levels of a bar
 _BEFORE, _AFTER = 60, 25  # characters around a token
 _FREQUENT = 8  # tokens whose share is shown
 _PLACES = 32  # groups of window positions whose shares are shown
@@ -39,7 +39,7 @@ _MADE_OF = (
     *("fingerprint", "layers", "versions"),
 )
 READERS = {"sweep": sweep_table.read_table, "ablation": ablation_table.read_table}
-_FIGURES = {  # of each kind of run, beside what a reader can touch
+_FIGURES = {  # by kind of run, besides the interactive ones
     "measure": ("layers", "difficulty"),
     "disentangle": ("improvement", "clusters", "sparse"),
     "sweep": ("sweep",),
@@ -49,7 +49,7 @@ _FIGURES = {  # of each kind of run, beside what a reader can touch
 
 @dataclasses.dataclass(frozen=True)
 class Section:
-    """What the page says of one run."""
+    """The part of the page on one run."""
 
     name: str
     kind: str
@@ -57,22 +57,22 @@ class Section:
     made_of: dict[str, str]
     notes: list[str]
     figures: dict[str, str]  # name -> a PNG in base64
-    tables: str = ""  # HTML, of all but a measured run
-    found: dict[str, str] = dataclasses.field(default_factory=dict)  # of a measured run
+    tables: str = ""  # HTML; empty for a measured run
+    found: dict[str, str] = dataclasses.field(default_factory=dict)  # for a measured run
     data: dict[str, str] = dataclasses.field(default_factory=dict)  # name -> deflated, in base64
 
 
 def report(folders: str | Path | Sequence[str | Path], out: str | Path) -> Path:
-    """Write what runs hold into one HTML file, in the order given, and return its path.
+    """Write a report of runs, in the given order, into one HTML file, and return its path.
 
-    A measured run becomes heatmaps and a table to search, sort and open by neuron, with the contexts
-    that were found; a sweep, an ablation and what `disentangle` wrote become their tables and
-    figures. Of a run with more than 200,000 neurons each layer's most entangled are shown. A folder
-    that is named twice is shown once.
+    A measured run is shown as heatmaps and a table of neurons to search and sort, with the contexts
+    that were found. Sweeps, ablations and runs of `disentangle` are shown as tables and figures. A
+    run with more than 200,000 neurons is shown with each layer's most entangled ones. A folder that
+    is named twice is shown once.
 
     Raises:
         FileNotFoundError: a folder holds no run.
-        ValueError: there is no run, or a damaged one, or ``out`` is no name of an HTML file.
+        ValueError: there is no folder, a run is damaged, or ``out`` is no name of an HTML file.
     """
     out = Path(out)
     if out.suffix.lower() not in {".html", ".htm"} or out.is_dir():
@@ -83,7 +83,7 @@ def report(folders: str | Path | Sequence[str | Path], out: str | Path) -> Path:
     paths = {Path(folder).resolve(): Path(folder) for folder in folders}
     sections = [_section(folder) for folder in paths.values()]
     names = [section.name for section in sections]
-    sections = [  # names alone where they tell runs apart
+    sections = [  # the folder's name if it is unique, else its path
         section
         if names.count(section.name) == 1
         else dataclasses.replace(section, name=str(folder))
@@ -102,10 +102,10 @@ def report(folders: str | Path | Sequence[str | Path], out: str | Path) -> Path:
 
 
 def _section(folder: Path) -> Section:
-    """Read a run of any kind."""
+    """Return the section on a run of any kind."""
     for kind, read in READERS.items():
         if (folder / "tables" / f"{kind}.csv").is_file():
-            table = read(folder)  # its attributes are run.json
+            table = read(folder)  # its attrs are run.json
             return _tabled(folder, kind, table, table.attrs, str(table.attrs.get("model", "")))
     run = store.open_run(folder)
     about = disentangled(run)
@@ -134,7 +134,7 @@ def _tabled(
     about: Mapping[Any, Any],
     subject: str,
 ) -> Section:
-    """Show the tables and figures that a run has."""
+    """Return the section on a run that is shown as tables and figures."""
     figures, notes = _drawn(run, kind)
     return Section(
         name=folder.resolve().name,
@@ -148,7 +148,7 @@ def _tabled(
 
 
 def _findings(about: Mapping[str, Any]) -> dict[str, str]:
-    """Return what was found of all neurons, each with what it was measured on."""
+    """Return the summary of a measured run, as text with units."""
     return {
         "neurons": f"{about['neurons_measured']:,} in {about['layers']:,} layers",
         "tokens": f"{about['tokens']:,} ({about['windows']} windows of {about['length']})",
@@ -161,7 +161,7 @@ def _findings(about: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _made_of(about: Mapping[Any, Any], folder: Path) -> dict[str, str]:
-    """Return what determines a run, and what it cost, in words."""
+    """Return a run's settings and its cost, as text."""
     words = {}
     for name in _MADE_OF:
         value = about.get(name)
@@ -181,9 +181,9 @@ def _made_of(about: Mapping[Any, Any], folder: Path) -> dict[str, str]:
 
 
 def _tables(words: str) -> str:
-    """Return Markdown as HTML, each table in a box that scrolls, with the keyboard too.
+    """Return Markdown as HTML, each table in a box that scrolls, also by keyboard.
 
-    Stars are those of patterns of layers, and no emphasis.
+    Emphasis is off, since stars belong to patterns of layers.
     """
     page = str(MarkdownIt("zero").enable(["table", "backticks"]).render(words))
     box = '<div class="scroll" role="region" aria-label="table" tabindex="0"><table>'
@@ -191,7 +191,7 @@ def _tables(words: str) -> str:
 
 
 def _drawn(run: xr.DataTree | pd.DataFrame, kind: str) -> tuple[dict[str, str], list[str]]:
-    """Return a run's figures as PNGs in base64, and why others are not there."""
+    """Return a run's figures as PNGs in base64, and the reasons why others are missing."""
     figures, notes = {}, []
     for name in _FIGURES[kind]:
         if name == "difficulty" and "difficulty" not in run:
@@ -207,10 +207,11 @@ def _drawn(run: xr.DataTree | pd.DataFrame, kind: str) -> tuple[dict[str, str], 
 
 
 def _touchable(run: xr.DataTree, contexts: Mapping[str, Any]) -> tuple[dict[str, str], list[str]]:
-    """Return all that the page has of each neuron, most entangled first within its layer.
+    """Return the packed data of the interactive figures, and notes on neurons that are left out.
 
-    Numbers keep 15 bits after the point, 3 bytes each; a sketch is 40 bars in 63 levels of the
-    highest. Both lie column by column, since neighbours resemble each other and so pack well.
+    Neurons are ordered by layer, the most entangled first. Numbers are floats of 3 bytes, with a
+    mantissa of 15 bits. A sketch has 40 bars with 63 levels, relative to the highest bar. Both are
+    stored column by column, since similar neighbours compress well.
     """
     data = run.to_dataset().load()
     histograms = run.children["histogram"].to_dataset(inherit=False)
@@ -266,7 +267,7 @@ def _touchable(run: xr.DataTree, contexts: Mapping[str, Any]) -> tuple[dict[str,
 
 
 def _most_of_each(counts: Sequence[int]) -> int:
-    """Return how many neurons of each layer can be shown, such that all are at most MOST."""
+    """Return a limit of neurons per layer such that all layers together have at most MOST."""
     most = max(counts)
     while np.minimum(counts, most).sum() > MOST:
         most = int(most * 0.98)
@@ -274,10 +275,10 @@ def _most_of_each(counts: Sequence[int]) -> int:
 
 
 def _contexts(file: Path) -> dict[str, Any]:
-    """Return what was found of neurons, with as much text as the page shows.
+    """Return the contexts of neurons by name, cut to the text that the page shows.
 
     Raises:
-        ValueError: the file is not one that this version wrote.
+        ValueError: another version wrote the file, or it is damaged.
     """
     found = store.read_json(file) if file.is_file() else {}
     try:
@@ -290,7 +291,7 @@ def _contexts(file: Path) -> dict[str, Any]:
 
 
 def _shortened(found: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a neuron's contexts with as much text as the page shows."""
+    """Return a neuron's contexts, cut to the text that the page shows."""
     positions = np.array_split(np.array(found["positions"]), _PLACES)
     keys = ("tokens", "wasserstein", "low", "high", "without")
     return {key: found[key] for key in keys} | {
@@ -309,13 +310,13 @@ def _shortened(found: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _three_bytes(values: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
-    """Return the upper three bytes of each float32, rounded: (3, neurons)."""
+    """Return the upper three bytes of each number as float32, rounded: (3, neurons)."""
     bits = values.astype("<f4").view("<u4").astype(np.uint64) + 0x80
     return _planes(np.minimum(bits, 0xFFFFFFFF).astype("<u4"))[1:]
 
 
 def _planes(values: npt.NDArray[np.uint32]) -> npt.NDArray[np.uint8]:
-    """Return the four bytes of each number, (4, neurons)."""
+    """Return the four bytes of each number: (4, neurons)."""
     return np.ascontiguousarray(values.view(np.uint8).reshape(-1, 4).T)
 
 

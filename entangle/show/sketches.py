@@ -1,4 +1,4 @@
-"""Small histograms of many neurons at once, for where a whole picture is too much."""
+"""Small histograms of many neurons at once."""
 
 import dataclasses
 
@@ -10,13 +10,13 @@ from entangle.numerics.kernels.bins import HALF_RANGE
 
 Floats = npt.NDArray[np.float64]
 
-_REACH = 3.5  # std either way that a sketch shows at least
-_CENTRAL = (0.001, 0.999)  # quantiles that it shows at least, as far as the histogram goes
+_REACH = 3.5  # std on both sides of the mean that a sketch shows at least
+_CENTRAL = (0.001, 0.999)  # quantiles that a sketch shows at least, within the histogram
 
 
 @dataclasses.dataclass(frozen=True)
 class Sketches:
-    """Bars of equal width between two outputs, a row per neuron; NaN for one without a spread."""
+    """Bars of equal width between two outputs, a row per neuron; NaN for constant neurons."""
 
     low: Floats  # (neurons,), output units
     high: Floats
@@ -24,10 +24,11 @@ class Sketches:
 
 
 def sketch(held: xr.Dataset, mean: Floats, std: Floats, *, bars: int) -> Sketches:
-    """Sketch the distributions of neurons: ``held`` is their state, as in a run's ``histogram``.
+    """Return sketches of neurons: ``held`` is their histogram state, as in a run's ``histogram``.
 
-    A sketch holds the central 99.8% of the tokens and 3.5 std either way of the mean. Fine bins are
-    cut where bars end, their tokens spread evenly; tokens beyond the histogram are in no bar.
+    A sketch covers the central 99.8% of the tokens, within the histogram, and 3.5 std on both sides
+    of the mean. A fine bin that several bars share is split as if its tokens were spread evenly.
+    Tokens beyond the histogram are in no bar.
     """
     counts = held["counts"].to_numpy().astype(np.float64)  # (neurons, fine bins)
     tails = held["tail_count"].to_numpy().astype(np.float64)
@@ -52,13 +53,13 @@ def sketch(held: xr.Dataset, mean: Floats, std: Floats, *, bars: int) -> Sketche
 
 
 def _quantile(below: Floats, counts: Floats, wanted: Floats) -> Floats:
-    """Return where so many tokens lie below, in fine bins from the left edge."""
+    """Return the position below which so many tokens lie, in fine bins from the left edge."""
     after = np.sum(below < wanted[:, None], axis=1).clip(1, counts.shape[1])[:, None]
     before, inside = (
         np.take_along_axis(array, after - 1, axis=1)[:, 0] for array in (below, counts)
     )
     part = (wanted - before) / np.maximum(inside, 1)
-    filled = counts > 0  # beyond the histogram, the outermost output in it
+    filled = counts > 0  # positions beyond the histogram are clipped to it
     first, last = filled.argmax(axis=1), counts.shape[1] - filled[:, ::-1].argmax(axis=1)
     place: Floats = (after[:, 0] - 1 + part.clip(0, 1)).clip(first, last)
     return place

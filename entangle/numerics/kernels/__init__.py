@@ -1,1 +1,1 @@
-"""What only a processor understands: one file a kernel and processor."""
+"""Kernels for one kind of processor: a file for each kernel and processor."""

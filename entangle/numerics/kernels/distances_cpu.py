@@ -1,4 +1,4 @@
-"""Distances to N(0, 1) in closed form, neuron by neuron, on the CPU."""
+"""CPU kernels for distances to N(0, 1) in closed form, parallel over neurons."""
 
 import math
 
@@ -23,7 +23,7 @@ def normal_cumulative(x):  # type: ignore[no-untyped-def]
 
 @numba.njit(parallel=True, nogil=True, cache=True)
 def histogram_distance(left, width, counts, count, tails, excess, known):  # type: ignore[no-untyped-def]
-    """Return ∫|F - Φ| per neuron: over the tails, each an atom at its mean, and bin by bin."""
+    """Return ∫|F - Φ| of each neuron, over its bins and tails; a tail is an atom at its mean."""
     neurons, bins = counts.shape
     distance = np.full(neurons, np.nan)
     for i in numba.prange(neurons):
@@ -44,7 +44,8 @@ def histogram_distance(left, width, counts, count, tails, excess, known):  # typ
             next_cumulative, next_density = normal_cumulative(end), normal_density(end)
             slope = counts[i, k] / count[i] / h
             d0, d1 = f - cumulative, f + slope * h - next_cumulative
-            # |Φ''| <= 0.242: within 0.0303 h² of its chord, d cannot cross zero.
+            # |Φ''| <= 0.242, so d is within 0.0303 h² of its chord. It has no root if both ends
+            # have one sign and are larger than that.
             if d0 * d1 > 0 and min(abs(d0), abs(d1)) > 0.0303 * h * h:
                 gaussian = end * next_cumulative + next_density - z * cumulative - density
                 total += abs((f + 0.5 * slope * h) * h - gaussian)
@@ -67,7 +68,7 @@ def histogram_distance(left, width, counts, count, tails, excess, known):  # typ
 def _crossing(begin, end, d_begin, d_end, slope):  # type: ignore[no-untyped-def]
     """Return ∫|d| from begin to end, where d = F - Φ may change its sign and F is linear.
 
-    Between the points where φ equals the slope of F, d is monotone and has at most one root.
+    d is monotone between the points where φ equals the slope of F, and has at most one root there.
     """
     stationary = math.inf
     if 0 < slope * ROOT_2PI < 1:
@@ -95,7 +96,7 @@ def _crossing(begin, end, d_begin, d_end, slope):  # type: ignore[no-untyped-def
 
 @numba.njit(cache=True)
 def _integral(a, b, d_a, d_b, slope):  # type: ignore[no-untyped-def]
-    """Return ∫(F - Φ) from a to b, F through Φ(a) + d_a with the slope given."""
+    """Return ∫(F - Φ) from a to b, where F is linear with F(a) = Φ(a) + d_a and the given slope."""
     f = d_a + normal_cumulative(a)
     gaussian = (
         b * normal_cumulative(b) + normal_density(b) - a * normal_cumulative(a) - normal_density(a)
@@ -105,7 +106,7 @@ def _integral(a, b, d_a, d_b, slope):  # type: ignore[no-untyped-def]
 
 @numba.njit(cache=True)
 def _root(a, b, d_a, d_b, slope):  # type: ignore[no-untyped-def]
-    """Return where d = F - Φ, monotone from a to b, is zero (regula falsi, Illinois' variant)."""
+    """Return the root of d = F - Φ, monotone from a to b, by regula falsi (Illinois variant)."""
     start, at_start, side = a, d_a + normal_cumulative(a), 0
     for _ in range(100):
         x = (a * d_b - b * d_a) / (d_b - d_a)
@@ -134,7 +135,7 @@ def integrate_bin(x, k, n, quantiles, densities):  # type: ignore[no-untyped-def
 
 @numba.njit(parallel=True, nogil=True, cache=True, fastmath={"contract", "reassoc"})
 def exact_distance(columns, quantiles, densities):  # type: ignore[no-untyped-def]
-    """Return ∫|F⁻¹ - Φ⁻¹| du of each sorted column (neurons, tokens), standardised."""
+    """Return ∫|F⁻¹ - Φ⁻¹| du of each column, standardised; columns (neurons, tokens) are sorted."""
     neurons, n = columns.shape
     distance = np.full(neurons, np.nan)
     for i in numba.prange(neurons):
@@ -151,7 +152,7 @@ def exact_distance(columns, quantiles, densities):  # type: ignore[no-untyped-de
             continue
         inverse = 1 / math.sqrt(variance / n)
         total, split = 0.0, 0.0
-        for k in range(n):  # as if no bin held its own x; most do not
+        for k in range(n):  # as if no bin contained its own x, which is true of most
             x = (column[k] - mean) * inverse
             total += abs(x / n - (densities[k] - densities[k + 1]))
         for k in range(n):
@@ -166,7 +167,10 @@ def exact_distance(columns, quantiles, densities):  # type: ignore[no-untyped-de
 
 @numba.njit(parallel=True, nogil=True, cache=True)
 def fill_parts(columns, quantiles, densities, parts):  # type: ignore[no-untyped-def]
-    """Fill the parts of sorted columns (neurons, tokens), equal values sharing theirs."""
+    """Fill each token's part of the distance, for sorted columns (neurons, tokens).
+
+    Equal values share the mean of their parts.
+    """
     neurons, n = columns.shape
     for i in numba.prange(neurons):
         column = columns[i]
@@ -187,7 +191,10 @@ def fill_parts(columns, quantiles, densities, parts):  # type: ignore[no-untyped
 
 @numba.njit(parallel=True, nogil=True, cache=True)
 def fill_distances(columns, owner, weights, quantiles, densities, distances):  # type: ignore[no-untyped-def]
-    """Fill distances of sorted columns (neurons, tokens), each token as often as its window is."""
+    """Fill the distances (draws, neurons) of sorted columns (neurons, tokens).
+
+    A token counts as often as its window (``owner``) was drawn (``weights``).
+    """
     neurons, n = columns.shape
     for i in numba.prange(neurons):
         column = columns[i].astype(np.float64)

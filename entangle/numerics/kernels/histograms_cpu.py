@@ -1,13 +1,13 @@
-"""Count rows into histograms, on the CPU."""
+"""CPU kernel that counts rows into histograms."""
 
 import numba
 import numpy as np
 
 from entangle.numerics.kernels.bins import MAX_BINS, MAX_EXCESS, MAX_SQUARES, STEPS
 
-_SHIFT = np.int32(6)  # STEPS is 2 to this
-_LATER = np.uint16(2**16 - 1)  # in place of a bin's number: not yet added
-_CHUNK = 128  # tokens: a chunk's bin numbers for 64 neurons fill half of a 32 KiB L1 cache
+_SHIFT = np.int32(6)  # STEPS is 2 to this power
+_LATER = np.uint16(2**16 - 1)  # replaces the bin number of a value that the second pass adds
+_CHUNK = 128  # tokens: their bin numbers for 64 neurons fill half of a 32 KiB L1 cache
 
 
 @numba.njit(parallel=True, nogil=True, cache=True, fastmath={"contract"})
@@ -28,9 +28,10 @@ def add_rows(  # type: ignore[no-untyped-def]
 ):
     """Add float32 rows (tokens, neurons) to the state in place, 64 neurons at a time.
 
-    A chunk of tokens becomes bin numbers and sums in vector registers, four tokens at once for a
-    quarter of the stores; then each neuron counts its column, so that its counts stay in the L1
-    cache. What the first pass leaves (`_LATER`) is added there, one by one.
+    The first pass over a chunk of tokens computes bin numbers and sums in vector registers, four
+    tokens at a time, which needs a quarter of the stores. The second pass counts the bin numbers
+    neuron by neuron, so that a neuron's counts stay in the L1 cache. It also adds the values that
+    the first pass left out (`_LATER`), one by one.
     """
     tokens, neurons = rows.shape
     edge = np.float32(STEPS // 2 * counts.shape[1])
@@ -51,7 +52,7 @@ def add_rows(  # type: ignore[no-untyped-def]
             numbers[length // 4 * 4 :] = _LATER
             seen[:] = _LATER if length % 4 else 0
             for t in range(0, length - 3, 4):
-                # One row at a time: Numba knows only such a slice to be contiguous.
+                # Slice one row at a time: only such a slice is contiguous to Numba.
                 x0, x1 = rows[first + t, begin:end], rows[first + t + 1, begin:end]
                 x2, x3 = rows[first + t + 2, begin:end], rows[first + t + 3, begin:end]
                 k0, k1, k2, k3 = numbers[t], numbers[t + 1], numbers[t + 2], numbers[t + 3]

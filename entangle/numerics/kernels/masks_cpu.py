@@ -1,17 +1,17 @@
-"""Choose the lowest scores of each row, and solve a block of columns by SparseGPT, on the CPU."""
+"""CPU kernels that mark the lowest scores of each row, and solve SparseGPT's column blocks."""
 
 import numba
 import numpy as np
 
-TILE = 64  # rows that the column kernel takes at a time
+TILE = 64  # rows that `solve_block` takes at a time
 
 
 @numba.njit(parallel=True, nogil=True, cache=True)
 def mark_lowest(scores, lowest, counts):  # type: ignore[no-untyped-def]
-    """Mark in each row of scores the ``counts[row]`` lowest; of ties the first are marked.
+    """Mark the ``counts[row]`` lowest scores of each row; ties mark the first.
 
-    Floats that are not negative are ordered as their bits are: the highest of the lowest is found
-    bit by bit, many times faster than by a partial sort.
+    Non-negative floats have the order of their bits. So the highest marked score is found bit by
+    bit, many times faster than by a partial sort.
     """
     for row in numba.prange(len(scores)):
         count = counts[row]
@@ -42,16 +42,16 @@ def mark_lowest(scores, lowest, counts):  # type: ignore[no-untyped-def]
 def solve_block(block, pruned, factor, counts, kept, group):  # type: ignore[no-untyped-def]
     """Solve a block (experts, columns, rows) in place, 64 rows at a time.
 
-    A row's lowest weights, ``counts`` of them, are chosen first, or those of a group when it is
-    reached.
-    A row is alone with its mask and its errors: what lies beside it changes no bit.
+    A row's ``counts`` lowest weights are chosen at the start; with n:m, those of a group are chosen
+    at its first column. A row's result has the same bits whatever rows are beside it.
     """
     experts, columns, rows = block.shape
     tiles = rows // TILE
     for part in numba.prange(experts * tiles):
         expert, begin = part // tiles, part % tiles * TILE
         u = factor[expert]
-        w = block[expert, :, begin : begin + TILE].copy()  # else its columns share cache sets
+        # Copy the tile: in place its columns would share cache sets.
+        w = block[expert, :, begin : begin + TILE].copy()
         p = pruned[expert, :, begin : begin + TILE].copy()
         error = np.empty(TILE, np.float32)
         if group == 0:
@@ -71,10 +71,10 @@ def solve_block(block, pruned, factor, counts, kept, group):  # type: ignore[no-
 
 @numba.njit(cache=True)
 def _choose(w, p, u, first, last, counts):  # type: ignore[no-untyped-def]
-    """Mark in each row the lowest of some columns by |w| / U_jj, ``counts`` of them, of ties the first.
+    """Mark each row's ``counts`` lowest scores |w| / U_jj in some columns; ties mark the first.
 
-    Floats that are not negative are ordered as their bits are, so that the highest of the lowest
-    is found bit by bit, in all rows at once.
+    Non-negative floats have the order of their bits. So the highest marked score is found bit by
+    bit, in all rows at once.
     """
     if counts.max() == 0:
         return

@@ -1,7 +1,7 @@
 """SIMD intrinsics that Numba lacks: vectors of float32, a prefetch, and bfloat16.
 
-A vector of sixteen floats compiles to one AVX-512 register, two of AVX2 or four of NEON. Indices are
-not checked.
+A vector of sixteen floats compiles to one AVX-512 register, two AVX2 registers or four NEON
+registers. Indices are not checked.
 """
 
 from typing import Any
@@ -88,7 +88,7 @@ def prefetch(_typing, array, index):  # type: ignore[no-untyped-def]
         place = builder.bitcast(place, ir.IntType(8).as_pointer())
         kind = ir.FunctionType(ir.VoidType(), [place.type, _INT, _INT, _INT])
         call = _declare(builder.module, kind, "llvm.prefetch.p0")
-        builder.call(call, [place, _INT(0), _INT(3), _INT(1)])  # to read, keep near, data
+        builder.call(call, [place, _INT(0), _INT(3), _INT(1)])  # read, keep near, data cache
         return context.get_dummy_value()
 
     return signature, code

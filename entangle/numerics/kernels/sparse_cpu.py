@@ -1,14 +1,14 @@
-"""Products of sparse matrices, kept in slices of eight rows, with tokens, on the CPU."""
+"""CPU kernels for products of sparse matrices, stored in slices of eight rows, with tokens."""
 
 import numba
 import numpy as np
 
 from entangle.numerics.kernels.simd import as_float, lanes_add, lanes_store, lanes_zero, prefetch
 
-ROWS = 8  # of a slice
-WIDTH, WIDE = 16, 32  # tokens of a tile: what eight sums fill, and what two for each row do
-_NEAR = 64  # inputs, or neurons: of these a tile changes its form in the nearest cache
-_AHEAD = np.uint64(512)  # entries: far enough to hide memory's latency, near enough to stay cached
+ROWS = 8  # rows of a slice
+WIDTH, WIDE = 16, 32  # tokens of a tile: one AVX-512 register of sums for each row, or two
+_NEAR = 64  # inputs or neurons that are transposed at a time, within the L1 cache
+_AHEAD = np.uint64(512)  # entries to prefetch: enough to hide latency, few enough to stay cached
 
 
 @numba.njit(parallel=True, nogil=True, cache=True)
@@ -28,7 +28,7 @@ def fill_slices(dense, starts, order, values, columns):  # type: ignore[no-untyp
 
 @numba.njit(cache=True)
 def _part(starts, part, parts):  # type: ignore[no-untyped-def]
-    """Return the slices of a thread, so that each thread has as many entries to read."""
+    """Return the first and end slice of a part; all parts have about as many entries."""
     first, last = starts[0], starts[-1]
     step = (last - first) / parts
     begin = np.searchsorted(starts, first + step * part) if part else 0
@@ -73,10 +73,10 @@ def _multiply_part(begin, end, values, columns, starts, order, row, out):  # typ
 def _multiply_tile(  # type: ignore[no-untyped-def]
     zero, width, begin, end, values, columns, starts, order, rows, tokens, out
 ):
-    """Multiply some slices with tokens that lie side by side, one in each lane of ``zero``."""
+    """Multiply some slices with a tile of tokens, one token in each lane of the vector ``zero``."""
     one, wide = np.uint64(1), np.uint64(width)
     x = np.zeros(rows.shape[1] * width + 16, np.float32)
-    x = x[-(x.ctypes.data // 4) % 16 :]  # to load from two cache lines takes twice as long
+    x = x[-(x.ctypes.data // 4) % 16 :]  # align: a load across two cache lines takes twice as long
     for start in range(0, rows.shape[1], _NEAR):
         for lane, token in enumerate(tokens):
             row = rows[token, start : start + _NEAR]
@@ -131,7 +131,7 @@ def _nearest(matrix, bias, row):  # type: ignore[no-untyped-def]
 
 @numba.njit(nogil=True, cache=True)
 def multiply_alone(values, columns, starts, order, expert, matrix, bias, row, out):  # type: ignore[no-untyped-def]
-    """Multiply one row (inputs,) with an expert, or the nearest one if that is -1; return which."""
+    """Multiply one row (inputs,) with an expert and return its index; -1 is the router's choice."""
     expert = expert if expert >= 0 else _nearest(matrix, bias, row)
     starts, order = starts[expert], order[expert]
     _multiply_part(0, len(starts) - 1, values, columns, starts, order, row, out)
@@ -142,7 +142,7 @@ def multiply_alone(values, columns, starts, order, expert, matrix, bias, row, ou
 def multiply_together(  # type: ignore[no-untyped-def]
     threads, values, columns, starts, order, expert, matrix, bias, row, out
 ):
-    """Do as `multiply_alone`, by several threads."""
+    """Do the same as `multiply_alone`, with several threads."""
     expert = expert if expert >= 0 else _nearest(matrix, bias, row)
     starts, order = starts[expert], order[expert]
     for part in numba.prange(threads):
@@ -155,7 +155,7 @@ def multiply_together(  # type: ignore[no-untyped-def]
 def multiply_tiles(  # type: ignore[no-untyped-def]
     start, stop, parts, tiles, values, columns, starts, order, rows, tokens, out
 ):
-    """Multiply items from ``start`` to ``stop``: each is one of so many parts of a tile of tokens."""
+    """Multiply the items from ``start`` to ``stop``; each tile of tokens has ``parts`` items."""
     for item in range(start, stop):
         expert, first, last = tiles[item // parts]
         begin, end = _part(starts[expert], item % parts, parts)
@@ -172,7 +172,7 @@ def multiply_tiles(  # type: ignore[no-untyped-def]
 def multiply_tiles_together(  # type: ignore[no-untyped-def]
     parts, tiles, values, columns, starts, order, rows, tokens, out
 ):
-    """Do as `multiply_tiles` for all items, by several threads."""
+    """Do the same as `multiply_tiles` for all items, with several threads."""
     for item in numba.prange(len(tiles) * parts):
         multiply_tiles(
             item, item + 1, parts, tiles, values, columns, starts, order, rows, tokens, out
@@ -181,7 +181,7 @@ def multiply_tiles_together(  # type: ignore[no-untyped-def]
 
 @numba.njit(parallel=True, nogil=True, cache=True)
 def fill_dense(threads, values, columns, starts, order, weight):  # type: ignore[no-untyped-def]
-    """Fill a matrix (neurons, inputs) with what an expert's slices hold, zeros included."""
+    """Fill a matrix (neurons, inputs) from an expert's slices, zeros included."""
     for part in numba.prange(threads):
         begin, end = _part(starts, part, threads)
         for place in range(begin * ROWS, end * ROWS):
