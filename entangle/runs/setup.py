@@ -96,7 +96,7 @@ class Setup:
         if windows is not None and evaluation is not None:
             check_disjoint(windows, evaluation)
         setup._check_run()
-        assert setup.layers  # raises now if a pattern matches none
+        assert setup.layers or not setup.patterns  # raises now if a pattern matches none
         return setup
 
     def _check_run(self) -> None:

@@ -78,7 +78,7 @@ def outputs_of(tree: xr.DataTree) -> xr.Dataset:
 def about_of(tree: xr.DataTree) -> dict[str, Any]:
     """Return what it was made of, which stands beside what the run was made of."""
     about = disentangled(tree)
-    assert tree.attrs == about["run"] | attributes_of({"disentangled": about})
+    assert tree.attrs == attributes_of(about["run"] | {"disentangled": about})
     return about
 
 
