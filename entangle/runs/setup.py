@@ -71,6 +71,7 @@ class Setup:
 
         Raises:
             LookupError: a pattern matches no layer.
+            TypeError: the windows or the evaluation are not windows of a text.
             ValueError: the windows do not fit the model; the model is compiled, not loaded or in
                 training mode; calibration and evaluation share a window; the run was measured on
                 other weights or is a shard; a number is out of range; or, with ``ranked``, the run
@@ -90,6 +91,11 @@ class Setup:
         if batch_size < 1:
             raise ValueError(f"a batch needs at least one window, got batch size {batch_size}")
         for text in (windows, evaluation):
+            if text is not None and not isinstance(text, TokenWindows):
+                raise TypeError(
+                    f"expected windows of a text, as token_windows returns them, got a "
+                    f"{type(text).__name__}: the order is model, windows, evaluation"
+                )
             if text is not None:
                 check_windows(model, text, skip_first)
         check_hooks(model, skip_first)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -38,6 +39,16 @@ def test_another_model_is_told_by_its_weights_and_not_by_its_layers() -> None:
         entangle.ablate(
             tiny_model("gpt2"), None, random_windows(3, seed=5), run=run, intervention="zero"
         )
+
+
+def test_what_are_no_windows_is_told_with_the_order() -> None:
+    model, windows = tiny_model(), random_windows(3)
+    wrong: list[Any] = ["data/text.txt", tiny_tokenizer(), model]
+    for one in wrong:
+        with pytest.raises(TypeError, match=f"{type(one).__name__}.*model, windows, evaluation"):
+            entangle.measure(model, one)
+        with pytest.raises(TypeError, match=f"{type(one).__name__}.*model, windows, evaluation"):
+            entangle.sweep(model, windows, one, sparsity=0.5)
 
 
 def test_weights_are_hashed_once(monkeypatch: pytest.MonkeyPatch) -> None:
