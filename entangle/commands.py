@@ -121,12 +121,12 @@ def run_sparsify(args: argparse.Namespace) -> None:
 
     folders.check_target(args.out, args.overwrite)  # before torch is imported, which takes seconds
     from entangle.model import ranks
-    from entangle.pruning.options import Pruning
+    from entangle.pruning.options import STRENGTH, Pruning
     from entangle.runs import store
 
     auto = args.strength == "auto"
     options, folder = _options(args)
-    Pruning.of(**(_without(options, "strength") if auto else options))
+    Pruning.of(**options | ({"strength": STRENGTH} if auto else {}))
     run = None if folder is None else entangle.open_run(folder)
     windows, tokenizer = _text(args, "calibration")
     model, work = _model(args), _work(args)
@@ -224,10 +224,6 @@ def _budgets(texts: Sequence[str]) -> tuple[tuple[str, ...], Path | None]:
     if len({Path(folder).resolve() for folder in folders}) > 1:
         raise ValueError(f"budgets are made from one run, got {' and '.join(folders)}")
     return tuple(budgets), Path(next(iter(folders))) if folders else None
-
-
-def _without(options: dict[str, Any], *names: str) -> dict[str, Any]:
-    return {name: value for name, value in options.items() if name not in names}
 
 
 def _print_table(args: argparse.Namespace, table: "pd.DataFrame", name: str) -> None:
