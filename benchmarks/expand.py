@@ -18,7 +18,7 @@ from entangle.numerics.moments import ExpertMoments, InputMoments
 from entangle.numerics.routing import fit_router
 from entangle.numerics.sparsity import Sparsity
 from entangle.pruning.calibration import SAMPLE
-from entangle.pruning.options import PULL
+from entangle.pruning.options import SHRINKAGE
 
 SHAPES = [(1536, 576), (576, 1536), (2048, 2048)]  # neurons, inputs; the first two SmolLM2-135M's
 EXPERTS = 16
@@ -68,7 +68,7 @@ def mixture(layer: nn.Linear, rows: torch.Tensor) -> ExpertLinear:
     for batch in rows.split(BATCH):
         sums.add(batch)
     moments = sums.moments()
-    weight = prune(layer.weight, moments.pulled(PULL), SPARSITY).weight
+    weight = prune(layer.weight, moments.shrunk(SHRINKAGE), SPARSITY).weight
     return ExpertLinear(weight, layer.bias, router, moments.count.tolist())
 
 

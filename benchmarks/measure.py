@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 import entangle
 from benchmarks.timing import machine, side_by_side
-from entangle.model.hooks import backbone_of, listening
+from entangle.model.hooks import backbone_of, recording_outputs
 from entangle.model.layers import find_layers
 from entangle.numerics import gaussian, wasserstein
 from entangle.numerics.histograms import Histograms
@@ -56,7 +56,7 @@ def recording() -> None:
     twin = copy.deepcopy(model)  # so that the hooks of one do not slow down the other
 
     def listened() -> None:
-        with listening(model, find_layers(model), lambda _, __: None):
+        with recording_outputs(model, find_layers(model), lambda _, __: None):
             forward(model, tokens)
 
     with entangle.record(twin):

@@ -260,7 +260,7 @@ def run_ablate(args: argparse.Namespace) -> None:
     Ablation.of(**treatment)  # check the options before a model is loaded
     if args.text is None and "sparsify" in args.intervention:
         raise ValueError("sparsifying neurons needs a text to prune by: give one with --text")
-    run = _measured(args)
+    run, args = _measured(args)
     tokenizer = entangle.load_tokenizer(args.model, **_source(args))
     windows = None if args.text is None else _windows(args, tokenizer, "calibration")
     evaluation = _windows(args, tokenizer, "evaluation")
@@ -285,8 +285,8 @@ def run_disentangle(args: argparse.Namespace) -> None:
     from entangle.runs import dataset, store
 
     words = {name: getattr(args, name) for name in ("experts", "sparsity")}
-    disentangling.check_words(**words)
-    run = _measured(args)
+    disentangling.check_settings(**words)
+    run, args = _measured(args)
     windows, tokenizer = _text(args, "calibration")
     evaluation = _windows(args, tokenizer, "evaluation")
     found = entangle.disentangle(
@@ -323,7 +323,7 @@ def run_contexts(args: argparse.Namespace) -> None:
         raise ValueError(
             f"name neurons as LAYER:INDEX, or say --top N for each layer's first ones{both}"
         )
-    run = _measured(args)
+    run, args = _measured(args)
     about, names = run.attrs, args.neurons
     if args.top:
         ranked = entangle.top_by_layer(run, count=args.top, layers=args.layers)
@@ -465,12 +465,11 @@ def _windows(
     )
 
 
-def _measured(args: argparse.Namespace) -> "xr.DataTree":
-    """Open a run, and set the arguments of the model that it was measured on."""
+def _measured(args: argparse.Namespace) -> "tuple[xr.DataTree, argparse.Namespace]":
+    """Return the run, and a copy of the arguments with the model that it was measured on."""
     run = entangle.open_run(args.run)
-    args.model, args.dtype = run.attrs["model"], run.attrs["dtype"]
-    args.revision = run.attrs.get("revision")
-    return run
+    model = {name: run.attrs.get(name) for name in ("model", "dtype", "revision")}
+    return run, argparse.Namespace(**vars(args) | model)
 
 
 def _model(args: argparse.Namespace, packed: bool = False) -> "PreTrainedModel":

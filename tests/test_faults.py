@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shlex
 import shutil
 import signal
@@ -245,9 +246,9 @@ def test_what_a_kill_before_any_work_leaves_is_in_nobodys_way(
     (partial / "state").mkdir()
     (partial / "state" / "some").touch()
     assert folders.has_work(partial)
-    with pytest.raises(FileExistsError, match=r"run\.partial holds unfinished work"):
+    with pytest.raises(FileExistsError, match=r"run\.partial.*unfinished.*--overwrite"):
         merge([tmp_path / "1", tmp_path / "2"], out=tmp_path / "run")
-    with pytest.raises(FileExistsError, match=r"unfinished run with other settings"):
+    with pytest.raises(FileExistsError, match=r"run\.partial.*bins 2\D+1024\b.*--overwrite"):
         measure(model, windows, batch_size=2, out=tmp_path / "run")
     assert (partial / "state" / "some").is_file()
 
@@ -255,7 +256,7 @@ def test_what_a_kill_before_any_work_leaves_is_in_nobodys_way(
 def test_a_kill_while_run_json_is_written_leaves_no_work(tmp_path: Path) -> None:
     partial = folders.partial_of(tmp_path / "run")
     partial.mkdir()
-    for name in (".lock", folders.KEPT, "run.partial.json"):
+    for name in (".lock", folders.RESUMABLE, "run.partial.json"):
         (partial / name).touch()
     assert not folders.has_work(partial)
     with folders.new_folder(tmp_path / "run") as folder:
@@ -268,7 +269,7 @@ def _leave(partial: Path) -> None:
     """Leave what a process that was killed at once does."""
     partial.mkdir()
     (partial / ".lock").touch()
-    (partial / folders.KEPT).touch()
+    (partial / folders.RESUMABLE).touch()
     (partial / "run.json").write_text(json.dumps({"bins": 2, "command": "another"}))
 
 
@@ -388,7 +389,7 @@ def test_a_damaged_run_is_refused(name: str, how: str, finished: Path, tmp_path:
     for _ in range(2):  # to read it mends nothing
         with pytest.raises(kind, match=str(run)) as caught:
             open_run(run)
-        assert how == "gone" or str(caught.value).startswith(f"the run {run} is damaged, measure a")
+        assert how == "gone" or re.search(f"{run} .*damaged", str(caught.value))
 
 
 @pytest.mark.parametrize("how", ["cut off", "empty", "gone", "no JSON", "no UTF-8", "no object"])
@@ -401,7 +402,7 @@ def test_a_run_with_a_damaged_log_is_refused(how: str, finished: Path, tmp_path:
     else:
         damaged = {"cut off": file.read_bytes()[:-3], "empty": b"", "no JSON": b"{sha"}
         file.write_bytes(damaged.get(how, b"\xff{}" if how == "no UTF-8" else b"[]\n"))
-    with pytest.raises(ValueError, match=f"the run {run} is damaged, measure again"):
+    with pytest.raises(ValueError, match=f"{run} .*damaged"):
         open_run(run)
 
 
@@ -436,9 +437,8 @@ def test_a_damaged_state_is_told_and_deleted_it_is_begun_anew(
         places = {"length": 1, "header": header // 2, "payload": header + 100, "last": size - 1}
         flip(file, places[how], 3)
     for _ in range(2):
-        with pytest.raises(OSError, match=r"is damaged, delete it and run again") as caught:
+        with pytest.raises(OSError, match=f"{re.escape(str(file))} .*damaged"):
             measure(model, windows_of(tokens(9)), **FEW, out=tmp_path / "run")
-        assert str(caught.value).startswith(str(file))
     assert [path.name for path in tmp_path.iterdir()] == ["run.partial"]
     file.unlink()
     run = measure(model, windows_of(tokens(9)), **FEW, out=tmp_path / "run")
@@ -460,7 +460,7 @@ def test_any_flipped_bit_of_a_state_is_seen(
         try:
             packing.load_tensors(file)
         except OSError as error:
-            assert "is damaged" in str(error)  # noqa: PT017
+            assert re.search(f"{re.escape(str(file))} .*damaged", str(error))  # noqa: PT017
         else:
             unseen.append(place)
         file.write_bytes(good)
@@ -474,7 +474,7 @@ def test_a_damaged_run_json_of_an_unfinished_run_is_told(
     model = tiny_model("gpt2")
     file = unfinished(model, tmp_path / "run", monkeypatch).parents[1] / "run.json"
     file.write_bytes(file.read_bytes()[:-9])
-    with pytest.raises(ValueError, match=r"run.json is damaged, delete it and run again"):
+    with pytest.raises(ValueError, match=r"run\.json.*damaged"):
         measure(model, windows_of(tokens(9)), **FEW, out=tmp_path / "run")
     assert list(folders.partial_of(tmp_path / "run").glob("state/*.safetensors"))
 
@@ -539,7 +539,7 @@ def hold(*args, **words):
     print("ready", flush=True)
     time.sleep(600)
 
-measuring.listening = hold
+measuring.recording_outputs = hold
 main(sys.argv[1:])
 """
 
@@ -559,7 +559,7 @@ def test_two_runs_to_one_target_at_once_are_one_too_many(
             for options in ([], ["--overwrite"], ["--bins", "16"]):
                 assert main(words_of(place, target, *options)) == 2
                 said = capsys.readouterr().err
-                assert said == f"entangle: another process is writing to {target}\n"
+                assert re.fullmatch(rf"entangle: .*another process.*{target}\b.*\n", said)
             assert contents(tmp_path) == before
         finally:
             process.kill()
@@ -611,7 +611,7 @@ def test_a_place_that_cannot_be_written_is_named(
     for target in targets:
         assert main(words_of(place, target)) == 2
         said = capsys.readouterr().err
-        assert said.startswith(f"entangle: cannot write to {target}")
+        assert re.match(f"entangle: .*write.*{target}", said)
         assert len(said.splitlines()) == 1
     assert contents(tmp_path) == {"file": b"text"}
     assert list(locked.iterdir()) == []

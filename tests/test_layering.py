@@ -56,7 +56,7 @@ ROOMS = {
         "budgets",
         "costs",
         "block",
-        "rows",
+        "neurons",
         "checkpoint",
         "sparsifying",
     ),

@@ -77,7 +77,7 @@ def test_measure_says_what_it_measured_and_found_and_no_more(place: Path) -> Non
     run = entangle.open_run(place / "said")
     assert "640 tokens" in said.stdout
     assert "20 windows of 32" in said.stdout
-    assert f"{run.sizes['neuron']:,} neurons in 21 layers" in said.stdout
+    assert re.search(rf"\b{run.sizes['neuron']:,} neurons.*\b21 layers\b", said.stdout)
     assert f"{float(run['wasserstein'].max()):.4f}" in said.stdout
     assert "noise floor 0.0329" in said.stdout  # 0.833 / √640
     assert said.stderr == ""
@@ -176,13 +176,13 @@ def test_plots_are_written_into_the_run(place: Path, capsys: pytest.CaptureFixtu
     [
         (["measure", "./nowhere", "--text", "TEXT"], ["nowhere", "no model"]),
         (["measure", "nobody/nothing", "--text", "TEXT"], ["nobody/nothing"]),
-        (["measure", "MODEL", "--text", "missing.txt"], ["no text at missing.txt", "hub:"]),
+        (["measure", "MODEL", "--text", "missing.txt"], ["missing.txt", "hub:"]),
         (["measure", "MODEL", "--text", "TEXT", "--layers", "*.mlp.up_prj"], ["*.mlp.up_proj"]),
-        (["measure", "MODEL", "--text", "SHORT"], ["fewer than one window of 32", "20 tokens"]),
+        (["measure", "MODEL", "--text", "SHORT"], ["window of 32", "20 tokens"]),
         (["measure", "MODEL", "--text", "TEXT", "--length", "999"], ["999", str(CONTEXT)]),
-        (["measure", "MODEL", "--text", "TEXT", "--skip-first", "32"], ["leaves none"]),
-        (["measure", "MODEL", "--text", "TEXT", "--skip-first", "-1"], ["negative"]),
-        (["measure", "MODEL", "--text", "TEXT", "--windows", "0"], ["at least 1 window"]),
+        (["measure", "MODEL", "--text", "TEXT", "--skip-first", "32"], ["skip_first", "31"]),
+        (["measure", "MODEL", "--text", "TEXT", "--skip-first", "-1"], ["skip_first", "-1"]),
+        (["measure", "MODEL", "--text", "TEXT", "--windows", "0"], ["1 window", "0 of 32"]),
         (["measure", "MODEL", "--text", "TEXT", "--batch-size", "0"], ["batch size 0"]),
         (["measure", "MODEL", "--text", "TEXT", "--bins", "4096"], ["2048", "4096"]),
         (["measure", "MODEL", "--text", "TEXT", "--device", "cuda:7"], ["cuda:7"]),
@@ -195,7 +195,7 @@ def test_plots_are_written_into_the_run(place: Path, capsys: pytest.CaptureFixtu
         (["plot", "RUN", "neuron", "model.layers.1.mlp.up_prj:5"], ["model.layers.1.mlp.up_proj"]),
         (["plot", "RUN", "neuron", "model.layers.1.mlp.up_proj:99"], ["99", "37"]),
         (["plot", "RUN", "layers", "--out", "x.wrong"], ["wrong"]),
-        (["plot", "RUN", "clusters", "a:1", "b:2"], ["clusters takes one neuron, got a:1 b:2"]),
+        (["plot", "RUN", "clusters", "a:1", "b:2"], ["clusters", "one neuron", "a:1 b:2"]),
     ],
 )
 def test_bad_input_gets_one_message(
@@ -233,7 +233,7 @@ def test_an_existing_run_is_left_alone(place: Path, capsys: pytest.CaptureFixtur
     assert main(_measure(place, "run")) == 2
     assert "--overwrite" in capsys.readouterr().err
     assert main(_measure(place, "model", "--overwrite")) == 2  # a folder that is no run
-    assert "left alone" in capsys.readouterr().err
+    assert re.search(rf"{place / 'model'} .*\bentangle\b", capsys.readouterr().err)
     assert main(_measure(place, "text.txt/run")) == 2  # below a file
     assert "text.txt" in capsys.readouterr().err
     assert _contents(place / "run") == before
@@ -274,7 +274,7 @@ def test_stopped_by_a_signal_it_leaves_nothing(
     # ran, as dataclasses do when they are imported: on a busy machine imports take that long.
     ends = {code, -number} if number == signal.SIGINT else {code}
     assert process.returncode in ends, said
-    assert "nothing is written" in said
+    assert re.search("nothing.*written", said)
     assert "Traceback" not in said
     assert [path.name for path in tmp_path.iterdir()] == ["long.txt"]
 
@@ -294,9 +294,9 @@ def test_broken_and_dead_neurons_are_named_and_not_ranked(
     (tmp_path / "text.txt").write_text(WORDS * 60)
     assert main(_measure(tmp_path, "run")) == 0
     said = capsys.readouterr().out
-    assert "2 with outputs that are NaN, infinite" in said
-    assert "model.layers.2.mlp.down_proj:3, model.layers.2.mlp.down_proj:5" in said
-    assert "1 dead (constant), so without a distance: model.layers.0.mlp.up_proj:7" in said
+    last = r"model\.layers\.2\.mlp\.down_proj"
+    assert re.search(rf"\b2 .*\bNaN\b.*{last}:3, {last}:5$", said, re.MULTILINE)
+    assert re.search(r"\b1 dead.*model\.layers\.0\.mlp\.up_proj:7$", said, re.MULTILINE)
     run = entangle.open_run(tmp_path / "run").to_dataset()
     assert int(run["wasserstein"].isnull().sum()) == 3
     assert int((run["nonfinite"] > 0).sum()) == 2
@@ -337,7 +337,7 @@ def test_perplexity_is_that_of_the_python_function(
     assert main(words) == 0
     said = capsys.readouterr().out
     assert f"perplexity {score.perplexity:.4f} ± {score.perplexity_error:.4f}" in said
-    assert "20 windows of 32 that do not overlap" in said
+    assert "20 windows of 32" in said
 
 
 def _generated(capsys: pytest.CaptureFixture[str], folder: Path, *options: str) -> dict[str, Any]:
@@ -368,26 +368,26 @@ def test_generate_writes_what_the_python_function_does(
     assert main([*words, "--tokens", "6", "--dtype", "float32"]) == 0
     said = capsys.readouterr().out
     assert said.startswith(expected.text)
-    about = rf"{re.escape(str(place / 'model'))} on cpu, {size / 1e6:,.0f} MB of weights: the first"
-    about += r" token after \d+\.\d\d s \(9 of the prompt\), then 5 in \d+\.\d\d s: [\d.]+ a second"
+    about = rf"{re.escape(str(place / 'model'))} .*\bcpu\b.*\b{size / 1e6:,.0f} MB.*\b\d+\.\d\d s\b"
+    about += r".*\b9\b.*prompt.*\b5\b.*\b\d+\.\d\d s\b.*\b\d+\.\d a second"
     assert re.fullmatch(f"\n\n{about}\n", said.removeprefix(expected.text))
     assert main([*words, "--tokens", "1", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["tokens_per_second"] is None
     assert main([*words, "--tokens", "1"]) == 0
-    assert capsys.readouterr().out.endswith("(9 of the prompt)\n")
+    assert re.search(r"\b9\b.*prompt\W*$", capsys.readouterr().out)
 
 
 @pytest.mark.parametrize(
     ("words", "messages"),
     [
-        (["MODEL", "--prompt", ""], ["at least one token to write, got 0 and 64"]),
-        (["MODEL", "--prompt", "ab", "--tokens", "0"], ["got 2 and 0"]),
-        (["MODEL", "--prompt", "ab", "--tokens", "-4"], ["got 2 and -4"]),
-        (["MODEL", "--prompt", "ab", "--tokens", "63"], ["2 tokens and 63", "ask for fewer"]),
-        (["MODEL", "--prompt", "a" * 65, "--tokens", "1"], ["65 tokens and 1", str(CONTEXT)]),
-        (["./nowhere", "--prompt", "ab"], ["there is no model at nowhere"]),
+        (["MODEL", "--prompt", ""], ["prompt", "one token", "0 and 64"]),
+        (["MODEL", "--prompt", "ab", "--tokens", "0"], ["prompt", "one token", "2 and 0"]),
+        (["MODEL", "--prompt", "ab", "--tokens", "-4"], ["prompt", "one token", "2 and -4"]),
+        (["MODEL", "--prompt", "ab", "--tokens", "63"], ["2 tokens", "63", str(CONTEXT)]),
+        (["MODEL", "--prompt", "a" * 65, "--tokens", "1"], ["65 tokens", str(CONTEXT)]),
+        (["./nowhere", "--prompt", "ab"], ["no model", "nowhere"]),
         (["MODEL", "--prompt", "ab", "--device", "gpu"], ["gpu"]),
-        (["RUN", "--prompt", "ab"], ["holds no model"]),
+        (["RUN", "--prompt", "ab"], ["no model", "config.json"]),
     ],
 )
 def test_what_cannot_be_written_gets_one_message(
@@ -462,8 +462,9 @@ def test_sparsify_writes_a_model_that_every_command_takes(
     options = ["--layers", "*.self_attn.*", "--sparsity", "2:4", "--method", "wanda"]
     assert main(_pruning(place, "sparsify", out, *options)) == 0
     said = capsys.readouterr().out
-    assert "12 layers pruned to 2:4 by wanda (mask row, propagate sparse) from 640 tok" in said
-    assert "50.0000% of their weights are zero" in said
+    pruned = r"\b12 layers.*\b2:4\b.*\bwanda\b.*mask row, propagate sparse.*\b640 tokens"
+    assert re.search(pruned, said)
+    assert re.search(r"\b50\.0000% .*weights", said)
     manifest = json.loads((out / "sparsity.json").read_text())
     assert f"mean {manifest['error']:.4g}" in said
     noted = json.loads((out / "run.json").read_text())
@@ -491,8 +492,8 @@ def test_sparsify_takes_a_budget_of_a_run(
     said = capsys.readouterr().out
     rows = json.loads((out / "sparsity.json").read_text())["layers"]
     low, high = min(row["least"] for row in rows), max(row["most"] for row in rows)
-    assert "budget ranks, strength 0.4, across entanglement: " in said
-    assert f"{low:.1%} to {high:.1%} of a row is zero" in said
+    assert "budget ranks, strength 0.4, across entanglement" in said
+    assert f"{low:.1%} to {high:.1%} of a row" in said
     noted = json.loads((out / "run.json").read_text())
     assert (noted["budget"], noted["strength"], noted["across"]) == ("ranks", 0.4, "entanglement")
     alone = entangle.load_model(place / "model")
@@ -515,9 +516,10 @@ def test_sparsify_takes_a_budget_of_a_run(
     best = scored[1:].sort_values("nats").iloc[0]
     assert (best["budget"], best["strength"]) == (chosen["budget"], chosen["strength"])
     said = capsys.readouterr().out
-    assert f"{best['budget']} rows were chosen of 10 budgets on 5 calibration windows" in said
-    against = f"{best['against_uniform']:.3f} ± {best['against_uniform_error']:.3f} nats a token"
-    assert f"set aside, {against} against uniform rows: " in said
+    rows = re.escape(f"{best['budget']} rows")
+    against = f"{best['against_uniform']:.3f} ± {best['against_uniform_error']:.3f} nats"
+    told = rf"{rows}.*\b10 budgets.*\b5 calibration windows.*{re.escape(against)}.*uniform"
+    assert re.search(told, said)
     named = ["--budget", f"{run}:std", "--strength", "auto", "--overwrite"]
     assert main([*_pruning(place, "sparsify", out, *layers), *named]) == 0
     assert json.loads((out / "run.json").read_text())["budget"] == "std"
@@ -545,18 +547,21 @@ def test_a_sweep_has_a_line_for_each_budget(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--budget", "RUN:std", "--mask", "block"], "use a mask by row and a share of zeros"),
-        (["--budget", "RUN:std", "--sparsity", "2:4"], "2:4 fixes every row's zeros"),
-        (["--strength", "0.5"], "--strength is of rows graded by a measured run"),
-        (["--budget", "RUN:std", "--strength", "1.5"], "strength must be from 0 to 1, got 1.5"),
-        (["--budget", "RUN:std", "--strength", "much"], "expected a number or auto, got 'much'"),
-        (["--budget", "uniform", "--strength", "auto"], "give one with --budget RUN"),
-        (["--across", "entanglement"], "--budget RUN:uniform where rows are to be alike"),
-        (["--budget", "RUN:uniform", "--strength", "auto"], "is of rows graded by a measured run"),
-        (["--budget", "trim", "--strength", "0.1"], "is of rows graded by a measured run"),
-        (["--budget", "nowhere:std"], "nowhere is not there"),
-        (["--budget", "RUN:beauty"], "budget must be one of uniform, .* got 'beauty'"),
-        (["--budget", "OTHER"], "measured on other weights"),
+        (["--budget", "RUN:std", "--mask", "block"], r"budget std.*mask.*\bblock\b"),
+        (["--budget", "RUN:std", "--sparsity", "2:4"], r"budget std.*\b2:4\b"),
+        (["--strength", "0.5"], "--strength.*measured run.*--budget RUN"),
+        (["--budget", "RUN:std", "--strength", "1.5"], r"strength.*\b1\.5\b"),
+        (["--budget", "RUN:std", "--strength", "much"], "argument --strength: .*'much'"),
+        (["--budget", "uniform", "--strength", "auto"], "--strength.*measured run.*--budget RUN"),
+        (["--across", "entanglement"], "--across entanglement.*--budget RUN:uniform"),
+        (
+            ["--budget", "RUN:uniform", "--strength", "auto"],
+            "--strength.*measured run.*--budget RUN",
+        ),
+        (["--budget", "trim", "--strength", "0.1"], "--strength.*measured run.*--budget RUN"),
+        (["--budget", "nowhere:std"], r"\bnowhere .*--out"),
+        (["--budget", "RUN:beauty"], "budget.*uniform, .*'beauty'"),
+        (["--budget", "OTHER"], "other weights"),
     ],
 )
 def test_what_is_no_budget_is_told(
@@ -595,13 +600,11 @@ def test_a_mixture_is_made_told_of_and_taken_as_a_model(
     assert main(_pruning(place, "sparsify", out, *options)) == 0
     said = capsys.readouterr().out
     whole = json.loads((out / "sparsity.json").read_text())
-    assert "each layer has up to 3 experts, in the median 3 and 3 at least" in said
-    assert "(assign random, components 0, pull 0.5)" in said
-    assert f"a token needs {whole['density']:.2%} of these layers' multiply-adds" in said
-    assert (
-        f"{whole['disk_bytes'] / 1e6:,.1f} MB on disk and {whole['memory_bytes'] / 1e6:,.1f}"
-        in said
-    )
+    assert re.search(r"\b3 experts.*median 3\b.*\b3\b", said)
+    assert "assign random, components 0, shrinkage 0.5" in said
+    disk, memory = (f"{whole[f'{kind}_bytes'] / 1e6:,.1f} MB" for kind in ("disk", "memory"))
+    assert re.search(rf"\b{whole['density']:.2%} .*multiply-adds", said)
+    assert re.search(rf"\b{disk}.*disk.*\b{memory}.*memory", said)
     noted = json.loads((out / "run.json").read_text())
     assert (noted["experts"], noted["assign"], noted["components"]) == (3, "random", 0)
     assert "--components 0" in noted["command"]
@@ -625,10 +628,10 @@ def test_a_mixture_is_made_told_of_and_taken_as_a_model(
     again = ["sparsify", str(out), *words, "--sparsity", "0.5", "--out", str(tmp_path / "twice")]
     capsys.readouterr()
     assert main(again) == 2
-    assert "is expanded to 3 experts already" in capsys.readouterr().err
+    assert re.search(r"expanded.*\b3 experts", capsys.readouterr().err)
     (out / "experts" / "1.safetensors").write_bytes(b"cut off")
     assert main(["perplexity", str(out), *words]) == 2
-    assert "is damaged: experts/1.safetensors is not the file" in capsys.readouterr().err
+    assert re.search(rf"{out} .*damaged.*experts/1\.safetensors", capsys.readouterr().err)
 
 
 def test_how_many_layers_have_merged_clusters_is_said(
@@ -641,7 +644,7 @@ def test_how_many_layers_have_merged_clusters_is_said(
     assert clusters[0] < 24
     middle = (clusters[len(clusters) // 2] + clusters[(len(clusters) - 1) // 2]) / 2
     said = capsys.readouterr().out
-    assert f"up to 24 experts, in the median {middle:g} and {clusters[0]} at least" in said
+    assert re.search(rf"\b24 experts.*median {middle:g}\b.*\b{clusters[0]}\b", said)
 
 
 def test_a_sweep_has_a_line_for_each_number_of_experts(
@@ -649,17 +652,17 @@ def test_a_sweep_has_a_line_for_each_number_of_experts(
 ) -> None:
     out = tmp_path / "sweep"
     options = ["--layers", "*.mlp.*", "--experts", "1,3", "--assign", "kmeans,random"]
-    options += ["--components", "auto,0", "--pull", "0,0.5", "--propagate", "dense"]
+    options += ["--components", "auto,0", "--shrinkage", "0,0.5", "--propagate", "dense"]
     assert main(_pruning(place, "sweep", out, *options, "--method", "sparsegpt,wanda")) == 0
     said = capsys.readouterr().out
     heads = next(line for line in said.splitlines() if line.startswith("| method"))
     assert [cell.strip() for cell in heads.split("|")[4:9]] == [
-        "experts", "assign", "components", "pull", "sparsity",
+        "experts", "assign", "components", "shrinkage", "sparsity",
     ]  # fmt: skip
     noted = json.loads((out / "run.json").read_text())["command"]
     assert "--components auto,0" in noted
     assert "--experts 1,3" in noted
-    assert "--pull 0.0,0.5" in noted
+    assert "--shrinkage 0.0,0.5" in noted
     table = sweep_table.read_table(out)
     assert len(table) == 1 + 1 + 2 * 2 * 2 + 1
     assert (out / "figures" / "sweep.png").stat().st_size > 10_000
@@ -673,7 +676,7 @@ def test_sweep_prints_its_table_and_draws_it(
     assert main(_pruning(place, "sweep", out, *options)) == 0
     said = capsys.readouterr().out
     assert said.startswith((out / "tables" / "sweep.md").read_text())
-    assert "scored on 217 tokens" in said  # 7 windows of 32, the first token of each not scored
+    assert "217 tokens" in said  # 7 windows of 32, the first token of each not scored
     table = pd.read_csv(out / "tables" / "sweep.csv", dtype={"sparsity": str})
     assert table["sparsity"].tolist()[1:] == ["0.3", "0.6", "0.8"] * 2
     noted = json.loads((out / "run.json").read_text())["command"]
@@ -684,25 +687,29 @@ def test_sweep_prints_its_table_and_draws_it(
     assert json.loads(capsys.readouterr().out) == {"figure": str(out / "figures" / "sweep.png")}
     assert (out / "figures" / "sweep.png").read_bytes() == picture
     assert main(["rank", str(out)]) == 2
-    assert "is no measured run, but holds tables" in capsys.readouterr().err
+    assert re.search("measured run.*tables", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize(
     ("command", "options", "message"),
     [
-        ("sparsify", ["--sparsity", "80"], "expected a sparsity from 0 to 1, or n:m"),
-        ("sparsify", ["--sparsity", "2:4"], "down_proj: 2:4 needs groups of 4, but there are 37"),
-        ("sweep", ["--method", "wanda,luck"], "method must be one of sparsegpt, wanda, magnitude"),
-        ("sweep", ["--sparsity", ","], "at least one value of sparsity"),
-        ("sweep", ["--evaluation", "TEXT", "--evaluation-windows", "20"], "calibration windows"),
-        ("sweep", ["--evaluation", "nowhere"], "there is no text at nowhere"),
-        ("sweep", ["--evaluation-windows", "0"], "at least 1 window"),
-        ("sweep", ["--experts", ","], "at least one value of experts"),
-        ("sweep", ["--experts", "4", "--method", "wanda"], "experts are pruned by sparsegpt: add"),
-        ("sweep", ["--experts", "1,0"], "at least 1 expert, got experts=0"),
-        ("sweep", ["--experts", "4", "--pull", "-1"], "pull must be a number that is not neg"),
-        ("sparsify", ["--experts", "4", "--method", "wanda"], "experts are pruned by sparsegpt"),
-        ("sparsify", ["--experts", "4", "--components", "-3"], "components must not be negative"),
+        ("sparsify", ["--sparsity", "80"], "sparsity.*n:m.*'80'"),
+        ("sparsify", ["--sparsity", "2:4"], r"down_proj.*\b2:4\b.*groups.*\b37\b"),
+        ("sweep", ["--method", "wanda,luck"], "method.*sparsegpt, wanda, magnitude.*'luck'"),
+        ("sweep", ["--sparsity", ","], r"one value.*\bsparsity\b"),
+        (
+            "sweep",
+            ["--evaluation", "TEXT", "--evaluation-windows", "20"],
+            r"\b20 of 20 evaluation windows.*calibration",
+        ),
+        ("sweep", ["--evaluation", "nowhere"], r"no text.*\bnowhere\b"),
+        ("sweep", ["--evaluation-windows", "0"], r"\b1 window.*\b0 of 32\b"),
+        ("sweep", ["--experts", ","], r"one value.*\bexperts\b"),
+        ("sweep", ["--experts", "4", "--method", "wanda"], "experts.*sparsegpt.*methods"),
+        ("sweep", ["--experts", "1,0"], r"\b1 expert.*\b0\b"),
+        ("sweep", ["--experts", "4", "--shrinkage", "-1"], r"shrinkage.*negative.*-1\b"),
+        ("sparsify", ["--experts", "4", "--method", "wanda"], r"experts.*\b4 experts.*wanda"),
+        ("sparsify", ["--experts", "4", "--components", "-3"], r"components.*negative.*-3\b"),
     ],
 )
 def test_bad_prunings_get_one_message_and_leave_nothing(
@@ -718,7 +725,7 @@ def test_bad_prunings_get_one_message_and_leave_nothing(
     said = capsys.readouterr()
     assert said.out == ""
     assert said.err.startswith("entangle: ")
-    assert message in said.err
+    assert re.search(message, said.err)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -735,8 +742,7 @@ def test_a_stopped_sweep_says_where_it_goes_on(place: Path, tmp_path: Path) -> N
     process.send_signal(signal.SIGTERM)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 143
-    expected = f"terminated: what is done is kept in {partial}, and the same command goes on"
-    assert expected in said
+    assert re.search(rf"terminated.*{partial}\b", said)
     assert list((partial / "arms").glob("*.json"))
 
 
@@ -783,7 +789,7 @@ sys.exit(__main__.main(["rank", "nowhere"]))
 def test_a_signal_that_comes_where_python_ignores_an_exit_is_not_lost(code: str) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (143, "")
-    assert done.stderr == "entangle: terminated: nothing is written\n"
+    assert re.fullmatch(r"entangle: .*terminated.*nothing.*\n", done.stderr)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -793,7 +799,7 @@ def test_every_architecture_is_measured_ranked_and_drawn(
     save_tiny(tmp_path / "model", name)
     (tmp_path / "text.txt").write_text(WORDS * 20)
     assert main(_measure(tmp_path, "run")) == 0
-    fused = "matrices in the blocks are no linear layers and were not measured"
+    fused = "model.layers.0.mlp.experts.gate_up_proj"  # is not measured, and named
     assert (fused in capsys.readouterr().out) == (name == "mixtral")
     run = str(tmp_path / "run")
     assert main(["rank", run, "--top", "1", "--json"]) == 0
@@ -808,9 +814,9 @@ def test_every_architecture_is_measured_ranked_and_drawn(
 @pytest.mark.parametrize(
     ("option", "word", "message"),
     [
-        ("--experts", "1,many", "expected a whole number such as 16, got 'many'"),
-        ("--pull", "half", "expected a number such as 0.25, got 'half'"),
-        ("--components", "some", "expected a number or auto, got 'some'"),
+        ("--experts", "1,many", "whole number.*'many'"),
+        ("--shrinkage", "half", "number.*'half'"),
+        ("--components", "some", "number or auto.*'some'"),
     ],
 )
 def test_words_that_are_no_numbers_are_told(
@@ -820,7 +826,7 @@ def test_words_that_are_no_numbers_are_told(
     with pytest.raises(SystemExit) as stopped:
         main(_pruning(place, "sweep", tmp_path / "out", option, word))
     assert stopped.value.code == 2
-    assert f"argument {option}: {message}" in capsys.readouterr().err
+    assert re.search(f"argument {option}: .*{message}", capsys.readouterr().err)
 
 
 # Ablations, and what clusters make of neurons.
@@ -870,7 +876,7 @@ def test_measure_with_difficulty_writes_its_table_and_its_figure(
     plain = json.loads((place / "run" / "run.json").read_text())["command"]
     assert "--difficulty" not in plain
     assert main(["plot", str(place / "run"), "difficulty"]) == 2
-    assert "measure it with --difficulty PAIRS" in capsys.readouterr().err
+    assert re.search("mapping difficulty.*--difficulty", capsys.readouterr().err)
 
 
 def test_ablate_prints_its_table_and_draws_it(
@@ -881,8 +887,8 @@ def test_ablate_prints_its_table_and_draws_it(
     assert main(_treating(place, "ablate", out, *options, "--sparsity", "0.6")) == 0
     said = capsys.readouterr().out
     assert said.startswith((out / "tables" / "ablation.md").read_text())
-    assert f"written to {out}, with a figure: {out / 'figures' / 'ablation.png'}" in said
-    assert "scored on 217 tokens" in said  # 7 windows of 32, the first token of each not scored
+    assert re.search(rf"{out}\b.*{out / 'figures' / 'ablation.png'}", said)
+    assert "217 tokens" in said  # 7 windows of 32, the first token of each not scored
     table = ablation_table.read_table(out)
     kinds = [("sparsify", "0.6", 1), ("sparsify", "0.6", 3), ("negative", "", 1)]
     arms = [(*kind, share, name) for kind in kinds for share in (0.1, 0.3) for name in
@@ -907,7 +913,7 @@ def test_ablate_prints_its_table_and_draws_it(
     assert Path(file).read_bytes() == picture
     assert _repeated(out, tmp_path / "again")
     assert main(["rank", str(out)]) == 2
-    assert "is no measured run, but holds tables" in capsys.readouterr().err
+    assert re.search("measured run.*tables", capsys.readouterr().err)
 
 
 def test_ablate_without_a_text_a_block_at_a_time_as_json(
@@ -936,8 +942,8 @@ def test_disentangle_writes_a_run_with_tables_and_figures(
     assert said.startswith((out / "tables" / "disentangle.md").read_text())
     kinds = ["improvement", "clusters", "sparse"]
     files = [out / "figures" / f"{kind}.png" for kind in kinds]
-    assert f"written to {out}, with figures: {', '.join(map(str, files))}" in said
-    assert "measured on 224 held-out tokens" in said
+    assert re.search(rf"{out}\b.*{', '.join(map(str, files))}", said)
+    assert "224 held-out tokens" in said
     pictures = [file.read_bytes() for file in files]
     for kind, file, picture in zip(kinds, files, pictures, strict=True):
         assert main(["plot", str(out), kind]) == 0
@@ -978,43 +984,47 @@ def test_disentangle_where_nothing_is_lost_draws_what_can_be_drawn(
 ) -> None:
     options = ["--experts", "2", "--layers", "*.1.mlp.up_proj", "--sparsity", "0"]
     assert main(_treating(place, "disentangle", tmp_path / "out", *options)) == 0
-    assert "no improvement.png (no neuron has an improvement to draw" in capsys.readouterr().out
+    assert re.search(r"improvement\.png.*no neuron", capsys.readouterr().out)
     drawn = sorted(file.name for file in (tmp_path / "out" / "figures").iterdir())
     assert drawn == ["clusters.png", "sparse.png"]
     assert main(["plot", str(tmp_path / "out"), "improvement"]) == 2
-    assert "no neuron has an improvement to draw" in capsys.readouterr().err
+    assert re.search("no neuron.*improvement", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize(
     ("command", "options", "message"),
     [
-        ("ablate", ["--intervention", "luck"], "expected one of sparsify, zero, mean, negative"),
-        ("ablate", ["--sets", "beauty"], "expected one of wasserstein, bottom, random"),
-        ("ablate", ["--share", "0"], "a share of neurons above 0 and at most 1, got 0.0"),
-        ("ablate", ["--share", "0.1,2"], "a share of neurons above 0 and at most 1, got 2.0"),
-        ("ablate", ["--share", ","], "an ablation needs at least one value of share"),
-        ("ablate", ["--sparsity", "80"], "expected a sparsity from 0 to 1, or n:m"),
-        ("ablate", ["--sparsity", "2:4"], "down_proj: 2:4 needs groups of 4, but there are 37"),
-        ("ablate", ["--experts", "0"], "a layer needs at least 1 expert, got 0"),
-        ("ablate", ["--seeds", "0"], "random neurons need at least 1 seed, got 0"),
-        ("ablate", ["--text", "NONE"], "needs a text to prune by: give one with --text"),
+        ("ablate", ["--intervention", "luck"], "sparsify, zero, mean, negative.*'luck'"),
+        ("ablate", ["--sets", "beauty"], "wasserstein, bottom, random.*'beauty'"),
+        ("ablate", ["--share", "0"], r"share.*\b0\.0\b"),
+        ("ablate", ["--share", "0.1,2"], r"share.*\b2\.0\b"),
+        ("ablate", ["--share", ","], r"ablation.*one value.*\bshare\b"),
+        ("ablate", ["--sparsity", "80"], "sparsity.*n:m.*'80'"),
+        ("ablate", ["--sparsity", "2:4"], r"down_proj.*\b2:4\b.*groups.*\b37\b"),
+        ("ablate", ["--experts", "0"], r"\b1 expert.*\b0\b"),
+        ("ablate", ["--seeds", "0"], r"random.*\b1 seed.*\b0\b"),
+        ("ablate", ["--text", "NONE"], r"sparsify.*--text\b"),
         (
             "ablate",
             ["--evaluation", "TEXT", "--evaluation-windows", "20", "--text", "OTHER"],
-            "20 of the 20 windows",
+            r"\b20 of .*\b20 windows.*scored",
         ),
         (
             "ablate",
             ["--evaluation", "TEXT", "--evaluation-windows", "20"],
-            "20 of 20 evaluation windows",
+            r"\b20 of 20 evaluation windows.*calibration",
         ),
-        ("ablate", ["--evaluation", "nowhere"], "there is no text at nowhere"),
-        ("ablate", ["--layers", "*.mlp.up_prj"], "no layer of this run matches '*.mlp.up_prj'"),
-        ("disentangle", ["--experts", "1"], "numbers of experts of which one is above 1, got 0.8"),
-        ("disentangle", ["--sparsity", "1.5"], "expected a sparsity from 0 to 1, or n:m"),
-        ("disentangle", ["--neurons", "a:1"], "no neuron 'a:1' in these layers of the run"),
-        ("disentangle", ["--skip-first", "32"], "leaves none"),
-        ("disentangle", ["--text", "OTHER", "--windows", "7"], "are calibration windows too"),
+        ("ablate", ["--evaluation", "nowhere"], r"no text.*\bnowhere\b"),
+        ("ablate", ["--layers", "*.mlp.up_prj"], r"layer.*'\*\.mlp\.up_prj'"),
+        ("disentangle", ["--experts", "1"], r"experts.*\b0\.8\D+1\b"),
+        ("disentangle", ["--sparsity", "1.5"], r"sparsity.*n:m.*\b1\.5\b"),
+        ("disentangle", ["--neurons", "a:1"], "neuron 'a:1'.*LAYER:INDEX"),
+        ("disentangle", ["--skip-first", "32"], r"skip_first.*\b31\b.*\b32\b"),
+        (
+            "disentangle",
+            ["--text", "OTHER", "--windows", "7"],
+            r"\b7 of 7 evaluation windows.*calibration",
+        ),
     ],
 )
 def test_what_cannot_be_treated_gets_one_message_and_leaves_nothing(
@@ -1035,7 +1045,7 @@ def test_what_cannot_be_treated_gets_one_message_and_leaves_nothing(
     assert said.out == ""
     assert said.err.startswith("entangle: ")
     assert "Traceback" not in said.err
-    assert message in said.err
+    assert re.search(message, said.err)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -1049,12 +1059,12 @@ def test_a_run_of_other_weights_or_none_is_told(
     save_tiny(tmp_path / "model", "llama", seed=1)
     capsys.readouterr()
     assert main(_treating(tmp_path, command, tmp_path / "out")) == 2
-    assert "the run was measured on other weights" in capsys.readouterr().err
-    for name, message in (("model", "holds no run.json"), ("nowhere", "is not there")):
+    assert "other weights" in capsys.readouterr().err
+    for name, message in (("model", r"run\.json.*--out"), ("nowhere", r"\bnowhere .*--out")):
         words = _treating(place, command, tmp_path / "out")
         words[1] = str(place / name)
         assert main(words) == 2
-        assert message in capsys.readouterr().err
+        assert re.search(message, capsys.readouterr().err)
     assert main(_treating(place, command, place / "run")) == 2
     assert "--overwrite" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
@@ -1063,13 +1073,13 @@ def test_a_run_of_other_weights_or_none_is_told(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["difficulty", "a:1"], "plot difficulty takes no neuron, got 'a:1'"),
-        (["ablation", "a:1"], "plot ablation takes no neuron, got 'a:1'"),
-        (["improvement", "a:1"], "plot improvement takes no neuron, got 'a:1'"),
-        (["ablation"], "holds no tables/ablation.csv: expected the folder of an ablation"),
-        (["improvement"], "this run knows no improvement: draw one that disentangle wrote"),
-        (["clusters"], "this run kept no outputs: draw one that disentangle wrote"),
-        (["sparse", "model.layers.1.mlp.up_proj:5"], "this run kept no outputs"),
+        (["difficulty", "a:1"], "difficulty.*no neuron.*'a:1'"),
+        (["ablation", "a:1"], "ablation.*no neuron.*'a:1'"),
+        (["improvement", "a:1"], "improvement.*no neuron.*'a:1'"),
+        (["ablation"], r" tables/ablation\.csv.*ablation"),
+        (["improvement"], "improvement.*disentangle"),
+        (["clusters"], "outputs.*disentangle"),
+        (["sparse", "model.layers.1.mlp.up_proj:5"], "outputs.*disentangle"),
     ],
 )
 def test_pictures_that_a_run_has_not_are_told(
@@ -1078,7 +1088,7 @@ def test_pictures_that_a_run_has_not_are_told(
     assert main(["plot", str(place / "run"), *words]) == 2
     said = capsys.readouterr()
     assert (said.out, "Traceback" in said.err) == ("", False)
-    assert message in said.err
+    assert re.search(message, said.err)
 
 
 # Tokens behind neurons.
@@ -1116,9 +1126,9 @@ def test_contexts_are_printed_and_added_to_the_run(
     heads = [line for line in lines if ": W1 " in line]
     for head, name in zip(heads, names, strict=True):
         assert head.startswith(f"{name}: W1 {_exact_distance(place, name):.4f}, 95% interval ")
-        assert "(640 tokens, bootstrap of windows)" in head
+        assert "640 tokens" in head
     assert [lines.count(f"  {why}") for why in ("lowest", "highest", "quantile 0.5")] == [2, 2, 2]
-    assert lines[-1] == f"added to {run / 'contexts.json'}"
+    assert lines[-1].endswith(f" {run / 'contexts.json'}")
 
     assert main(["contexts", str(run), *names, "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
@@ -1183,11 +1193,11 @@ def test_contexts_of_a_run_on_a_folder_of_two_texts(
 def test_neurons_may_stand_behind_options(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     names = [f"model.layers.1.mlp.up_proj:{index}" for index in range(6)]
     assert main(["contexts", "--device", "cpu", str(run), "--debug", names[0]]) == 0
-    assert "window:position, and the text" in capsys.readouterr().out
+    assert "window:position" in capsys.readouterr().out
     assert main(["contexts", str(run), names[0], "--device", "cpu", *names[1:]]) == 0
     said = capsys.readouterr().out
     assert [name in said for name in names] == [True] * 6
-    assert "the tokens of more than 5 neurons are not printed" in said
+    assert "more than 5 neurons" in said
     assert "[[" not in said
     assert {*json.loads((run / "contexts.json").read_text())} == {*names}
     assert main(["plot", str(run), "neuron", "--out", str(run / "a.png"), names[0]]) == 0
@@ -1201,14 +1211,14 @@ def test_neurons_may_stand_behind_options(run: Path, capsys: pytest.CaptureFixtu
 @pytest.mark.parametrize(
     ("words", "messages"),
     [
-        ([], ["name neurons as LAYER:INDEX, or say --top N"]),
-        (["--top", "0"], ["name neurons as LAYER:INDEX, or say --top N"]),
-        (["UP:5", "--top", "2"], ["name neurons as LAYER:INDEX, or say --top N"]),
-        (["UP:5", "UP:37"], ["no neuron", "model.layers.1.mlp.up_proj has 37 neurons, 0 to 36"]),
-        (["model.layers.1.mlp.up_prj:5"], ["such as model.layers.1.mlp.up_proj:0"]),
-        (["--top", "2", "--layers", "*.nothing"], ["no layer of this run matches '*.nothing'"]),
+        ([], ["LAYER:INDEX", "--top"]),
+        (["--top", "0"], ["LAYER:INDEX", "--top"]),
+        (["UP:5", "--top", "2"], ["LAYER:INDEX", "--top"]),
+        (["UP:5", "UP:37"], ["up_proj:37'", "37 neurons", " 36"]),
+        (["model.layers.1.mlp.up_prj:5"], ["up_prj:5'", "model.layers.1.mlp.up_proj:0"]),
+        (["--top", "2", "--layers", "*.nothing"], ["layer", "'*.nothing'"]),
         (["UP:5", "--device", "cuda:7"], ["cuda:7"]),
-        (["--top", "-1"], ["at least 1 neuron of each layer, got -1"]),
+        (["--top", "-1"], ["1 neuron", "-1"]),
     ],
 )
 def test_a_slip_in_the_words_of_contexts_gets_one_message(
@@ -1241,10 +1251,10 @@ def test_contexts_need_the_text_and_the_weights_that_were_measured(
 
     text.rename(tmp_path / "away.txt")
     assert main(words) == 2
-    _one_message(capsys, [f"there is no text at {text}"])
+    _one_message(capsys, ["no text", str(text)])
     text.write_text(WORDS.upper() * 60)
     assert main(words) == 2
-    _one_message(capsys, ["the run was measured on other windows than these", str(text)])
+    _one_message(capsys, ["other windows", str(text)])
     (tmp_path / "away.txt").rename(text)
     assert not (run / "contexts.json").exists()
 
@@ -1253,7 +1263,7 @@ def test_contexts_need_the_text_and_the_weights_that_were_measured(
     written = (run / "contexts.json").read_bytes()
     (run / "contexts.json").write_bytes(written[:50])
     assert main(words) == 2
-    _one_message(capsys, ["contexts.json is damaged, delete it and run again"])
+    _one_message(capsys, ["contexts.json", "damaged"])
     (run / "contexts.json").unlink()
     assert main(words) == 0
     assert (run / "contexts.json").read_bytes() == written
@@ -1261,8 +1271,8 @@ def test_contexts_need_the_text_and_the_weights_that_were_measured(
 
     save_tiny(tmp_path / "model", "llama", seed=1)
     assert main(words) == 2
-    _one_message(capsys, ["the run was measured on other weights"])
-    for name, message in (("model", "holds no run.json"), ("nowhere", "is not there")):
+    _one_message(capsys, ["other weights"])
+    for name, message in (("model", "run.json"), ("nowhere", "nowhere ")):
         assert main(["contexts", str(tmp_path / name), "--top", "1"]) == 2
-        _one_message(capsys, [message])
+        _one_message(capsys, [message, "--out"])
     assert (run / "contexts.json").read_bytes() == written

@@ -16,13 +16,13 @@ from entangle.experiments.ablation_table import effects_of, markdown, table_of
 from entangle.experiments.interventions import BOTTOM, RANDOM, SETS, Ablation, Arm
 from entangle.measurement.ranking import Neurons, matched_random, top_by_layer
 from entangle.model import folders, ranks
-from entangle.model.hooks import check_fired, intervening
+from entangle.model.hooks import check_fired, replacing_outputs
 from entangle.model.layers import LinearLayer, weight_of
 from entangle.model.placing import check_in_memory
 from entangle.model.scoring import NotFiniteError
 from entangle.model.text import TokenWindows
+from entangle.pruning.neurons import Kind, Outputs, SparseNeurons, load_neurons, prune_neurons
 from entangle.pruning.options import Several
-from entangle.pruning.rows import Kind, Outputs, SparseRows, load_rows, prune_rows
 from entangle.pruning.sparsifying import check_layers
 from entangle.runs import store
 from entangle.runs.dataset import about, dataset_of, values_of
@@ -144,7 +144,7 @@ def ablate(
     if pruned:
         check_layers(setup, [arm.sparsity for arm in arms if arm.sparsity])
     attributes = setup.provenance() | {"pruned": pruned, "run": about(run)}
-    attributes |= {"missing_sets": missing, "arms": [arm.words() for arm in arms]}
+    attributes |= {"missing_sets": missing, "arms": [arm.settings() for arm in arms]}
     treated = _treated(setup, arms)
     weights = list(model.parameters())
     zeros = sum(int((one == 0).sum()) for one in weights), sum(one.numel() for one in weights)
@@ -162,7 +162,7 @@ def ablate(
             else:
                 problem = prune() if arm.sparsity else ""
                 found = _run_arm(setup, arm, treated[arm], rows, problem, zeros)
-            ranks.once(store.write_json, file, found)
+            ranks.on_rank_zero(store.write_json, file, found)
         results = [store.read_json(file) for file in files]
         table = effects_of(results)
         table.attrs.update(attributes)
@@ -221,7 +221,7 @@ def _wanted(arms: Sequence[Arm], treated: Mapping[Arm, Neurons]) -> dict[Kind, d
 def _prune(setup: Setup, wanted: Mapping[Kind, Mapping[str, set[int]]], folder: Path) -> str:
     """Prune the rows of all arms; return the error message, empty if there is none."""
     try:
-        prune_rows(setup, wanted, folder)
+        prune_neurons(setup, wanted, folder)
     except ValueError as error:
         return str(error)
     return ""
@@ -230,7 +230,9 @@ def _prune(setup: Setup, wanted: Mapping[Kind, Mapping[str, set[int]]], folder: 
 def _name(arm: Arm | None) -> str:
     if arm is None:
         return "dense"
-    return "-".join(str(v).replace(":", "of") for v in arm.words().values() if v not in {None, ""})
+    return "-".join(
+        str(v).replace(":", "of") for v in arm.settings().values() if v not in {None, ""}
+    )
 
 
 def _run_arm(
@@ -243,7 +245,7 @@ def _run_arm(
     """
     layers = [layer for layer in setup.layers if layer.name in chosen]
     neurons = {x.name: torch.from_numpy(chosen[x.name]).to(weight_of(x).device) for x in layers}
-    result = arm.words() | {"neurons_treated": sum(map(len, neurons.values()))}
+    result = arm.settings() | {"neurons_treated": sum(map(len, neurons.values()))}
     nothing = {"window_nats": [None] * len(setup.evaluation or ()), "tokens": 0}
     if not layers:
         problem = f"no neuron has a {arm.neurons} to be chosen by"
@@ -251,7 +253,7 @@ def _run_arm(
         return result | nothing | {"problem": problem}
     sparse: dict[str, Outputs] = {}
     if arm.sparsity is not None:
-        rows = load_rows(folder, layers, (arm.clustering, arm.sparsity), neurons)
+        rows = load_neurons(folder, layers, (arm.clustering, arm.sparsity), neurons)
         sparse = {layer.name: rows[layer.name].outputs(layer) for layer in layers}
         result |= _sparsities(layers, rows, zeros)
     means = _means(setup, chosen) if arm.intervention == "mean" else {}
@@ -269,7 +271,7 @@ def _score(setup: Setup, layers: Sequence[LinearLayer], change: Any) -> Row:
         NotFiniteError: the model's outputs are not finite.
     """
     assert setup.evaluation is not None
-    with intervening(layers, change) as fired:
+    with replacing_outputs(layers, change) as fired:
         scored = setup.score()
     batches = len(setup.evaluation.batches(setup.batch_size))
     check_fired(fired, len(ranks.shard().batches(batches)))
@@ -285,7 +287,7 @@ def _means(setup: Setup, chosen: Neurons) -> dict[str, torch.Tensor]:
 
 
 def _sparsities(
-    layers: Sequence[LinearLayer], rows: Mapping[str, SparseRows], zeros: tuple[int, int]
+    layers: Sequence[LinearLayer], rows: Mapping[str, SparseNeurons], zeros: tuple[int, int]
 ) -> Row:
     """Return the share of zeros in the treated rows, and in the model with these rows.
 
@@ -309,7 +311,7 @@ def changed_outputs(
     means: Mapping[str, torch.Tensor],
     sparse: Mapping[str, Outputs],
 ) -> Callable[[LinearLayer, torch.Tensor, torch.Tensor], torch.Tensor]:
-    """Return a function that changes the outputs of the neurons (see `hooks.intervening`).
+    """Return a function that changes the outputs of the neurons (see `hooks.replacing_outputs`).
 
     ``zero`` sets them to zero, ``mean`` to their ``means``, ``negative`` sets the negative ones to
     zero (arXiv 2509.24198), and ``sparsify`` computes them with the ``sparse`` weights.

@@ -99,7 +99,7 @@ def disentangle(
         RuntimeError: the model cannot be run block by block.
         ValueError: as `ablate`.
     """
-    parsed, arms = check_words(experts, sparsity)
+    parsed, arms = check_settings(experts, sparsity)
     setup = Setup.of(
         model,
         windows,
@@ -142,7 +142,7 @@ def disentangle(
     return tree
 
 
-def check_words(
+def check_settings(
     experts: Several[int], sparsity: Several[str | float]
 ) -> tuple[list[Sparsity], list[Clustering]]:
     """Return the parsed sparsities and the arms.

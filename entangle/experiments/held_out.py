@@ -11,7 +11,7 @@ from entangle.numerics import gaussian, wasserstein
 from entangle.numerics.difficulty import mapping_difficulty
 from entangle.numerics.sparsity import Sparsity
 from entangle.pruning.calibration import Calibration
-from entangle.pruning.rows import sparse_rows
+from entangle.pruning.neurons import sparse_neurons
 
 Array = npt.NDArray[np.float64]
 Tensors = dict[str, torch.Tensor]
@@ -40,7 +40,7 @@ def measure_layer(
     sparse = torch.empty(*shape[1:], len(inputs), len(kept))
     for place, sparsity in enumerate(sparsities):
         for arm, calibration in enumerate(calibrations):
-            pruned = sparse_rows(layer, calibration, sparsity, everyone).outputs(layer)(inputs)
+            pruned = sparse_neurons(layer, calibration, sparsity, everyone).outputs(layer)(inputs)
             others = wasserstein.sorted_columns(pruned)
             distance[:, place, arm] = gaussian.between_sorted(columns, others)
             squares = (pruned.double() - outputs.double()).square_()

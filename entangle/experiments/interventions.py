@@ -35,7 +35,7 @@ class Arm:
         """How the inputs of a layer are split among experts."""
         return ONE if self.experts == 1 else Clustering(self.experts)
 
-    def words(self) -> dict[str, Any]:
+    def settings(self) -> dict[str, Any]:
         """Return the fields of the arm for tables and JSON."""
         sparsity = "" if self.sparsity is None else str(self.sparsity)
         return dataclasses.asdict(self) | {"sparsity": sparsity}

@@ -37,7 +37,7 @@ def tables_of(results: Sequence[Mapping[str, Any]]) -> tuple[pd.DataFrame, pd.Da
 
     The first has the columns that `sweep` lists. The second has, for each pruned arm:
 
-    * ``method``, ``mask``, ``propagate``, ``experts``, ``assign``, ``components``, ``pull``,
+    * ``method``, ``mask``, ``propagate``, ``experts``, ``assign``, ``components``, ``shrinkage``,
       ``budget``, ``strength``, ``across``, ``sparsity``: the options of the arm, as in the first.
     * the columns of `Sparsified.layers`.
     * ``improvement``: RMSE of a neuron's outputs with one expert over that with several, on the

@@ -28,9 +28,9 @@ from entangle.pruning.calibration import (
     HELD_OUT,
     calibrate,
     load_calibrations,
-    load_rows,
+    load_inputs,
     save_calibrations,
-    save_rows,
+    save_inputs,
 )
 from entangle.pruning.options import (
     METHODS,
@@ -82,7 +82,7 @@ def sweep(
     window. A number that an arm does not have is NaN. Columns:
 
     * ``method``: ``sparsegpt``, ``wanda`` or ``magnitude``; ``dense`` is the unpruned model.
-    * ``mask``, ``propagate``, ``experts``, ``assign``, ``components``, ``pull``, ``budget``,
+    * ``mask``, ``propagate``, ``experts``, ``assign``, ``components``, ``shrinkage``, ``budget``,
       ``strength``, ``across``, ``sparsity``: the options of `sparsify`, as text but for
       ``experts``; empty where an option does not apply.
     * ``realised``: share of zeros in the weights of the chosen layers, over all experts.
@@ -137,7 +137,7 @@ def sweep(
     )
     check_layers(setup, [pruning.sparsity for pruning in prunings])
     attributes = setup.provenance() | budget_run(setup)
-    attributes |= {"arms": [pruning.words() for pruning in prunings]}
+    attributes |= {"arms": [pruning.settings() for pruning in prunings]}
     alike = dict.fromkeys(setup.blocks, 0.0)  # in place of OWL's ratios, not yet known
     for arm in prunings:  # raise for an impossible budget before pruning starts
         zeros_of(setup.layers, arm, run=setup.run, outliers=alike, seed=setup.seed)
@@ -154,8 +154,8 @@ def sweep(
                 _calibrate_dense(setup, clusterings, grams)  # only the first call computes
             found, losses = _run_arm(setup, pruning, grams, outliers)
             if losses:
-                ranks.once(save_tensors, _losses_file(file), losses)
-            ranks.once(store.write_json, file, found)
+                ranks.on_rank_zero(save_tensors, _losses_file(file), losses)
+            ranks.on_rank_zero(store.write_json, file, found)
         results = [store.read_json(file) for file in files]
         table, per_layer = tables_of([r | _losses(f) for r, f in zip(results, files, strict=True)])
         table.attrs.update(attributes)
@@ -169,7 +169,7 @@ def sweep(
 
 
 def _name(pruning: Pruning) -> str:
-    return "-".join(map(str, pruning.words().values())).replace(":", "of").replace("*", "x")
+    return "-".join(map(str, pruning.settings().values())).replace(":", "of").replace("*", "x")
 
 
 def _calibrate_dense(setup: Setup, clusterings: Sequence[Clustering], folder: Path) -> None:
@@ -190,10 +190,10 @@ def _calibrate_dense(setup: Setup, clusterings: Sequence[Clustering], folder: Pa
             continue
         here, wanted = layers[block], [c for c in clusterings if c in missing[block]]
         rows = sample_inputs(held_out, here, HELD_OUT, setup.seed, advance=True)
-        ranks.once(save_rows, files[block][None], rows)
+        ranks.on_rank_zero(save_inputs, files[block][None], rows)
         found = calibrate(walk, here, wanted, seed=setup.seed, advance=True)
         for clustering, calibrations in found.items():
-            ranks.once(save_calibrations, files[block][clustering], calibrations)
+            ranks.on_rank_zero(save_calibrations, files[block][clustering], calibrations)
 
 
 def _files(
@@ -228,7 +228,7 @@ def _run_arm(
     Raises:
         NotFiniteError: the score of the dense model is not finite.
     """
-    words: Row = pruning.words() if pruning else {"method": DENSE}
+    words: Row = pruning.settings() if pruning else {"method": DENSE}
     nothing = {"window_nats": [None] * len(setup.evaluation or ()), "tokens": 0, "layers": []}
     dense = costs.model_multiply_adds(setup.model)
     with _restored(setup.model, setup.layers):
@@ -276,7 +276,7 @@ def _prune(
     for block, here in setup.blocks.items():
         files, device = _files(grams, block, [pruning.clustering]), weight_of(here[0]).device
         found = load_calibrations(files[pruning.clustering], device)
-        rows = load_rows(files[None], device)
+        rows = load_inputs(files[None], device)
         pruned += prune_layers(setup.model, here, found, pruning, held_out=rows, zeros=zeros)
     return pruned
 

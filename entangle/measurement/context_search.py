@@ -20,9 +20,9 @@ from scipy.signal import find_peaks
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from entangle.model.hooks import backbone_of, listening
+from entangle.model.hooks import backbone_of, recording_outputs
 from entangle.model.layers import LinearLayer
-from entangle.model.placing import home_of
+from entangle.model.placing import input_device
 from entangle.model.text import TokenWindows
 from entangle.numerics.contributions import bootstrap, distance_parts
 from entangle.numerics.gaussian import from_samples
@@ -198,8 +198,11 @@ def _outputs(setup: Setup, neurons: Sequence[str]) -> Floats:
     def on_outputs(layer: LinearLayer, rows: torch.Tensor) -> None:
         kept[layer.name].append(rows[:, wanted[layer.name]].float().cpu())
 
-    model, device, skip_first = setup.model, home_of(setup.model), setup.skip_first
-    with torch.inference_mode(), listening(model, layers, on_outputs, skip_first=skip_first):
+    model, device, skip_first = setup.model, input_device(setup.model), setup.skip_first
+    with (
+        torch.inference_mode(),
+        recording_outputs(model, layers, on_outputs, skip_first=skip_first),
+    ):
         for batch in setup.batches:
             backbone_of(model)(input_ids=batch.to(device), use_cache=False)
     columns = {

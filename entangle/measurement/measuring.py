@@ -19,10 +19,10 @@ from entangle.measurement.ranking import rank_correlations
 from entangle.measurement.recording import Recorder
 from entangle.model import folders, ranks
 from entangle.model.blocks import BlockWalk
-from entangle.model.hooks import backbone_of, listening
+from entangle.model.hooks import backbone_of, recording_outputs
 from entangle.model.layers import LinearLayer
 from entangle.model.packing import load_tensors, save_tensors
-from entangle.model.placing import home_of, is_offloaded
+from entangle.model.placing import input_device, is_offloaded
 from entangle.model.ranks import Shard
 from entangle.model.sampling import sample_inputs
 from entangle.model.text import TokenWindows, some_windows
@@ -223,10 +223,10 @@ class _Recording:
             done = int(tensors.pop("done"))
             recorder.restore(Histograms(**tensors))
             del tensors
-        backbone, device = backbone_of(model), home_of(model)
+        backbone, device = backbone_of(model), input_device(model)
         saved, cost = time.monotonic(), 0.0
         with (
-            listening(model, layers, recorder.add, skip_first=self.setup.skip_first),
+            recording_outputs(model, layers, recorder.add, skip_first=self.setup.skip_first),
             torch.inference_mode(),
             self._bar(sum(map(torch.numel, batches)), "token") as bar,
         ):
@@ -247,7 +247,7 @@ class _Recording:
         """Record block by block; with ``folder``, save each block's state and resume from them."""
         layers = self.setup.blocks
         files = {} if folder is None else {b: folder / f"block-{b}.safetensors" for b in layers}
-        done = ranks.everyone([block for block, file in files.items() if file.is_file()])[0]
+        done = ranks.all_gather([block for block, file in files.items() if file.is_file()])[0]
         for block, part in self._recorded(layers, {*layers} - {*done}):
             if folder is None:
                 yield layers[block], *part
@@ -271,7 +271,7 @@ class _Recording:
             for block in range(max(left) + 1):
                 if block in left:
                     recorder = Recorder(layers[block], self.bins, first_counts=self.first_counts)
-                    walk.record(layers[block], recorder.add)
+                    walk.record_outputs(layers[block], recorder.add)
                     state = _over_ranks(recorder.state())
                     yield block, (state, labelling.weight_norms(layers[block]))
                     del recorder, state
@@ -286,7 +286,7 @@ class _Recording:
 def _over_ranks(state: Histograms) -> Histograms:
     """Replace a state by the merged state of all processes."""
     if ranks.count() > 1:
-        state.reduce_(ranks.add_, ranks.least_, ranks.most_)
+        state.reduce_(ranks.all_reduce_sum_, ranks.all_reduce_min_, ranks.all_reduce_max_)
     return state
 
 

@@ -7,7 +7,7 @@ import torch
 import xarray as xr
 from transformers import PreTrainedModel
 
-from entangle.model.hooks import Listener, listening
+from entangle.model.hooks import BatchCounter, recording_outputs
 from entangle.model.layers import LinearLayer, find_layers, weight_of
 from entangle.numerics.histograms import Histograms
 from entangle.runs import labelling
@@ -25,7 +25,7 @@ class Recorder:
     ) -> None:
         self.layers = list(layers)
         self.first_counts = first_counts
-        self.listener: Listener | None = None
+        self.counter: BatchCounter | None = None
         sizes = [layer.neurons for layer in layers]
         ends = torch.tensor(sizes).cumsum(0).tolist()
         # One allocation on the host, whose pages use memory only once they are written to. Layers
@@ -61,10 +61,10 @@ class Recorder:
             RuntimeError: the model has not run, a layer did not run once in each batch, or the last
                 forward pass did not finish.
         """
-        if self.listener is None or self.listener.batches == 0:
+        if self.counter is None or self.counter.batches == 0:
             raise RuntimeError("nothing is recorded: call the model inside the with block")
-        self.listener.check()
-        counted = {"tokens": self.listener.tokens, "bins": self._all.bins}
+        self.counter.check()
+        counted = {"tokens": self.counter.tokens, "bins": self._all.bins}
         return labelling.to_tree(self.state(), self.layers, counted)
 
     def state(self) -> Histograms:
@@ -106,6 +106,6 @@ def record(
         ValueError: the model is compiled, or ``bins`` or ``skip_first`` is out of range.
     """
     recorder = Recorder(find_layers(model, layers), bins)
-    with listening(model, recorder.layers, recorder.add, skip_first=skip_first) as listener:
-        recorder.listener = listener
+    with recording_outputs(model, recorder.layers, recorder.add, skip_first=skip_first) as counter:
+        recorder.counter = counter
         yield recorder

@@ -30,7 +30,7 @@ from entangle.model.hooks import (
     counted_tokens,
 )
 from entangle.model.layers import LinearLayer, find_blocks
-from entangle.model.placing import fetch, give_back, home_of, is_offloaded
+from entangle.model.placing import input_device, is_offloaded, load_block, release_block
 
 Forward = Callable[..., Any]
 OTHERWISE = (
@@ -105,9 +105,9 @@ def _hidden_of(output: Any) -> torch.Tensor:
 class BlockWalk:
     """The hidden states of all batches, carried through a model's blocks one block at a time.
 
-    ``block`` is the index of the block that runs next. `listen` records the inputs of its layers
-    and `record` their outputs; `advance` carries the hidden states through it. The weights of the
-    block may change between `listen` and `advance`.
+    ``block`` is the index of the block that runs next. `record_inputs` records the inputs of its layers
+    and `record_outputs` their outputs; `advance` carries the hidden states through it. The weights of the
+    block may change between `record_inputs` and `advance`.
     """
 
     def __init__(
@@ -136,9 +136,9 @@ class BlockWalk:
         self.blocks = list(find_blocks(model)[1])
         if self._offloaded:  # an earlier walk may have left its last block on the device
             for block in self.blocks:
-                give_back(block)
+                release_block(block)
         self.block = 0
-        self._device = home_of(model)
+        self._device = input_device(model)
         self.counted: list[CountedTokens] = []
         self._batch = 0  # the number of the running batch
         self._hidden: list[torch.Tensor] = []
@@ -165,7 +165,7 @@ class BlockWalk:
         """Whether all blocks have run."""
         return self.block == len(self.blocks)
 
-    def listen(
+    def record_inputs(
         self, layers: Sequence[LinearLayer], on_inputs: OnRows, *, advance: bool = False
     ) -> dict[str, str]:
         """Run the block once, and call ``on_inputs`` with the counted input rows of its layers.
@@ -180,14 +180,14 @@ class BlockWalk:
                 token, or shares its input in some batches only.
         """
         assert all(layer.block == self.block for layer in layers)
-        heard: dict[str, str] = {}
+        owners: dict[str, str] = {}
         seen: dict[int, tuple[torch.Tensor, str]] = {}  # holds the tensors, so that no id is reused
 
-        def listen_to(layer: LinearLayer) -> RemovableHandle:
+        def hook_on(layer: LinearLayer) -> RemovableHandle:
             def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
                 inputs = args[0] if args else next(iter(kwargs.values()))
                 first = seen.setdefault(id(inputs), (inputs, layer.name))[1]
-                before = heard.setdefault(layer.name, first)
+                before = owners.setdefault(layer.name, first)
                 if before != first:
                     other = before if before != layer.name else first
                     raise RuntimeError(
@@ -201,10 +201,10 @@ class BlockWalk:
             return layer.module.register_forward_pre_hook(hook, with_kwargs=True)
 
         fired = dict.fromkeys((layer.name for layer in layers), 0)
-        self._hear(map(listen_to, layers), fired, advance=advance, after=seen.clear)
-        return heard
+        self._run_batches(map(hook_on, layers), fired, advance=advance, after=seen.clear)
+        return owners
 
-    def record(self, layers: Sequence[LinearLayer], on_outputs: OnRows) -> None:
+    def record_outputs(self, layers: Sequence[LinearLayer], on_outputs: OnRows) -> None:
         """Advance through the block, and call ``on_outputs`` with the output rows of its layers.
 
         The rows (tokens, neurons) are those of the counted tokens of one batch.
@@ -216,20 +216,20 @@ class BlockWalk:
         assert all(layer.block == self.block for layer in layers)
         fired = dict.fromkeys((layer.name for layer in layers), 0)
 
-        def listen_to(layer: LinearLayer) -> RemovableHandle:
+        def hook_on(layer: LinearLayer) -> RemovableHandle:
             def hook(_: nn.Module, __: Any, outputs: torch.Tensor) -> None:
                 fired[layer.name] += 1
                 on_outputs(layer, self.counted[self._batch].rows(layer, outputs))
 
             return layer.module.register_forward_hook(hook)
 
-        self._hear(map(listen_to, layers), fired, advance=True)
+        self._run_batches(map(hook_on, layers), fired, advance=True)
 
     def advance(self) -> None:
         """Carry the hidden states through the block with its present weights."""
-        self._hear([], {}, advance=True)
+        self._run_batches([], {}, advance=True)
 
-    def _hear(
+    def _run_batches(
         self,
         hooks: Iterable[RemovableHandle],
         fired: Mapping[str, int],
@@ -261,8 +261,8 @@ class BlockWalk:
         block = self.blocks[self.block]
         if self._offloaded and self._fetched is not block:
             if self._fetched is not None:
-                give_back(self._fetched)
-            fetch(block)
+                release_block(self._fetched)
+            load_block(block)
             self._fetched = block
         with torch.inference_mode():
             call = self._calls[number][self.block]

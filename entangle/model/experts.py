@@ -7,6 +7,7 @@ about density x experts times the space of the dense layer. Packing and unpackin
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,11 +19,16 @@ from entangle.numerics.sparse import slice_rows
 
 
 class Mixture(nn.Module):
-    """A linear layer whose router gives each token the weights of one expert."""
+    """A linear layer whose router gives each token the weights of one expert.
+
+    Layers that receive the same inputs share a router. The one that owns it routes the inputs, and
+    the others use its routes.
+    """
 
     in_features: int
     out_features: int
     router: Router | None  # None: one expert gets all tokens
+    owns_router: bool
     bias: nn.Parameter | None  # (neurons,), shared by all experts
 
     def one(self, inputs: torch.Tensor) -> torch.Tensor:
@@ -57,13 +63,26 @@ class Mixture(nn.Module):
         if router is None:
             everyone = torch.arange(len(rows), device=rows.device)
             return self.many(rows, Routes(everyone, [len(rows)])).view(shape)
-        return self.many(rows, router(inputs, self)).view(shape)
+        routes: Routes | None = self._kept(inputs)
+        if routes is None:
+            routes = router(inputs)
+            self._keep(inputs, routes)
+        return self.many(rows, routes).view(shape)
+
+    def _kept(self, inputs: torch.Tensor) -> Any:
+        """Return what the owner of the router has kept for the same inputs, or None."""
+        return None if self.owns_router or self.router is None else self.router.kept(inputs)
+
+    def _keep(self, inputs: torch.Tensor, found: Routes | int) -> None:
+        if self.owns_router and self.router is not None:
+            self.router.keep(inputs, found)
 
 
 class ExpertLinear(Mixture):
     """A mixture that stores all weights, including zeros.
 
     ``counts`` are the numbers of tokens of the calibration text that each expert got.
+    ``owns_router`` is False for all but one of the layers that share a router.
     """
 
     router: Router
@@ -74,6 +93,8 @@ class ExpertLinear(Mixture):
         bias: torch.Tensor | None,
         router: Router,
         counts: Sequence[int],
+        *,
+        owns_router: bool = True,
     ) -> None:
         """Make the layer from a weight (experts, neurons, inputs) and a shared bias (neurons,).
 
@@ -94,13 +115,16 @@ class ExpertLinear(Mixture):
         self.out_features, self.in_features = weight.shape[1:]
         self.weight = _constant(weight)
         self.bias = None if bias is None else _constant(bias)
-        self.router = router
+        self.router, self.owns_router = router, owns_router
         self.counts = [int(count) for count in counts]
-        router.layers += 1
 
     def one(self, inputs: torch.Tensor) -> torch.Tensor:
         """Return the outputs (..., neurons) of the inputs (..., inputs) of a single token."""
-        return self._product(inputs, self.router.one(inputs, self))
+        expert: int | None = self._kept(inputs)
+        if expert is None:
+            expert = self.router.one(inputs)
+            self._keep(inputs, expert)
+        return self._product(inputs, expert)
 
     def many(self, rows: torch.Tensor, routes: Routes) -> torch.Tensor:
         """Return the outputs (tokens, neurons) of rows (tokens, inputs)."""
@@ -124,7 +148,12 @@ class PackedLinear(Mixture):
     """
 
     def __init__(
-        self, weight: torch.Tensor, bias: torch.Tensor | None, router: Router | None
+        self,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        router: Router | None,
+        *,
+        owns_router: bool = True,
     ) -> None:
         """Pack a weight (experts, neurons, inputs).
 
@@ -135,9 +164,7 @@ class PackedLinear(Mixture):
         _, self.out_features, self.in_features = weight.shape
         self.sliced = slice_rows(weight)
         self.bias = None if bias is None else _constant(bias)
-        self.router = router
-        if router is not None:
-            router.layers += 1
+        self.router, self.owns_router = router, owns_router
 
     @property
     def weight(self) -> torch.Tensor:
@@ -154,15 +181,15 @@ class PackedLinear(Mixture):
 
     def one(self, inputs: torch.Tensor) -> torch.Tensor:
         """Return the outputs (..., neurons) of the inputs (..., inputs) of a single token."""
-        router = self.router
-        if isinstance(router, CentroidRouter):
-            known = router.recall(inputs, self)
-            outputs, expert = self.sliced.one(inputs, known, *router.arrays)
-            if known is None:
-                router.note(inputs, self, expert)
-        else:
-            expert = 0 if router is None else router.one(inputs, self)
-            outputs, _ = self.sliced.one(inputs, expert)
+        router, expert = self.router, self._kept(inputs)
+        if router is None:
+            expert = 0
+        elif expert is None and not isinstance(router, CentroidRouter):
+            expert = router.one(inputs)
+        # Without an expert the kernel of the product also routes.
+        arrays = router.arrays if isinstance(router, CentroidRouter) else ()
+        outputs, expert = self.sliced.one(inputs, expert, *arrays)
+        self._keep(inputs, expert)
         return self._finished(outputs, inputs.dtype)
 
     def many(self, rows: torch.Tensor, routes: Routes) -> torch.Tensor:

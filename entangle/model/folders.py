@@ -8,7 +8,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-KEPT = ".kept"  # the marker of a resumable folder: its unfinished work stays for the next try
+RESUMABLE = ".kept"  # the marker of a resumable folder: its unfinished work stays for the next try
 
 
 @contextmanager
@@ -16,15 +16,15 @@ def new_folder(
     target: str | Path,
     *,
     overwrite: bool = False,
-    goes_on: Callable[[Path], bool] | None = None,
+    can_resume: Callable[[Path], bool] | None = None,
 ) -> Iterator[Path]:
     """Yield an empty folder ``TARGET.partial`` to fill, and rename it to ``target`` at the end.
 
     The folder is locked: no other process can fill it. After an error it is removed, and ``target``
     is as before.
 
-    With ``goes_on`` the folder is resumable. If it holds unfinished work of a killed process,
-    ``goes_on(folder)`` decides whether that is kept or removed. After an error a folder with
+    With ``can_resume`` the folder is resumable. If it holds unfinished work of a killed process,
+    ``can_resume(folder)`` decides whether that is kept or removed. After an error a folder with
     unfinished work stays.
 
     Raises:
@@ -40,25 +40,30 @@ def new_folder(
     check_target(target, overwrite)
     partial = partial_of(target)
     lock = _claim(partial, target)
-    if goes_on is None and (partial / KEPT).exists() and has_work(partial) and not overwrite:
+    if (
+        can_resume is None
+        and (partial / RESUMABLE).exists()
+        and has_work(partial)
+        and not overwrite
+    ):
         lock.release()
         raise FileExistsError(
             f"{partial} holds unfinished work: run its command again to finish it (its run.json "
             "has it), or say --overwrite to lose it"
         )
     try:
-        if goes_on is None or not has_work(partial) or not goes_on(partial):
+        if can_resume is None or not has_work(partial) or not can_resume(partial):
             _empty(partial)
-        if goes_on is not None:
-            (partial / KEPT).touch()
+        if can_resume is not None:
+            (partial / RESUMABLE).touch()
         yield partial
         check_target(target, overwrite)
         _replace(partial, target)
         (target / ".lock").unlink()
-        (target / KEPT).unlink(missing_ok=True)
+        (target / RESUMABLE).unlink(missing_ok=True)
     except BaseException:
         # Not in `finally`: after the rename a folder of this name belongs to another process.
-        if goes_on is None or not has_work(partial):
+        if can_resume is None or not has_work(partial):
             shutil.rmtree(partial, ignore_errors=True)
         raise
     finally:
@@ -89,7 +94,7 @@ def has_work(partial: Path) -> bool:
     Files that are half written (``.partial``) do not count.
     """
     files = (path for path in partial.rglob("*") if path.is_file())
-    own = {".lock", KEPT, "run.json"}
+    own = {".lock", RESUMABLE, "run.json"}
     return any(file.name not in own and ".partial" not in file.name for file in files)
 
 

@@ -10,7 +10,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from entangle.model.experts import PackedLinear
 from entangle.model.packing import weight_bytes
-from entangle.model.placing import home_of
+from entangle.model.placing import input_device
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +86,7 @@ def generate(
             the model's context.
     """
     prompt.encode()  # raises ValueError on bytes from the shell that are not UTF-8
-    ids = tokenizer(prompt, return_tensors="pt", verbose=False)["input_ids"].to(home_of(model))
+    ids = tokenizer(prompt, return_tensors="pt", verbose=False)["input_ids"].to(input_device(model))
     longest = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     if not ids.numel() or tokens < 1:
         raise ValueError(

@@ -72,7 +72,7 @@ def counted_tokens(
     return CountedTokens(size, counted, padding, None if counted == size else keep.flatten())
 
 
-class Listener:
+class BatchCounter:
     """The state of a recording: the numbers of batches, and of counted, padding and skipped tokens."""
 
     def __init__(self, layers: Sequence[LinearLayer], skip_first: int) -> None:
@@ -178,13 +178,13 @@ def _real_tokens(
 
 
 @contextmanager
-def listening(
+def recording_outputs(
     model: PreTrainedModel,
     layers: Sequence[LinearLayer],
     on_outputs: OnRows,
     *,
     skip_first: int = 0,
-) -> Iterator[Listener]:
+) -> Iterator[BatchCounter]:
     """Call ``on_outputs`` with each layer's counted output rows while the model runs.
 
     Rows of padding (by the model's ``attention_mask``) and of the first ``skip_first`` tokens of
@@ -196,17 +196,17 @@ def listening(
         ValueError: the model is compiled or not loaded, or ``skip_first`` is negative.
     """
     check_hooks(model, skip_first)
-    listener = Listener(layers, skip_first)
+    counter = BatchCounter(layers, skip_first)
 
     def begin(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        listener.begin(module, args, kwargs)
+        counter.begin(module, args, kwargs)
 
     def end(module: nn.Module, *_: Any) -> None:
-        listener.end(module)
+        counter.end(module)
 
     def hook_of(layer: LinearLayer) -> Callable[..., None]:
         def hook(_: nn.Module, __: Any, output: torch.Tensor) -> None:
-            on_outputs(layer, listener.rows(layer, output))
+            on_outputs(layer, counter.rows(layer, output))
 
         return hook
 
@@ -217,15 +217,15 @@ def listening(
             handles.append(module.register_forward_hook(end))
         for layer in layers:
             handles.append(layer.module.register_forward_hook(hook_of(layer)))
-        yield listener
+        yield counter
     finally:
         for handle in handles:
             handle.remove()
-    listener.check()
+    counter.check()
 
 
 @contextmanager
-def intervening(layers: Sequence[LinearLayer], change: Change) -> Iterator[dict[str, int]]:
+def replacing_outputs(layers: Sequence[LinearLayer], change: Change) -> Iterator[dict[str, int]]:
     """Replace each layer's outputs by ``change(layer, inputs, outputs)`` while the model runs.
 
     Inputs are (..., inputs) and outputs (..., neurons), as in the model, with padding. Yield the

@@ -136,6 +136,8 @@ def save_experts(folder: Path, layers: Sequence[LinearLayer]) -> dict[str, dict[
         OSError: the file cannot be written.
     """
     owners: dict[int, str] = {}
+    for layer in sorted(layers, key=lambda layer: not layer.module.owns_router):
+        owners.setdefault(id(layer.module.router), layer.name)
     tensors: Tensors = {}
     described = {layer.name: _pack_layer(layer, owners, tensors) for layer in layers}
     save_tensors(folder / _file_of(layers[0].block), tensors)
@@ -187,11 +189,11 @@ def _dense_tensors(model: PreTrainedModel, layers: list[LinearLayer]) -> Tensors
 def _pack_layer(layer: LinearLayer, owners: dict[int, str], tensors: Tensors) -> dict[str, object]:
     """Add a layer's tensors to ``tensors``, a shared router only once; return the layer's entry.
 
-    ``owners`` maps the id of a router to the name of the first layer that uses it.
+    ``owners`` maps the id of a router to the name of the layer that owns it.
     """
     module = layer.module
     assert isinstance(module, ExpertLinear)
-    owner = owners.setdefault(id(module.router), layer.name)
+    owner = owners[id(module.router)]
     if owner == layer.name:
         tensors.update(router_tensors(owner, module.router))
     packed = pack(module.weight)
@@ -219,13 +221,13 @@ def pack_layer(model: PreTrainedModel, layer: LinearLayer) -> None:
     plain = type(weight) is torch.Tensor and weight.dtype in PACKABLE and not weight.is_meta
     if not plain or 2 * int((weight == 0).sum()) < weight.numel():
         return
-    router = layer.module.router if isinstance(layer.module, ExpertLinear) else None
-    if router is not None:
-        router.layers -= 1  # the packed layer takes its place in the router's count
-    bias = layer.module.bias
-    assert bias is None or isinstance(bias, torch.Tensor)
-    packed = PackedLinear(weight, bias, router).train(layer.module.training)
-    replace_layer(model, layer, packed)
+    module = layer.module
+    router, owns = None, True
+    if isinstance(module, ExpertLinear):
+        router, owns = module.router, module.owns_router
+    assert module.bias is None or isinstance(module.bias, torch.Tensor)
+    packed = PackedLinear(weight, module.bias, router, owns_router=owns)
+    replace_layer(model, layer, packed.train(module.training))
 
 
 def pack_layers(model: PreTrainedModel, layers: list[LinearLayer]) -> None:
@@ -345,4 +347,5 @@ def _unpack_layer(
     weight = unpack(packed, (about["experts"], about["neurons"], about["inputs"]))
     bias = tensors.get(f"{name} bias")
     bias = None if bias is None else bias.clone()
-    return ExpertLinear(weight, bias, routers[owner], about["tokens"])
+    owns = owner == name
+    return ExpertLinear(weight, bias, routers[owner], about["tokens"], owns_router=owns)

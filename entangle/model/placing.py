@@ -40,7 +40,7 @@ def check_in_memory(model: nn.Module, deed: str) -> None:
         raise ValueError(f"{deed} needs the whole model in memory: load it without offload")
 
 
-def home_of(model: nn.Module) -> torch.device:
+def input_device(model: nn.Module) -> torch.device:
     """Return the device that a model's tokens must be on.
 
     It is that of the first parameter on a device, or, if all are in files, that of the first hook.
@@ -68,8 +68,8 @@ def blocks_in_files(model: PreTrainedModel, device: torch.device) -> dict[str, A
     return places
 
 
-def fetch(block: nn.Module) -> None:
-    """Read a block's offloaded weights onto its device, until `give_back` releases them."""
+def load_block(block: nn.Module) -> None:
+    """Read a block's offloaded weights onto its device, until `release_block` releases them."""
     for module, hook in _offloading(block):
         if hook.offload:
             hook.pre_forward(module)
@@ -80,8 +80,8 @@ def fetch(block: nn.Module) -> None:
             hook.fetched = True
 
 
-def give_back(block: nn.Module) -> None:
-    """Release the weights that `fetch` read; changes are lost unless `keep` names their file."""
+def release_block(block: nn.Module) -> None:
+    """Release the weights that `load_block` read; changes are lost unless `read_weight_from` names their file."""
     fetched = [(module, hook) for module, hook in _offloading(block) if not hook.offload]
     for module, hook in fetched:
         hook.offload = True
@@ -99,7 +99,7 @@ def bytes_of_block(model: PreTrainedModel) -> int:
     return max(sum(parameter.nbytes for parameter in block.parameters()) for block in blocks)
 
 
-def keep(layer: LinearLayer, file: Path, name: str) -> None:
+def read_weight_from(layer: LinearLayer, file: Path, name: str) -> None:
     """Read a layer's weight from the tensor ``name`` of a safetensors file from now on.
 
     A layer that is not offloaded is left as it is.

@@ -20,7 +20,7 @@ if TYPE_CHECKING or LAUNCHED:  # commands that only read runs must not import to
 Value = TypeVar("Value")
 
 # The timeout of a collective: between two of them rank 0 may write for long while the others wait.
-PATIENCE = datetime.timedelta(hours=12)
+TIMEOUT = datetime.timedelta(hours=12)
 
 
 class StoppedError(RuntimeError):
@@ -70,7 +70,7 @@ def join() -> None:
             raise ValueError(f"{here} processes cannot share {gpus} GPUs: start one for each")
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         backend = "cpu:gloo,cuda:nccl"
-    distributed.init_process_group(backend, timeout=PATIENCE)
+    distributed.init_process_group(backend, timeout=TIMEOUT)
 
 
 def leave() -> None:
@@ -79,7 +79,7 @@ def leave() -> None:
     A rank that ends before the others may be killed.
     """
     if count() > 1:
-        everyone(None)
+        all_gather(None)
         _group().destroy_process_group()
 
 
@@ -107,30 +107,30 @@ def shard() -> Shard:
     return Shard(rank(), count())
 
 
-def add_(tensor: "torch.Tensor") -> None:
+def all_reduce_sum_(tensor: "torch.Tensor") -> None:
     """Replace a tensor by its sum over all ranks, in place."""
     if count() > 1:
         _reduce_(tensor, "SUM")
 
 
-def least_(tensor: "torch.Tensor") -> None:
+def all_reduce_min_(tensor: "torch.Tensor") -> None:
     """Replace a tensor by its elementwise minimum over all ranks, in place."""
     if count() > 1:
         _reduce_(tensor, "MIN")
 
 
-def most_(tensor: "torch.Tensor") -> None:
+def all_reduce_max_(tensor: "torch.Tensor") -> None:
     """Replace a tensor by its elementwise maximum over all ranks, in place."""
     if count() > 1:
         _reduce_(tensor, "MAX")
 
 
 def _reduce_(tensor: "torch.Tensor", how: str) -> None:
-    with _others():
+    with _explaining():
         _group().all_reduce(tensor, getattr(_group().ReduceOp, how))
 
 
-def everyone(value: Value) -> list[Value]:
+def all_gather(value: Value) -> list[Value]:
     """Gather one value from each rank on all ranks, in the order of the ranks.
 
     The values are pickled, so they should be small.
@@ -138,13 +138,13 @@ def everyone(value: Value) -> list[Value]:
     if count() == 1:
         return [value]
     found: list[Any] = [None] * count()
-    with _others():
+    with _explaining():
         _group().all_gather_object(found, value)
     return found
 
 
 @contextmanager
-def _others() -> Iterator[None]:
+def _explaining() -> Iterator[None]:
     """Explain a failed collective.
 
     Raises:
@@ -159,16 +159,16 @@ def _others() -> Iterator[None]:
         ) from error
 
 
-def once(write: Callable[..., object], *args: Any) -> None:
+def on_rank_zero(write: Callable[..., object], *args: Any) -> None:
     """Call ``write(*args)`` on rank 0 only; all ranks wait until it has returned."""
     if rank() == 0:
         write(*args)
-    everyone(None)
+    all_gather(None)
 
 
 @contextmanager
-def leading(what: object) -> Iterator[None]:
-    """Run the body on rank 0 while the others wait in `agree`, and tell them whether it failed.
+def rank_zero_runs(what: object) -> Iterator[None]:
+    """Run the body on rank 0 while the others wait in `wait_for_rank_zero`, and tell them whether it failed.
 
     ``what`` describes the command and its inputs; it must be the same on all ranks.
 
@@ -178,19 +178,19 @@ def leading(what: object) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        everyone(None)
+        all_gather(None)
         raise
-    _compare(everyone(repr(what)))
+    _compare(all_gather(repr(what)))
 
 
-def agree(what: object) -> None:
-    """Wait until rank 0 has left the body of `leading`.
+def wait_for_rank_zero(what: object) -> None:
+    """Wait until rank 0 has left the body of `rank_zero_runs`.
 
     Raises:
         RuntimeError: ``what`` differs between ranks.
         StoppedError: the body failed on rank 0.
     """
-    found = everyone(repr(what))
+    found = all_gather(repr(what))
     if found[0] is None:
         raise StoppedError("rank 0 has an error")
     _compare(found)
@@ -206,7 +206,7 @@ def _compare(found: list[Any]) -> None:
 
 
 @contextmanager
-def together() -> Iterator[None]:
+def raise_on_all_ranks() -> Iterator[None]:
     """Run the body on each rank; if it raises ValueError on one rank, raise it on all ranks.
 
     Raises:
@@ -219,12 +219,12 @@ def together() -> Iterator[None]:
         if count() == 1:
             raise
         problem = str(error)
-    for said in everyone(problem):
+    for said in all_gather(problem):
         if said is not None:
             raise ValueError(said)
 
 
-def spread(costs: Sequence[float]) -> list[int]:
+def assign_owners(costs: Sequence[float]) -> list[int]:
     """Return a rank for each piece of work, so that the ranks' total costs are about equal.
 
     The most expensive pieces come first, each to the rank with the least work so far.
@@ -240,7 +240,7 @@ def broadcast_(tensor: "torch.Tensor", owner: int) -> None:
     """Replace a tensor by that of the rank ``owner``, in place."""
     assert tensor.is_contiguous()  # otherwise the values would be permuted
     if count() > 1:
-        with _others():
+        with _explaining():
             _group().broadcast(tensor, owner)
 
 
@@ -248,7 +248,7 @@ def from_rank(owner: int, value: Value | None) -> Value:
     """Return the value of the rank ``owner`` on all ranks. It is pickled, so it should be small."""
     found = [value]
     if count() > 1:
-        with _others():
+        with _explaining():
             _group().broadcast_object_list(found, owner)
     return found[0]  # type: ignore[return-value]
 
@@ -257,13 +257,13 @@ def gather(rows: "torch.Tensor", places: "torch.Tensor") -> "torch.Tensor":
     """Return the rows (tokens, ...) of all ranks, sorted by their places (tokens,) in the text."""
     if count() == 1:
         return rows
-    lengths = everyone(len(rows))
+    lengths = all_gather(len(rows))
     padded = rows.new_zeros(max(lengths), *rows.shape[1:])
     padded[: len(rows)] = rows
     parts = [padded.clone() for _ in lengths]
-    with _others():
+    with _explaining():
         _group().all_gather(parts, padded)
     cat = sys.modules["torch"].cat
     every: torch.Tensor = cat([part[:n] for part, n in zip(parts, lengths, strict=True)])
-    order = cat(everyone(places)).argsort()
+    order = cat(all_gather(places)).argsort()
     return every[order.to(every.device)]

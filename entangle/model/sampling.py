@@ -53,7 +53,7 @@ def sample_inputs(
         parts = heard.setdefault(layer.name, [])
         parts.append(rows[chosen[len(parts)].to(rows.device)])
 
-    first = walk.listen(layers, on_inputs, advance=advance)
+    first = walk.record_inputs(layers, on_inputs, advance=advance)
     places = _places(walk, chosen)
     rows = {name: ranks.gather(torch.cat(parts), places) for name, parts in heard.items()}
     return {layer.name: rows[first[layer.name]] for layer in layers}
@@ -73,7 +73,7 @@ def _places(walk: BlockWalk, chosen: Sequence[torch.Tensor]) -> torch.Tensor:
 def _choose(walk: BlockWalk, size: int, seed: int) -> list[torch.Tensor]:
     """Return, per batch, which of its counted tokens (tokens,) are among the ``size`` chosen ones."""
     hashes = _hash(torch.cat(walk.places).numpy().astype(np.uint64), seed)
-    every = np.sort(np.concatenate(ranks.everyone(hashes)))
+    every = np.sort(np.concatenate(ranks.all_gather(hashes)))
     chosen = torch.from_numpy(hashes <= every[min(size, len(every)) - 1])
     return list(chosen.split([len(part) for part in walk.places]))
 

@@ -7,7 +7,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from entangle.model import ranks
-from entangle.model.placing import home_of
+from entangle.model.placing import input_device
 from entangle.model.score import Score
 from entangle.model.text import TokenWindows, check_windows
 
@@ -43,7 +43,7 @@ def perplexity(
     ):
         for number in ranks.shard().batches(len(batches)):
             batch = batches[number]
-            tokens = batch.to(home_of(model))
+            tokens = batch.to(input_device(model))
             logits = model(input_ids=tokens, use_cache=False).logits
             # One window at a time: all logits in float32 would double the peak memory.
             for place, (window, scores) in enumerate(zip(tokens, logits, strict=True)):
@@ -52,7 +52,7 @@ def perplexity(
                 )
                 found[number * batch_size + place] = float(losses.double().mean())
             bar.update(batch.numel())
-    ranks.add_(found)
+    ranks.all_reduce_sum_(found)
     nats = found.numpy()
     if not np.isfinite(nats).all():
         bad = int((~np.isfinite(nats)).sum())

@@ -79,14 +79,14 @@ class InputMoments:
         """Return the pooled moments: those of the rows of all experts."""
         return type(self)(self.lower.sum(dim=0), self.count.sum())
 
-    def pulled(self, strength: float) -> Self:
+    def shrunk(self, shrinkage: float) -> Self:
         """Return each expert's moments, shrunk towards the pooled moments.
 
-        Each expert gains ``strength · inputs`` average tokens of the pooled moments. A cluster has
+        Each expert gains ``shrinkage · inputs`` average tokens of the pooled moments. A cluster has
         too few tokens for a Gram of its width, and the other clusters supply the directions that it
-        lacks. An expert without tokens gains at least one average token, whatever the strength.
+        lacks. An expert without tokens gains at least one average token, whatever the shrinkage.
         """
-        pooled, tokens = self.pooled(), strength * self.inputs
+        pooled, tokens = self.pooled(), shrinkage * self.inputs
         joined = torch.full_like(self.count, tokens, dtype=torch.float64)
         joined[self.count == 0] = max(tokens, 1.0)
         shares = (joined / float(pooled.count)).float()[:, None, None]

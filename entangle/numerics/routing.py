@@ -48,17 +48,20 @@ class Routes:
 
 
 @dataclasses.dataclass(slots=True, eq=False)
-class _Last:
-    """The latest routes, and which layers have taken them."""
+class _Kept:
+    """The routes of a tensor."""
 
     inputs: weakref.ref[torch.Tensor]
     version: int
     found: Any  # Routes, or for one row its expert
-    takers: set[int]
 
 
 class Router(nn.Module):
-    """A module that chooses an expert for each row (tokens, inputs), whatever the other rows."""
+    """A module that chooses an expert for each row (tokens, inputs), whatever the other rows.
+
+    Several layers that receive the same tensor can share a router. One of them, which owns the
+    router, keeps its routes (`keep`), and the others look them up (`kept`).
+    """
 
     inputs: int
     experts: int
@@ -66,54 +69,39 @@ class Router(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.layers = 0  # number of layers that share the router and its inputs
-        self._last: _Last | None = None
+        self._kept: _Kept | None = None
 
     def assign(self, rows: torch.Tensor) -> torch.Tensor:
         """Return the expert (tokens,) int64 of each row (tokens, inputs)."""
         raise NotImplementedError
 
-    def forward(self, inputs: torch.Tensor, layer: object = None) -> Routes:
-        """Return the routes of inputs (..., inputs), computed once for the layers that share them.
-
-        They are computed again when the same layer asks twice, since the tensor may have been
-        changed in place.
-        """
-        routes: Routes | None = self.recall(inputs, layer)
-        if routes is None:
-            routes = self._routes(inputs.reshape(-1, self.inputs))
-            self.note(inputs, layer, routes)
-        return routes
-
-    def one(self, inputs: torch.Tensor, layer: object = None) -> int:
-        """Return the expert of inputs of one row, shared as in `forward`: fast, for decoding."""
-        expert: int | None = self.recall(inputs, layer)
-        if expert is None:
-            expert = int(self.assign(inputs.reshape(1, self.inputs)))
-            self.note(inputs, layer, expert)
-        return expert
-
-    def recall(self, inputs: torch.Tensor, layer: object) -> Any:
-        """Return the noted result of the same inputs; None if there is none or the layer has it."""
-        last, self._last = self._last, None
-        if last is None or last.inputs() is not inputs or last.version != _version(inputs):
-            return None
-        return None if id(layer) in last.takers else self._take(last, layer)
-
-    def note(self, inputs: torch.Tensor, layer: object, found: Any) -> None:
-        """Keep a result of a layer's inputs for the other layers that share them."""
-        self._take(_Last(weakref.ref(inputs), _version(inputs), found, set()), layer)
-
-    def _take(self, last: _Last, layer: object) -> Any:
-        last.takers.add(id(layer))
-        if len(last.takers) < self.layers:
-            self._last = last
-        return last.found
-
-    def _routes(self, rows: torch.Tensor) -> Routes:
-        chosen = self.assign(rows)
+    def forward(self, inputs: torch.Tensor) -> Routes:
+        """Return the routes of inputs (..., inputs)."""
+        chosen = self.assign(inputs.reshape(-1, self.inputs))
         counts = chosen.bincount(minlength=self.experts).tolist()
         return Routes(chosen.argsort(stable=True), counts)
+
+    def one(self, inputs: torch.Tensor) -> int:
+        """Return the expert of inputs of one row."""
+        return int(self.assign(inputs.reshape(1, self.inputs)))
+
+    def keep(self, inputs: torch.Tensor, found: Routes | int) -> None:
+        """Keep the routes of a tensor, or the expert of one row, until the tensor is freed."""
+        self._kept = _Kept(weakref.ref(inputs, self._forget), _version(inputs), found)
+
+    def kept(self, inputs: torch.Tensor) -> Any:
+        """Return what was kept for this tensor last; None if it is another tensor or was changed.
+
+        torch does not count the changes in place of a tensor of inference mode, so there a change
+        between `keep` and `kept` is not noticed.
+        """
+        kept = self._kept
+        if kept is None or kept.inputs() is not inputs or kept.version != _version(inputs):
+            return None
+        return kept.found
+
+    def _forget(self, _: object) -> None:
+        self._kept = None
 
     def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
         """Move to another device as modules do, but keep dtypes when a model becomes bfloat16."""
@@ -123,8 +111,8 @@ class Router(nn.Module):
             parameter.data = kept[name].to(parameter.device)
         return self
 
-    def __getstate__(self) -> dict[str, object]:  # a copy has no noted result
-        return self.__dict__ | {"_last": None}
+    def __getstate__(self) -> dict[str, object]:  # a copy has kept nothing
+        return self.__dict__ | {"_kept": None}
 
 
 def router_of(parameters: Mapping[str, torch.Tensor]) -> Router:

@@ -32,7 +32,7 @@ def largest_remainder(shares: npt.ArrayLike, sizes: npt.ArrayLike, total: int) -
     sizes = np.asarray(sizes, dtype=np.int64)
     if not 0 <= total <= sizes.sum():
         raise ValueError(f"{total:,} of {sizes.sum():,} weights cannot be pruned")
-    quotas = _moved(np.asarray(shares, dtype=np.float64), sizes, total) * sizes
+    quotas = _shifted(np.asarray(shares, dtype=np.float64), sizes, total) * sizes
     counts: Counts = np.floor(quotas + 1e-9).astype(np.int64).clip(0, sizes)
     order = np.argsort(counts - quotas, kind="stable")
     missing = total - int(counts.sum())
@@ -46,7 +46,7 @@ def largest_remainder(shares: npt.ArrayLike, sizes: npt.ArrayLike, total: int) -
     return counts
 
 
-def _moved(shares: Floats, sizes: Counts, total: int) -> Floats:
+def _shifted(shares: Floats, sizes: Counts, total: int) -> Floats:
     """Return the shares, moved by one constant and clipped to 0 to 1, that give the total."""
     low, high = -1.0, 1.0
     for _ in range(60):
@@ -59,7 +59,7 @@ def _moved(shares: Floats, sizes: Counts, total: int) -> Floats:
     return moved
 
 
-def ranks(values: npt.ArrayLike) -> Floats:
+def ranks_of(values: npt.ArrayLike) -> Floats:
     """Return ranks from 0 (the smallest value) to 1. Ties rank the first lower; NaN ranks ½."""
     values = np.asarray(values, dtype=np.float64)
     known = np.isfinite(values)
@@ -70,7 +70,7 @@ def ranks(values: npt.ArrayLike) -> Floats:
     return found
 
 
-def graded(sparsity: float, rank: npt.ArrayLike, strength: float) -> Floats:
+def sparsity_by_rank(sparsity: float, rank: npt.ArrayLike, strength: float) -> Floats:
     """Return a sparsity for each row: lower for high ranks, ``sparsity`` on average.
 
     It is s + strength · (1 - 2 · rank) · min(s, 1 - s), which lies from 0 to 1.
@@ -85,7 +85,9 @@ def graded(sparsity: float, rank: npt.ArrayLike, strength: float) -> Floats:
     return found
 
 
-def spread(sparsity: float, scores: npt.ArrayLike, sizes: npt.ArrayLike, width: float) -> Floats:
+def sparsity_by_score(
+    sparsity: float, scores: npt.ArrayLike, sizes: npt.ArrayLike, width: float
+) -> Floats:
     """Return a sparsity for each part of a model: lower where its score is high.
 
     Densities are linear in the scores. Their range is ``2 * width``, and their mean weighted by
@@ -107,7 +109,7 @@ def outlier_ratio(scores: torch.Tensor) -> float:
     return float((scores > OUTLIER * scores.mean(dtype=torch.float64)).double().mean())
 
 
-def even_quality(weight: torch.Tensor, moments: InputMoments, sparsity: float) -> Floats:
+def sparsity_by_quality(weight: torch.Tensor, moments: InputMoments, sparsity: float) -> Floats:
     """Return TRIM's sparsity for each row of a weight (neurons, inputs), ``sparsity`` on average.
 
     A row's quality is the cosine between its outputs before and after pruning by Wanda. Each step
@@ -122,7 +124,7 @@ def even_quality(weight: torch.Tensor, moments: InputMoments, sparsity: float) -
     products = dense @ gram
     energy = (products * dense).double().sum(dim=1)
 
-    def judge(shares: Floats) -> tuple[float, Floats]:
+    def quality_of(shares: Floats) -> tuple[float, Floats]:
         counts = largest_remainder(shares, sizes, total)
         pruned = wanda(dense, moments, torch.from_numpy(counts))
         along = (products * pruned).double().sum(dim=1)
@@ -132,7 +134,7 @@ def even_quality(weight: torch.Tensor, moments: InputMoments, sparsity: float) -
         return float(whole), np.nan_to_num(cosine.cpu().numpy())
 
     sizes, uniform = np.full(neurons, inputs), np.full(neurons, sparsity)
-    best, quality = judge(uniform)
+    best, quality = quality_of(uniform)
     found, first = uniform, quality
     for rate in RATES:
         shares, quality = uniform, first
@@ -140,8 +142,8 @@ def even_quality(weight: torch.Tensor, moments: InputMoments, sparsity: float) -
             reach = np.ptp(quality)
             if not reach > 0:
                 break
-            shares = _moved(shares + rate * (quality - quality.mean()) / reach, sizes, total)
-            whole, quality = judge(shares)
+            shares = _shifted(shares + rate * (quality - quality.mean()) / reach, sizes, total)
+            whole, quality = quality_of(shares)
             if whole > best:
                 best, found = whole, shares
     return found

@@ -104,7 +104,8 @@ class Sliced:
         router = -1 if expert is None else expert, matrix, bias
         if torch.get_num_threads() == 1:  # starting threads costs as much as a small product
             return found, int(multiply_alone(*weight, *router, row, out))
-        return found, int(multiply_together(threads.like_torch(), *weight, *router, row, out))
+        with threads.like_torch() as count:
+            return found, int(multiply_together(count, *weight, *router, row, out))
 
     def product(self, rows: torch.Tensor, expert: int) -> torch.Tensor:
         """Return ``rows @ weight.T`` (tokens, neurons) float32 for rows (tokens, inputs).
@@ -151,8 +152,9 @@ class Sliced:
             multiply_tiles(0, len(tiles), 1, tiles, *weight, *tokens, out.numpy())
         elif len(tiles):
             # Split each tile into parts, so that there is work for all threads.
-            parts = -(-2 * threads.like_torch() // len(tiles))
-            multiply_tiles_together(parts, tiles, *weight, *tokens, out.numpy())
+            with threads.like_torch() as count:
+                parts = -(-2 * count // len(tiles))
+                multiply_tiles_together(parts, tiles, *weight, *tokens, out.numpy())
         return out
 
     def dense(self, expert: int) -> torch.Tensor:
@@ -160,7 +162,8 @@ class Sliced:
         weight = torch.empty(self.neurons, self.inputs, dtype=self.dtype)
         bits = weight.view(torch.uint16) if self.dtype == torch.bfloat16 else weight
         starts, order = self.starts[expert], self.order[expert]
-        fill_dense(threads.like_torch(), self.values, self.columns, starts, order, bits.numpy())
+        with threads.like_torch() as count:
+            fill_dense(count, self.values, self.columns, starts, order, bits.numpy())
         return weight
 
 

@@ -8,6 +8,8 @@ runs parallel kernels imports this one.
 
 import ctypes
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numba
@@ -37,11 +39,16 @@ def _start() -> None:
 _start()
 
 
-def like_torch() -> int:
-    """Set the number of Numba's threads to torch's, within Numba's maximum, and return it.
+@contextmanager
+def like_torch() -> Iterator[int]:
+    """Give Numba as many threads as torch has, within Numba's maximum, and yield the number.
 
     More threads than torch has cost time, since a kernel waits for all of them.
     """
+    before = numba.get_num_threads()
     threads: int = min(sys.modules["torch"].get_num_threads(), numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
     numba.set_num_threads(threads)
-    return threads
+    try:
+        yield threads
+    finally:
+        numba.set_num_threads(before)

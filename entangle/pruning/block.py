@@ -14,7 +14,7 @@ from entangle.model.layers import LinearLayer, naming, replace_layer, weight_of,
 from entangle.numerics.masks import prune
 from entangle.numerics.moments import output_energy
 from entangle.numerics.routing import Router
-from entangle.numerics.shares import even_quality, largest_remainder
+from entangle.numerics.shares import largest_remainder, sparsity_by_quality
 from entangle.pruning import costs
 from entangle.pruning.calibration import Calibration, Calibrations
 from entangle.pruning.options import Pruning
@@ -53,16 +53,18 @@ def prune_layers(
     zeros, held_out = zeros or {}, held_out or {}
     experts = [calibrations[layer.name].moments.count.numel() for layer in layers]
     sizes = [layer.inputs**2 * (layer.neurons + layer.inputs / 3) for layer in layers]
-    owners = ranks.spread([size for size, n in zip(sizes, experts, strict=True) for _ in range(n)])
+    owners = ranks.assign_owners(
+        [size for size, n in zip(sizes, experts, strict=True) for _ in range(n)]
+    )
     pruned: list[_Weights] = []
-    with ranks.together():
+    with ranks.raise_on_all_ranks():
         for layer, count in zip(layers, experts, strict=True):
             whose, owners = owners[:count], owners[count:]
             calibration, rows = calibrations[layer.name], zeros.get(layer.name)
             with naming(layer):
                 pruned.append(_prune_mine(layer, calibration, pruning, rows, whose))
     found = []
-    whose = ranks.spread(sizes)
+    whose = ranks.assign_owners(sizes)
     for layer, weights, owner in zip(layers, pruned, whose, strict=True):
         weights.share()
         calibration, unseen = calibrations[layer.name], held_out.get(layer.name)
@@ -85,7 +87,7 @@ class _Weights:
                 self.weight.view(-1, *self.weight.shape[-2:]), self.owners, strict=True
             ):
                 ranks.broadcast_(one, owner)
-            self.damping[:] = map(max, zip(*ranks.everyone(self.damping), strict=True))
+            self.damping[:] = map(max, zip(*ranks.all_gather(self.damping), strict=True))
 
 
 def _prune_mine(
@@ -98,20 +100,20 @@ def _prune_mine(
     weight, moments, router = weight_of(layer), calibration.moments, calibration.router
     if isinstance(zeros, int):
         pooled = moments if router is None else moments.pooled()
-        shares = even_quality(weight, pooled, zeros / weight.numel())
+        shares = sparsity_by_quality(weight, pooled, zeros / weight.numel())
         sizes = [layer.inputs] * layer.neurons
         zeros = torch.from_numpy(largest_remainder(shares, sizes, zeros))
     words: dict[str, Any] = {"method": pruning.method, "mask": pruning.mask}
     share = pruning.sparsity if zeros is None else zeros
     mine = [expert for expert, owner in enumerate(owners) if owner == ranks.rank()]
     if len(mine) == len(owners):
-        moments = moments if router is None else moments.pulled(pruning.pull)
+        moments = moments if router is None else moments.shrunk(pruning.shrinkage)
         pruned = prune(weight, moments, share, **words)
         return _Weights(pruned.weight, list(pruned.damping), owners)
     whole = weight.new_empty((*moments.count.shape, *weight.shape))
     damping = [0.0] * len(owners)
     if mine:
-        some = moments if router is None else moments.pulled(pruning.pull).some(mine)
+        some = moments if router is None else moments.shrunk(pruning.shrinkage).some(mine)
         pruned = prune(weight, some, share, **words)
         whole[mine] = pruned.weight
         for expert, one in zip(mine, pruned.damping, strict=True):
@@ -145,9 +147,9 @@ def _place(
         write_weight(layer, pruned.weight)
     else:
         bias = getattr(layer.module, "bias", None)
-        mixture = ExpertLinear(pruned.weight, bias, router, experts)
+        owns = calibration.owner == layer.name
+        mixture = ExpertLinear(pruned.weight, bias, router, experts, owns_router=owns)
         layer = replace_layer(model, layer, mixture)
-    first = router is None or router.layers == 1  # a shared router is counted once
     missing = (weight_of(layer) == 0).sum(dim=-1).double() / layer.inputs
     total = int((weight_of(layer) == 0).sum())
     row = {
@@ -170,7 +172,7 @@ def _place(
         "tokens": sum(experts),
         "held_out_tokens": 0 if held_out is None else len(held_out),
     }
-    return PrunedLayer(row | costs.costs_of(layer, with_router=first), lost, unseen)
+    return PrunedLayer(row | costs.costs_of(layer), lost, unseen)
 
 
 def _ratio(lost: float, energy: float) -> float:

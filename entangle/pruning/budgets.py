@@ -11,11 +11,17 @@ import numpy.typing as npt
 import torch
 import xarray as xr
 
+from entangle.model import ranks
 from entangle.model.blocks import BlockWalk
 from entangle.model.layers import LinearLayer, weight_of
-from entangle.model.ranks import add_
 from entangle.numerics.masks import wanda_scores
-from entangle.numerics.shares import graded, largest_remainder, outlier_ratio, ranks, spread
+from entangle.numerics.shares import (
+    largest_remainder,
+    outlier_ratio,
+    ranks_of,
+    sparsity_by_rank,
+    sparsity_by_score,
+)
 from entangle.pruning.options import DISTANCE, SHUFFLED, TRIM, UNIFORM, Pruning
 from entangle.runs.dataset import values_of
 
@@ -41,7 +47,7 @@ def zeros_of(
     All budgets prune as many weights in total as uniform rows do.
 
     Within a layer, rows whose neuron has a higher rank of ``budget`` keep more weights (see
-    `numerics.shares.graded`):
+    `numerics.shares.sparsity_by_rank`):
 
     * ``wasserstein*std``: the distance in output units.
     * ``wasserstein``, ``std``, ``kurtosis``, ``weight_norm``: that variable of the run.
@@ -49,7 +55,7 @@ def zeros_of(
     * ``shuffled``: the ranks of ``wasserstein*std``, permuted over the layer; the control.
     * ``trim``: TRIM's rule. It needs the inputs, so the layer's total is returned.
 
-    Across blocks, densities are linear in a score (see `spread`), by ``across``:
+    Across blocks, densities are linear in a score (see `sparsity_by_score`), by ``across``:
 
     * ``entanglement``: the share of neurons with a distance above 0.15 std.
     * ``shuffled``: these shares, permuted over the blocks; the control.
@@ -79,7 +85,7 @@ def zeros_of(
         blocks = np.array([layer.block for layer in layers])
         weights = [sizes[blocks == block].sum() for block in scores]
         width = WIDTH if across in {"depth", "owl"} else ENTANGLED_WIDTH
-        spread_out = spread(sparsity.share, [*scores.values()], weights, width)
+        spread_out = sparsity_by_score(sparsity.share, [*scores.values()], weights, width)
         spared = dict(zip(scores, spread_out, strict=True))
         shares = np.array([spared[block] for block in blocks.tolist()])
         totals = largest_remainder(shares, sizes, int(totals.sum()))
@@ -90,9 +96,9 @@ def zeros_of(
     for layer, total, size in zip(layers, totals, sizes, strict=True):
         rank = np.full(layer.neurons, 0.5)
         if run is not None and budget != UNIFORM:
-            rank = ranks(_values(layer, budget, run))
+            rank = ranks_of(_values(layer, budget, run))
             rank = rng.permutation(rank) if budget == SHUFFLED else rank
-        rows = graded(total / size, rank, pruning.strength)
+        rows = sparsity_by_rank(total / size, rank, pruning.strength)
         counts = largest_remainder(rows, np.full(layer.neurons, layer.inputs), int(total))
         zeros[layer.name] = torch.from_numpy(counts)
     return zeros
@@ -118,9 +124,9 @@ def block_outliers(walk: BlockWalk, layers: Sequence[LinearLayer]) -> dict[int, 
                 added = rows.detach().double().square().sum(dim=0)
                 into[layer.name] = into.get(layer.name, 0) + added
 
-        first = walk.listen(here, on_inputs, advance=True)
+        first = walk.record_inputs(here, on_inputs, advance=True)
         for one in squares.values():
-            add_(one)
+            ranks.all_reduce_sum_(one)
         scores = [
             wanda_scores(weight_of(layer), squares[first[layer.name]].float()).flatten()
             for layer in here
@@ -180,7 +186,7 @@ def _values(layer: LinearLayer, variable: str, data: xr.Dataset) -> Floats:
 
     distance = of("wasserstein")
     if variable == "ranks":
-        values = ranks(distance) + ranks(of("std"))
+        values = ranks_of(distance) + ranks_of(of("std"))
     elif variable in {DISTANCE, SHUFFLED}:
         values = distance * of("std")
     else:

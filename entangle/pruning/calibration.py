@@ -29,6 +29,7 @@ class Calibration:
     moments: InputMoments  # of the inputs; with a router one per expert
     router: Router | None  # None: one expert
     energy: float  # ‖WX‖² of the dense weights W, the denominator of relative errors
+    owner: str  # of the layers with these inputs, the name of the first that receives them
 
 
 Calibrations = dict[str, Calibration]  # by the layer's name
@@ -59,9 +60,9 @@ def calibrate(
         for layer in layers:
             apart.setdefault(id(samples[layer.name]), layer)
         owners = dict(
-            zip(apart, ranks.spread([layer.inputs for layer in apart.values()]), strict=True)
+            zip(apart, ranks.assign_owners([layer.inputs for layer in apart.values()]), strict=True)
         )
-        with ranks.together():
+        with ranks.raise_on_all_ranks():
             for key, layer in apart.items():
                 if owners[key] == ranks.rank():
                     with naming(layer):
@@ -81,20 +82,21 @@ def calibrate(
                 sums[key] = _no_moments(layer, routers.get(key), rows.device)
             sums[key].add(rows)
 
-    first = walk.listen(layers, on_inputs, advance=advance)
+    first = walk.record_inputs(layers, on_inputs, advance=advance)
     moments = {
         key: found.moments() if isinstance(found, ExpertMoments) else found
         for key, found in sums.items()
     }
     for one in moments.values():
-        ranks.add_(one.lower)
-        ranks.add_(one.count)
+        ranks.all_reduce_sum_(one.lower)
+        ranks.all_reduce_sum_(one.count)
     return {
         clustering: {
             layer.name: Calibration(
                 moments[clustering, first[layer.name]],
                 routers.get((clustering, first[layer.name])),
                 _energy(layer, moments[clustering, first[layer.name]]),
+                first[layer.name],
             )
             for layer in layers
         }
@@ -138,9 +140,8 @@ def _energy(layer: LinearLayer, moments: InputMoments) -> float:
 def save_calibrations(file: Path, calibrations: Calibrations) -> None:
     """Write calibrations; moments and routers that layers share are written once."""
     tensors: dict[str, torch.Tensor] = {}
-    owners: dict[int, str] = {}
     for name, calibration in calibrations.items():
-        owner = owners.setdefault(id(calibration.moments), name)
+        owner = calibration.owner
         tensors[f"{owner} lower"] = calibration.moments.lower
         tensors[f"{owner} count"] = calibration.moments.count
         if calibration.router is not None:
@@ -160,14 +161,14 @@ def load_calibrations(file: Path, device: torch.device) -> Calibrations:
             several = moments.count.ndim > 0
             shared[owner] = moments, router_from(owner, tensors) if several else None
     return {
-        name: Calibration(*shared[owner], float(tensors[key]))
+        name: Calibration(*shared[owner], float(tensors[key]), owner)
         for key in tensors
         for name, owner in [key.split(" ", 1)]
         if owner in shared
     }
 
 
-def save_rows(file: Path, rows: Mapping[str, torch.Tensor]) -> None:
+def save_inputs(file: Path, rows: Mapping[str, torch.Tensor]) -> None:
     """Write inputs by layer (see `sample_inputs`); inputs that layers share are written once."""
     owners: dict[int, str] = {}
     tensors: dict[str, torch.Tensor] = {}
@@ -178,8 +179,8 @@ def save_rows(file: Path, rows: Mapping[str, torch.Tensor]) -> None:
     save_tensors(file, tensors)
 
 
-def load_rows(file: Path, device: torch.device) -> dict[str, torch.Tensor]:
-    """Read the inputs by layer that `save_rows` wrote."""
+def load_inputs(file: Path, device: torch.device) -> dict[str, torch.Tensor]:
+    """Read the inputs by layer that `save_inputs` wrote."""
     tensors = load_tensors(file, device)
     pairs = [key.split(" ") for key in tensors if " " in key]
     return {name: tensors[owner] for name, owner in pairs}

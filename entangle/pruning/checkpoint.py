@@ -12,7 +12,7 @@ from entangle.model import folders, ranks
 from entangle.model.experts import ExpertLinear
 from entangle.model.layers import LinearLayer, find_layers, weight_of
 from entangle.model.packing import load_experts, load_tensors, save_experts, save_tensors
-from entangle.model.placing import give_back, home_of, is_offloaded, keep
+from entangle.model.placing import input_device, is_offloaded, read_weight_from, release_block
 from entangle.pruning.block import PrunedLayer
 from entangle.runs import store
 
@@ -27,7 +27,7 @@ class FinishedBlocks:
         self.folder = folder
         self._model = model
         self._blocks = folder / "blocks"
-        self.there: set[int] = set(ranks.from_rank(0, self._written()))
+        self.finished: set[int] = set(ranks.from_rank(0, self._written()))
 
     def save(self, layers: Sequence[LinearLayer], pruned: Sequence[PrunedLayer]) -> None:
         """Write the pruned layers of a block and their results."""
@@ -42,10 +42,10 @@ class FinishedBlocks:
             else:
                 save_tensors(file, {name: _stored(x) for name, x in here.items()})
             store.write_json(self._blocks / f"{block}.json", about)
-        self.there.add(block)
+        self.finished.add(block)
         if not expanded:
-            ranks.everyone(block)  # waits until the file is written
-            self._leave(here.values(), file)
+            ranks.all_gather(block)  # waits until the file is written
+            self._read_from(here.values(), file)
 
     def load(self, layers: Sequence[LinearLayer]) -> list[PrunedLayer]:
         """Restore the layers of a block; their results have no errors by neuron."""
@@ -54,11 +54,11 @@ class FinishedBlocks:
         file = self._blocks / f"{block}.safetensors"
         if "described" in about:
             model, weight = self._model, weight_of(layers[0])
-            where = home_of(model) if is_offloaded(model) else weight.device
+            where = input_device(model) if is_offloaded(model) else weight.device
             load_experts(self._model, self.folder, layers, about["described"], device=where)
-        elif self._leave(layers, file):
+        elif self._read_from(layers, file):
             for layer in layers:
-                give_back(layer.module)  # the next use reads the file
+                release_block(layer.module)  # the next use reads the file
         else:
             tensors = load_tensors(file)
             for layer in layers:
@@ -67,7 +67,7 @@ class FinishedBlocks:
         rows = [{k: math.nan if v is None else v for k, v in row.items()} for row in about["rows"]]
         return [PrunedLayer(row, nothing, nothing) for row in rows]
 
-    def _leave(self, layers: Iterable[LinearLayer], file: Path) -> bool:
+    def _read_from(self, layers: Iterable[LinearLayer], file: Path) -> bool:
         """Read these weights from ``file`` from now on, if the model is offloaded.
 
         Return whether it is.
@@ -75,10 +75,10 @@ class FinishedBlocks:
         if not is_offloaded(self._model):
             return False
         for layer in layers:
-            keep(layer, file, layer.name)
+            read_weight_from(layer, file, layer.name)
         return True
 
-    def let_go(self, block: int) -> None:
+    def release_experts(self, block: int) -> None:
         """Release the experts of a finished block from memory, if the model is offloaded."""
         if is_offloaded(self._model):
             for layer in find_layers(self._model):

@@ -19,8 +19,8 @@ from entangle.numerics.routing import Router
 SUMS = ("multiply_adds", "router_multiply_adds", "stored", "disk_bytes", "memory_bytes")
 
 
-def costs_of(layer: LinearLayer, *, with_router: bool = True) -> dict[str, Any]:
-    """Return the costs of a pruned layer, by name; without its router if another layer counts it.
+def costs_of(layer: LinearLayer) -> dict[str, Any]:
+    """Return the costs of a pruned layer, by name; a router counts at the layer that owns it.
 
     ``multiply_adds`` is the number of non-zero weights of a token's expert, mean over the
     calibration tokens; ``stored`` that of all experts. ``disk_bytes`` is the size of the written
@@ -31,7 +31,7 @@ def costs_of(layer: LinearLayer, *, with_router: bool = True) -> dict[str, Any]:
     router, shares = None, torch.ones(1)
     disk = memory = weight.numel() * weight.element_size()
     if isinstance(module, ExpertLinear):
-        router = module.router if with_router else None
+        router = module.router if module.owns_router else None
         shares = torch.tensor(module.counts).double() / max(sum(module.counts), 1)
         disk = packed_bytes(weight)
     routing = 0 if router is None else _bytes_of(router)
@@ -70,12 +70,9 @@ def model_multiply_adds(model: PreTrainedModel) -> float:
     """
     head: nn.Module | None = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     total = 0.0 if head is None else sum(p.numel() for p in head.parameters() if p.ndim > 1)
-    routers = set()
     for layer in find_layers(model):
         if isinstance(layer.module, ExpertLinear):
-            first = id(layer.module.router) not in routers
-            routers.add(id(layer.module.router))
-            found = costs_of(layer, with_router=first)
+            found = costs_of(layer)
             total += found["multiply_adds"] + found["router_multiply_adds"]
         else:
             total += layer.neurons * layer.inputs

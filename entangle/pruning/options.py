@@ -140,10 +140,10 @@ class Pruning:
             "experts",
         ),
     ] = None
-    pull: Annotated[
+    shrinkage: Annotated[
         float,
         Option(
-            "an expert's Gram is pulled towards all tokens' by so many times its width in tokens",
+            "an expert's Gram is shrunk towards all tokens' by so many times its width in tokens",
             read_number,
             "X",
             "experts",
@@ -216,8 +216,10 @@ class Pruning:
         components = self.components
         if components is not None and (not isinstance(components, int) or components < 0):
             raise ValueError(f"components must not be negative (0: no PCA), got {components!r}")
-        if not isinstance(self.pull, int | float) or not 0 <= self.pull < math.inf:
-            raise ValueError(f"pull must be a number that is not negative, got {self.pull!r}")
+        if not isinstance(self.shrinkage, int | float) or not 0 <= self.shrinkage < math.inf:
+            raise ValueError(
+                f"shrinkage must be a number that is not negative, got {self.shrinkage!r}"
+            )
         if self.experts > 1 and self.method != "sparsegpt":
             raise ValueError(
                 f"experts are pruned by sparsegpt, got {self.experts} experts and "
@@ -248,7 +250,7 @@ class Pruning:
         """How the inputs of a layer are split among experts."""
         return ONE if self.experts == 1 else Clustering(self.experts, self.assign, self.components)
 
-    def words(self) -> dict[str, Any]:
+    def settings(self) -> dict[str, Any]:
         """Return the options for run.json, without those of experts or a budget that are unused."""
         scopes = {"every": True, "experts": self.experts > 1, "budget": self.budgeted}
         words = {name: getattr(self, name) for name, one in OPTIONS.items() if scopes[one.scope]}
@@ -284,7 +286,7 @@ class PruningOptions(TypedDict, total=False):
     experts: Several[int]
     assign: Several[Assign]
     components: Several[int | None]
-    pull: Several[float]
+    shrinkage: Several[float]
     budget: Several[Budget]
     strength: Several[float]
     across: Several[Across]
@@ -312,7 +314,7 @@ UNBUDGETED = {  # text in tables for arms without a budget
     for name, option in OPTIONS.items()
     if option.scope == "budget"
 }
-PULL: float = OPTIONS["pull"].default
+SHRINKAGE: float = OPTIONS["shrinkage"].default
 STRENGTH: float = OPTIONS["strength"].default
 METHODS: tuple[Method, ...] = get_args(Method)
 

@@ -124,7 +124,7 @@ def sparsify(
       Expansion, arXiv 2405.15756); 1 is plain pruning.
     * ``assign``: tokens go to experts by ``kmeans`` or, as a control, at ``random``.
     * ``components``: PCA components before k-means; None for inputs // 32, 0 for no PCA.
-    * ``pull``: shrinkage of each cluster's Gram towards the pooled one, as if ``pull * inputs``
+    * ``shrinkage``: shrinkage of each cluster's Gram towards the pooled one, as if ``shrinkage * inputs``
       average tokens had joined the cluster; 0 as published.
     * ``budget``: variable of a measured ``run`` by which rows differ in sparsity, ``trim`` for
       TRIM's rule, or ``uniform``; the total stays the same (see `zeros_of`).
@@ -163,7 +163,7 @@ def sparsify(
     check_layers(setup, [pruning.sparsity])
     if out is None and is_offloaded(model):
         raise ValueError("the model's weights are in files: give a folder to write it to, with out")
-    attributes = setup.provenance() | pruning.words() | budget_run(setup)
+    attributes = setup.provenance() | pruning.settings() | budget_run(setup)
     stopwatch = Stopwatch()
     dense = costs.model_multiply_adds(model)
     kept = nullcontext() if out is None else resumed_run(out, attributes, overwrite=overwrite)
@@ -247,7 +247,7 @@ def prune_model(
     with tqdm(total=last + 1, unit="block", desc="prune", disable=not setup.progress) as bar:
         for block in range(last + 1):
             here = layers.get(block, [])
-            if here and done is not None and block in done.there:
+            if here and done is not None and block in done.finished:
                 for one in walks if dense and block < last else ():
                     one.advance()
                 pruned += done.load(here)
@@ -265,6 +265,6 @@ def prune_model(
                 if one.block == block < last:
                     one.advance()
             if done is not None:
-                done.let_go(block)
+                done.release_experts(block)
             bar.update()
     return pruned

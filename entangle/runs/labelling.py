@@ -9,7 +9,7 @@ import torch
 import xarray as xr
 
 from entangle.model.layers import LinearLayer, weight_of
-from entangle.model.placing import fetch, give_back
+from entangle.model.placing import load_block, release_block
 from entangle.numerics import wasserstein
 from entangle.numerics.difficulty import Difficulty
 from entangle.numerics.histograms import Histograms
@@ -126,10 +126,10 @@ def weight_norms(layers: Sequence[LinearLayer]) -> Array:
     def norms(layer: LinearLayer) -> torch.Tensor:
         away = weight_of(layer).is_meta  # the weight is in a file
         if away:
-            fetch(layer.module)
+            load_block(layer.module)
         norm = torch.linalg.vector_norm(weight_of(layer).double(), dim=-1)
         if away:
-            give_back(layer.module)
+            release_block(layer.module)
         mean: torch.Tensor = norm.reshape(-1, norm.shape[-1]).mean(dim=0).cpu()
         return mean
 

@@ -34,15 +34,15 @@ def resumed_run(
     if target is None:
         with tempfile.TemporaryDirectory() as temporary:
             yield Path(ranks.from_rank(0, temporary))
-            ranks.everyone(None)
+            ranks.all_gather(None)
         return
     if ranks.rank() > 0:
-        ranks.agree(attributes)
+        ranks.wait_for_rank_zero(attributes)
         yield folders.shared_partial(Path(target))
-        ranks.everyone(None)  # rank 0 renames the folder only when no rank uses it
+        ranks.all_gather(None)  # rank 0 renames the folder only when no rank uses it
         return
 
-    def goes_on(partial: Path) -> bool:
+    def can_resume(partial: Path) -> bool:
         file = partial / "run.json"
         if not file.is_file():
             return False
@@ -67,13 +67,13 @@ def resumed_run(
         return False
 
     with ExitStack() as stack:
-        with ranks.leading(attributes):
+        with ranks.rank_zero_runs(attributes):
             folder = stack.enter_context(
-                folders.new_folder(target, overwrite=overwrite, goes_on=goes_on)
+                folders.new_folder(target, overwrite=overwrite, can_resume=can_resume)
             )
             store.write_json(folder / "run.json", attributes)
         yield folder
-        ranks.everyone(None)
+        ranks.all_gather(None)
 
 
 def unwritten(arms: Mapping[Path, Arm]) -> dict[Path, Arm]:

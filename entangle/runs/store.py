@@ -116,7 +116,7 @@ def open_run(folder: str | Path) -> xr.DataTree:
         ValueError: the run is damaged.
     """
     folder = Path(folder)
-    if (folder / folders.KEPT).exists() and not (folder / "log.json").exists():
+    if (folder / folders.RESUMABLE).exists() and not (folder / "log.json").exists():
         raise FileNotFoundError(
             f"{folder} is unfinished: give the command that began it again, which goes on from there"
         )

@@ -18,7 +18,7 @@ from entangle.show.panels import DASHES, STYLE, Picture
 
 _MARKS = {"sparsegpt": "o", "wanda": "s", "magnitude": "^"}
 _RIVALS = ("#b8306b", "#8c6d31")
-_COLOURED = ["method", "experts", "components", "pull", "budget", "strength"]
+_COLOURED = ["method", "experts", "components", "shrinkage", "budget", "strength"]
 _STROKES = ("-", "--", "-.", ":", (0, (1, 3)))  # one per budget across blocks
 _SETS = {  # in the order in which they are drawn
     "wasserstein": "#0b3c5d",

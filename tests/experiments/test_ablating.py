@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,10 +25,10 @@ from entangle.model.scoring import NotFiniteError
 from entangle.model.text import TokenWindows
 from entangle.numerics.masks import prune
 from entangle.numerics.sparsity import Sparsity
-from entangle.pruning import rows as sparse_rows
+from entangle.pruning import neurons as sparse_neurons
 from entangle.pruning.calibration import Calibration, calibrate
-from entangle.pruning.options import ONE, PULL, Clustering
-from entangle.pruning.rows import SparseRows
+from entangle.pruning.neurons import SparseNeurons
+from entangle.pruning.options import ONE, SHRINKAGE, Clustering
 from entangle.runs import setup
 from entangle.runs.setup import COMMAND
 from tests.model.test_hooks import hooks_left
@@ -128,16 +129,16 @@ def scores_as(row: Any, nats: Sequence[float], name: str = "llama") -> bool:
 
 
 @pytest.fixture
-def swapped(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, SparseRows]]:
+def swapped(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, SparseNeurons]]:
     """Collect the rows that are swapped in, by layer, arm after arm."""
-    seen: list[tuple[str, SparseRows]] = []
-    outputs = SparseRows.outputs
+    seen: list[tuple[str, SparseNeurons]] = []
+    outputs = SparseNeurons.outputs
 
-    def noted(rows: SparseRows, layer: LinearLayer) -> Any:
+    def noted(rows: SparseNeurons, layer: LinearLayer) -> Any:
         seen.append((layer.name, rows))
         return outputs(rows, layer)
 
-    monkeypatch.setattr(SparseRows, "outputs", noted)
+    monkeypatch.setattr(SparseNeurons, "outputs", noted)
     return seen
 
 
@@ -147,7 +148,7 @@ def swapped(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, SparseRows]]:
 @pytest.mark.parametrize("sparsity", ["0.75", "0.33"])
 @pytest.mark.parametrize("name", NAMES)
 def test_an_arm_is_the_dense_model_with_its_rows_pruned(
-    name: str, sparsity: str, swapped: list[tuple[str, SparseRows]]
+    name: str, sparsity: str, swapped: list[tuple[str, SparseNeurons]]
 ) -> None:
     model, replaced = tiny_model(name), copy.deepcopy(tiny_model(name))
     table = run(model, name, sparsity=[sparsity], sets=["wasserstein"])
@@ -181,7 +182,7 @@ def test_an_arm_is_the_dense_model_with_its_rows_pruned(
 
 @pytest.mark.parametrize("name", NAMES)
 def test_with_several_experts_each_token_has_the_rows_of_its_own(
-    name: str, swapped: list[tuple[str, SparseRows]]
+    name: str, swapped: list[tuple[str, SparseNeurons]]
 ) -> None:
     model, dense = tiny_model(name), tiny_model(name)
     table = run(model, name, experts=[4], sets=["wasserstein"])
@@ -191,7 +192,7 @@ def test_with_several_experts_each_token_has_the_rows_of_its_own(
     for layer, (_, rows) in zip(layers, swapped, strict=True):
         some, weight = torch.from_numpy(neurons[layer.name]), weight_of(layer)
         calibration = calibrations[layer.name]
-        moments, router = calibration.moments.pulled(PULL), calibration.router
+        moments, router = calibration.moments.shrunk(SHRINKAGE), calibration.router
         assert router is not None
         sizes.append(router.experts)
         alone = prune(weight[some], moments, Sparsity(0.75)).weight
@@ -234,7 +235,7 @@ def test_with_several_experts_each_token_has_the_rows_of_its_own(
 
 
 def test_the_rows_of_every_arm_are_those_of_one_pruning(
-    swapped: list[tuple[str, SparseRows]], monkeypatch: pytest.MonkeyPatch
+    swapped: list[tuple[str, SparseNeurons]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pruned, scored = [], []
 
@@ -246,7 +247,7 @@ def test_the_rows_of_every_arm_are_those_of_one_pruning(
         scored.append(args)
         return entangle.perplexity(*args, **options)
 
-    monkeypatch.setattr(sparse_rows, "prune", counted_prune)
+    monkeypatch.setattr(sparse_neurons, "prune", counted_prune)
     monkeypatch.setattr(setup, "perplexity", counted_score)
     model = tiny_model("llama")
     words: dict[str, Any] = {"sparsity": [0.5, 0.75], "experts": [1, 4]}
@@ -280,7 +281,7 @@ def test_groups_of_inputs_are_sparsified_and_those_that_cannot_be_are_refused() 
     row = arm_of(table, set="wasserstein")
     assert row["realised"] == 0.75
     assert row["sparsity"] == "1:4"
-    with pytest.raises(ValueError, match="down_proj: 2:4 needs groups of 4"):
+    with pytest.raises(ValueError, match=r"down_proj.*\b2:4\b.*groups.*\b37\b"):
         run(model, sparsity=["2:4"])
 
 
@@ -355,7 +356,9 @@ def test_the_dense_model_comes_first_and_scores_as_ever() -> None:
     assert (table["tokens"] == dense.tokens).all()
 
 
-def test_tokens_that_are_skipped_are_not_pruned_by(swapped: list[tuple[str, SparseRows]]) -> None:
+def test_tokens_that_are_skipped_are_not_pruned_by(
+    swapped: list[tuple[str, SparseNeurons]],
+) -> None:
     run(tiny_model("llama"), sets=["wasserstein"], skip_first=4, layers="*.0.mlp.up_proj")
     model = tiny_model("llama")
     (layer,) = find_layers(model, "*.0.mlp.up_proj")
@@ -373,7 +376,7 @@ def test_tokens_that_are_skipped_are_not_pruned_by(swapped: list[tuple[str, Spar
 
 @pytest.mark.parametrize("intervention", ["sparsify", "zero"])
 def test_a_block_at_a_time_only_its_neurons_are_treated(
-    intervention: str, swapped: list[tuple[str, SparseRows]]
+    intervention: str, swapped: list[tuple[str, SparseNeurons]]
 ) -> None:
     model = tiny_model("llama")
     table = run(model, intervention=[intervention], sets=["wasserstein"], per_block=True)
@@ -419,7 +422,7 @@ def test_only_matching_layers_are_treated_and_blocks_without_one_have_no_arm() -
     row = arm_of(table, block="0")
     assert scores_as(row, nats_of(model, {query: hooks.pop(query)}))
     assert scores_as(arm_of(table, block="2"), nats_of(model, hooks))
-    with pytest.raises(LookupError, match=r"no layer of this run matches '\*.gate'"):
+    with pytest.raises(LookupError, match=r"layer.*'\*\.gate'"):
         run(model, layers="*.gate")
 
 
@@ -447,27 +450,21 @@ def test_what_cannot_be_ablated_is_refused_before_anything_runs(
         with pytest.raises(ValueError, match=match):
             entangle.ablate(*args, out=out, **{"run": measured} | options)
 
-    refused("measured on other weights .* than this model has", model, *texts, run=other)
-    refused(
-        r"measured on 5 of the 5 windows that are to be scored \(random\)",
-        model,
-        *texts,
-        run=on_evaluation,
-    )
+    hashes = [run.attrs["weights"][:8] for run in (other, measured)]
+    refused("weights.*{}.*{}".format(*hashes), model, *texts, run=other)
+    refused(r"\b5 of .*\b5 windows.*scored.*random", model, *texts, run=on_evaluation)
     shared = TokenWindows(
         torch.cat([held_out().tokens[:2], windows().tokens[:1]]), "mixed", 3, 0, "never"
     )
-    refused(
-        r"1 of 3 evaluation windows .mixed. are calibration windows too", model, windows(), shared
-    )
-    refused("sparsifying neurons needs windows", model, None, held_out())
+    refused(r"\b1 of 3 evaluation windows.*mixed.*calibration", model, windows(), shared)
+    refused("sparsify.*windows", model, None, held_out())
     both = {"intervention": ["zero", "sparsify"]}
-    refused("sparsifying neurons needs windows", model, None, held_out(), **both)
-    refused("longer than the model's context of 64", model, windows(), random_windows(2, 65))
-    refused("longer than .* context", model, random_windows(2, 65), held_out())
-    refused("above 0 and at most 1, got 0", model, *texts, share=[0])
-    refused("expected one of sparsify", model, *texts, intervention=["luck"])
-    refused("at least 1 seed", model, *texts, seeds=0)
+    refused("sparsify.*windows", model, None, held_out(), **both)
+    for long in ((windows(), random_windows(2, 65)), (random_windows(2, 65), held_out())):
+        refused(r"\b65 tokens.*context.*\b64\b", model, *long)
+    refused(r"share.*\b1\b.*\b0\b", model, *texts, share=[0])
+    refused("sparsify, .*'luck'", model, *texts, intervention=["luck"])
+    refused(r"\b1 seed.*\b0\b", model, *texts, seeds=0)
     refused("skip_first", model, *texts, skip_first=16)
     refused("training mode", tiny_model("llama").train(), *texts)
     assert list(tmp_path.iterdir()) == []
@@ -499,7 +496,7 @@ def test_after_an_error_the_model_is_as_before(where: str, monkeypatch: pytest.M
 
     model = tiny_model("llama")
     if where == "while pruning":
-        monkeypatch.setattr(sparse_rows, "prune", failed)
+        monkeypatch.setattr(sparse_neurons, "prune", failed)
     else:
         calls = []
 
@@ -521,7 +518,7 @@ def test_a_layer_that_does_not_run_is_an_error() -> None:
     model: Any = tiny_model("llama")
     measured = entangle.measure(model, random_windows(10, seed=11), layers="*.mlp.*")
     model.model.layers[1].mlp.forward = torch.zeros_like
-    with pytest.raises(RuntimeError, match="3 of 9 selected layers did not run once in each of 3"):
+    with pytest.raises(RuntimeError, match=r"\b3 of 9 .*layers.*\b3 batches.*layers\.1\.mlp"):
         entangle.ablate(
             model, None, held_out(), run=measured, intervention=["zero"], sets=["std"], batch_size=2
         )
@@ -548,7 +545,7 @@ def test_a_score_that_is_not_finite_is_a_problem_of_its_arm_alone(
     assert np.isfinite(table["perplexity"]).tolist() == [True, False, True]
     assert table.iloc[2]["perplexity"] == whole.iloc[2]["perplexity"]
     written = (tmp_path / "run" / "tables" / "ablation.md").read_text()
-    assert "No score for sparsify top wasserstein: not finite in 5 of 5 windows" in written
+    assert re.search(r"sparsify top wasserstein.*not finite in 5 of 5 windows", written)
 
     def never_finite(*_: Any, **__: Any) -> None:
         raise NotFiniteError("not finite")
@@ -572,7 +569,7 @@ def test_outputs_that_overflow_make_an_arm_without_a_score() -> None:
         sets=["std"],
     )
     assert np.isfinite(table["perplexity"]).tolist() == [True, False, True]
-    assert "not finite in 5 of 5 windows" in table["problem"][1]
+    assert re.search(r"not finite.*\b5 of 5 windows", table["problem"][1])
 
 
 def test_a_layer_without_a_trusted_neuron_stays_dense() -> None:
@@ -627,9 +624,9 @@ def test_tables_are_written_with_what_they_were_made_of(tmp_path: Path) -> None:
     log = json.loads((folder / "log.json").read_text())
     assert log["arms_run"] == 13
     markdown = (folder / "tables" / "ablation.md").read_text()
-    assert "192 tokens of random (12 windows of 16)" in markdown
-    assert "scored on 75 tokens of random (5 windows of 16" in markdown
-    with pytest.raises(FileExistsError, match="run exists already"):
+    assert re.search(r"\b192 tokens.*random.*\b12 windows of 16\b", markdown)
+    assert re.search(r"\b75 tokens.*random.*\b5 windows of 16\b", markdown)
+    with pytest.raises(FileExistsError, match=r"run exists.*--overwrite"):
         run(model, out=tmp_path / "run")
 
 
@@ -655,7 +652,7 @@ def test_killed_while_scoring_it_goes_on_and_prunes_nothing_again(
         return prune(*args, **options)
 
     monkeypatch.setattr(setup, "perplexity", interrupted)
-    monkeypatch.setattr(sparse_rows, "prune", counted)
+    monkeypatch.setattr(sparse_neurons, "prune", counted)
     model = tiny_model("llama")
     with pytest.raises(KeyboardInterrupt):
         run(model, out=tmp_path / "run", **words)
@@ -664,7 +661,7 @@ def test_killed_while_scoring_it_goes_on_and_prunes_nothing_again(
     assert len(list((tmp_path / "run.partial" / "arms").glob("*.json"))) == killed_at - 1
     assert not (tmp_path / "run").exists()
     if killed_at > 1:  # else there is nothing to lose
-        with pytest.raises(FileExistsError, match=r"unfinished run with other .*skip_first 0"):
+        with pytest.raises(FileExistsError, match=r"run\.partial.*skip_first 0\D+1\b.*--overwrite"):
             run(model, out=tmp_path / "run", skip_first=1, **words)
     run(model, out=tmp_path / "run", **words)
     assert len(pruned) == 21 * 2
@@ -689,7 +686,7 @@ def test_killed_while_pruning_it_prunes_only_the_blocks_that_are_left(
             raise KeyboardInterrupt
         return prune(*args, **options)
 
-    monkeypatch.setattr(sparse_rows, "prune", counted)
+    monkeypatch.setattr(sparse_neurons, "prune", counted)
     with pytest.raises(KeyboardInterrupt):
         run(tiny_model("llama"), experts=[1, 4], out=tmp_path / "run")
     pruned.clear()

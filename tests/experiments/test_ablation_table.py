@@ -1,6 +1,7 @@
 """Effects: the tables against NumPy and SciPy, from scores that are made up."""
 
 import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -301,11 +302,11 @@ def test_the_markdown_says_what_the_numbers_are_and_what_on() -> None:
     found = results()
     words, rows = written(found)
     for said in (
-        "tiny, neurons of *.mlp.* *.q_proj chosen by what 65,536 tokens of measured.txt show",
-        "scored on 90 tokens of evaluation.txt (6 windows",
-        "by 4,096 tokens of calibration.txt (8 windows of 512) through the dense model",
+        r"tiny.*\*\.mlp\.\* \*\.q_proj.*\b65,536 tokens.*measured\.txt",
+        r"\b90 tokens.*evaluation\.txt.*\b6 windows",
+        r"\b4,096 tokens.*calibration\.txt.*\b8 windows of 512\b.*\bdense\b",
     ):
-        assert said in words
+        assert re.search(said, words)
     assert "block" not in rows[0]
     assert [row["neurons"] for row in rows] == [
         "-",
@@ -347,13 +348,13 @@ def test_the_markdown_names_what_is_missing_and_what_was_not_reached() -> None:
     words, rows = written(
         found, missing_sets=["difficulty"], pruned=False, skipped_parameters=["h.0.gate"]
     )
-    assert "The run has no difficulty, so that set is left out" in words
-    assert "pruned by" not in words
-    assert "1 matrices in the blocks are no linear layers and were not treated: h.0.gate" in words
+    assert "no difficulty" in words
+    assert "calibration.txt" not in words
+    assert re.search(r"\b1 matri.*h\.0\.gate", words)
     assert rows[-2]["equivalent share"] == "not reached"
     assert rows[-1]["share"] == "0.50%"
     assert rows[-1]["perplexity"] == rows[-1]["ratio"] == "-"
-    assert "No score for sparsify top std: not finite in 6 windows" in words
+    assert re.search(r"sparsify top std.*not finite in 6 windows", words)
 
 
 def test_blocks_have_a_column_where_there_are_some() -> None:

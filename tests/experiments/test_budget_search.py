@@ -52,7 +52,7 @@ def test_a_named_variable_is_kept() -> None:
     assert found.budget == "std"
     assert found.strength in budget_search.STRENGTHS
     assert {*found.table["budget"][2:]} == {"std"}
-    with pytest.raises(ValueError, match="sets a window in 4 aside, but there are 3"):
+    with pytest.raises(ValueError, match=r"window.*\b4\b.*\b3\b"):
         entangle.choose_budget(model, random_windows(3), sparsity=0.6, run=run, **OPTIONS)
 
 
@@ -79,9 +79,9 @@ def test_it_prunes_as_it_is_told() -> None:
     words: dict[str, Any] = {"layers": "*.mlp.*", "budget": ["std"], "strength": [0.2]}
     found = entangle.choose_budget(model, windows, sparsity=0.6, run=run, method="wanda", **words)
     assert {*found.table["method"]} == {"dense", "wanda"}
-    with pytest.raises(ValueError, match="a budget of trim rows has no strength"):
+    with pytest.raises(ValueError, match=r"\btrim\b.*strength"):
         entangle.choose_budget(model, windows, sparsity=0.6, run=run, budget=["std", "trim"])
     with pytest.raises(ValueError, match="experts=4"):
         entangle.choose_budget(model, windows, sparsity=0.6, run=run, experts=4)
-    with pytest.raises(ValueError, match=r"sparsity takes one value.*\[0.3, 0.9\]"):
+    with pytest.raises(ValueError, match=r"sparsity.*one value.*\[0\.3, 0\.9\]"):
         entangle.choose_budget(model, windows, sparsity=[0.3, 0.9], run=run)

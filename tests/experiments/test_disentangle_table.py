@@ -1,6 +1,7 @@
 """Tables of what clusters and experts gain: against pandas and SciPy, from made-up runs."""
 
 import math
+import re
 from typing import Any
 
 import numpy as np
@@ -235,11 +236,13 @@ def test_markdown_has_its_tables_rounded_to_their_errors() -> None:
     tree = made_up()
     layers, quantiles = layers_table(tree), quantiles_table(tree)
     text = markdown(tree.attrs, layers, quantiles)
-    assert text.startswith(
-        "some/model, *.up *.down: clusters and experts from 65,536 tokens of data/docs (128 "
-        "windows of 512), measured on 8,192 held-out tokens of data/others, "
-    )
-    assert "on 12,345 tokens of data/before" in text
+    for said in (
+        r"^some/model.*\*\.up \*\.down",
+        r"\b65,536 tokens.*data/docs.*\b128 windows of 512\b",
+        r"\b8,192 held-out tokens.*data/others",
+        r"\b12,345 tokens.*data/before",
+    ):
+        assert re.search(said, text)
     lines = [cells_of(line) for line in text.splitlines() if line.startswith("|")]
     once = quantiles[quantiles["sparsity"] == "0.8"]
     assert len(lines) == 2 + 4 + 2 + len(quantiles) + 2 + len(once)
@@ -270,8 +273,8 @@ def test_markdown_says_what_was_skipped_and_what_is_not_known() -> None:
     about = ABOUT | {"run": {}, "skipped_parameters": ["h.0.experts.w", "h.1.experts.w"]}
     data = tree.to_dataset().isel(neuron=[-1])  # of a layer with one neuron nothing has an error
     text = markdown(about, layers_table(xr.DataTree(data)), quantiles_table(xr.DataTree(data)))
-    assert "2 matrices in the blocks are no linear layers and were not measured" in text
-    assert "on 0 tokens of ?" in text
+    assert re.search(r"\b2 matri.*h\.0\.experts\.w, h\.1\.experts\.w", text)
+    assert re.search(r"\b0 tokens.*\?", text)
     first = next(line for line in text.splitlines() if line.startswith("| 4 "))
     assert cells_of(first)[4:] == ["-"] * 7
     assert float(cells_of(first)[2]) == pytest.approx(float(data["improvement"][0, 0, 1]), rel=1e-3)

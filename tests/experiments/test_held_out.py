@@ -61,14 +61,14 @@ def calibrations() -> list[Calibration]:
     text = tokens_of(200, seed=1)
     whole = InputMoments.zeros(INPUTS)
     whole.add(text)
-    found = [Calibration(whole, None, 1.0)]
+    found = [Calibration(whole, None, 1.0, "layer")]
     for router in routers():
         parts, chosen = [], router.assign(text)
         for expert in range(router.experts):
             moments = InputMoments.zeros(INPUTS)
             moments.add(text[chosen == expert])
             parts.append(moments)
-        found.append(Calibration(InputMoments.stack(parts), router, 1.0))
+        found.append(Calibration(InputMoments.stack(parts), router, 1.0, "layer"))
     return found
 
 
@@ -135,7 +135,7 @@ class Measured:
         router, weight = calibration.router, weight_of(self.layer)
         if router is None:
             return self.inputs @ prune(weight, calibration.moments, sparsity).weight.T + self.bias
-        moments = calibration.moments.pulled(0.5)
+        moments = calibration.moments.shrunk(0.5)
         experts = [
             prune(weight, moments.expert(expert), sparsity).weight
             for expert in range(router.experts)

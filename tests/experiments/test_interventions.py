@@ -95,7 +95,7 @@ def test_an_arm_of_each_block(run: xr.Dataset) -> None:
         ("random", 1, 0),
         ("random", 1, 1),
     ]
-    assert arms[2].words() == {
+    assert arms[2].settings() == {
         "intervention": "negative",
         "sparsity": "",
         "experts": 1,
@@ -105,22 +105,22 @@ def test_an_arm_of_each_block(run: xr.Dataset) -> None:
         "block": 0,
     }
     sparse = Arm("sparsify", Sparsity.parse("1:4"), 1, "std", 0.5, None, None)
-    assert sparse.words()["sparsity"] == "1:4"
+    assert sparse.settings()["sparsity"] == "1:4"
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ({"intervention": ["luck"]}, "one of sparsify, zero, mean, negative, got 'luck'"),
-        ({"sets": ["beauty"]}, "one of wasserstein, bottom, random, .*, got 'beauty'"),
-        ({"sparsity": ["much"]}, "expected a sparsity from 0 to 1, or n:m .* got 'much'"),
-        ({"sparsity": [1.5]}, "expected a sparsity from 0 to 1"),
-        ({"share": [0.0]}, "share of neurons above 0 and at most 1, got 0.0"),
-        ({"share": [0.1, 1.1]}, "got 1.1"),
-        ({"share": [math.nan]}, "got nan"),
-        ({"experts": [4, 0]}, "at least 1 expert, got 0"),
-        ({"sets": ["random"], "seeds": 0}, "at least 1 seed, got 0"),
-        *[({name: []}, f"at least one value of {name}") for name in WORDS if name != "seeds"],
+        ({"intervention": ["luck"]}, "sparsify, zero, mean, negative.*'luck'"),
+        ({"sets": ["beauty"]}, "wasserstein, bottom, random, .*'beauty'"),
+        ({"sparsity": ["much"]}, "sparsity.*n:m.*'much'"),
+        ({"sparsity": [1.5]}, r"sparsity.*n:m.*\b1\.5"),
+        ({"share": [0.0]}, r"share.*\b0\.0\b"),
+        ({"share": [0.1, 1.1]}, r"share.*\b1\.1\b"),
+        ({"share": [math.nan]}, r"share.*\bnan\b"),
+        ({"experts": [4, 0]}, r"\b1 expert.*\b0\b"),
+        ({"sets": ["random"], "seeds": 0}, r"\b1 seed.*\b0\b"),
+        *[({name: []}, rf"one value.*\b{name}\b") for name in WORDS if name != "seeds"],
     ],
 )
 def test_words_that_are_none_are_refused(words: dict[str, Any], message: str) -> None:
@@ -231,5 +231,5 @@ def test_the_words_of_the_command_line_are_those_of_the_code(
     with pytest.raises(SystemExit):
         arguments.parser().parse_args(["ablate", "--help"])
     said = " ".join(capsys.readouterr().out.split())
-    assert f"one or several of {', '.join(INTERVENTIONS)} [sparsify]" in said
-    assert f"one or several of {', '.join(SETS)} [all]" in said
+    assert f"{', '.join(INTERVENTIONS)} [sparsify]" in said
+    assert f"{', '.join(SETS)} [all]" in said

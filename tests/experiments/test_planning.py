@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import json
+import re
 import signal
 import sys
 from collections.abc import Iterator, Sequence
@@ -266,14 +267,14 @@ def test_the_command_line_says_the_plan(
     assert main(words) == 0
     said = capsys.readouterr().out
     neurons = f"{expected['neurons']:,}"
-    assert f"{place / 'model'}: 60 layers in 20 blocks, {neurons} neurons" in said
-    assert f"640 tokens of {place / 'text.txt'} (20 windows)" in said
+    assert re.search(rf"{place / 'model'}\W.*\b60 layers.*\b20 blocks.*\b{neurons} neurons", said)
+    assert re.search(rf"\b640 tokens.*{place / 'text.txt'}.*\b20 windows\b", said)
     seconds = Law().seconds(20, 5)
-    assert f"- measure: about {seconds:.0f} s, " in said
-    assert f"- sparsify: about {seconds:.0f} s, " in said
+    for command in ("measure", "sparsify"):
+        assert re.search(rf"(?m)^- {command}: .*\b{seconds:.0f} s\b", said)
     assert "0.02 GB written" in said
     assert "GPU" not in said
-    assert "like the first" not in said
+    assert "largest" not in said
 
 
 def test_the_command_line_says_that_a_plan_of_the_first_block_is_not_of_the_largest(
@@ -292,19 +293,20 @@ def test_the_command_line_says_that_a_plan_of_the_first_block_is_not_of_the_larg
     assert blocks[0] < blocks[1] == blocks[2]
     assert [found["block_bytes"], found["largest_block_bytes"]] == blocks[:2]
     assert main(["plan", str(place / "model"), "--text", str(place / "text.txt")]) == 0
-    assert "all blocks are taken to be like the first, of" in capsys.readouterr().out
+    first, largest = (f"{size / 1e9:.2g} GB" for size in blocks[:2])
+    assert re.search(rf"first.*\b{first}.*largest.*\b{largest}", capsys.readouterr().out)
 
 
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"name": "nowhere"}, FileNotFoundError, "there is no model at"),
-        ({"layers": ["*.up_prj"]}, LookupError, r"no layer matches '\*.up_prj'.*up_proj"),
+        ({"name": "nowhere"}, FileNotFoundError, "model.*nowhere"),
+        ({"layers": ["*.up_prj"]}, LookupError, r"layer.*'\*\.up_prj'.*up_proj"),
         ({"length": 9999}, ValueError, "9999"),
-        ({"windows": 0}, ValueError, "at least 1 window"),
-        ({"sparsity": "1.5"}, ValueError, "1.5"),
+        ({"windows": 0}, ValueError, r"\b1 window.*\b0 of 32\b"),
+        ({"sparsity": "1.5"}, ValueError, r"sparsity.*n:m.*\b1\.5"),
         ({"experts": 0}, ValueError, "expert.*0"),
-        ({"bins": 1}, ValueError, "bins must be an even number"),
+        ({"bins": 1}, ValueError, r"bins.*even.*\b1\b"),
     ],
 )
 def test_bad_input_is_refused_before_a_command_runs(
@@ -325,10 +327,7 @@ def test_bad_input_is_refused_before_a_command_runs(
 
 def test_a_command_that_fails_is_an_error_with_what_it_says(place: Path) -> None:
     words = ["measure", str(place / "nowhere"), "--text", str(place / "text.txt")]
-    with pytest.raises(
-        RuntimeError,
-        match=r"^measure fails on 2 of the model's blocks: there is no model at .*nowh",
-    ):
+    with pytest.raises(RuntimeError, match=r"^measure.*\b2\b.*blocks.*model.*nowhere"):
         _run(words, place / "out", 2, 5)
     assert not (place / "out").exists()
 
@@ -340,9 +339,7 @@ def test_a_failed_command_without_a_word_is_told_by_its_code(
     (place / "dies").write_text("#!/bin/sh\nexit 7\n")
     (place / "dies").chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(place / "dies"))
-    with pytest.raises(
-        RuntimeError, match=r"^measure fails on 1 of the model's blocks: exit code 7"
-    ):
+    with pytest.raises(RuntimeError, match=r"^measure.*\b1\b.*blocks.*\b7\b"):
         planned(place)
 
 

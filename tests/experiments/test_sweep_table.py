@@ -21,7 +21,7 @@ def layer(name: str, neurons: int, error: float) -> dict[str, Any]:
 def arm(experts: int, sparsity: str = "0.5", **words: Any) -> dict[str, Any]:
     """Return an arm with losses of its own."""
     named = {"method": "sparsegpt", "mask": "row", "propagate": "dense", "experts": experts}
-    routed = {"assign": "kmeans", "components": "auto", "pull": 0.5} if experts > 1 else {}
+    routed = {"assign": "kmeans", "components": "auto", "shrinkage": 0.5} if experts > 1 else {}
     costs = {name: 100.0 + place for place, name in enumerate(COSTS)}
     costs |= {"density": 0.3125, "stored": 950.0, "dense_multiply_adds": 200.0}
     return named | routed | {"sparsity": sparsity} | words | {
@@ -109,9 +109,9 @@ def test_what_is_printed_is_what_was_found() -> None:
 def test_what_is_not_usual_of_a_mixture_is_said() -> None:
     assert "experts" not in described([DENSE, arm(1)])[1][0]
     usual = described([DENSE, arm(1), arm(4)])[1][2]
-    assert not {"assign", "components", "pull"} & {*usual}
-    others: list[tuple[str, Any]] = [("assign", "random"), ("components", 0), ("pull", 2.0)]
+    assert not {"assign", "components", "shrinkage"} & {*usual}
+    others: list[tuple[str, Any]] = [("assign", "random"), ("components", 0), ("shrinkage", 2.0)]
     for name, word in others:
         row = described([DENSE, arm(1), arm(4, **{name: word})])[1][2]
         assert row[name] == str(word)
-        assert len({"assign", "components", "pull"} & {*row}) == 1
+        assert len({"assign", "components", "shrinkage"} & {*row}) == 1

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -114,20 +115,20 @@ def test_tables_are_written_and_read(tmp_path: Path) -> None:
         table.query("method == 'wanda' and sparsity == '2:4'")["layer_error"].item()
     )
     words = (tmp_path / "run" / "tables" / "sweep.md").read_text()
-    assert "96 tokens of random (6 windows of 16)" in words
-    assert "75 tokens of random (5 windows of 16 that do not overlap" in words
+    assert re.search(r"\b96 tokens.*random.*\b6 windows of 16\b", words)
+    assert re.search(r"\b75 tokens.*random.*\b5 windows of 16\b", words)
     row = next(line for line in words.splitlines() if line.startswith("| sparsegpt"))
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     expected = table.query("method == 'sparsegpt'").iloc[0]
     assert cells[:4] == ["sparsegpt", "row", "dense", "0.5"]
     assert float(cells[5].split(" ± ")[0]) == pytest.approx(expected["perplexity"], rel=1e-2)
     assert float(cells[7].split(" ± ")[1]) == pytest.approx(expected["difference_error"], rel=0.05)
-    with pytest.raises(FileNotFoundError, match="no measured run, but holds tables"):
+    with pytest.raises(FileNotFoundError, match=r"measured run.*tables"):
         entangle.open_run(tmp_path / "run")
-    with pytest.raises(FileNotFoundError, match=r"no tables/sweep.csv"):
+    with pytest.raises(FileNotFoundError, match=r" tables/sweep\.csv"):
         read_table(tmp_path)
     table.drop(columns="density").to_csv(tmp_path / "run" / "tables" / "sweep.csv")
-    with pytest.raises(ValueError, match="run is a sweep of an older version of entangle"):
+    with pytest.raises(ValueError, match=r"\brun\b.*older version"):
         read_table(tmp_path / "run")
 
 
@@ -139,9 +140,9 @@ def test_an_arm_that_fails_says_why_and_costs_the_others_nothing(tmp_path: Path)
     assert table["method"].tolist() == ["dense", *METHODS]
     assert np.isfinite(table["perplexity"]).tolist() == [True, False, True, True]
     assert (table["problem"] == "").tolist() == [True, False, True, True]
-    assert "model.layers.1.mlp.gate_proj: the Gram" in table["problem"][1]
+    assert re.search(r"layers\.1\.mlp\.gate_proj.*singular", table["problem"][1])
     words = (tmp_path / "run" / "tables" / "sweep.md").read_text()
-    assert "No score for sparsegpt row dense 0.5: model.layers.1.mlp.gate_proj: the Gram" in words
+    assert re.search(f"sparsegpt row dense 0.5.*{re.escape(table['problem'][1])}", words)
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError, RuntimeError, OSError])
@@ -195,15 +196,13 @@ def test_a_full_disk_is_told_and_what_is_done_stays(
 
     with monkeypatch.context() as patch:
         patch.setattr(packing, "save_file", full)
-        with pytest.raises(OSError, match=r"cannot write .*1-1-kmeans-None.safetensors: I/O"):
+        with pytest.raises(OSError, match=r"1-1-kmeans-None\.safetensors.*I/O"):
             run(tiny_model("llama"), [0.5], propagate=("dense",), out=tmp_path / "run")
     grams = tmp_path / "run.partial" / "grams"
     assert len(list(grams.iterdir())) == 3  # block 0, and the held-out inputs of block 1
     for name in ("1-1-kmeans-None", "2", "2-1-kmeans-None"):
         (grams / f"{name}.safetensors").write_bytes(b"cut off")
-    with pytest.raises(
-        OSError, match=r"1-1-kmeans-None.safetensors is damaged, delete it and run again"
-    ):
+    with pytest.raises(OSError, match=r"1-1-kmeans-None\.safetensors.*damaged"):
         run(tiny_model("llama"), [0.5], propagate=("dense",), out=tmp_path / "run")
 
 
@@ -222,9 +221,9 @@ def test_an_unfinished_sweep_of_other_settings_is_not_gone_on_with(
         patch.setattr(setup, "perplexity", interrupt)
         with pytest.raises(KeyboardInterrupt):
             run(tiny_model("llama"), [0.5], out=tmp_path / "run")
-    with pytest.raises(FileExistsError, match=r"unfinished run with other settings.*batch_size 2"):
+    with pytest.raises(FileExistsError, match=r"run\.partial.*batch_size 2\D+3\b.*--overwrite"):
         run(tiny_model("llama"), [0.5], out=tmp_path / "run", batch_size=3)
-    with pytest.raises(FileExistsError, match="it has weights '"):
+    with pytest.raises(FileExistsError, match=r"run\.partial.*weights '.*--overwrite"):
         run(tiny_model("llama", seed=1), [0.5], out=tmp_path / "run")
     assert (tmp_path / "run.partial" / "run.json").exists()
     table = run(tiny_model("llama"), [0.5], out=tmp_path / "run", batch_size=3, overwrite=True)
@@ -233,13 +232,13 @@ def test_an_unfinished_sweep_of_other_settings_is_not_gone_on_with(
 
 def test_what_cannot_be_swept_is_refused_before_anything_runs(tmp_path: Path) -> None:
     model = tiny_model("llama")
-    with pytest.raises(ValueError, match=r"6 of 6 evaluation windows .* are calibration windows"):
+    with pytest.raises(ValueError, match=r"\b6 of 6 evaluation windows.*calibration"):
         entangle.sweep(model, random_windows(), random_windows(), sparsity=[0.5])
-    with pytest.raises(ValueError, match="down_proj: 2:4 needs groups of 4"):
+    with pytest.raises(ValueError, match=r"down_proj.*\b2:4\b.*groups.*\b37\b"):
         run(model, [0.5, "2:4"], layers="*", out=tmp_path / "run")
-    with pytest.raises(ValueError, match="method must be one of"):
+    with pytest.raises(ValueError, match=r"method.*sparsegpt, wanda, magnitude.*'luck'"):
         run(model, [0.5], method=("luck",), out=tmp_path / "run")
-    with pytest.raises(ValueError, match="longer than the model's context of 64"):
+    with pytest.raises(ValueError, match=r"\b65 tokens.*context.*\b64\b"):
         entangle.sweep(model, random_windows(), random_windows(2, 65), sparsity=[0.5])
     assert list(tmp_path.iterdir()) == []
 

@@ -74,9 +74,9 @@ def test_only_what_both_runs_know_is_compared(pair: list[xr.DataTree]) -> None:
     assert sorted(neurons["neuron"]) == sorted(kept)
     some = entangle.diff(first, other, layers="*.1.mlp.up_proj")
     assert some.layers["layer"].tolist() == ["model.layers.1.mlp.up_proj"]
-    with pytest.raises(LookupError, match="no layer of this run matches 'nothing'"):
+    with pytest.raises(LookupError, match=r"layer.*'nothing'"):
         entangle.diff(first, other, layers="nothing")
-    with pytest.raises(LookupError, match="the runs share no neuron"):
+    with pytest.raises(LookupError, match=r"no neuron.*layers\.0\."):
         entangle.diff(first, other, layers="*.2.mlp.up_proj")
 
 

@@ -479,7 +479,7 @@ def test_the_models_hooks_are_gone(llama: Case) -> None:
 
 def test_other_weights_and_other_windows_are_refused(llama: Case, tmp_path: Path) -> None:
     names, windows = neurons_of(llama), llama.windows
-    with pytest.raises(ValueError, match="the run was measured on other weights"):
+    with pytest.raises(ValueError, match=rf"weights.*{llama.run.attrs['weights'][:8]}"):
         contexts(
             tiny_model(seed=1),
             windows,
@@ -489,9 +489,7 @@ def test_other_weights_and_other_windows_are_refused(llama: Case, tmp_path: Path
             out=tmp_path,
         )
     for other in (some_windows(seed=1), some_windows(19), some_windows(length=LENGTH - 1)):
-        with pytest.raises(
-            ValueError, match=r"other windows than these .* 20 windows of 43, seed 0"
-        ):
+        with pytest.raises(ValueError, match=r"other windows.*\b20 windows of 43\b.*seed 0\b"):
             contexts(
                 llama.model, other, run=llama.run, neurons=names, tokenizer=TOKENIZER, out=tmp_path
             )
@@ -501,11 +499,11 @@ def test_other_weights_and_other_windows_are_refused(llama: Case, tmp_path: Path
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("model.layers.0.mlp.up_proj:37", "has 37 neurons, 0 to 36"),
-        ("model.layers.0.mlp.up_proj:-1", "has 37 neurons, 0 to 36"),
-        ("model.layers.0.mlp.up_prj:1", "such as model.layers.0.mlp.up_proj:0"),
-        ("model.layers.0.mlp.up_proj", "expected LAYER:INDEX"),
-        ("", "expected LAYER:INDEX"),
+        ("model.layers.0.mlp.up_proj:37", r"up_proj:37'.*\b37 neurons.*\b36\b"),
+        ("model.layers.0.mlp.up_proj:-1", r"up_proj:-1'.*\b37 neurons.*\b36\b"),
+        ("model.layers.0.mlp.up_prj:1", r"up_prj:1'.*layers\.0\.mlp\.up_proj:0\b"),
+        ("model.layers.0.mlp.up_proj", "up_proj'.*LAYER:INDEX"),
+        ("", "''.*LAYER:INDEX"),
     ],
 )
 def test_a_neuron_that_is_not_there_is_refused(
@@ -525,7 +523,7 @@ def test_a_neuron_without_a_distribution_is_refused(tmp_path: Path) -> None:
     windows = some_windows(5)
     run = measure(model, windows)
     for index in (3, 4):
-        with pytest.raises(ValueError, match=f"{last}:{index} is dead or broken"):
+        with pytest.raises(ValueError, match=rf"{last}:{index}\b.*dead"):
             contexts(
                 model,
                 windows,
@@ -586,7 +584,7 @@ def test_contexts_are_added_to_the_run(tmp_path: Path) -> None:
     assert written(names[1]) == whole | {"another": {"neuron": "é"}}
     assert set(out.rglob("*")) - files == {out / "contexts.json"}
     (out / "contexts.json").write_text('{"model.layers')
-    with pytest.raises(ValueError, match=r"contexts.json is damaged, delete it and run again"):
+    with pytest.raises(ValueError, match=r"contexts\.json.*damaged"):
         contexts(model, windows, run=run, neurons=names, tokenizer=TOKENIZER, out=out)
 
 

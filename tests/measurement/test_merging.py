@@ -1,6 +1,7 @@
 """Shards of a run become, merged, the run that one process measures; runs are written part by part."""
 
 import json
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -159,37 +160,35 @@ def test_a_shard_that_is_missing_is_named(
     numbers: tuple[int, ...], missing: str, place: Path, tmp_path: Path
 ) -> None:
     said = refused(shards(place, numbers), tmp_path / "run")
-    assert said == f"of 3 shards {missing} is missing"
+    assert re.search(r"\b3 shards\b.*missing", said)
+    assert re.findall(r"\d/\d", said) == missing.split(", ")
 
 
 def test_a_shard_that_is_given_twice_is_refused(place: Path, tmp_path: Path) -> None:
     shutil.copytree(place / "2", tmp_path / "again")
     said = refused([*shards(place), tmp_path / "again"], tmp_path / "run")
-    assert said == f"{place / '2'} and {tmp_path / 'again'} are the same shard 2/3"
+    assert re.search(rf"{place / '2'} .*{tmp_path / 'again'} .*same.*\b2/3\b", said)
 
 
 def test_a_whole_run_is_no_shard(place: Path, tmp_path: Path) -> None:
     for folders in ([*shards(place), place / "whole"], [place / "whole"]):
         said = refused(folders, tmp_path / "run")
-        assert said == f"{place / 'whole'} is a whole run, and no shard of one"
+        assert re.search(f"{place / 'whole'} .*whole run", said)
 
 
 @pytest.mark.parametrize(
     ("options", "attribute"),
     [
-        ({"bins": 64}, "bins is 64, not 1024"),
-        ({"batch_size": 1}, "batch_size is 1, not 2"),
-        ({"skip_first": 1}, "skip_first is 1, not 0"),
-        ({"layers": "*.mlp.*"}, "layers is ['*.mlp.*'], not ['*']"),
-        ({"command": "otherwise"}, "command is 'otherwise', not 'as said'"),
-        (
-            {"bins": 64, "command": "otherwise"},
-            "bins is 64, not 1024",
-        ),  # which says what is otherwise
-        ({"seed": 1}, "weights is '"),
-        ({"text": 1}, "fingerprint is '"),
-        ({"windows": 6}, "available_windows is 6, not 7"),
-        ({"name": "gpt2"}, "class is 'GPT2LMHeadModel', not 'LlamaForCausalLM'"),
+        ({"bins": 64}, r"bins\D+64\D+1024\b"),
+        ({"batch_size": 1}, r"batch_size\D+1\D+2\b"),
+        ({"skip_first": 1}, r"skip_first\D+1\D+0\b"),
+        ({"layers": "*.mlp.*"}, r"layers .*\['\*\.mlp\.\*'\].+\['\*'\]"),
+        ({"command": "otherwise"}, "command .*'otherwise'.*'as said'"),
+        ({"bins": 64, "command": "otherwise"}, r"bins\D+64\D+1024\b"),  # what is otherwise
+        ({"seed": 1}, "weights .*'[0-9a-f]{8}.*'[0-9a-f]{8}"),
+        ({"text": 1}, "fingerprint .*'[0-9a-f]{8}.*'[0-9a-f]{8}"),
+        ({"windows": 6}, r"available_windows\D+6\D+7\b"),
+        ({"name": "gpt2"}, "class .*'GPT2LMHeadModel'.*'LlamaForCausalLM'"),
     ],
 )
 def test_shards_of_different_runs_are_refused_and_the_difference_is_said(
@@ -197,20 +196,19 @@ def test_shards_of_different_runs_are_refused_and_the_difference_is_said(
 ) -> None:
     other = measured(tmp_path / "other", "3/3", **options)
     said = refused([place / "1", place / "2", other], tmp_path / "run")
-    start = f"{other} is no shard of the run that {place / '1'} is one of: "
-    assert said.startswith(start + attribute)
+    assert re.search(rf"{other} .*shard.*{place / '1'} .*\b{attribute}", said)
 
 
 def test_shards_of_different_numbers_are_refused(place: Path, tmp_path: Path) -> None:
     other = measured(tmp_path / "other", "2/2")
     said = refused([place / "1", other], tmp_path / "run")
-    assert said == "expected shards of one number, got 1/3 and 2/2"
+    assert re.search(r"shards.*\b1/3\b.*\b2/2\b", said)
 
 
 def test_a_shard_is_not_where_the_whole_is_written(place: Path, tmp_path: Path) -> None:
     shutil.copytree(place / "2", tmp_path / "2")
     parts = [place / "1", tmp_path / "2", place / "3"]
-    with pytest.raises(ValueError, match="2 is one of the shards: give the whole run another"):
+    with pytest.raises(ValueError, match=f"{tmp_path / '2'} .*shards"):
         merge(parts, out=tmp_path / "2", overwrite=True)
     assert open_run(tmp_path / "2").attrs["shard"] == "2/3"
 
@@ -220,29 +218,29 @@ def test_what_needs_a_whole_run_refuses_a_shard_and_its_table_says_what_it_is(
 ) -> None:
     model = tiny_model()
     Setup.of(model, None, run=open_run(place / "whole"))
-    with pytest.raises(ValueError, match="the run is shard 2/3 of one: make it whole first, with"):
+    with pytest.raises(ValueError, match=r"shard 2/3\b.*entangle merge"):
         Setup.of(model, None, run=open_run(place / "2"))
     for folder in ("whole", "2"):
         assert main(["rank", str(place / folder), "--top", "1"]) == 0
         said = capsys.readouterr().out
-        assert said.startswith("shard 2/3 of a run, ") == (folder == "2")
+        assert ("shard 2/3" in said.splitlines()[0]) == (folder == "2")
 
 
 def test_no_shards_at_all_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"shard"):
+    with pytest.raises(ValueError, match=r"shards.*none"):
         merge([], out=tmp_path / "run")
 
 
 def test_what_is_no_run_or_damaged_is_named_and_nothing_is_written(
     place: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(FileNotFoundError, match="nowhere is not there"):
+    with pytest.raises(FileNotFoundError, match=f"{tmp_path / 'nowhere'} .*--out"):
         merge([place / "1", tmp_path / "nowhere"], out=tmp_path / "run")
     shutil.copytree(place / "2", tmp_path / "broken")
     file = tmp_path / "broken" / "neurons.zarr" / "histogram" / "counts" / "0.0"
     file.write_bytes(file.read_bytes()[:-1])
     said = refused([place / "1", tmp_path / "broken", place / "3"], tmp_path / "run")
-    assert said.startswith(f"the run {tmp_path / 'broken'} is damaged, measure again")
+    assert re.search(f"{tmp_path / 'broken'} .*damaged", said)
     assert [path.name for path in tmp_path.iterdir()] == ["broken"]
 
 
@@ -250,10 +248,10 @@ def test_a_run_that_is_there_is_replaced_only_when_told(place: Path, tmp_path: P
     out = tmp_path / "run"
     measured(out, name="gpt2")
     before = open_run(out).load()
-    with pytest.raises(FileExistsError, match="run exists already: choose another name or say"):
+    with pytest.raises(FileExistsError, match=r"run exists.*--overwrite"):
         merge(shards(place), out=out)
     said = refused_and_left(shards(place, (1, 2)), out)
-    assert said == "of 3 shards 3/3 is missing"
+    assert re.search(r"\b3 shards\b.*\b3/3\b", said)
     assert open_run(out).load().identical(before)
     assert_same_run(merge(shards(place), out=out, overwrite=True), open_run(place / "whole"))
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
@@ -412,7 +410,7 @@ def test_the_sum_is_of_the_dataset_and_run_json_alone(tree: xr.DataTree, tmp_pat
     store.write_json(tmp_path / "log.json", written | {"seconds": 2.0})
     assert open_run(tmp_path).identical(tree)
     (tmp_path / "neurons.zarr" / "more").write_text("")
-    with pytest.raises(ValueError, match="its files are not those that were written"):
+    with pytest.raises(ValueError, match=f"{tmp_path} .*damaged.*files.*written"):
         open_run(tmp_path)
 
 
@@ -420,11 +418,11 @@ def test_a_run_without_a_sum_is_refused(tree: xr.DataTree, tmp_path: Path) -> No
     store.write_run(tmp_path, [tree], ABOUT, dict)
     digest = json.loads((tmp_path / "log.json").read_text())["sha256"]
     for sha256, message in [
-        (None, "a version of entangle wrote it that kept no sum of its files"),
-        (digest[:-1] + ("0" if digest[-1] != "0" else "1"), "its files are not those that were"),
+        (None, r"\bno sum\b"),
+        (digest[:-1] + ("0" if digest[-1] != "0" else "1"), "files.*written"),
     ]:
         store.write_json(tmp_path / "log.json", {} if sha256 is None else {"sha256": sha256})
-        with pytest.raises(ValueError, match=f"the run {tmp_path} is damaged, .*: {message}"):
+        with pytest.raises(ValueError, match=f"{tmp_path} .*damaged.*{message}"):
             entangle.open_run(tmp_path)
     store.write_json(tmp_path / "log.json", {"sha256": digest})
     assert entangle.open_run(tmp_path).identical(tree)

@@ -58,9 +58,9 @@ def test_by_another_variable_of_some_layers(run: xr.Dataset) -> None:
 def test_unknown_names_are_refused(run: xr.Dataset) -> None:
     with pytest.raises(LookupError, match=r"'beauty'.*wasserstein"):
         entangle.rank(run, by="beauty")
-    with pytest.raises(LookupError, match=r"no layer of this run matches '\*.x'"):
+    with pytest.raises(LookupError, match=r"layer.*'\*\.x'"):
         entangle.rank(run, layers=["*.x"])
-    with pytest.raises(LookupError, match="'layer'"):
+    with pytest.raises(LookupError, match=r"variable 'layer'.*wasserstein"):
         entangle.rank(run, by="layer")
 
 
@@ -181,13 +181,13 @@ def test_random_neurons_differ_by_seed_and_layer_and_not_by_what_else_is_asked(
 
 def test_sets_that_cannot_be_are_refused(many: xr.Dataset) -> None:
     for share in (0.0, -0.1, 1.01, math.nan):
-        with pytest.raises(ValueError, match=f"above 0 and at most 1, got {share}"):
+        with pytest.raises(ValueError, match=rf"share.*{share}\b"):
             entangle.top_by_layer(many, share)
-    with pytest.raises(LookupError, match=r"no variable 'difficulty', but .*wasserstein"):
+    with pytest.raises(LookupError, match=r"variable 'difficulty'.*wasserstein"):
         entangle.top_by_layer(many, 0.1, by="difficulty")
-    with pytest.raises(LookupError, match=r"no layer of this run matches '\*.x'"):
+    with pytest.raises(LookupError, match=r"layer.*'\*\.x'"):
         entangle.top_by_layer(many, 0.1, layers=["*.up", "*.x"])
-    with pytest.raises(LookupError, match=r"no layer of this run matches 'h\.7\.up'"):
+    with pytest.raises(LookupError, match=r"layer.*'h\.7\.up'"):
         entangle.matched_random(many, {"h.7.up": [1]})
 
 
@@ -219,11 +219,11 @@ def test_rank_correlations_by_another_variable_of_some_layers(many: xr.Dataset) 
     assert table["layer"].tolist() == ["h.0.up", "h.1.up"]
     assert table["wasserstein"].tolist() == pytest.approx(other["kurtosis"].tolist())
     assert (table["neurons"] < other["neurons"]).all()  # those without kurtosis
-    with pytest.raises(LookupError, match="no variable 'difficulty'"):
+    with pytest.raises(LookupError, match=r"variable 'difficulty'.*wasserstein"):
         entangle.rank_correlations(many)
-    with pytest.raises(LookupError, match="no variable 'index'"):
+    with pytest.raises(LookupError, match=r"variable 'index'.*wasserstein"):
         entangle.rank_correlations(many, "index", ["std"])
-    with pytest.raises(LookupError, match=r"matches '\*.x'"):
+    with pytest.raises(LookupError, match=r"layer.*'\*\.x'"):
         entangle.rank_correlations(many, others=["std"], layers="*.x")
 
 

@@ -1,6 +1,7 @@
 """What is recorded is what the layers put out: on every architecture, padded or not, cached or not."""
 
 import inspect
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -100,15 +101,11 @@ def test_measure_counts_what_each_layer_puts_out(name: str, dtype: torch.dtype) 
     agrees(run.to_dataset(), flat(outputs))
     sizes = {name: kept[0].shape[-1] for name, kept in outputs.items()}
     assert neuron_names(run) == [f"{name}:{i}" for name, size in sizes.items() for i in range(size)]
-    assert summary(run)["warnings"] == (
-        [
-            "6 matrices in the blocks are no linear layers and were not measured: "
-            "model.layers.0.mlp.gate.weight, model.layers.0.mlp.experts.gate_up_proj, "
-            "model.layers.0.mlp.experts.down_proj, ..."
-        ]
-        if name == "mixtral"
-        else []
-    )
+    warnings = summary(run)["warnings"]
+    assert len(warnings) == (name == "mixtral")
+    skipped = ("gate.weight", "experts.gate_up_proj", "experts.down_proj")
+    named = ", ".join(re.escape(f"model.layers.0.mlp.{one}") for one in skipped)
+    assert all(re.search(rf"\b6 matri.*{named}", warning) for warning in warnings)
 
 
 # Padding and positions.
@@ -192,7 +189,7 @@ def test_a_first_batch_of_nothing_but_padding_is_refused() -> None:
         with record(model):
             model(tokens(2), attention_mask=torch.zeros(2, LENGTH))
 
-    with pytest.raises(ValueError, match="the pilot has no rows: its batch holds no counted token"):
+    with pytest.raises(ValueError, match=r"pilot.*no rows"):
         record_padding()
 
 
@@ -229,7 +226,7 @@ def same(first: xr.DataTree, second: xr.DataTree) -> bool:
 def test_what_is_recorded_can_be_read_at_any_time(tmp_path: Path) -> None:
     model = tiny_model()
     with record(model, "*.1.mlp.*") as recorder:
-        with pytest.raises(RuntimeError, match="nothing is recorded: call the model inside the"):
+        with pytest.raises(RuntimeError, match=r"nothing.*recorded"):
             recorder.tree()
         with torch.no_grad():
             model(tokens(4))
@@ -289,21 +286,21 @@ def test_after_a_pass_that_broke_off_nothing_is_handed_out() -> None:
             with pytest.raises(KeyboardInterrupt):
                 model(tokens(4))
             handle.remove()
-            with pytest.raises(RuntimeError, match="forward pass did not come to its end"):
+            with pytest.raises(RuntimeError, match=r"forward pass.*different"):
                 recorder.tree()
-            with pytest.raises(RuntimeError, match="forward pass did not come to its end"):
+            with pytest.raises(RuntimeError, match=r"forward pass.*different"):
                 recorder.dataset()
 
-    with pytest.raises(RuntimeError, match="leave this recorder and record again"):
+    with pytest.raises(RuntimeError, match=r"forward pass.*different"):
         swallow()
 
 
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"layers": "*.mlp.fc"}, LookupError, r"no layer matches '\*.mlp.fc'; near matches"),
-        ({"bins": 7}, ValueError, "bins must be an even number from 2 to 2048, got 7"),
-        ({"skip_first": -1}, ValueError, "skip_first must not be negative, got -1"),
+        ({"layers": "*.mlp.fc"}, LookupError, r"layer.*'\*\.mlp\.fc'.*mlp\.\w+_proj"),
+        ({"bins": 7}, ValueError, r"bins.*even.*\b2048\b.*\b7\b"),
+        ({"skip_first": -1}, ValueError, r"skip_first.*negative.*-1\b"),
     ],
 )
 def test_options_out_of_range_are_refused(
@@ -319,10 +316,10 @@ def test_options_out_of_range_are_refused(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"windows": windows_of(tokens(2, CONTEXT + 1))}, "65 tokens are longer than .* of 64"),
-        ({"windows": windows_of(tokens(2) + 200)}, "has token 4.., but the model knows 260 tokens"),
-        ({"skip_first": LENGTH}, "leaving out the first 16 tokens of windows of 16 leaves none"),
-        ({"batch_size": 0}, "at least one window, got batch size 0"),
+        ({"windows": windows_of(tokens(2, CONTEXT + 1))}, r"\b65 tokens.*context.*\b64\b"),
+        ({"windows": windows_of(tokens(2) + 200)}, r"token 4\d\d\b.*\b260 tokens"),
+        ({"skip_first": LENGTH}, r"skip_first.*\b15\b.*\b16\b.*\b16\b"),
+        ({"batch_size": 0}, r"batch size 0\b"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(options: dict[str, Any], message: str) -> None:
@@ -331,9 +328,7 @@ def test_what_cannot_be_measured_is_refused(options: dict[str, Any], message: st
 
 
 def test_a_model_in_training_mode_is_refused() -> None:
-    with pytest.raises(
-        ValueError, match=r"training mode, where dropout is on: call model.eval\(\)"
-    ):
+    with pytest.raises(ValueError, match=r"training mode.*model\.eval\(\)"):
         measure(tiny_model().train(), windows_of(tokens(4)))
 
 
@@ -381,7 +376,7 @@ def test_a_run_that_exists_is_refused_before_the_model_runs(tmp_path: Path) -> N
     passes = []
     model.register_forward_pre_hook(lambda *_: passes.append(1))
     model.base_model.register_forward_pre_hook(lambda *_: passes.append(1))
-    with pytest.raises(FileExistsError, match="run exists already"):
+    with pytest.raises(FileExistsError, match=r"run exists.*--overwrite"):
         measure(model, windows, out=tmp_path / "run")
     assert passes == []
     measure(model, windows, layers="*.1.*", out=tmp_path / "run", overwrite=True)
@@ -422,11 +417,9 @@ def test_broken_and_dead_neurons_are_named_and_the_others_are_as_ever() -> None:
     for key in ("wasserstein", "mean", "std", "count", "min", "max"):
         values, truth = dataset[key].to_numpy(), expected[key].to_numpy()
         assert np.array_equal(values[~wrong], truth[~wrong])
-    assert summary(run)["warnings"] == [
-        "2 with outputs that are NaN, infinite or beyond all bounds, so without a distance: "
-        "transformer.h.1.mlp.c_proj:5, transformer.h.1.mlp.c_proj:7",
-        "1 dead (constant), so without a distance: transformer.h.1.mlp.c_proj:3",
-    ]
+    nonfinite, dead = summary(run)["warnings"]
+    assert re.search(rf"^2 .*\bNaN\b.* {at[1]}, {at[2]}$", nonfinite)
+    assert re.search(rf"^1 dead.* {at[0]}$", dead)
     assert not {*at} & {*rank(run, 1000)["neuron"]}
 
 
@@ -523,5 +516,5 @@ def test_pairs_are_of_at_most_64_windows_evenly_spread() -> None:
 
 
 def test_a_negative_number_of_pairs_is_refused() -> None:
-    with pytest.raises(ValueError, match="at least one pair of tokens, got -1"):
+    with pytest.raises(ValueError, match=r"difficulty.*pair.*-1\b"):
         measure(tiny_model(), windows_of(tokens(4)), difficulty=-1)

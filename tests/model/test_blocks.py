@@ -138,7 +138,7 @@ def same(a: Sequence[torch.Tensor], b: Sequence[torch.Tensor]) -> bool:
 
 
 def by_listening(walk: BlockWalk, layers: Sequence[LinearLayer]) -> None:
-    walk.listen(layers, lambda *_: None, advance=True)
+    walk.record_inputs(layers, lambda *_: None, advance=True)
 
 
 def by_advancing(walk: BlockWalk, _: Sequence[LinearLayer]) -> None:
@@ -167,7 +167,7 @@ def test_listening_alone_changes_nothing_and_may_be_done_again(name: str) -> Non
     for block, outputs in enumerate(whole_outputs(model, BATCHES)):
         layers = layers_of(model, block)
         for chosen in (layers, layers[-1:], []):
-            heard = outputs_of(model, lambda: walk.listen(chosen, lambda *_: None))  # noqa: B023
+            heard = outputs_of(model, lambda: walk.record_inputs(chosen, lambda *_: None))  # noqa: B023
             assert same(heard, outputs)
             assert walk.block == block
         assert same(outputs_of(model, walk.advance), outputs)
@@ -213,7 +213,7 @@ class Ear:
         self, walk: BlockWalk, layers: Sequence[LinearLayer], *, advance: bool = False
     ) -> None:
         self.heard: Rows = {}
-        self.first = walk.listen(layers, self.on_inputs, advance=advance)
+        self.first = walk.record_inputs(layers, self.on_inputs, advance=advance)
 
     def on_inputs(self, layer: LinearLayer, rows: torch.Tensor) -> None:
         self.heard.setdefault(layer.name, []).append(rows.clone())
@@ -306,10 +306,7 @@ def test_a_layer_that_never_runs_is_an_error() -> None:
     model.model.layers[1].mlp = Lazy()
     walk = BlockWalk(model, BATCHES)
     by_advancing(walk, [])
-    message = (
-        r"3 of 7 selected layers did not run once in each of 5 batches, first "
-        r"model.layers.1.mlp.gate_proj \(0 times\): leave them out with a narrower pattern"
-    )
+    message = r"3 of 7 .* 5 batches, .*model\.layers\.1\.mlp\.gate_proj \(0 times\)"
     with pytest.raises(RuntimeError, match=message):
         Ear(walk, layers)
     assert hooks_left(model) == 0
@@ -331,7 +328,7 @@ def test_a_layer_whose_rows_are_no_tokens_is_an_error() -> None:
     up = model.get_submodule("model.layers.0.mlp.up_proj")
     walk = BlockWalk(model, BATCHES)
     handle = up.register_forward_pre_hook(lambda _, args: (args[0][:, :7],))
-    message = "up_proj has 21 rows for a batch of 36 tokens: its rows are no tokens, leave it out"
+    message = r"model\.layers\.0\.mlp\.up_proj .*\b21 rows.*\b36 tokens"
     with pytest.raises(RuntimeError, match=message):
         Ear(walk, layers_of(model, 0))
     handle.remove()
@@ -347,8 +344,8 @@ def test_a_layer_that_shares_its_input_in_some_batches_only_is_an_error(apart: l
     handle = key.register_forward_pre_hook(
         lambda _, args: (args[0].clone(),) if next(runs) in apart else None
     )
-    message = "layers.0.self_attn.k_proj shares its input with model.layers.0.self_attn.q_proj in"
-    with pytest.raises(RuntimeError, match=f"{message} some batches only: leave it out with a"):
+    key_name, query = (rf"model\.layers\.0\.self_attn\.{letter}_proj" for letter in "kq")
+    with pytest.raises(RuntimeError, match=f"{key_name} shares .*{query} .*some batches"):
         Ear(walk, layers_of(model, 0))
     handle.remove()
     assert hooks_left(model) == 0
@@ -362,15 +359,15 @@ def compiled(model: PreTrainedModel) -> PreTrainedModel:
 @pytest.mark.parametrize(
     ("change", "batches", "skip_first", "message"),
     [
-        (compiled, BATCHES, 0, "a model that torch.compile has changed, or a part of it, does not"),
-        (lambda model: model.to("meta"), BATCHES, 0, "some weights are not loaded"),
-        (lambda model: model, BATCHES, -1, "skip_first must not be negative, got -1"),
-        (lambda model: model, [], 0, "no batch to run: give at least one window"),
+        (compiled, BATCHES, 0, r"torch\.compile"),
+        (lambda model: model.to("meta"), BATCHES, 0, r"weights.*not loaded"),
+        (lambda model: model, BATCHES, -1, r"skip_first.* -1$"),
+        (lambda model: model, [], 0, "no batch"),
         (
             lambda model: model,
             [{"input_ids": IDS, "attention_mask": RIGHT[:, None, None].repeat(1, 1, 12, 1)}],
             0,
-            r"expected an attention_mask of shape \(2, 12\), got \(2, 1, 12, 12\)",
+            r"attention_mask.* \(2, 12\).* \(2, 1, 12, 12\)",
         ),
     ],
 )
@@ -414,7 +411,7 @@ def test_nothing_is_left_after_an_error_of_what_listens(
     model = tiny_model()
     walk = BlockWalk(model, BATCHES)
     with pytest.raises(type(error)) as caught:
-        walk.listen(layers_of(model, 0), explode(error), advance=advance)
+        walk.record_inputs(layers_of(model, 0), explode(error), advance=advance)
     assert caught.value is error
     assert_untouched(model)
 
@@ -791,29 +788,25 @@ def if_masked(wiring: Wiring) -> Wiring:
 @pytest.mark.parametrize(
     ("wiring", "form", "reason"),
     [
-        (changed_between, new, "something lies before block 1"),
-        (changed_in_place_between, new, "something lies before block 1"),
-        (side_by_side, new, "something lies before block 1"),
-        (with_what_the_one_before_received, new, "what they hand on is more than that"),
-        (
-            with_what_the_one_before_gave_too,
-            lambda _, h: (h, h.mean()),
-            "what they hand on is more than that",
-        ),
-        (with_a_mean, new, "what they hand on is more than that"),
-        (with_more_if_changed, new, "what they hand on is more than that"),
-        (some(2, 1, 0), new, "block 2 runs out of turn"),
-        (some(0, 2, 1), new, "block 2 runs out of turn"),
-        (some(1, 2), new, "block 1 runs out of turn"),
-        (some(0, 1), new, "2 of 3 ran"),
-        (some(), new, "0 of 3 ran"),
-        (some(0, 0, 1, 2), new, "block 0 runs out of turn"),
-        (some(0, 1, 2, 2), new, "block 2 runs out of turn"),
-        (simply, lambda _, h: {"hidden_states": h}, "one returns a dict"),
-        (if_masked(changed_between), new, "something lies before block 1"),
-        (if_masked(changed_in_place_between), new, "something lies before block 1"),
-        (if_masked(some(0, 1)), new, "2 of 3 ran"),
-        (if_masked(some(1, 0, 2)), new, "block 1 runs out of turn"),
+        (changed_between, new, "before block 1"),
+        (changed_in_place_between, new, "before block 1"),
+        (side_by_side, new, "before block 1"),
+        (with_what_the_one_before_received, new, "hand on"),
+        (with_what_the_one_before_gave_too, lambda _, h: (h, h.mean()), "hand on"),
+        (with_a_mean, new, "hand on"),
+        (with_more_if_changed, new, "hand on"),
+        (some(2, 1, 0), new, r"block 2 .*out of turn"),
+        (some(0, 2, 1), new, r"block 2 .*out of turn"),
+        (some(1, 2), new, r"block 1 .*out of turn"),
+        (some(0, 1), new, r"\b2 of 3\b"),
+        (some(), new, r"\b0 of 3\b"),
+        (some(0, 0, 1, 2), new, r"block 0 .*out of turn"),
+        (some(0, 1, 2, 2), new, r"block 2 .*out of turn"),
+        (simply, lambda _, h: {"hidden_states": h}, r"returns .*\bdict\b"),
+        (if_masked(changed_between), new, "before block 1"),
+        (if_masked(changed_in_place_between), new, "before block 1"),
+        (if_masked(some(0, 1)), new, r"\b2 of 3\b"),
+        (if_masked(some(1, 0, 2)), new, r"block 1 .*out of turn"),
     ],
 )
 def test_what_is_not_simply_blocks_one_after_the_other_is_refused(
@@ -823,11 +816,7 @@ def test_what_is_not_simply_blocks_one_after_the_other_is_refused(
     given = vars(model.model).pop("forward")  # which is the wiring
     assert_untouched(model)
     model.model.forward = given
-    message = (
-        "the blocks of this model do not simply run one after the other on hidden states "
-        rf"\({reason}\), so it cannot be run block by block"
-    )
-    with pytest.raises(RuntimeError, match=message):
+    with pytest.raises(RuntimeError, match=f"blocks .*{reason}"):
         BlockWalk(model, [BATCHES[2], BATCHES[0]])
     del model.model.forward
     assert_untouched(model)
@@ -837,7 +826,7 @@ def test_a_block_that_stands_at_two_places_is_refused() -> None:
     model = wired(simply)
     layers: Any = model.model.layers
     layers[2] = layers[0]
-    with pytest.raises(RuntimeError, match=r"other on hidden states \(block 2 runs out of turn\)"):
+    with pytest.raises(RuntimeError, match=r"blocks .*block 2 .*out of turn"):
         BlockWalk(model, BATCHES)
     assert not any("forward" in vars(block) for block in layers)
 
@@ -846,6 +835,6 @@ def test_a_block_that_stands_at_two_places_is_refused() -> None:
 def test_a_block_that_is_called_without_hidden_states_is_refused(arguments: Any) -> None:
     args, kwargs = arguments
     model = wired(lambda blocks, *_: blocks[0](*args, **kwargs))
-    with pytest.raises(ValueError, match="a block of this model is called without hidden states"):
+    with pytest.raises(ValueError, match="without hidden states"):
         BlockWalk(model, BATCHES)
     assert not any("forward" in vars(block) for block in find_blocks(model)[1])

@@ -46,7 +46,7 @@ def test_a_folder_appears_at_the_end_and_whole(tmp_path: Path) -> None:
 
 def test_an_empty_folder_in_its_place_is_taken_with_overwrite(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
-    with pytest.raises(FileExistsError, match="run exists already: choose another name or say"):
+    with pytest.raises(FileExistsError, match=r"run exists.*--overwrite"):
         fill(tmp_path / "run", "first")
     fill(tmp_path / "run", "first", overwrite=True)
     assert contents(tmp_path) == WHOLE
@@ -74,7 +74,7 @@ def test_after_an_error_all_is_as_before(
 
 
 def test_an_existing_folder_is_refused_before_anything_is_made(run: Path) -> None:
-    with pytest.raises(FileExistsError, match="exists already: choose another name or say --over"):
+    with pytest.raises(FileExistsError, match=r"run exists.*--overwrite"):
         fill(run, "second")
     assert contents(run.parent) == WHOLE
 
@@ -91,9 +91,9 @@ def test_what_entangle_did_not_write_is_never_overwritten(tmp_path: Path) -> Non
     (tmp_path / "file").write_text("text")
     before = contents(tmp_path)
     for name in ("thesis", "file"):
-        with pytest.raises(FileExistsError, match=f"{name} is not a folder that entangle wrote"):
+        with pytest.raises(FileExistsError, match=rf"/{name} .*\bentangle\b"):
             fill(tmp_path / name, "second", overwrite=True)
-        with pytest.raises(FileExistsError, match="is left alone"):
+        with pytest.raises(FileExistsError, match=rf"/{name} .*\bentangle\b"):
             check_target(tmp_path / name, True)
     assert contents(tmp_path) == before
 
@@ -103,7 +103,7 @@ def test_a_folder_of_the_users_with_a_name_like_ours_is_left_alone(run: Path) ->
         run.with_name(name).mkdir()
         (run.with_name(name) / "precious").write_text("mine")
     fill(run, "second", overwrite=True)
-    with pytest.raises(FileExistsError, match=r"other.partial is in the way and entangle did not"):
+    with pytest.raises(FileExistsError, match=r"other\.partial .*\bentangle\b"):
         fill(run.with_name("other"), "first")
     for name in ("run.old", "other.partial"):
         assert contents(run.with_name(name)) == {"precious": "mine"}
@@ -116,7 +116,7 @@ def test_a_target_that_appears_meanwhile_is_not_replaced(tmp_path: Path) -> None
             (tmp_path / "run").mkdir()
             (tmp_path / "run" / "run.json").write_text("first")
 
-    with pytest.raises(FileExistsError, match="exists already"):
+    with pytest.raises(FileExistsError, match=r"run exists.*--overwrite"):
         slowly()
     assert contents(tmp_path) == {"run/run.json": "first"}
 
@@ -164,7 +164,7 @@ def test_two_processes_do_not_write_to_one_target_and_a_killed_ones_rest_is_clea
         assert process.stdout is not None
         try:
             assert process.stdout.readline() == "ready\n"
-            with pytest.raises(BlockingIOError, match=r"another process is writing to .*/run$"):
+            with pytest.raises(BlockingIOError, match=r"another process .*/run$"):
                 fill(target, "first")
             assert contents(partial) == half  # and it was not disturbed
         finally:
@@ -197,7 +197,7 @@ def test_what_is_to_be_gone_on_with_stays_after_an_error(tmp_path: Path) -> None
     target, partial = tmp_path / "run", tmp_path / "run.partial"
 
     def break_off(number: int) -> None:
-        with new_folder(target, goes_on=lambda folder: (folder / "0").exists()) as folder:
+        with new_folder(target, can_resume=lambda folder: (folder / "0").exists()) as folder:
             assert folder == partial
             (folder / str(number)).touch()
             raise RuntimeError("stop")
@@ -209,7 +209,7 @@ def test_what_is_to_be_gone_on_with_stays_after_an_error(tmp_path: Path) -> None
             *(".lock", ".kept"),
             *map(str, range(number + 1)),
         }
-    with new_folder(target, goes_on=lambda _: True) as folder:
+    with new_folder(target, can_resume=lambda _: True) as folder:
         (folder / "last").touch()
     assert {path.name for path in target.iterdir()} == {"0", "1", "2", "last"}
     assert not partial.exists()
@@ -217,7 +217,7 @@ def test_what_is_to_be_gone_on_with_stays_after_an_error(tmp_path: Path) -> None
 
 def test_another_command_does_not_lose_what_is_to_be_gone_on_with(tmp_path: Path) -> None:
     def break_off() -> None:
-        with new_folder(tmp_path / "run", goes_on=lambda _: True) as folder:
+        with new_folder(tmp_path / "run", can_resume=lambda _: True) as folder:
             (folder / "done").touch()
             raise RuntimeError("stop")
 
@@ -227,7 +227,7 @@ def test_another_command_does_not_lose_what_is_to_be_gone_on_with(tmp_path: Path
 
     with pytest.raises(RuntimeError, match="stop"):
         break_off()
-    with pytest.raises(FileExistsError, match=r"run\.partial holds unfinished work"):
+    with pytest.raises(FileExistsError, match=r"run\.partial .*unfinished.*--overwrite"):
         take(overwrite=False)
     assert (tmp_path / "run.partial" / "done").exists()
     with pytest.raises(RuntimeError, match="other"):  # it was lent, so what was there is gone
@@ -236,25 +236,25 @@ def test_another_command_does_not_lose_what_is_to_be_gone_on_with(tmp_path: Path
 
 
 def test_what_is_not_to_be_gone_on_with_is_cleaned_away(tmp_path: Path) -> None:
-    def leave(goes_on: bool) -> None:
-        with new_folder(tmp_path / "run", goes_on=lambda _: goes_on) as folder:
+    def leave(can_resume: bool) -> None:
+        with new_folder(tmp_path / "run", can_resume=lambda _: can_resume) as folder:
             left.append({path.name for path in folder.iterdir()})
             (folder / "old").touch()
             raise RuntimeError("stop")
 
     left: list[set[str]] = []
-    for goes_on in (False, False, True):
+    for can_resume in (False, False, True):
         with pytest.raises(RuntimeError, match="stop"):
-            leave(goes_on)
+            leave(can_resume)
     assert left == [{".lock", ".kept"}, {".lock", ".kept"}, {".lock", ".kept", "old"}]
 
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("text")
-    with pytest.raises(OSError, match=r"cannot write to .*/file/run.partial: Not a directory"):
+    with pytest.raises(OSError, match=r"write .*/file/run\.partial: Not a directory"):
         fill(tmp_path / "file" / "run", "first")
     (tmp_path / "other.partial").write_text("text")
-    with pytest.raises(OSError, match=r"cannot write to .*/other.partial: File exists"):
+    with pytest.raises(OSError, match=r"write .*/other\.partial: File exists"):
         fill(tmp_path / "other", "first")
     assert contents(tmp_path) == {"file": "text", "other.partial": "text"}
 
@@ -291,7 +291,7 @@ def test_a_file_is_replaced_whole_or_stays(tmp_path: Path) -> None:
 
 def test_a_file_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("text")
-    with pytest.raises(OSError, match="file"):
+    with pytest.raises(OSError, match=rf"{tmp_path}/file\b"):
         new_file(tmp_path / "file" / "table.csv").__enter__()
 
 
@@ -340,15 +340,12 @@ def test_a_file_that_is_missing_or_changed_is_named(
     flipped = data[:-1] + bytes([data[-1] ^ 1]) if data else b"x"
     for changed in (flipped, data + b"\0"):
         (tmp_path / name).write_bytes(changed)
-        with pytest.raises(ValueError, match="is damaged") as caught:
+        with pytest.raises(ValueError, match=rf"{tmp_path} .*damaged.* {name} .*\bwritten\b"):
             check_sums(tmp_path, before)
-        assert str(caught.value) == (
-            f"{tmp_path} is damaged: {name} is not the file that was written, make or copy it again"
-        )
         check_sums(tmp_path, {other: before[other] for other in files if other != name})
     (tmp_path / name).unlink()
-    with pytest.raises(ValueError, match=f"{tmp_path} is damaged: {name} is missing, make or copy"):
+    with pytest.raises(ValueError, match=rf"{tmp_path} .*damaged.* {name} .*missing"):
         check_sums(tmp_path, before)
     (tmp_path / name).mkdir()
-    with pytest.raises(ValueError, match=f"{name} is missing"):
+    with pytest.raises(ValueError, match=rf"{tmp_path} .*damaged.* {name} .*missing"):
         check_sums(tmp_path, before)

@@ -151,8 +151,7 @@ def test_neither_the_model_nor_its_configuration_is_changed() -> None:
     ("prompt", "tokens", "said"), [("", 8, "0 and 8"), ("ab", 0, "2 and 0"), ("ab", -3, "2 and -3")]
 )
 def test_nothing_to_read_or_to_write_is_refused(prompt: str, tokens: int, said: str) -> None:
-    said = f"a prompt of at least one token, and at least one token to write, got {said}$"
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=f"prompt.* {said}$"):
         generate(tiny_model(), tiny_tokenizer(), prompt, tokens=tokens)
 
 
@@ -163,12 +162,9 @@ def test_the_context_may_be_filled_and_no_more(name: str) -> None:
     found = generate(model, tiny_tokenizer(), text[:10], tokens=CONTEXT - 10)
     assert (found.prompt_tokens, found.tokens) == (10, CONTEXT - 10)
     assert name == "llama" or found.text == text[10:]
-    with pytest.raises(
-        ValueError,
-        match=r"a prompt of 10 tokens and 55 to write are more than the 64 .*ask for few",
-    ):
+    with pytest.raises(ValueError, match=r"prompt of 10 tokens.*\b55\b.*\b64\b"):
         generate(model, tiny_tokenizer(), text[:10], tokens=CONTEXT - 9)
-    with pytest.raises(ValueError, match="a prompt of 70 tokens and 1 to write"):
+    with pytest.raises(ValueError, match=r"prompt of 70 tokens.*\b1\b.*\b64\b"):
         generate(model, tiny_tokenizer(), "x" * 70, tokens=1)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from entangle.model.hooks import Listener, intervening, listening
+from entangle.model.hooks import BatchCounter, recording_outputs, replacing_outputs
 from entangle.model.layers import LinearLayer, find_layers
 from tests.tiny_models import tiny_model, tiny_vision_model
 
@@ -19,7 +19,7 @@ IDS = torch.arange(3, 27).reshape(2, 12)
 
 
 class Listening:
-    """A model, some of its layers, and what `listening` gives of them."""
+    """A model, some of its layers, and what `recording_outputs` gives of them."""
 
     def __init__(self, name: str = "llama", pattern: str = "*.mlp.*") -> None:
         self.model = tiny_model(name)
@@ -27,10 +27,10 @@ class Listening:
         self.heard: Heard = {layer.name: [] for layer in self.layers}
 
     def start(self, **options: Any) -> Any:
-        return listening(self.model, self.layers, self.on_rows, **options)
+        return recording_outputs(self.model, self.layers, self.on_rows, **options)
 
     def hear(self, *actions: Callable[[], Any], **options: Any) -> None:
-        """Do this while listening; by default, run the model once."""
+        """Do this while recording_outputs; by default, run the model once."""
         with self.start(**options):
             for action in actions or [lambda: self.model(IDS)]:
                 action()
@@ -89,23 +89,23 @@ def test_rows_are_the_outputs_of_the_tokens_that_count(
     name: str, mask: torch.Tensor, skip_first: int
 ) -> None:
     ear = Listening(name)
-    with ear.start(skip_first=skip_first) as listener, torch.no_grad():
+    with ear.start(skip_first=skip_first) as counter, torch.no_grad():
         ear.model(IDS, attention_mask=mask)
     keep = counted(mask, skip_first)
     for key, outputs in ear.outputs(IDS, attention_mask=mask).items():
         (rows,) = ear.heard[key]
         assert torch.equal(rows, outputs[keep])
-    numbers = (listener.batches, listener.tokens, listener.padding, listener.skipped)
+    numbers = (counter.batches, counter.tokens, counter.padding, counter.skipped)
     real = int((mask != 0).sum())
     assert numbers == (1, int(keep.sum()), 24 - real, real - int(keep.sum()))
 
 
 def test_without_a_mask_all_rows_count_and_several_batches_add_up(ear: Listening) -> None:
-    with ear.start(skip_first=2) as listener, torch.no_grad():
+    with ear.start(skip_first=2) as counter, torch.no_grad():
         ear.model(IDS)
         ear.model(input_ids=IDS[:1, :5])
         ear.model(inputs_embeds=torch.randn(3, 4, 24))
-    assert (listener.batches, listener.tokens, listener.skipped) == (3, 20 + 3 + 6, 4 + 2 + 6)
+    assert (counter.batches, counter.tokens, counter.skipped) == (3, 20 + 3 + 6, 4 + 2 + 6)
     assert [len(rows) for rows in ear.heard["model.layers.0.mlp.up_proj"]] == [20, 3, 6]
     for key, outputs in ear.outputs(IDS).items():
         assert torch.equal(ear.heard[key][0], outputs[:, 2:].reshape(20, -1))
@@ -117,10 +117,10 @@ def test_without_a_mask_all_rows_count_and_several_batches_add_up(ear: Listening
 )
 def test_a_pass_may_begin_at_the_model_or_at_its_backbone(name: str, entrance: str) -> None:
     ear = Listening(name, "*")  # OPT calls its decoder past its backbone
-    with ear.start() as listener, torch.no_grad():
+    with ear.start() as counter, torch.no_grad():
         ear.model.get_submodule(entrance)(IDS, attention_mask=RIGHT)
         ear.model(IDS)
-    assert (listener.batches, listener.tokens, listener.padding) == (2, 43, 5)
+    assert (counter.batches, counter.tokens, counter.padding) == (2, 43, 5)
     for key, outputs in ear.outputs(IDS).items():
         assert torch.equal(ear.heard[key][1], outputs.reshape(24, -1))
 
@@ -130,9 +130,9 @@ def test_the_text_of_a_model_for_text_and_images_is_heard() -> None:
     ear.model = tiny_vision_model()
     ear.layers = find_layers(ear.model, "*.mlp.*")
     ear.heard = {layer.name: [] for layer in ear.layers}
-    with ear.start() as listener, torch.no_grad():
+    with ear.start() as counter, torch.no_grad():
         ear.model(IDS, attention_mask=LEFT)
-    assert (listener.batches, listener.tokens, listener.padding) == (1, 13, 11)
+    assert (counter.batches, counter.tokens, counter.padding) == (1, 13, 11)
     for key, outputs in ear.outputs(IDS, attention_mask=LEFT).items():
         assert torch.equal(ear.heard[key][0], outputs[LEFT == 1])
 
@@ -145,25 +145,25 @@ def test_with_a_cache_each_token_counts_once(name: str, masked: bool) -> None:
     if mask is not None:
         mask[0, :2] = 0  # padding on the left, which the cache then holds
     cache = None
-    with ear.start(skip_first=5) as listener, torch.no_grad():
+    with ear.start(skip_first=5) as counter, torch.no_grad():
         for begin, end in ((0, 4), (4, 9), (9, 10), (10, 12)):
             part = {"attention_mask": mask[:, :end]} if mask is not None else {}
             cache = ear.model(
                 IDS[:, begin:end], past_key_values=cache, use_cache=True, **part
             ).past_key_values
     expected = 24 - 10 - (2 if masked else 0)
-    assert (listener.tokens, listener.batches) == (expected, 4)
+    assert (counter.tokens, counter.batches) == (expected, 4)
     assert {sum(map(len, heard)) for heard in ear.heard.values()} == {expected}
 
 
 def test_generating_counts_the_prompts_and_each_new_token_but_the_last_once(ear: Listening) -> None:
     mask = torch.ones(2, 12, dtype=torch.long)
     mask[1, :4] = 0
-    with ear.start() as listener:
+    with ear.start() as counter:
         ear.model.generate(  # type: ignore[operator]
             IDS, attention_mask=mask, min_new_tokens=6, max_new_tokens=6, do_sample=False
         )
-    assert (listener.batches, listener.tokens, listener.padding) == (6, 12 + 8 + 2 * 5, 4)
+    assert (counter.batches, counter.tokens, counter.padding) == (6, 12 + 8 + 2 * 5, 4)
 
 
 @pytest.mark.parametrize(
@@ -179,7 +179,7 @@ def test_generating_counts_the_prompts_and_each_new_token_but_the_last_once(ear:
 def test_a_mask_that_does_not_tell_padding_is_refused(
     ear: Listening, mask: Any, given: str
 ) -> None:
-    message = rf"expected an attention_mask of shape \(2, 12\), got {given}: only with that"
+    message = rf"attention_mask.* \(2, 12\).* {given}"
     with pytest.raises(ValueError, match=message), ear.start():
         ear.model(IDS, attention_mask=mask)
     assert hooks_left(ear.model) == 0
@@ -187,7 +187,7 @@ def test_a_mask_that_does_not_tell_padding_is_refused(
 
 def test_a_batch_without_tokens_is_refused(ear: Listening) -> None:
     with (
-        pytest.raises(ValueError, match="without input_ids and without inputs_embeds"),
+        pytest.raises(ValueError, match=r"input_ids.*inputs_embeds"),
         ear.start(),
     ):
         ear.model.base_model()
@@ -201,10 +201,7 @@ def test_a_layer_that_did_not_run_is_an_error(ear: Listening) -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return torch.zeros_like(x)
 
-    message = (
-        r"3 of 9 selected layers did not run once in each of 2 batches, first "
-        r"model.layers.1.mlp.gate_proj \(0 times\): leave them out with a narrower pattern"
-    )
+    message = r"3 of 9 .* 2 batches, .*model\.layers\.1\.mlp\.gate_proj \(0 times\)"
     ear.model.model.layers[1].mlp = Lazy()
     with pytest.raises(RuntimeError, match=message):
         ear.hear(lambda: ear.model(IDS), lambda: ear.model(IDS))
@@ -214,19 +211,19 @@ def test_a_layer_that_did_not_run_is_an_error(ear: Listening) -> None:
 def test_a_layer_that_ran_twice_in_a_pass_is_an_error(ear: Listening) -> None:
     layers: Any = ear.model.model.layers
     layers[1].mlp = layers[0].mlp
-    with pytest.raises(RuntimeError, match=r"first model.layers.0.mlp.gate_proj \(2 times\)"):
+    with pytest.raises(RuntimeError, match=r"model\.layers\.0\.mlp\.gate_proj \(2 times\)"):
         ear.hear()
 
 
 def test_a_layer_that_runs_outside_a_pass_is_an_error(ear: Listening) -> None:
-    with pytest.raises(RuntimeError, match="ran outside a forward pass of its model"):
+    with pytest.raises(RuntimeError, match=r"layers\.0\.mlp\.gate_proj .*outside .*forward pass"):
         ear.hear(lambda: ear.model(IDS), lambda: ear.layers[0].module(torch.randn(12, 24)))
 
 
 def test_a_layer_whose_rows_are_no_tokens_is_an_error(ear: Listening) -> None:
     up = ear.model.get_submodule("model.layers.0.mlp.up_proj")
     up.register_forward_pre_hook(lambda _, args: (args[0][:, :7],))
-    with pytest.raises(RuntimeError, match="up_proj has 14 rows for a batch of 24 tokens"):
+    with pytest.raises(RuntimeError, match=r"layers\.0\.mlp\.up_proj .*\b14 rows.*\b24 tokens"):
         ear.hear()
 
 
@@ -238,16 +235,16 @@ def explode(error: BaseException) -> Callable[..., None]:
 
 
 def test_a_pass_that_broke_off_is_refused_even_if_its_error_was_swallowed(ear: Listening) -> None:
-    message = "a forward pass did not come to its end, so its layers have counted different tokens"
+    message = r"forward pass .*\bend\b"
     handle = ear.layers[4].module.register_forward_hook(explode(OSError("disk")))
 
     def break_off_and_go_on() -> None:
-        with ear.start() as listener:
+        with ear.start() as counter:
             with pytest.raises(OSError, match="disk"):
                 ear.model(IDS)
             handle.remove()
             with pytest.raises(RuntimeError, match=message):
-                listener.check()
+                counter.check()
             with pytest.raises(RuntimeError, match=message):
                 ear.model(IDS)
 
@@ -263,12 +260,12 @@ def test_a_pass_that_broke_off_at_once_does_not_lend_its_mask_to_the_next(ear: L
                 ear.model(IDS + 1000, attention_mask=RIGHT)  # before any layer has run
             ear.model.base_model(IDS)
 
-    with pytest.raises(RuntimeError, match="a forward pass did not come to its end"):
+    with pytest.raises(RuntimeError, match=r"forward pass .*\bend\b"):
         break_off_and_go_on()
 
 
 def test_leaving_out_a_negative_number_of_tokens_is_refused(ear: Listening) -> None:
-    with pytest.raises(ValueError, match="skip_first must not be negative, got -1"):
+    with pytest.raises(ValueError, match=r"skip_first.* -1$"):
         ear.start(skip_first=-1).__enter__()
     assert hooks_left(ear.model) == 0
 
@@ -301,11 +298,11 @@ def test_hooks_are_gone_after_any_error_and_the_error_is_the_same(
 
 @pytest.mark.parametrize("how", ["close", "forget"])
 def test_hooks_are_gone_after_a_generator_left_half_way(ear: Listening, how: str) -> None:
-    def batches() -> Iterator[Listener]:
-        with ear.start() as listener:
+    def batches() -> Iterator[BatchCounter]:
+        with ear.start() as counter:
             for _ in range(3):
                 ear.model(IDS)
-                yield listener
+                yield counter
 
     walk = batches()
     assert next(walk).batches == 1
@@ -383,7 +380,7 @@ def test_a_compiled_model_is_refused(
     ear: Listening, compiled: Callable[[PreTrainedModel], Any]
 ) -> None:
     ear.model = compiled(ear.model)
-    with pytest.raises(ValueError, match=r"torch.compile has changed, .* pass the model as it was"):
+    with pytest.raises(ValueError, match=r"torch\.compile"):
         ear.start().__enter__()
     assert hooks_left(ear.model) == 0
 
@@ -392,9 +389,9 @@ def test_a_model_that_accelerate_has_wrapped_is_heard_and_an_offloaded_one_too()
     ear = Listening()
     plain = ear.outputs(IDS)
     accelerate.dispatch_model(ear.model, {"": "cpu"}, main_device="cpu", force_hooks=True)
-    with ear.start(skip_first=1) as listener, torch.no_grad():
+    with ear.start(skip_first=1) as counter, torch.no_grad():
         ear.model(IDS, attention_mask=RIGHT)
-    assert (listener.tokens, listener.padding) == (17, 5)
+    assert (counter.tokens, counter.padding) == (17, 5)
     for key, rows in ear.heard.items():
         assert torch.equal(rows[0][:11], plain[key][0, 1:])
     accelerate.hooks.remove_hook_from_submodules(ear.model)
@@ -407,7 +404,7 @@ def test_a_model_that_accelerate_has_wrapped_is_heard_and_an_offloaded_one_too()
         assert torch.equal(rows[0][:11], plain[key][0, 1:])
     bare = Listening()
     bare.model.to(torch.device("meta"))  # type: ignore[arg-type]  # as it is declared
-    with pytest.raises(ValueError, match="some weights are not loaded: load the whole"):
+    with pytest.raises(ValueError, match=r"weights.*not loaded"):
         bare.start().__enter__()
 
 
@@ -429,7 +426,7 @@ def test_the_model_goes_on_with_the_outputs_that_it_is_given(name: str) -> None:
 
     with torch.no_grad():
         dense = ear.model(IDS).logits
-        with intervening(ear.layers, change) as fired:
+        with replacing_outputs(ear.layers, change) as fired:
             assert set(fired.values()) == {0}
             found = ear.model(IDS).logits
             assert fired == {layer.name: 1 for layer in ear.layers}
@@ -458,7 +455,7 @@ def test_only_the_chosen_layers_change_and_inputs_passed_by_name_are_seen(ear: L
 
     with torch.no_grad():
         expected, untouched = layer.module(rows) + rows[..., :1], other.module(rows)
-        with intervening([layer], change) as fired:
+        with replacing_outputs([layer], change) as fired:
             assert torch.equal(layer.module(input=rows), expected)
             assert torch.equal(layer.module(rows), expected)
             assert torch.equal(other.module(rows), untouched)
@@ -472,7 +469,8 @@ def test_after_an_error_nothing_intervenes_any_more(
     ear: Listening, error: BaseException, where: str
 ) -> None:
     def fail() -> None:
-        with intervening(ear.layers, doubled if where == "beside the model" else explode(error)):  # type: ignore[arg-type]
+        change: Any = doubled if where == "beside the model" else explode(error)
+        with replacing_outputs(ear.layers, change):
             assert hooks_left(ear.model) >= len(ear.layers)
             ear.model(IDS)
             raise error
@@ -491,13 +489,13 @@ def test_nothing_intervenes_if_not_all_hooks_could_be_set(
 
     monkeypatch.setattr(ear.layers[-1].module, "register_forward_hook", fail)
     with pytest.raises(MemoryError):
-        intervening(ear.layers, doubled).__enter__()
+        replacing_outputs(ear.layers, doubled).__enter__()
     assert hooks_left(ear.model) == 0
 
 
 def test_what_is_heard_after_an_intervention_was_set_is_what_it_gave(ear: Listening) -> None:
     plain = ear.outputs(IDS)
-    with intervening(ear.layers[:1], doubled), torch.no_grad():
+    with replacing_outputs(ear.layers[:1], doubled), torch.no_grad():
         ear.hear()
     name = ear.layers[0].name
     assert torch.equal(ear.heard[name][0], plain[name].flatten(0, 1) * 2)

@@ -156,10 +156,7 @@ def test_a_quantised_layer_is_refused(weight: nn.Parameter, dtype: str) -> None:
     layers = find_layers(tiny_model())
     up = next(layer for layer in layers if layer.name == "model.layers.1.mlp.up_proj")
     up.module.weight = weight
-    message = (
-        rf"model.layers.1.mlp.up_proj is quantised \(Linear, torch.{dtype}\): load the model "
-        "without quantisation, or leave the layer out with a narrower pattern"
-    )
+    message = rf"model\.layers\.1\.mlp\.up_proj .*quantised.*Linear, torch\.{dtype}\b"
     with pytest.raises(ValueError, match=message):
         check_prunable(layers)
     check_prunable([layer for layer in layers if layer is not up])
@@ -177,10 +174,8 @@ def share_a_layer(blocks: Any) -> None:
 def test_layers_that_are_one_weight_are_refused_together(share: Callable[[Any], None]) -> None:
     model = tiny_model()
     share(find_blocks(model)[1])
-    message = (
-        "model.layers.1.mlp.up_proj and model.layers.2.mlp.up_proj are one weight, which cannot "
-        "be pruned for both: leave both out with a narrower pattern"
-    )
+    names = (rf"model\.layers\.{block}\.mlp\.up_proj" for block in (1, 2))
+    message = f"{'.* '.join(names)} .*one weight"
     for patterns in ("*", "*.1.*"):  # leaving out one of them would change it all the same
         with pytest.raises(ValueError, match=message):
             check_prunable(find_layers(model, [patterns]), find_layers(model))
@@ -240,15 +235,16 @@ def test_patterns_choose_layers_in_the_models_order_and_once(
 @pytest.mark.parametrize(
     ("pattern", "hint"),
     [
-        ("mlp.up_proj", r"near matches: \*\.mlp\.up_proj"),
-        ("model.layers.1.mlp.up_prj", r"near matches: model\.layers\.1\.mlp\.up_proj"),
-        ("*.mlp.fc1", "roles mlp.down_proj, mlp.gate_proj, mlp.up_proj, self_attn.k_proj"),
-        ("lm_head", "layers are named like model.layers.0.self_attn.q_proj"),
-        ("*.7.mlp.up_proj", "no layer matches '[*].7.mlp.up_proj'"),
+        ("mlp.up_proj", r"\*\.mlp\.up_proj"),
+        ("model.layers.1.mlp.up_prj", r"model\.layers\.1\.mlp\.up_proj"),
+        ("*.mlp.fc1", r"mlp\.down_proj, mlp\.gate_proj, mlp\.up_proj, self_attn\.k_proj"),
+        ("lm_head", r"model\.layers\.0\.self_attn\.q_proj"),
+        ("*.7.mlp.up_proj", r"model\.layers\.0\.self_attn\.q_proj"),
     ],
 )
 def test_a_pattern_that_matches_nothing_is_an_error_with_a_hint(pattern: str, hint: str) -> None:
-    with pytest.raises(LookupError, match=hint):
+    message = f"no layer.*{re.escape(repr(pattern))}.* {hint}"
+    with pytest.raises(LookupError, match=message):
         find_layers(tiny_model("llama"), ["*.mlp.*", pattern])
 
 
@@ -261,10 +257,10 @@ def test_the_blocks_are_the_text_decoders_even_if_a_vision_encoder_is_as_deep() 
 def test_a_model_without_such_blocks_is_refused() -> None:
     model = tiny_model("gpt2")
     model.config.n_layer = 5
-    with pytest.raises(ValueError, match=r"no list of 5 transformer blocks .* in GPT2LMHeadModel"):
+    with pytest.raises(ValueError, match=r"\b5 .*blocks.*GPT2LMHeadModel"):
         find_blocks(model)
     wrapped: Any = nn.DataParallel(tiny_model("gpt2"))
-    with pytest.raises(ValueError, match="expected a model of transformers, got DataParallel"):
+    with pytest.raises(ValueError, match=r"transformers.*DataParallel"):
         find_layers(wrapped)
 
 
@@ -330,10 +326,7 @@ def test_an_expanded_layer_is_refused_with_its_number_of_experts() -> None:
     (up,) = find_layers(model, "*.1.mlp.up_proj")
     replace_layer(model, up, mixture_of(up, experts=5))
     layers = find_layers(model)
-    message = (
-        r"model\.layers\.1\.mlp\.up_proj is expanded to 5 experts already: prune the dense model, "
-        "or leave the layer out with a narrower pattern"
-    )
+    message = r"model\.layers\.1\.mlp\.up_proj .*expanded.*\b5 experts"
     with pytest.raises(ValueError, match=message):
         check_prunable(layers, layers)
     check_prunable([layer for layer in layers if layer != up], layers)

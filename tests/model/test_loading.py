@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -238,8 +237,8 @@ def test_why_a_model_cannot_be_saved_is_told(
 
     model, tokenizer = tiny_model(), tiny_tokenizer()
     monkeypatch.setattr({"model": model, "tokenizer": tokenizer}[of], "save_pretrained", fail)
-    message = f"cannot save the model to {tmp_path}: {str(error)[:20]}"
-    with pytest.raises(kind, match=re.escape(message)) as caught:
+    message = f"save .*{tmp_path}: .*{str(error)[:20]}"
+    with pytest.raises(kind, match=message) as caught:
         save_model(model, tokenizer, tmp_path)
     assert type(caught.value) is kind
     assert caught.value.__cause__ is error
@@ -279,7 +278,7 @@ def test_a_folder_that_is_a_file_is_refused(tmp_path: Path) -> None:
 def test_a_model_that_transformers_does_not_save_is_refused(tmp_path: Path) -> None:
     model = tiny_model()
     model.generation_config.temperature = 0.3
-    with pytest.raises(ValueError, match=f"cannot save the model to {tmp_path}: GenerationConfig"):
+    with pytest.raises(ValueError, match=f"save .*{tmp_path}: .*GenerationConfig"):
         save_model(model, None, tmp_path)
 
 
@@ -290,15 +289,15 @@ def test_a_model_that_transformers_does_not_save_is_refused(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("name", "error", "message"),
     [
-        ("/nowhere/at/all", FileNotFoundError, "no model at /nowhere/at/all: expected a folder or"),
-        ("./model", FileNotFoundError, "there is no model at"),
-        ("some/more/parts", FileNotFoundError, "there is no model at some/more/parts"),
-        ("Makefile", FileNotFoundError, "there is no model at Makefile: expected a folder or a"),
-        ("model.gguf", FileNotFoundError, "there is no GGUF file at model.gguf"),
-        ("tests", FileNotFoundError, "the folder tests holds no model: it has no config.json"),
-        ("gpt3", ValueError, "cannot load gpt3: it is no folder here, and .* internet connection"),
-        ("nobody/model", ValueError, "cannot load nobody/model: it is no folder here, and transf"),
-        ("not a model!", ValueError, "cannot load not a model!: it is no folder here, .* Repo id"),
+        ("/nowhere/at/all", FileNotFoundError, r"no model .*/nowhere/at/all\b"),
+        ("./model", FileNotFoundError, r"no model .*\bmodel\b.*\.gguf"),
+        ("some/more/parts", FileNotFoundError, r"no model .*some/more/parts\b"),
+        ("Makefile", FileNotFoundError, r"no model .*Makefile\b"),
+        ("model.gguf", FileNotFoundError, r"no GGUF .*model\.gguf\b"),
+        ("tests", FileNotFoundError, r"\btests .*no model.*config\.json"),
+        ("gpt3", ValueError, r"load gpt3: .*folder.*internet connection"),
+        ("nobody/model", ValueError, r"load nobody/model: .*folder.*transformers"),
+        ("not a model!", ValueError, r"load not a model!: .*folder.*Repo id"),
     ],
 )
 def test_a_name_that_stands_for_nothing(
@@ -335,11 +334,11 @@ def cut(file: Path, size: int) -> None:
         (lambda at: (at / "model.safetensors").write_text("{"), "header"),
         (
             lambda at: change(at, num_hidden_layers=4),
-            r"12 of the weights .* are not in its files, .* first model.layers.3.input_layernorm",
+            r"\b12 of .*weights.* model\.layers\.3\.input_layernorm",
         ),
         (
             lambda at: change(at, intermediate_size=38),
-            r"15 of the weights .* have another shape there, first model.layers.0.mlp.down_proj",
+            r"\b15 of .*weights.* model\.layers\.0\.mlp\.down_proj",
         ),
     ],
 )
@@ -347,7 +346,7 @@ def test_a_damaged_model_is_refused(
     folder: Path, damage: Callable[[Path], Any], message: str
 ) -> None:
     damage(folder)
-    with pytest.raises(ValueError, match=f"cannot load {folder}: .*{message}") as caught:
+    with pytest.raises(ValueError, match=f"load {folder}: .*{message}") as caught:
         load_model(folder)
     assert len(str(caught.value)) < 500
     assert "\n" not in str(caught.value)
@@ -355,14 +354,14 @@ def test_a_damaged_model_is_refused(
 
 def test_a_damaged_tokenizer_is_refused(folder: Path) -> None:
     (folder / "tokenizer.json").write_text('{"model": 1}')
-    with pytest.raises(ValueError, match=f"cannot load {folder}: transformers says: "):
+    with pytest.raises(ValueError, match=f"load {folder}: .*transformers"):
         load_tokenizer(folder)
 
 
 def test_a_file_that_is_no_gguf_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x.gguf").write_bytes(b"a recipe for bread")
     for load in (load_model, load_tokenizer):
-        with pytest.raises(ValueError, match=r"cannot load .*/x.gguf: transformers says: .* GGUF"):
+        with pytest.raises(ValueError, match=r"load .*/x\.gguf: .*transformers.* GGUF"):
             load(tmp_path / "x.gguf")
 
 
@@ -377,12 +376,10 @@ def test_code_that_comes_with_a_model_does_not_run_unasked(folder: Path) -> None
 
 
 def test_an_unknown_dtype_or_device_is_told_before_anything_is_read() -> None:
-    with pytest.raises(ValueError, match="one of auto, float32, bfloat16, float16, got 'int8'"):
+    with pytest.raises(ValueError, match=r"dtype.* auto, float32, bfloat16, float16.*'int8'"):
         load_model("/nowhere", dtype="int8")
     for device in ("gpu", "cuda:99", "warp"):
-        with pytest.raises(
-            ValueError, match=f"no device '{device}' here, expected one of auto, cpu"
-        ):
+        with pytest.raises(ValueError, match=f"device '{device}'.* auto, cpu"):
             load_model("/nowhere", device=device)
 
 

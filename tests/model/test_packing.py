@@ -4,7 +4,6 @@ import copy
 import functools
 import json
 import os
-import re
 import shutil
 import struct
 from collections.abc import Callable, Iterator
@@ -88,7 +87,8 @@ def expand(
     routers: dict[int, CentroidRouter | RandomRouter] = {}
     for layer in find_layers(model, patterns):
         key = id(heard[layer.name])
-        if key not in routers:
+        owns = key not in routers
+        if owns:
             rows = heard[layer.name].flatten(0, -2)
             centroids = fit_router(rows, 3)
             routers[key] = centroids
@@ -105,7 +105,9 @@ def expand(
         assert bias is None or isinstance(bias, torch.Tensor)
         own = None if bias is None else bias.detach()
         counts = [10 + expert for expert in range(router.experts)]
-        replace_layer(model, layer, ExpertLinear(torch.stack(weights), own, router, counts))
+        replace_layer(
+            model, layer, ExpertLinear(torch.stack(weights), own, router, counts, owns_router=owns)
+        )
     return model
 
 
@@ -153,7 +155,7 @@ def test_an_expanded_model_comes_back_bit_for_bit(name: str, tmp_path: Path) -> 
     assert (len({*sharing(model)}) < len(sharing(model))) == (name not in NONE_SHARED)
     for found, module in zip(layers_of(loaded), layers_of(model), strict=True):
         assert found.counts == module.counts
-        assert found.router.layers == module.router.layers
+        assert found.owns_router == module.owns_router
         assert type(found.router) is type(module.router)
         assert bits(found.weight) == bits(module.weight)
         assert not found.weight.requires_grad
@@ -389,7 +391,7 @@ def test_a_plain_model_in_its_place_is_the_plain_one(tmp_path: Path) -> None:
 def test_of_a_gguf_file_beside_it_the_file_is_meant(tmp_path: Path) -> None:
     save_model(expanded(), None, tmp_path)
     (tmp_path / "x.gguf").write_bytes(b"a recipe for bread")
-    with pytest.raises(ValueError, match=r"cannot load .*/x.gguf: transformers says: .* GGUF"):
+    with pytest.raises(ValueError, match=r"load .*/x\.gguf: .*transformers.* GGUF"):
         load_model(tmp_path / "x.gguf")
 
 
@@ -487,18 +489,18 @@ FILES = ("config.json", "dense.safetensors", "experts/0.safetensors", "experts/2
 @pytest.mark.parametrize("name", FILES)
 def test_a_missing_file_is_named(folder: Path, name: str) -> None:
     (folder / name).unlink()
-    no_model = "the folder .* holds no model: it has no config.json"
-    refused(folder, no_model if name == "config.json" else f"is damaged: {name} is missing")
+    no_model = r"no model.*config\.json"
+    refused(folder, no_model if name == "config.json" else rf"damaged.* {name} .*missing")
 
 
 def test_without_its_description_it_is_no_model_at_all(folder: Path) -> None:
     (folder / "expansion.json").unlink()
-    refused(folder, "cannot load .*: transformers says: .*no file named model.safetensors")
+    refused(folder, r"load .*transformers.*no file named model\.safetensors")
 
 
 def test_without_any_experts_it_is_damaged(folder: Path) -> None:
     shutil.rmtree(folder / "experts")
-    refused(folder, r"is damaged: experts/0.safetensors is missing, make or copy it again")
+    refused(folder, r"damaged.* experts/0\.safetensors .*missing")
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -507,45 +509,45 @@ def test_a_changed_byte_is_seen(folder: Path, name: str, where: float) -> None:
     data = bytearray((folder / name).read_bytes())
     data[round(where * (len(data) - 1))] ^= 1
     (folder / name).write_bytes(data)
-    refused(folder, f"is damaged: {name} is not the file that was written, make or copy it again")
+    refused(folder, rf"damaged.* {name} .*\bwritten\b")
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_a_file_that_was_cut_off_is_seen(folder: Path, name: str) -> None:
     os.truncate(folder / name, (folder / name).stat().st_size - 10)
-    refused(folder, f"is damaged: {name} is not the file that was written")
+    refused(folder, rf"damaged.* {name} .*\bwritten\b")
 
 
 @pytest.mark.parametrize("text", ["", "{not", "[]", "null", "3", '"text"', '{"format": 1}', "[1]"])
 def test_a_description_that_cannot_be_read_is_refused(folder: Path, text: str) -> None:
     (folder / "expansion.json").write_text(text)
-    refused(folder, "is damaged: expansion.json cannot be read")
+    refused(folder, r"damaged.* expansion\.json .*\bread\b")
 
 
 def test_a_description_of_other_bytes_is_refused(folder: Path) -> None:
     (folder / "expansion.json").write_bytes(b"\xff\xfe{}")
-    refused(folder, "is damaged: expansion.json cannot be read")
+    refused(folder, r"damaged.* expansion\.json .*\bread\b")
 
 
 @pytest.mark.parametrize("key", ["format", "layers", "sha256"])
 def test_a_description_without_one_of_its_parts_is_refused(folder: Path, key: str) -> None:
     with described(folder) as about:
         del about[key]
-    refused(folder, f"is damaged: expansion.json cannot be read .*{key}")
+    refused(folder, rf"damaged.* expansion\.json .*\bread\b.*'{key}'")
 
 
 @pytest.mark.parametrize("version", [0, 2, "1", None])
 def test_another_format_is_refused_with_what_to_do(folder: Path, version: Any) -> None:
     with described(folder) as about:
         about["format"] = version
-    refused(folder, f"has format {version}, and this entangle reads format 1: expand the model aga")
+    refused(folder, rf"\bformat {version}\b.*\bformat 1\b")
 
 
 @pytest.mark.parametrize("sums", [None, 3, ["config.json"], "config.json"])
 def test_sums_that_are_none_are_refused(folder: Path, sums: Any) -> None:
     with described(folder) as about:
         about["sha256"] = sums
-    refused(folder, "is damaged: expansion.json cannot be read")
+    refused(folder, r"damaged.* expansion\.json .*\bread\b")
 
 
 UP, DOWN = "model.layers.1.mlp.up_proj", "model.layers.1.mlp.down_proj"
@@ -586,48 +588,48 @@ def test_a_description_that_does_not_fit_its_files_is_refused(
 ) -> None:
     with described(folder) as about:
         change(about["layers"])
-    refused(folder, "is damaged: expansion.json and its files do not belong together")
+    refused(folder, r"damaged.* expansion\.json .*belong together")
 
 
 def test_a_block_that_is_not_there_is_a_file_that_is_not_there(folder: Path) -> None:
     with described(folder) as about:
         about["layers"][UP]["block"] = 5
-    refused(folder, "experts/5.safetensors")
+    refused(folder, r"experts/5\.safetensors")
 
 
 @pytest.mark.parametrize("layers", [[], None, "all", [UP]])
 def test_a_description_of_no_layers_is_refused(folder: Path, layers: Any) -> None:
     with described(folder) as about:
         about["layers"] = layers
-    refused(folder, "is damaged: expansion.json and its files do not belong together")
+    refused(folder, r"damaged.* expansion\.json .*belong together")
 
 
 def test_a_layer_that_is_not_described_has_no_weights(folder: Path) -> None:
     with described(folder) as about:
         del about["layers"][UP]
     for packed in (False, True):
-        refused(folder, f"is damaged: it has no weights for {UP}.weight", packed=packed)
+        refused(folder, rf"damaged.*no weights.* {UP}\.weight", packed=packed)
 
 
 def test_weights_that_the_model_has_not_are_refused(tmp_path: Path) -> None:
     model = copy.deepcopy(expanded())
     model.register_parameter("more", nn.Parameter(torch.ones(3)))
     save_model(model, None, tmp_path)
-    refused(tmp_path, "do not belong together .*the model has no more")
+    refused(tmp_path, r"belong together.* more\b")
 
 
 def test_weights_that_are_not_there_are_named(tmp_path: Path) -> None:
     model: Any = copy.deepcopy(expanded())
     del model.model.norm.weight
     save_model(model, None, tmp_path)
-    refused(tmp_path, "is damaged: it has no weights for model.norm.weight")
+    refused(tmp_path, r"damaged.*no weights.* model\.norm\.weight")
 
 
 def test_dense_weights_of_another_shape_are_refused(tmp_path: Path) -> None:
     model: Any = copy.deepcopy(expanded())
     model.model.norm.weight = nn.Parameter(torch.ones(25))
     save_model(model, None, tmp_path)
-    refused(tmp_path, "do not belong together .*size mismatch for model.norm.weight")
+    refused(tmp_path, r"belong together.*size mismatch for model\.norm\.weight")
 
 
 # A disk that is full, and files of tensors alone.
@@ -649,8 +651,8 @@ def test_a_full_disk_is_an_error_of_the_system(
 
     monkeypatch.setattr(packing, "save_file", fail)
     where = ["dense", "experts/0", "experts/1", "experts/2"][calls]
-    message = f"cannot write {tmp_path}/{where}.safetensors: I/O error: No space left on device"
-    with pytest.raises(OSError, match=re.escape(message)):
+    message = rf"write {tmp_path}/{where}\.safetensors: .*No space left on device"
+    with pytest.raises(OSError, match=message):
         save_model(model, None, tmp_path)
     assert len([*tmp_path.rglob("*.safetensors")]) == calls
     assert not is_expanded(tmp_path)
@@ -665,7 +667,7 @@ def test_a_file_of_tensors_is_whole_or_not_there(tmp_path: Path) -> None:
     assert all(bits(found[key]) == bits(value) for key, value in tensors.items())
     assert found["a b"].shape == (3, 2)
     os.truncate(file, file.stat().st_size - 1)
-    with pytest.raises(OSError, match=f"{file} is damaged, delete it and run again: "):
+    with pytest.raises(OSError, match=rf"{file} .*damaged"):
         load_tensors(file)
     with pytest.raises(FileNotFoundError, match=r"y\.safetensors"):
         load_tensors(tmp_path / "y.safetensors")

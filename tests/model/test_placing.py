@@ -26,12 +26,12 @@ from entangle.model.placing import (
     blocks_in_files,
     bytes_of_block,
     check_in_memory,
-    fetch,
-    give_back,
-    home_of,
+    input_device,
     is_offloaded,
     is_whole,
-    keep,
+    load_block,
+    read_weight_from,
+    release_block,
     stored_parameters,
 )
 from entangle.runs import store
@@ -103,8 +103,8 @@ def test_only_blocks_are_in_files_and_the_model_computes_the_same(name: str, mod
     names = [key for key, _ in model.named_parameters()]
     assert names == [key for key, _ in whole.named_parameters()]
     assert [not there for there in in_memory(model)] == [key.startswith(prefix) for key in names]
-    assert (is_offloaded(model), is_whole(model), home_of(model)) == (True, True, CPU)
-    assert (is_offloaded(whole), is_whole(whole), home_of(whole)) == (False, True, CPU)
+    assert (is_offloaded(model), is_whole(model), input_device(model)) == (True, True, CPU)
+    assert (is_offloaded(whole), is_whole(whole), input_device(whole)) == (False, True, CPU)
     assert not any(module.training for module in model.modules())
     assert torch.equal(logits(model), logits(whole))
     assert resident(model) == []
@@ -118,15 +118,15 @@ def test_a_model_that_is_not_loaded_is_not_whole(models: Path) -> None:
     assert is_offloaded(model)
     empty = tiny_model().to("meta")  # type: ignore[arg-type]  # a device is right
     assert (is_whole(empty), is_offloaded(empty)) == (False, False)
-    with pytest.raises(ValueError, match="some weights are not loaded: load the whole model"):
+    with pytest.raises(ValueError, match=r"weights.*not loaded"):
         BlockWalk(model, BATCHES)
 
 
 def test_what_needs_the_model_in_memory_says_so(models: Path) -> None:
     check_in_memory(load_model(models / "llama"), "dancing")
     model = offloaded(models)
-    message = "^dancing needs the whole model in memory: load it without offload$"
-    for step in (lambda _: None, fetch):  # one whose weights were fetched is no other
+    message = r"^dancing .*in memory.*\boffload\b"
+    for step in (lambda _: None, load_block):  # one whose weights were fetched is no other
         step(find_blocks(model)[1][0])
         with pytest.raises(ValueError, match=message):
             check_in_memory(model, "dancing")
@@ -139,7 +139,7 @@ def test_stored_parameters_and_their_hash_are_those_of_the_model_in_memory(
     model, whole = offloaded(models, name), load_model(models / name)
     expected = sorted(whole.named_parameters())
     blocks = find_blocks(model)[1]
-    for step in (lambda _: None, fetch, give_back):
+    for step in (lambda _: None, load_block, release_block):
         step(blocks[1])
         stored = list(stored_parameters(model))
         assert [key for key, _ in stored] == [key for key, _ in expected]
@@ -168,17 +168,17 @@ def test_a_fetched_block_has_its_weights_until_it_is_given_back(name: str, model
     model, truth = offloaded(models, name), copies(load_model(models / name))
     prefix, blocks = find_blocks(model)
     expected = logits(load_model(models / name))
-    fetch(blocks[1])
+    load_block(blocks[1])
     assert resident(model) == [1]
     for key, parameter in blocks[1].named_parameters():
         assert torch.equal(parameter, truth[f"{prefix}.1.{key}"]), key
     places = [parameter.data_ptr() for parameter in blocks[1].parameters()]
     assert torch.equal(logits(model), expected)
-    fetch(blocks[1])  # again: nothing
+    load_block(blocks[1])  # again: nothing
     assert [parameter.data_ptr() for parameter in blocks[1].parameters()] == places
-    give_back(blocks[0])  # which was not fetched: nothing
+    release_block(blocks[0])  # which was not fetched: nothing
     assert resident(model) == [1]
-    give_back(blocks[1])
+    release_block(blocks[1])
     assert resident(model) == []
     assert torch.equal(logits(model), expected)
     assert (is_offloaded(model), is_whole(model)) == (True, True)
@@ -204,8 +204,8 @@ def test_a_fetched_block_reads_no_file_while_it_runs(
     walk = BlockWalk(model, BATCHES)
     reads.clear()
     parameters = [f"model.layers.0.{key}" for key, _ in blocks[0].named_parameters()]
-    walk.listen([], lambda *_: None)
-    walk.listen([], lambda *_: None)
+    walk.record_inputs([], lambda *_: None)
+    walk.record_inputs([], lambda *_: None)
     walk.advance()
     assert sorted(reads) == sorted(parameters)  # once each, for so many batches
 
@@ -214,12 +214,12 @@ def test_what_is_written_to_fetched_weights_is_in_no_file(models: Path) -> None:
     before = contents(models / "gpt2")
     model, truth = offloaded(models, "gpt2"), logits(load_model(models / "gpt2"))
     block = find_blocks(model)[1][0]
-    fetch(block)
+    load_block(block)
     with torch.no_grad():
         for parameter in block.parameters():
             parameter.zero_()
     assert not torch.equal(logits(model), truth)
-    give_back(block)
+    release_block(block)
     assert torch.equal(logits(model), truth)
     assert contents(models / "gpt2") == before
 
@@ -228,8 +228,8 @@ def test_in_a_model_in_memory_nothing_is_fetched_or_given_back() -> None:
     model, truth = tiny_model("gpt2"), copies(tiny_model("gpt2"))
     places = [parameter.data_ptr() for parameter in model.parameters()]
     for block in find_blocks(model)[1]:
-        fetch(block)
-        give_back(block)
+        load_block(block)
+        release_block(block)
     assert [parameter.data_ptr() for parameter in model.parameters()] == places
     assert all(torch.equal(value, truth[key]) for key, value in model.named_parameters())
 
@@ -249,14 +249,14 @@ def test_kept_weights_are_read_from_their_file_from_then_on(
             tensors[f"new {layer.name}"] = weight.detach()
     save_tensors(tmp_path / "new.safetensors", tensors)
     block = find_blocks(model)[1][0]
-    fetch(block)
+    load_block(block)
     for number, layer in enumerate(find_layers(model)):
         if number % 2:
-            keep(layer, tmp_path / "new.safetensors", f"new {layer.name}")
-    give_back(block)
+            read_weight_from(layer, tmp_path / "new.safetensors", f"new {layer.name}")
+    release_block(block)
     assert weights_hash(model) == weights_hash(whole)
     assert torch.equal(logits(model), logits(whole))
-    fetch(block)
+    load_block(block)
     mine = {layer.name: layer for layer in find_layers(whole)}
     for layer in find_layers(model):
         if layer.block == 0:
@@ -289,8 +289,8 @@ def test_an_expanded_model_or_a_gguf_file_is_not_spread(
     words: dict[str, Any] = {"experts": 2, "layers": "*.0.mlp.up_proj"}
     entangle.sparsify(model, random_windows(), sparsity=0.5, out=tmp_path / "expanded", **words)
     files = contents(tmp_path)
-    for name, what in (("a.gguf", "a GGUF file"), ("expanded", "an expanded model")):
-        message = f"{name} is {what}, which is loaded whole: leave device_map and offload out"
+    for name, what in (("a.gguf", "GGUF"), ("expanded", "expanded")):
+        message = rf"/{name} .*\b{what}\b.*device_map.*\boffload\b"
         with pytest.raises(ValueError, match=message):
             load_model(tmp_path / name, **options)  # type: ignore[arg-type]
         load_model(tmp_path / name)
@@ -301,7 +301,7 @@ def test_weights_that_are_missing_are_told_of_a_model_in_files_too(tmp_path: Pat
     model: Any = tiny_model()
     del model.model.layers[1].mlp.up_proj.weight
     model.save_pretrained(tmp_path / "model")
-    with pytest.raises(ValueError, match=r"1 of the weights .* first model.layers.1.mlp.up_proj"):
+    with pytest.raises(ValueError, match=r"\b1 of .*weights.* model\.layers\.1\.mlp\.up_proj"):
         load_model(tmp_path / "model", offload=tmp_path / "off")
 
 
@@ -337,13 +337,13 @@ def test_each_of_several_processes_has_its_own_device(
     models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ranks, "count", lambda: 2)
-    with pytest.raises(ValueError, match="under torchrun there are 2: leave it out"):
+    with pytest.raises(ValueError, match=r"device_map.*torchrun.*\b2\b"):
         load_model(models / "llama", device_map="auto")
 
 
 def test_a_file_is_no_place_for_weights(models: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(NotADirectoryError, match=r"offload needs a folder, and .*file is a file"):
+    with pytest.raises(NotADirectoryError, match=r"offload .*folder.*/file\b"):
         load_model(models / "llama", offload=tmp_path / "file")
 
 
@@ -384,8 +384,8 @@ def test_a_walk_is_that_of_the_model_in_memory_with_one_block_there(
     blocks = find_blocks(model)[1]
     steps: list[Callable[[], object]] = [
         walk.advance,
-        lambda: walk.listen([], lambda *_: None, advance=True),
-        lambda: walk.record([], lambda *_: None),
+        lambda: walk.record_inputs([], lambda *_: None, advance=True),
+        lambda: walk.record_outputs([], lambda *_: None),
     ]
     for number, outputs in enumerate(truth):
         found: list[torch.Tensor] = []
@@ -420,7 +420,7 @@ def test_a_second_walk_has_one_block_in_memory_too(models: Path) -> None:
 
 def recorded(walk: BlockWalk, layers: Sequence[LinearLayer]) -> dict[str, list[torch.Tensor]]:
     rows: dict[str, list[torch.Tensor]] = {layer.name: [] for layer in layers}
-    walk.record(layers, lambda layer, values: rows[layer.name].append(values.clone()))
+    walk.record_outputs(layers, lambda layer, values: rows[layer.name].append(values.clone()))
     return rows
 
 
@@ -490,7 +490,7 @@ def test_nothing_is_left_after_an_error_of_what_records(error: BaseException) ->
     model = tiny_model()
     walk = BlockWalk(model, BATCHES)
     with pytest.raises(type(error)) as caught:
-        walk.record([find_layers(model)[0]], explode(error))
+        walk.record_outputs([find_layers(model)[0]], explode(error))
     assert caught.value is error
     assert hooks_left(model) == 0
     assert not any("forward" in vars(module) for module in model.modules())
@@ -567,7 +567,7 @@ class Interrupted:
 
 @pytest.fixture
 def records(monkeypatch: pytest.MonkeyPatch) -> Interrupted:
-    state, record = Interrupted(), BlockWalk.record
+    state, record = Interrupted(), BlockWalk.record_outputs
 
     def noting(self: BlockWalk, *args: Any) -> None:
         block = self.block
@@ -578,7 +578,7 @@ def records(monkeypatch: pytest.MonkeyPatch) -> Interrupted:
         if block == state.at:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(BlockWalk, "record", noting)
+    monkeypatch.setattr(BlockWalk, "record_outputs", noting)
     return state
 
 
@@ -640,15 +640,13 @@ def test_an_unfinished_run_of_other_settings_or_damaged_is_told(
     with pytest.raises(KeyboardInterrupt):
         measured(models, tmp_path / "run")
     before = contents(tmp_path)
-    with pytest.raises(
-        FileExistsError, match="unfinished run with other settings: it has bins 128"
-    ):
+    with pytest.raises(FileExistsError, match=r"unfinished.*settings.*\bbins 128\b"):
         measured(models, tmp_path / "run", bins=256)
     assert contents(tmp_path) == before
     file = tmp_path / "run.partial" / "state" / "block-1.safetensors"
     file.write_bytes(file.read_bytes()[:-9])
     records.at = None
-    with pytest.raises(OSError, match=r"block-1.safetensors is damaged, delete it and run again"):
+    with pytest.raises(OSError, match=r"block-1\.safetensors .*damaged"):
         measured(models, tmp_path / "run")
     file.unlink()
     records.blocks = []

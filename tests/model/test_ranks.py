@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -106,7 +107,7 @@ def test_a_shard_is_read_as_it_is_written(text: str, shard: tuple[int, int]) -> 
     ["", "3", "/8", "3/", "0/8", "9/8", "-1/8", "3/0", "1/0", "a/b", "3/8/9", "1.0/2", "²/3"],
 )
 def test_what_is_no_shard_is_refused(text: str) -> None:
-    with pytest.raises(ValueError, match=r"expected a shard such as 3/8, the third of eight, got "):
+    with pytest.raises(ValueError, match=f"shard.*{re.escape(repr(text))}"):
         Shard.parse(text)
 
 
@@ -124,15 +125,15 @@ def test_each_batch_is_in_exactly_one_shard_and_none_has_two_more_than_another(
 def test_alone_there_is_one_rank_and_nothing_is_sent() -> None:
     assert (ranks.count(), ranks.rank(), ranks.shard()) == (1, 0, Shard(0, 1))
     tensor = torch.tensor([1.0, math.nan, -3.0])
-    for change in (ranks.add_, ranks.least_, ranks.most_):
+    for change in (ranks.all_reduce_sum_, ranks.all_reduce_min_, ranks.all_reduce_max_):
         change(tensor)
     assert torch.equal(tensor.nan_to_num(7), torch.tensor([1.0, 7.0, -3.0]))
     thing = object()
-    assert ranks.everyone(thing)[0] is thing
-    with ranks.leading({"a": 1}):
+    assert ranks.all_gather(thing)[0] is thing
+    with ranks.rank_zero_runs({"a": 1}):
         pass
-    ranks.agree({"a": 1})
-    with pytest.raises(KeyError, match="as it was"), ranks.leading("what"):
+    ranks.wait_for_rank_zero({"a": 1})
+    with pytest.raises(KeyError, match="as it was"), ranks.rank_zero_runs("what"):
         raise KeyError("as it was")
 
 
@@ -178,13 +179,10 @@ def test_a_shard_says_of_what_it_is_one() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"shard": "5/5"}, "shard 5/5 has no batch: there are 4, of 2 windows each"),
-        (
-            {"shard": "1/2", "difficulty": 9},
-            "difficulty of a shard cannot be merged, got shard 1/2",
-        ),
-        ({"shard": "3/2"}, "expected a shard such as 3/8, the third of eight, got '3/2'"),
-        ({"shard": ""}, "expected a shard such as 3/8, the third of eight, got ''"),
+        ({"shard": "5/5"}, r"shard 5/5 .*no batch.*\b4\b.*\b2 windows"),
+        ({"shard": "1/2", "difficulty": 9}, r"difficulty.*shard 1/2"),
+        ({"shard": "3/2"}, r"shard.*'3/2'"),
+        ({"shard": ""}, r"shard.*''"),
     ],
 )
 def test_shards_that_cannot_be_are_refused_before_the_model_runs(
@@ -262,11 +260,11 @@ def test_another_shard_does_not_go_on_with_what_one_left(
     with pytest.raises(HaltError), running("as said"):
         measure(model, windows, batch_size=2, shard="1/3", out=tmp_path / "run")
     undo()
-    with pytest.raises(FileNotFoundError, match=r"run.partial is unfinished: give the command"):
+    with pytest.raises(FileNotFoundError, match=r"run\.partial .*unfinished"):
         open_run(tmp_path / "run.partial")
-    began = f"Run what began it (as said --shard 1/3 --out {tmp_path / 'run'}) to finish it"
+    began = f"as said --shard 1/3 --out {tmp_path / 'run'}"
     for other in ("2/3", "1/2", None):
-        with pytest.raises(FileExistsError, match="unfinished run with other settings") as error:
+        with pytest.raises(FileExistsError, match=r"unfinished.*settings.*--overwrite") as error:
             measure(model, windows, batch_size=2, shard=other, out=tmp_path / "run")
         assert "shard '1/3'" in str(error.value)
         assert began in str(error.value)
@@ -393,7 +391,7 @@ def test_more_tokens_than_counts_can_hold_are_refused_and_as_many_are_not() -> N
     assert int(reduced(states).count[0]) == 2**31 - 1 == MAX_TOKENS
     states[1].count[3] += 1  # of one neuron
     for order in (states, states[::-1]):
-        with pytest.raises(OverflowError, match=f"counts at most {MAX_TOKENS} tokens"):
+        with pytest.raises(OverflowError, match=f"{MAX_TOKENS} tokens"):
             reduced(order)
         with pytest.raises(OverflowError):
             functools.reduce(Histograms.merged, order)
@@ -405,12 +403,12 @@ def test_more_tokens_than_counts_can_hold_are_refused_and_as_many_are_not() -> N
 def test_states_with_other_bins_are_refused(name: str, factor: float, which: int) -> None:
     states = [random_state(seed) for seed in range(3)]
     states[which].tensors()[name][1::2] *= factor
-    with pytest.raises(ValueError, match="2 of 5 neurons have their bins elsewhere in another"):
+    with pytest.raises(ValueError, match=r"\b2 of 5 neurons.*bins.*process"):
         reduced(states)
 
 
 def test_a_state_without_bins_is_refused() -> None:
-    with pytest.raises(ValueError, match="bins elsewhere"):
+    with pytest.raises(ValueError, match=r"\b5 of 5 neurons.*bins.*process"):
         reduced([random_state(0), Histograms.zeros(5, bins=16)])
 
 
@@ -446,7 +444,7 @@ folder = Path(sys.argv[1])
 ranks.join()
 del os.environ["TORCHELASTIC_RUN_ID"]  # joined: commands below need not
 rank, said = ranks.rank(), {}
-said["who"] = [rank, ranks.count(), str(ranks.shard()), ranks.everyone({"rank": rank})]
+said["who"] = [rank, ranks.count(), str(ranks.shard()), ranks.all_gather({"rank": rank})]
 
 for name, windows in (("seven", 7), ("three", 3), ("one", 1)):  # of batches: 4, 2 and 1
     run = entangle.measure(tiny_model("gpt2"), windows_of(tokens(windows)), batch_size=2)
@@ -470,7 +468,7 @@ with torch.no_grad():
 said["score"] = [score.window_nats.tolist(), score.tokens, score.perplexity]
 
 state = random_state(rank)
-state.reduce_(ranks.add_, ranks.least_, ranks.most_)
+state.reduce_(ranks.all_reduce_sum_, ranks.all_reduce_min_, ranks.all_reduce_max_)
 torch.save(state.tensors(), folder / f"reduced-{rank}.pt")
 
 def error(work):
@@ -480,11 +478,11 @@ def error(work):
         return [type(caught).__name__, str(caught)]
     return None
 
-said["bins"] = error(lambda: odd(rank).reduce_(ranks.add_, ranks.least_, ranks.most_))
+said["bins"] = error(lambda: odd(rank).reduce_(ranks.all_reduce_sum_, ranks.all_reduce_min_, ranks.all_reduce_max_))
 def lead(what, fails=False):
     if rank > 0:
-        return ranks.agree(what)
-    with ranks.leading(what):
+        return ranks.wait_for_rank_zero(what)
+    with ranks.rank_zero_runs(what):
         if fails:
             raise KeyError("of rank 0")
 said["agreed"] = error(lambda: lead({"a": 1}))
@@ -593,28 +591,28 @@ def test_all_ranks_refuse_what_one_has_otherwise(
     for rank in range(3):
         kind, message = said[rank]["bins"]
         assert kind == "ValueError"
-        assert "1 of 5 neurons have their bins elsewhere in another process" in message
+        assert re.search(r"\b1 of 5 neurons.*bins.*process", message)
         assert said[rank]["agreed"] is None
-        expected = (
-            ["KeyError", "'of rank 0'"] if rank == 0 else ["StoppedError", "rank 0 has an error"]
-        )
-        assert said[rank]["failed"] == expected
+        expected = ("KeyError", "'of rank 0'") if rank == 0 else ("StoppedError", "rank 0 ")
+        kind, message = said[rank]["failed"]
+        assert kind == expected[0]
+        assert expected[1] in message
         kind, message = said[rank]["other"]
         assert kind == "RuntimeError"
-        assert message.startswith("rank 2 was started with other arguments, or has another model")
+        assert re.match(r"rank 2 .*other arguments.*model", message)
         kind, message = said[rank]["other run"]
         assert kind == "RuntimeError"
-        assert message.startswith("rank 1 was started with other arguments, or has another model")
+        assert re.match(r"rank 1 .*other arguments.*model", message)
         kind, message = said[rank]["taken"]
-        assert (kind, "exists already" in message) == (
+        assert (kind, "seven exists" in message) == (
             ("FileExistsError", True) if rank == 0 else ("StoppedError", False)
         )
         kind, message = said[rank]["broken"]
         assert kind == "NotFiniteError"
-        assert "not finite in 1 of 7 windows" in message
+        assert re.search(r"not finite.*\b1 of 7 windows", message)
         kind, message = said[rank]["shard"]
         assert kind == "ValueError"
-        assert "under torchrun each process has its own share, got shard 1/3 too" in message
+        assert re.search(r"torchrun.*shard 1/3", message)
         assert said[rank]["afterwards"] is None
     assert not list(together.glob("mixed*"))
 
@@ -679,7 +677,7 @@ def test_a_command_for_one_process_is_refused_in_several(
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "some")
     out = tmp_path / "run"
     assert main(["merge", str(place / "a"), str(place / "b"), "--out", str(out)]) == 2
-    assert "merge runs in one process, and torchrun starts several" in capsys.readouterr().err
+    assert re.search(r"\bmerge .*one process.*torchrun", capsys.readouterr().err)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -687,13 +685,13 @@ def test_slips_in_a_shard_are_told_on_the_command_line(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for options, message in [
-        (["--shard", "4"], "expected a shard such as 3/8, the third of eight, got '4'"),
-        (["--shard", "5/5"], "shard 5/5 has no batch: there are 4, of 4 windows each"),
-        (["--shard", "1/2", "--difficulty", "9"], "the difficulty of a shard cannot be merged"),
+        (["--shard", "4"], r"shard.*'4'"),
+        (["--shard", "5/5"], r"shard 5/5 .*no batch.*\b4\b.*\b4 windows"),
+        (["--shard", "1/2", "--difficulty", "9"], r"difficulty.*shard 1/2"),
     ]:
         assert main(measured(place, tmp_path / "run", *options)) == 2
         said = capsys.readouterr().err
-        assert message in said
+        assert re.search(message, said)
         assert "Traceback" not in said
     assert list(tmp_path.iterdir()) == []
 
@@ -844,5 +842,5 @@ def test_more_processes_than_batches_are_too_many(
     model = entangle.load_model(place / "model")
     tokenizer = entangle.load_tokenizer(place / "model")
     windows = entangle.token_windows(place / "text.txt", tokenizer, windows=4, length=32)
-    with pytest.raises(RuntimeError, match="2 batches of 2 windows are too few for 3 processes"):
+    with pytest.raises(RuntimeError, match=r"\b2 batches of 2 windows.*\b3 processes"):
         walk_blocks(model, windows, 2, 0)

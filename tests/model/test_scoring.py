@@ -53,13 +53,13 @@ def test_one_window_has_no_standard_error() -> None:
 
 def test_what_cannot_be_scored_is_refused() -> None:
     model = tiny_model()
-    with pytest.raises(ValueError, match="longer than the model's context of 64"):
+    with pytest.raises(ValueError, match=r"\b65 tokens.*context of 64\b"):
         entangle.perplexity(model, random_windows(2, 65))
-    with pytest.raises(ValueError, match="from 0 to 7 for windows of 8, got 8"):
+    with pytest.raises(ValueError, match=r"skip_first.*\b0 to 7\b.* got 8\b"):
         entangle.perplexity(model, random_windows(2, 8), skip_first=8)
     with pytest.raises(ValueError, match="training mode"):
         entangle.perplexity(tiny_model().train(), random_windows(2, 8))
     with torch.no_grad():
         model.get_output_embeddings().weight[7] = float("nan")  # type: ignore[no-untyped-call]
-    with pytest.raises(RuntimeError, match="not finite in 2 of 2 windows"):
+    with pytest.raises(RuntimeError, match=r"not finite.*\b2 of 2 windows"):
         entangle.perplexity(model, random_windows(2, 8))

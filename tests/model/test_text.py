@@ -88,9 +88,9 @@ def test_without_a_bos_token_auto_and_never_do_without_and_always_is_an_error() 
     tokenizer = tiny_tokenizer(has_bos=False)
     for bos in ("auto", "never"):
         assert letters(windows_of(bos=bos, tokenizer=tokenizer))[0] == TEXT[:LENGTH]
-    with pytest.raises(ValueError, match="has no beginning-of-sequence token: use bos='never'"):
+    with pytest.raises(ValueError, match=r"no beginning-of-sequence token.*bos='never'"):
         windows_of(bos="always", tokenizer=tokenizer)
-    with pytest.raises(ValueError, match="must be 'auto', 'always' or 'never', got 'sometimes'"):
+    with pytest.raises(ValueError, match=r"bos .*'auto', 'always'.*'never'.*'sometimes'"):
         windows_of(bos="sometimes")
 
 
@@ -101,7 +101,7 @@ def test_documents_are_joined_by_an_empty_line() -> None:
 
 @pytest.mark.parametrize(("text", "tokens"), [("", "0"), ("a" * (LENGTH - 1), "15")])
 def test_a_text_shorter_than_a_window_is_an_error(text: str, tokens: str) -> None:
-    message = f"^{tokens} tokens in documents given in Python, fewer than one window of 16: give"
+    message = rf"^{tokens} tokens .*Python.*window of 16\b"
     with pytest.raises(ValueError, match=message):
         windows_of(text)
     assert len(windows_of("a" * LENGTH)) == 1
@@ -109,7 +109,7 @@ def test_a_text_shorter_than_a_window_is_an_error(text: str, tokens: str) -> Non
 
 @pytest.mark.parametrize(("windows", "length"), [(0, 16), (-1, 16), (5, 1), (5, 0)])
 def test_less_than_one_window_of_two_tokens_is_an_error(windows: int, length: int) -> None:
-    message = f"at least 1 window of at least 2 tokens, got {windows} of {length}"
+    message = rf"\b1 window .*\b2 tokens.* {windows} of {length}$"
     with pytest.raises(ValueError, match=message):
         windows_of(windows=windows, length=length)
 
@@ -118,9 +118,9 @@ def test_windows_of_two_texts_are_compared_by_their_tokens() -> None:
     calibration, other = windows_of(windows=None), windows_of(TEXT[1:], windows=None)
     check_disjoint(calibration, other)  # shifted by a letter: no window is the same
     mixed = windows_of(TEXT[: 3 * LENGTH] + "x" * 40, windows=None)
-    with pytest.raises(ValueError, match=r"3 of 5 evaluation windows .* are calibration windows"):
+    with pytest.raises(ValueError, match=r"\b3 of 5 evaluation windows.*calibration"):
         check_disjoint(calibration, mixed)
-    with pytest.raises(ValueError, match="1 of 1 evaluation windows"):
+    with pytest.raises(ValueError, match=r"\b1 of 1 evaluation windows.*calibration"):
         check_disjoint(mixed, windows_of("x" * LENGTH))
 
 
@@ -147,9 +147,9 @@ def test_slices_are_windows_of_the_same_text() -> None:
         assert (half.text, half.available) == (whole.text, whole.available)
     assert not {*halves[0].hashes} & {*halves[1].hashes}
     assert len({whole.fingerprint, *(half.fingerprint for half in halves)}) == 3
-    with pytest.raises(ValueError, match=f"leaves none of the {len(whole)} windows"):
+    with pytest.raises(ValueError, match=rf"none of .*\b{len(whole)} windows"):
         whole[len(whole) :]
-    with pytest.raises(TypeError, match="taken by slices such as"):
+    with pytest.raises(TypeError, match=r"slices.* 0$"):
         whole[0]  # type: ignore[index]
 
 
@@ -158,7 +158,7 @@ def test_batches_are_the_windows_in_order_the_last_one_shorter() -> None:
     batches = windows.batches(5)
     assert [len(batch) for batch in batches] == [5] * 12 + [2]
     assert torch.equal(torch.cat(list(batches)), windows.tokens)
-    with pytest.raises(ValueError, match="at least one window, got batch size 0"):
+    with pytest.raises(ValueError, match=r"batch size 0$"):
         windows.batches(0)
 
 
@@ -192,20 +192,18 @@ def test_of_a_folder_made_for_it_the_purpose_chooses_the_file(tmp_path: Path) ->
 def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
     latin = tmp_path / "latin.txt"
     latin.write_bytes("Größe".encode("latin-1"))
-    with pytest.raises(ValueError, match=r"latin.txt is not UTF-8 text: .*can't decode byte 0xf6"):
+    with pytest.raises(ValueError, match=r"latin\.txt .*UTF-8.* 0xf6\b"):
         read_documents(tmp_path)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(FileNotFoundError, match=r"the folder .*/empty holds no \*.txt file"):
+    with pytest.raises(FileNotFoundError, match=r"/empty .*no \*\.txt"):
         read_documents(tmp_path / "empty")
-    with pytest.raises(
-        FileNotFoundError, match=r"no text at .*/nowhere: expected a file, a folder"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"no text .*/nowhere\b"):
         read_documents(tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize("text", ["It was a dark night.", "word " * 200, "a" * 5000, "a\n" * 99])
 def test_text_itself_in_place_of_a_path_is_recognised(text: str) -> None:
-    with pytest.raises(FileNotFoundError, match=r"text itself goes in a list, \[text\]") as caught:
+    with pytest.raises(FileNotFoundError, match=r"no text .*\[text\]") as caught:
         token_windows(text, tiny_tokenizer())
     assert len(str(caught.value)) < 300
 
@@ -268,11 +266,11 @@ def test_an_owners_data_set_is_preferred_to_a_configuration(hub: Hub) -> None:
 
 
 def test_what_the_hub_does_not_have_is_said(hub: Hub) -> None:
-    with pytest.raises(ValueError, match="could not read hub:no/such:") as caught:
+    with pytest.raises(ValueError, match=r"read hub:no/such\b") as caught:
         read_documents("hub:no/such:test")
     assert "the hub has no no/such" in str(caught.value)
     assert "the hub has no no such" in str(caught.value)
-    with pytest.raises(ValueError, match="has no column 'body', but text, page: name one with #"):
+    with pytest.raises(ValueError, match=r"hub:owner/name .*no column 'body'.* text, page\b.*#"):
         read_documents("hub:owner/name#body")
 
 

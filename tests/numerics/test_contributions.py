@@ -1,5 +1,6 @@
 """Tokens' parts of a distance against integrals, and resampled windows against brute force."""
 
+import re
 from itertools import pairwise
 from typing import Any
 
@@ -142,9 +143,10 @@ def test_a_tensor_is_taken_as_its_float_values(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("samples", [[1.0, 2.0], [[[1.0], [2.0]]], 3.0])
 def test_what_is_no_sample_is_refused(samples: Any) -> None:
-    with pytest.raises(ValueError, match=r"expected samples of shape \(tokens, neurons\), got \("):
+    message = rf"\(tokens, neurons\).* {re.escape(str(np.shape(samples)))}$"
+    with pytest.raises(ValueError, match=message):
         distance_parts(samples)
-    with pytest.raises(ValueError, match=r"expected samples of shape \(tokens, neurons\), got \("):
+    with pytest.raises(ValueError, match=message):
         bootstrap(samples, 1)
 
 
@@ -207,5 +209,5 @@ def test_windows_that_depend_make_a_wider_interval_than_tokens_that_do_not() -> 
 
 @pytest.mark.parametrize(("window", "tokens"), [(3, 10), (11, 10), (0, 10), (-5, 10)])
 def test_tokens_that_are_no_whole_windows_are_refused(window: int, tokens: int) -> None:
-    with pytest.raises(ValueError, match=f"whole windows of {window} tokens, got {tokens} tokens"):
+    with pytest.raises(ValueError, match=f"windows of {window} tokens.* {tokens} tokens"):
         bootstrap(some_rows(tokens), window)

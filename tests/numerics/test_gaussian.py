@@ -135,9 +135,9 @@ def test_values_whose_squares_no_float_holds() -> None:
 
 
 def test_what_is_no_sample_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"shape \(tokens, neurons\), got \(3,\)"):
+    with pytest.raises(ValueError, match=r"\(tokens, neurons\).* \(3,\)"):
         from_samples([1.0, 2.0, 3.0])
-    with pytest.raises(ValueError, match="'exact', 'pot' or 'scipy', got 'emd'"):
+    with pytest.raises(ValueError, match=r"method.*'exact', 'pot'.*'scipy'.*'emd'"):
         from_samples([[1.0], [2.0]], method="emd")  # type: ignore[arg-type]
 
 
@@ -181,7 +181,7 @@ def test_between_sorted_constant_samples_give_nan_and_constant_others_do_not() -
     found = between_sorted(columns, np.array([[1, 2], [4, 4]], np.float32))
     assert math.isnan(found[0])
     assert found[1] == 2  # (3 + 1) / 2 over a std of 1
-    with pytest.raises(ValueError, match=r"as many samples, got \(2, 2\).* \(1, 2\)"):
+    with pytest.raises(ValueError, match=r"samples.*\(2, 2\).*\(1, 2\)"):
         between_sorted(columns, columns[:, :1])
 
 

@@ -1,6 +1,7 @@
 """The state's laws, its numbers against NumPy's and SciPy's, and the certified bound."""
 
 import math
+import re
 from collections.abc import Callable
 
 import numpy as np
@@ -467,42 +468,43 @@ def test_modes_are_the_peaks_of_the_smoothed_samples() -> None:
 
 def test_shapes_and_numbers_that_do_not_fit_are_refused() -> None:
     for bins in (0, 7, 2050):
-        with pytest.raises(ValueError, match=f"even number from 2 to 2048, got {bins}"):
+        with pytest.raises(ValueError, match=rf"bins .*\b2 to 2048\b.* {bins}$"):
             Histograms.zeros(3, bins=bins)
     rows = wild(10, 3)
     histograms = started(rows)
     for wrong in (rows[:, :2], rows[0], rows[None]):
-        with pytest.raises(ValueError, match=r"shape \(tokens, 3\), got"):
+        message = rf"\(tokens, 3\).* {re.escape(str(tuple(wrong.shape)))}$"
+        with pytest.raises(ValueError, match=message):
             histograms.add(wrong)
-        with pytest.raises(ValueError, match=r"shape \(tokens, 3\), got"):
+        with pytest.raises(ValueError, match=message):
             Histograms.zeros(3).start(wrong)
-    with pytest.raises(ValueError, match="no rows"):
+    with pytest.raises(ValueError, match=r"pilot.* no rows"):
         Histograms.zeros(3).start(rows[:0])
 
 
 def test_the_pilot_comes_first_and_once() -> None:
     rows = wild(10, 3)
-    with pytest.raises(RuntimeError, match="call start with the pilot's rows first"):
+    with pytest.raises(RuntimeError, match=r"bins.* pilot"):
         Histograms.zeros(3).add(rows)
     for histograms in (started(rows), started(rows, rows)):
-        with pytest.raises(RuntimeError, match="have their place already"):
+        with pytest.raises(RuntimeError, match=r"bins.* already"):
             histograms.start(rows)
 
 
 def test_states_of_another_pilot_or_shape_do_not_merge() -> None:
     rows = wild(10, 3)
     histograms = started(rows, rows)
-    with pytest.raises(ValueError, match="3 neurons of 1024 bins with 2 of 1024"):
+    with pytest.raises(ValueError, match=r"\b3 neurons of 1024 bins.*\b2 of 1024"):
         histograms.merged(started(rows[:, :2]))
-    with pytest.raises(ValueError, match="3 neurons of 1024 bins with 3 of 512"):
+    with pytest.raises(ValueError, match=r"\b3 neurons of 1024 bins.*\b3 of 512"):
         histograms.merged(started(rows, bins=512))
     other = rows.clone()
     other[0, 1] += 1
-    with pytest.raises(ValueError, match="1 of 3 neurons have their bins elsewhere"):
+    with pytest.raises(ValueError, match=r"\b1 of 3 neurons.*bins"):
         histograms.merged(started(other))
-    with pytest.raises(ValueError, match="1 of 1 neurons have their bins elsewhere"):
+    with pytest.raises(ValueError, match=r"\b1 of 1 neurons.*bins"):
         started(UNIT).merged(started(2 * UNIT))  # the center is the same
-    with pytest.raises(ValueError, match="3 of 3 neurons have their bins elsewhere"):
+    with pytest.raises(ValueError, match=r"\b3 of 3 neurons.*bins"):
         histograms.merged(Histograms.zeros(3))
 
 

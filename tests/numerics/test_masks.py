@@ -310,13 +310,13 @@ def test_what_is_no_budget_of_rows_is_refused() -> None:
     weight, _, moments = problem(neurons=4, inputs=12, tokens=50)
     zeros = torch.tensor([1, 2, 3, 4])
     for function in (sparse_gpt, wanda):
-        with pytest.raises(ValueError, match="takes no budget of rows: use mask row"):
+        with pytest.raises(ValueError, match=r"block.*budget.*mask row"):
             function(weight, moments, zeros, mask="block")
-        with pytest.raises(ValueError, match="each of 4 rows, got \\(3,\\)"):
+        with pytest.raises(ValueError, match=r"\b4 rows.*\(3,\)"):
             function(weight, moments, zeros[:3])
-        with pytest.raises(ValueError, match=r"each of 4 rows, got .* of torch.float32"):
+        with pytest.raises(ValueError, match=r"\b4 rows.*torch\.float32"):
             function(weight, moments, zeros.float())
-        with pytest.raises(ValueError, match="a row has 12 weights, got -1 to 13 zeros"):
+        with pytest.raises(ValueError, match=r"\b12 weights.* -1 to 13 zeros"):
             function(weight, moments, torch.tensor([-1, 2, 13, 4]))
 
 
@@ -366,22 +366,22 @@ def test_fewer_tokens_than_inputs_are_damped_in_the_end() -> None:
 def test_what_cannot_be_pruned_is_said() -> None:
     weight, _, moments = problem()
     half = Sparsity(0.5)
-    with pytest.raises(ValueError, match="expected the moments of 23 inputs, got those of 24"):
+    with pytest.raises(ValueError, match=r"moments.*\b23 inputs.* 24$"):
         wanda(weight[:, :23], moments, half)
-    with pytest.raises(ValueError, match="did any token reach this layer"):
+    with pytest.raises(ValueError, match=r"Gram of 24 inputs .*singular"):
         sparse_gpt(weight, InputMoments.zeros(24), half)
     broken = weight.clone()
     broken[1, 2] = float("nan")
-    with pytest.raises(ValueError, match="1 of the weights are NaN or infinite"):
+    with pytest.raises(ValueError, match=r"^1 of .*weights.*NaN"):
         sparse_gpt(broken, moments, half)
     gram = moments.gram.clone()
     gram[3] = float("inf")  # of which the lower triangle has four
-    with pytest.raises(ValueError, match="4 of the moments of the inputs are NaN or infinite"):
+    with pytest.raises(ValueError, match=r"^4 of .*moments.*NaN"):
         wanda(weight, InputMoments(gram, moments.count), half)
-    with pytest.raises(ValueError, match="2:5 needs groups of 5, but there are 24 inputs"):
+    with pytest.raises(ValueError, match=r"2:5 .*groups of 5\b.*\b24 inputs"):
         magnitude(weight, Sparsity.parse("2:5"))
     for text in ("1.1", "-0.1", "5:4", "2:0", "x", "nan", "-1:4"):
-        with pytest.raises(ValueError, match="n kept of every m"):
+        with pytest.raises(ValueError, match=f"sparsity.*n:m.*'{text}'$"):
             Sparsity.parse(text)
 
 

@@ -145,18 +145,18 @@ def test_pooled_moments_are_those_of_all_rows() -> None:
 def test_a_pull_adds_average_tokens_to_each_expert(strength: float) -> None:
     moments, rows = stacked_moments()
     before = moments.gram.clone()
-    pulled = moments.pulled(strength)
+    shrunk = moments.shrunk(strength)
     every = torch.cat(rows).double().numpy()
     average = every.T @ every / len(every)
     for place, part in enumerate(rows):
         exact = part.double().numpy().T @ part.double().numpy() + strength * 24 * average
-        assert np.allclose(pulled.gram[place], exact, rtol=1e-4, atol=1e-3)
-        assert int(pulled.count[place]) == len(part) + round(strength * 24)
-    assert pulled.count.dtype == torch.int64
-    assert torch.equal(moments.gram, before)  # and what was pulled is as it was
+        assert np.allclose(shrunk.gram[place], exact, rtol=1e-4, atol=1e-3)
+        assert int(shrunk.count[place]) == len(part) + round(strength * 24)
+    assert shrunk.count.dtype == torch.int64
+    assert torch.equal(moments.gram, before)  # and what was shrunk is as it was
     assert moments.count.tolist() == [30, 200, 1, 70]
     if not strength:
-        assert torch.equal(pulled.gram, before)
+        assert torch.equal(shrunk.gram, before)
 
 
 def by_sign(rows: torch.Tensor) -> torch.Tensor:
@@ -259,7 +259,7 @@ def test_the_damping_ladder_is_finite() -> None:
     assert inverse_factor(shifted(0.05)).damping == 0.1
     assert inverse_factor(shifted(0.3)).damping == 1.0
     for bad in (shifted(2.0), torch.zeros(24, 24)):
-        with pytest.raises(ValueError, match="singular, damped by up to 1 times its mean diagonal"):
+        with pytest.raises(ValueError, match=r"Gram of 24 inputs .*singular.*\b1 times"):
             inverse_factor(bad)
 
 

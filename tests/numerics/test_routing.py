@@ -2,7 +2,10 @@
 
 import copy
 import dataclasses
+import pickle
+import re
 import warnings
+import weakref
 
 import numpy as np
 import numpy.typing as npt
@@ -353,13 +356,13 @@ def test_what_cannot_be_clustered_is_said() -> None:
     rows = clustered(50, 8)
     broken = rows.clone()
     broken[3, 1], broken[3, 2], broken[9, 0] = torch.nan, torch.inf, -torch.inf
-    with pytest.raises(ValueError, match="found in 50 inputs, 2 of them NaN or infinite"):
+    with pytest.raises(ValueError, match=r"clusters.*\b50 inputs.*\b2 .*NaN"):
         fit_router(broken, 2)
-    with pytest.raises(ValueError, match="no clusters can be found in 0 inputs"):
+    with pytest.raises(ValueError, match=r"clusters.*\b0 inputs"):
         fit_router(rows[:0], 2)
-    with pytest.raises(ValueError, match=r"experts >= 1, components >= 0, got 0, None"):
+    with pytest.raises(ValueError, match=r"experts.*\b1\b.*components.*\b0\b.* 0, None$"):
         fit_router(rows, 0)
-    with pytest.raises(ValueError, match=r"experts >= 1, components >= 0, got 2, -1"):
+    with pytest.raises(ValueError, match=r"experts.*\b1\b.*components.*\b0\b.* 2, -1$"):
         fit_router(rows, 2, components=-1)
 
 
@@ -439,28 +442,11 @@ def test_the_seed_decides_which_rows_go_where_at_random() -> None:
 
 @pytest.mark.parametrize("sizes", [[], [0.0, 0.0], [3.0, -1.0], [1.0, torch.nan]])
 def test_no_shares_are_refused(sizes: list[float]) -> None:
-    with pytest.raises(ValueError, match="expected the sizes of clusters, got"):
+    with pytest.raises(ValueError, match=f"sizes.* {re.escape(str(sizes))}$"):
         random_router(8, torch.tensor(sizes))
 
 
-# Routes, and who shares them.
-
-
-class Counting(RandomRouter):
-    """A router that counts how often it is asked."""
-
-    calls = 0
-
-    def assign(self, rows: torch.Tensor) -> torch.Tensor:
-        self.calls += 1
-        return super().assign(rows)
-
-
-def counting(layers: int, inputs: int = 8, experts: int = 5) -> Counting:
-    router = random_router(inputs, torch.ones(experts))
-    found = Counting(router.key.data, router.edges.data)
-    found.layers = layers
-    return found
+# Routes.
 
 
 def check_routes(routes: Routes, chosen: torch.Tensor, experts: int) -> None:
@@ -520,64 +506,39 @@ def test_the_expert_of_one_row_is_the_one_among_many(dtype: torch.dtype) -> None
     assert ties.one(torch.ones(1, 8)) == 1  # the first
 
 
-@pytest.mark.parametrize("layers", [1, 2, 3])
-def test_the_expert_of_one_row_is_found_once_for_all_layers(layers: int) -> None:
-    router, rows = counting(layers), clustered(50, 8)
-    takers, row = [object() for _ in range(layers)], rows[:1]
-    for call in range(4 * layers):
-        row = row if call % layers else rows[call // layers].view(1, 8)
-        assert router.one(row, takers[call % layers]) == int(RandomRouter.assign(router, row))
-        assert router.calls == call // layers + 1
-    row.neg_()
-    assert router.one(row, takers[0]) == int(RandomRouter.assign(router, row))
-
-
-@pytest.mark.parametrize("layers", [0, 1, 2, 3])
-def test_layers_that_share_a_router_ask_once_for_the_same_inputs(layers: int) -> None:
-    router, rows = counting(layers), clustered(50, 8)
-    chosen = random_router(8, torch.ones(5)).assign(rows)
-    takers = [object() for _ in range(max(layers, 1))]
-    for call in range(7):
-        check_routes(router(rows, takers[call % len(takers)]), chosen, 5)
-        assert router.calls == call // max(layers, 1) + 1
-
-
-def test_a_layer_that_asks_again_is_answered_anew() -> None:
-    router, rows, takers = counting(layers=3), clustered(50, 8), [object(), object()]
+def test_routes_are_kept_for_the_same_tensor_only() -> None:
+    router, rows = random_router(8, torch.ones(5)), clustered(50, 8)
+    assert router.kept(rows) is None
+    routes = router(rows)
+    router.keep(rows, routes)
+    assert router.kept(rows) is routes
+    for other in (rows.clone(), rows[:], rows[:20], rows.view(50, 8), clustered(50, 8, seed=1)):
+        assert router.kept(other) is None
+    assert router.kept(rows) is routes
     with torch.inference_mode():
-        rows = rows + 0  # of changes of which torch keeps no count
-        for taker, calls in ((takers[0], 1), (takers[1], 1), (takers[1], 2), (takers[0], 2)):
-            router(rows, taker)
-            assert router.calls == calls
-        router(rows.neg_(), takers[0])
-        assert router.calls == 3
+        other = rows + 0
+        router.keep(other, router(other))
+        assert router.kept(other) is not None
+    assert router.kept(rows) is None
 
 
-def test_routes_are_those_of_the_tensor_and_not_of_its_place_in_memory() -> None:
-    router = counting(layers=4)
-    first, second = clustered(50, 8), clustered(60, 8, seed=1)
-    takers = [object() for _ in range(27)]
-    for rows in (first, second, second, first, first.clone(), first[:20], first):
-        chosen = random_router(8, torch.ones(5)).assign(rows)
-        check_routes(router(rows, takers.pop()), chosen, 5)
-    assert router.calls == 6
-    for seed in range(20):  # freed at once, so that the next may get its address
-        rows = clustered(50, 8, seed=seed)
-        check_routes(router(rows, takers.pop()), random_router(8, torch.ones(5)).assign(rows), 5)
-        del rows
-    assert router.calls == 26
-
-
-def test_a_tensor_that_was_changed_in_place_is_routed_anew() -> None:
-    router, rows, takers = counting(layers=3), clustered(50, 8), [object() for _ in range(3)]
-    before = router(rows, takers[0])
+def test_routes_of_a_tensor_that_was_changed_in_place_are_not_kept() -> None:
+    router, rows = random_router(8, torch.ones(5)), clustered(50, 8)
+    router.keep(rows, router(rows))
     rows.neg_()
-    after = router(rows, takers[1])
-    check_routes(after, random_router(8, torch.ones(5)).assign(rows), 5)
-    assert after.counts != before.counts
-    assert router.calls == 2
-    router(rows, takers[2])
-    assert router.calls == 2
+    assert router.kept(rows) is None
+
+
+def test_routes_are_freed_with_their_tensor() -> None:
+    router = random_router(8, torch.ones(5))
+    for seed in range(20):  # the next tensor may get the address of the one before it
+        rows = clustered(50, 8, seed=seed)
+        assert router.kept(rows) is None
+        routes = router(rows)
+        router.keep(rows, routes)
+        alive = weakref.ref(routes.order)
+        del rows, routes
+        assert alive() is None
 
 
 @dataclasses.dataclass
@@ -616,17 +577,16 @@ def test_casting_a_model_leaves_its_routers_exact(kinds: Kinds) -> None:
         assert {p.device.type for p in copy.deepcopy(model).to("meta").parameters()} == {"meta"}
 
 
-def test_a_copy_of_a_router_has_seen_nothing() -> None:
-    router, rows = counting(layers=3), clustered(50, 8)
-    takers = [object(), object()]
-    routes = router(rows, takers[0])
-    twin = copy.deepcopy(router)
-    check_routes(twin(rows, takers[1]), random_router(8, torch.ones(5)).assign(rows), 5)
-    assert (router.calls, twin.calls, twin.layers) == (1, 2, 3)
-    assert bits(twin) == bits(router)
-    assert twin.key is not router.key
-    assert router(rows, takers[1]) is routes  # the original still knows
-    assert router.calls == 1
+def test_a_copy_of_a_router_has_kept_nothing() -> None:
+    router, rows = random_router(8, torch.ones(5)), clustered(50, 8)
+    routes = router(rows)
+    router.keep(rows, routes)
+    for twin in (copy.deepcopy(router), pickle.loads(pickle.dumps(router))):  # noqa: S301
+        assert twin.kept(rows) is None
+        check_routes(twin(rows), router.assign(rows), 5)
+        assert bits(twin) == bits(router)
+        assert twin.key is not router.key
+    assert router.kept(rows) is routes
 
 
 def test_a_router_is_known_by_its_parameters(kinds: Kinds) -> None:
@@ -637,5 +597,5 @@ def test_a_router_is_known_by_its_parameters(kinds: Kinds) -> None:
         assert (again.experts, again.multiply_adds) == (router.experts, router.multiply_adds)
         assert torch.equal(again.assign(rows), router.assign(rows))
     for names, said in ((["bias"], "bias"), ([], "none"), (["key", "matrix"], "key, matrix")):
-        with pytest.raises(ValueError, match=f"no router has the parameters {said}$"):
+        with pytest.raises(ValueError, match=f"router.*parameters {said}$"):
             router_of(dict.fromkeys(names, torch.zeros(3)))

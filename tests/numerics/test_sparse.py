@@ -5,6 +5,7 @@ A sum of n products is wrong by at most n roundings of the sum of their sizes: t
 
 import itertools
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -208,15 +209,14 @@ def test_one_token_finds_its_expert_and_its_outputs(
         (noise(24), None, np.tile(arrays[0], 2), np.tile(arrays[1], 2)),
     ]
     for each in wrong:
-        with pytest.raises(ValueError, match=f"expected 24 inputs and one of {experts} experts"):
+        got = rf"\b{each[0].numel()} and {each[1]}\b"
+        with pytest.raises(ValueError, match=rf"\b24 inputs.*\b{experts} experts.*{got}"):
             sliced.one(*each)
     for tokens, expert in ((1, experts), (2, experts), (2, -1)):
-        with pytest.raises(ValueError, match=f"one of {experts} experts, got 24 and {expert}"):
+        with pytest.raises(ValueError, match=rf"\b{experts} experts.*\b24 and {expert}\b"):
             sliced.product(noise(tokens, 24), expert)
     for tokens in (1, 2):
-        with pytest.raises(
-            ValueError, match=f"expected 24 inputs and one of {experts} experts, got"
-        ):
+        with pytest.raises(ValueError, match=rf"\b24 inputs.*\b{experts} experts.*\b25\b"):
             sliced.product(noise(tokens, 25), 0)
     ties = np.zeros((24, experts), np.float32), np.zeros(experts, np.float32)
     assert sliced.one(inputs, None, *ties)[1] == 0
@@ -229,7 +229,7 @@ def test_several_experts_share_a_text(
 ) -> None:
     torch.set_num_threads(min(threads, 2))
     if threads > 2:
-        monkeypatch.setattr(numba_threads, "like_torch", lambda: threads)
+        monkeypatch.setattr(numba_threads, "like_torch", lambda: nullcontext(threads))
     weight = emptied()
     sliced = slice_rows(weight)
     rows = noise(sum(counts), 21)
@@ -255,7 +255,7 @@ def test_in_as_many_parts_as_one_likes_no_row_is_left_out(
     name: str, parts: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     weight = WEIGHTS[name]()
-    monkeypatch.setattr(numba_threads, "like_torch", lambda: parts)
+    monkeypatch.setattr(numba_threads, "like_torch", lambda: nullcontext(parts))
     sliced = slice_rows(weight)
     for expert, dense in enumerate(weight):
         starts = sliced.starts[expert]
@@ -308,7 +308,7 @@ def test_the_smallest_numbers_are_not_lost() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.int8, torch.int32])
 def test_another_dtype_is_refused(dtype: torch.dtype) -> None:
-    message = f"only float32, bfloat16 and float16 can be packed, got {dtype}"
+    message = f"float32, bfloat16.*float16.*packed.* {dtype}$"
     with pytest.raises(ValueError, match=message):
         slice_rows(torch.zeros(1, 3, 4, dtype=dtype))
 

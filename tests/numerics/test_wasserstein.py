@@ -40,7 +40,7 @@ def test_between_samples_constant_rows_give_nan_and_constant_others_do_not() -> 
     found = between_samples(rows, torch.tensor([[1.0, 4.0, 7.0], [2.0, 4.0, 7.0]]))
     assert np.isnan(found).tolist() == [True, False, True]
     assert found[1] == 2  # (3 + 1) / 2 over a std of 1
-    with pytest.raises(ValueError, match=r"as many samples, got \(2, 3\).* \(1, 3\)"):
+    with pytest.raises(ValueError, match=r"samples.*\(2, 3\).*\(1, 3\)"):
         between_samples(rows, rows[:1])
 
 

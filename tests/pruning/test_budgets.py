@@ -173,20 +173,20 @@ def test_a_dead_neuron_is_in_the_middle_and_a_missing_one_an_error(run: xr.DataT
     middle = round(0.7 * LAYERS[0].inputs)
     assert abs(int(found[LAYERS[0].name][4]) - middle) <= 1
     part = data.isel(neuron=data["layer"].to_numpy() != LAYERS[1].name)
-    with pytest.raises(LookupError, match=f"has 0 of the {LAYERS[1].neurons} neurons of"):
+    with pytest.raises(LookupError, match=rf"\b0 of .*\b{LAYERS[1].neurons} neurons"):
         counts(budget="std", run=part)
-    with pytest.raises(LookupError, match="the run has no kurtosis"):
+    with pytest.raises(LookupError, match=r"run.*kurtosis"):
         counts(budget="kurtosis", run=data.drop_vars("kurtosis"))
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"budget": "beauty"}, "budget must be one of uniform, .*got 'beauty'"),
-        ({"across": "width"}, "across must be one of uniform, .*got 'width'"),
-        ({"budget": "std"}, "needs a measured run"),
-        ({"across": "entanglement"}, "needs a measured run"),
-        ({"across": "owl"}, "needs the outlier ratios"),
+        ({"budget": "beauty"}, "budget.*uniform, .*'beauty'"),
+        ({"across": "width"}, "across.*uniform, .*'width'"),
+        ({"budget": "std"}, "std.*measured run"),
+        ({"across": "entanglement"}, "entanglement.*measured run"),
+        ({"across": "owl"}, "owl.*outlier ratios"),
     ],
 )
 def test_what_makes_no_budget_is_refused(options: dict[str, Any], message: str) -> None:
@@ -195,13 +195,13 @@ def test_what_makes_no_budget_is_refused(options: dict[str, Any], message: str) 
 
 
 def test_groups_fix_the_zeros_of_every_row(run: xr.DataTree) -> None:
-    with pytest.raises(ValueError, match="2:4 fixes every row's zeros"):
+    with pytest.raises(ValueError, match=r"budget std.*\b2:4\b"):
         made(sparsity="2:4", budget="std", run=run)
 
 
 def test_one_block_has_none_to_trade_with() -> None:
     here = [layer for layer in LAYERS if layer.block == 1]
-    with pytest.raises(ValueError, match="but all layers are of block 1: choose more layers"):
+    with pytest.raises(ValueError, match=r"depth.*\bblock 1\b"):
         made(here, across="depth")
 
 
@@ -255,11 +255,11 @@ def test_trims_rule_keeps_each_layers_total(run: xr.DataTree) -> None:
 
 def test_a_run_of_other_weights_is_refused(run: xr.DataTree) -> None:
     other = tiny_model("llama", seed=1)
-    with pytest.raises(ValueError, match="measured on other weights"):
+    with pytest.raises(ValueError, match=rf"weights.*{run.attrs['weights'][:8]}"):
         entangle.sparsify(other, random_windows(20), sparsity=0.7, budget="std", run=run)
-    with pytest.raises(ValueError, match="budget std across uniform needs a measured run"):
+    with pytest.raises(ValueError, match=r"std.*measured run"):
         entangle.sparsify(other, random_windows(20), sparsity=0.7, budget="std")
-    with pytest.raises(ValueError, match="chooses among all rows: use a mask by row"):
+    with pytest.raises(ValueError, match=r"budget std.*mask.*\bblock\b"):
         entangle.sparsify(
             other, random_windows(20), sparsity=0.7, budget="std", mask="block", run=run
         )
@@ -346,7 +346,7 @@ def test_blocks_that_are_all_alike_are_no_budget(run: xr.DataTree) -> None:
     data = run.to_dataset().copy(deep=True)
     data["wasserstein"][:] = 0.01
     for across in ("entanglement", "shuffled"):
-        with pytest.raises(ValueError, match="all blocks have the same share of neurons"):
+        with pytest.raises(ValueError, match=rf"{across}.*blocks.*same share"):
             counts(across=across, run=data)
 
 
@@ -362,12 +362,12 @@ def test_a_sweep_says_what_cannot_be_made_before_it_runs_anything(
     words |= {"run": run}
     data = run.to_dataset()
     partial = data.isel(neuron=data["block"].to_numpy() < 2)
-    with pytest.raises(LookupError, match="measure all layers that are pruned"):
+    with pytest.raises(LookupError, match=r"\b0 of .*neurons.*layers\.2\."):
         entangle.sweep(tiny_model("llama"), *texts, **words | {"run": partial})
-    with pytest.raises(ValueError, match="measured on other weights"):
+    with pytest.raises(ValueError, match=rf"weights.*{run.attrs['weights'][:8]}"):
         entangle.sweep(tiny_model("llama", seed=1), *texts, **words)
     for across in ("owl", "depth"):
-        with pytest.raises(ValueError, match="all layers are of block 1"):
+        with pytest.raises(ValueError, match=rf"{across}.*\bblock 1\b"):
             entangle.sweep(
                 tiny_model("llama"), *texts, layers="*.1.mlp.*", across=[across], **words
             )

@@ -12,9 +12,9 @@ from entangle.numerics.routing import RandomRouter
 from entangle.pruning.calibration import (
     calibrate,
     load_calibrations,
-    load_rows,
+    load_inputs,
     save_calibrations,
-    save_rows,
+    save_inputs,
 )
 from entangle.pruning.options import ONE, Clustering
 from tests.pruning.test_sparsifying import inputs_of, random_windows
@@ -132,8 +132,8 @@ def test_calibrations_and_rows_come_back_from_disk_bit_for_bit(tmp_path: Path) -
     walk = walk_of()
     layers = [layer for layer in find_layers(walk.model) if layer.block == 0]
     rows = sample_inputs(walk, layers, 50, 0)
-    save_rows(tmp_path / "rows.safetensors", rows)
-    loaded = load_rows(tmp_path / "rows.safetensors", CPU)
+    save_inputs(tmp_path / "rows.safetensors", rows)
+    loaded = load_inputs(tmp_path / "rows.safetensors", CPU)
     assert loaded.keys() == rows.keys()
     assert all(torch.equal(loaded[name], rows[name]) for name in rows)
     assert loaded["model.layers.0.mlp.gate_proj"] is loaded["model.layers.0.mlp.up_proj"]

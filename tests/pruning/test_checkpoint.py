@@ -278,12 +278,12 @@ def test_other_ways_to_prune_go_on_too(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"sparsity": 0.6}, "sparsity '0.5', not '0.6'"),
-        ({"experts": 4}, "experts 3, not 4"),
-        ({"propagate": "dense"}, "propagate 'sparse', not 'dense'"),
-        ({"pull": 0.0}, r"pull 0.5, not 0.0"),
-        ({"batch_size": 3}, "batch_size 2, not 3"),
-        ({"layers": ["*.mlp.*"]}, r"layers \['\*'\], not \['\*.mlp.\*'\]"),
+        ({"sparsity": 0.6}, r"sparsity '0\.5'\D+'0\.6'"),
+        ({"experts": 4}, r"experts 3\D+4\b"),
+        ({"propagate": "dense"}, "propagate 'sparse'.+'dense'"),
+        ({"shrinkage": 0.0}, r"shrinkage 0\.5\D+0\.0"),
+        ({"batch_size": 3}, r"batch_size 2\D+3\b"),
+        ({"layers": ["*.mlp.*"]}, r"layers \['\*'\].+\['\*\.mlp\.\*'\]"),
     ],
 )
 def test_other_arguments_do_not_go_on_with_it(
@@ -292,7 +292,7 @@ def test_other_arguments_do_not_go_on_with_it(
     interrupted(loaded(models, "gpt2"), tmp_path / "run", 1, experts=3)
     before = contents(tmp_path)
     model = loaded(models, "gpt2")
-    with pytest.raises(FileExistsError, match=f"unfinished run with other settings: .*{message}"):
+    with pytest.raises(FileExistsError, match=rf"run\.partial.*{message}.*--overwrite"):
         sparsify(model, tmp_path / "run", **{"experts": 3} | options)
     assert same_state(model, loaded(models, "gpt2"))
     assert contents(tmp_path) == before
@@ -305,7 +305,7 @@ def test_other_weights_do_not_go_on_with_it_and_overwrite_begins_anew(
     other = loaded(models, "gpt2")
     with torch.no_grad():
         next(other.parameters())[0, 0] += 1
-    with pytest.raises(FileExistsError, match="unfinished run with other settings: it has weights"):
+    with pytest.raises(FileExistsError, match=r"run\.partial.*weights '.*--overwrite"):
         sparsify(other, tmp_path / "run")
     sparsify(loaded(models, "gpt2"), tmp_path / "whole", sparsity=0.7)
     with pruning() as blocks:
@@ -319,7 +319,7 @@ def test_a_damaged_block_is_told(place: str, models: Path, tmp_path: Path) -> No
     interrupted(loaded(models, "gpt2"), tmp_path / "run", 1)
     file = tmp_path / "run.partial" / "blocks" / "0.json"
     file.write_text(file.read_text()[:-9])
-    with pytest.raises(ValueError, match=r"blocks/0.json is damaged, delete it and run again"):
+    with pytest.raises(ValueError, match=r"blocks/0\.json.*damaged"):
         sparsify(loaded(models, "gpt2", place), tmp_path / "run")
     file.unlink()
     sparsify(loaded(models, "gpt2", place), tmp_path / "run")
@@ -336,7 +336,7 @@ def test_damaged_weights_of_a_block_are_told(experts: int, models: Path, tmp_pat
     interrupted(loaded(models, "gpt2"), tmp_path / "run", 1, experts=experts)
     folder = "experts" if experts > 1 else "blocks"
     cut(tmp_path / "run.partial" / folder / "0.safetensors")
-    with pytest.raises(OSError, match=f"{folder}/0.safetensors is damaged, delete it and run"):
+    with pytest.raises(OSError, match=rf"{folder}/0\.safetensors.*damaged"):
         sparsify(loaded(models, "gpt2"), tmp_path / "run", experts=experts)
 
 
@@ -359,12 +359,12 @@ def test_what_is_saved_of_a_block_is_what_is_loaded(
             weight: Any = layer.module.weight
             weight.mul_(torch.rand(weight.shape) > 0.5)
     done = FinishedBlocks(model, tmp_path)
-    assert done.there == set()
+    assert done.finished == set()
     done.save(layers, [PrunedLayer(row, nothing, nothing) for row in rows])
-    assert done.there == {1}
+    assert done.finished == {1}
     fresh = loaded(models, name)
     again = FinishedBlocks(fresh, tmp_path)
-    assert again.there == {1}
+    assert again.finished == {1}
     found = again.load([layer for layer in find_layers(fresh) if layer.block == 1])
     assert [one.row for one in found] == rows
     assert all(len(one.lost) == len(one.held_out) == 0 for one in found)
@@ -380,14 +380,14 @@ def test_experts_of_a_model_in_files_are_let_go_block_by_block(
     models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     held: list[list[int]] = []
-    let_go = FinishedBlocks.let_go
+    release_experts = FinishedBlocks.release_experts
 
     def watched(self: FinishedBlocks, block: int) -> None:
-        let_go(self, block)
+        release_experts(self, block)
         experts = [x for x in find_layers(model) if type(x.module).__name__ == "ExpertLinear"]
         held.append([layer.block for layer in experts if not weight_of(layer).is_meta])
 
-    monkeypatch.setattr(checkpoint.FinishedBlocks, "let_go", watched)
+    monkeypatch.setattr(checkpoint.FinishedBlocks, "release_experts", watched)
     model = loaded(models, "llama", "files")
     sparsify(model, tmp_path / "run", experts=3)
     assert held == [[], [], []]
@@ -402,7 +402,7 @@ def test_experts_of_a_model_in_files_are_let_go_block_by_block(
 
 def test_a_model_in_files_needs_a_folder_to_be_pruned_into(models: Path) -> None:
     model = loaded(models, "llama", "files")
-    with pytest.raises(ValueError, match="weights are in files: give a folder to write it to"):
+    with pytest.raises(ValueError, match=r"weights.*in files.*\bout\b"):
         sparsify(model, None)
 
 
@@ -411,13 +411,11 @@ def test_what_tries_many_prunings_needs_the_model_in_memory(models: Path, tmp_pa
     run = entangle.measure(loaded(models, "llama"), random_windows(6, seed=11))
     model = loaded(models, "llama", "files")
     out = tmp_path / "run"
-    with pytest.raises(
-        ValueError, match="a sweep needs the whole model in memory: load it without"
-    ):
+    with pytest.raises(ValueError, match=r"sweep.*in memory.*offload"):
         entangle.sweep(model, windows, held_out, sparsity=[0.5], out=out)
-    with pytest.raises(ValueError, match="an ablation needs the whole model in memory: load it wi"):
+    with pytest.raises(ValueError, match=r"ablation.*in memory.*offload"):
         entangle.ablate(model, windows, held_out, run=run, out=out)
-    with pytest.raises(ValueError, match="disentangling needs the whole model in memory: load it"):
+    with pytest.raises(ValueError, match=r"disentangling.*in memory.*offload"):
         entangle.disentangle(model, windows, held_out, run=run, experts=[2], out=out)
     assert list(tmp_path.iterdir()) == []
     score = entangle.perplexity(model, held_out)  # but scoring does not
@@ -506,5 +504,5 @@ def test_of_a_model_on_the_host_what_is_pruned_is_written_too(
 def test_what_is_offloaded_by_hand_is_not_pruned(models: Path, tmp_path: Path) -> None:
     model = loaded(models, "llama")
     cpu_offload(model, execution_device=torch.device("cpu"))
-    with pytest.raises(ValueError, match=r"gate_proj is offloaded by hand: load the model with"):
+    with pytest.raises(ValueError, match=r"gate_proj.*offload.*load_model"):
         sparsify(model, tmp_path / "out", layers="*.mlp.*")

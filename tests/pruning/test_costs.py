@@ -37,7 +37,9 @@ def test_multiply_adds_are_weighed_by_the_tokens_of_each_expert() -> None:
     assert found["multiply_adds"] == pytest.approx(layer.neurons * (0.7 + 0.2 * 2 + 0.1 * 3))
     assert found["stored"] == layer.neurons * 6
     assert found["router_multiply_adds"] == layer.inputs * 3
-    without = costs_of(expanded, with_router=False)
+    shared = mixture(layer)
+    shared.owns_router = False
+    without = costs_of(replace_layer(model, layer, shared))
     assert without["router_multiply_adds"] == 0
     assert found["disk_bytes"] - without["disk_bytes"] == 4 * (layer.inputs * 3 + 3)
 
@@ -50,7 +52,7 @@ def test_a_model_expanded_in_part_needs_fewer_multiply_adds() -> None:
     every = sum(weight_of(layer).numel() for layer in find_layers(model))
     assert dense == every + head.weight.numel()
     first, second = mixture(gate), mixture(up)
-    second.router = first.router
+    second.router, second.owns_router = first.router, False
     replace_layer(model, gate, first)
     replace_layer(model, up, second)
     left = dense - 2 * gate.neurons * gate.inputs

@@ -52,32 +52,36 @@ def clusters_of(rows: torch.Tensor, experts: int) -> torch.Tensor:
     return torch.cdist(torch.from_numpy(sample).double(), centres.double()).argmin(dim=1)
 
 
-def expanded_naively(layer: LinearLayer, rows: torch.Tensor, pull: float) -> list[torch.Tensor]:
+def expanded_naively(
+    layer: LinearLayer, rows: torch.Tensor, shrinkage: float
+) -> list[torch.Tensor]:
     """Return the weight of each expert, for rows of all the tokens of the calibration."""
     labels = clusters_of(rows, 3)
     pooled = rows.double().T @ rows.double()
     weights = []
     for index in range(int(labels.max()) + 1):
         mine = rows[labels == index].double()
-        gram = mine.T @ mine + pull * layer.inputs / len(rows) * pooled
+        gram = mine.T @ mine + shrinkage * layer.inputs / len(rows) * pooled
         moments = InputMoments(gram.float(), torch.tensor(len(mine)))
         weights.append(prune(weight_of(layer), moments, Sparsity(0.5)).weight)
     return weights
 
 
 @pytest.mark.parametrize("propagate", ["dense", "sparse"])
-@pytest.mark.parametrize("pull", [0.0, 0.5])
-def test_experts_are_pruned_for_the_tokens_of_their_clusters(pull: float, propagate: Any) -> None:
+@pytest.mark.parametrize("shrinkage", [0.0, 0.5])
+def test_experts_are_pruned_for_the_tokens_of_their_clusters(
+    shrinkage: float, propagate: Any
+) -> None:
     windows, model = random_windows(WINDOWS), tiny_model("llama")
     dense = tiny_model("llama")
     layers = find_layers(dense)
     rows = inputs_of(dense, layers, windows, 0)
     found = entangle.sparsify(
-        model, windows, sparsity=0.5, propagate=propagate, pull=pull, **OPTIONS
+        model, windows, sparsity=0.5, propagate=propagate, shrinkage=shrinkage, **OPTIONS
     )
     table = found.layers.set_index("layer")
     for layer in layers if propagate == "dense" else layers[:7]:  # block 0 has the same inputs
-        expected = expanded_naively(layer, rows[layer.name], pull)
+        expected = expanded_naively(layer, rows[layer.name], shrinkage)
         labels = clusters_of(rows[layer.name], 3)
         module = mixture_of(model, layer.name)
         assert torch.equal(module.router.assign(rows[layer.name]), labels), layer.name
@@ -119,17 +123,21 @@ def test_layers_with_the_same_input_share_one_router() -> None:
     entangle.sparsify(model, random_windows(WINDOWS), sparsity=0.5, **OPTIONS)
     for block in range(3):
         at = f"model.layers.{block}"
-        modules = {
-            role: mixture_of(model, f"{at}.{role}").router
+        mixtures = {
+            role: mixture_of(model, f"{at}.{role}")
             for role in (
                 *(f"self_attn.{x}_proj" for x in "qkvo"),
                 *(f"mlp.{x}_proj" for x in ("gate", "up", "down")),
             )
         }
+        modules = {role: module.router for role, module in mixtures.items()}
         assert modules["self_attn.q_proj"] is modules["self_attn.k_proj"]
         assert modules["self_attn.q_proj"] is modules["self_attn.v_proj"]
         assert modules["mlp.gate_proj"] is modules["mlp.up_proj"]
         assert len({id(router) for router in modules.values()}) == 4
+        owners = {role for role, module in mixtures.items() if module.owns_router}
+        roles = ("self_attn.q", "self_attn.o", "mlp.gate", "mlp.down")
+        assert owners == {f"{role}_proj" for role in roles}
 
 
 @pytest.mark.parametrize("name", [*ARCHITECTURES, "vision"])
@@ -218,7 +226,7 @@ def test_one_expert_is_plain_pruning_and_an_ordinary_folder(tmp_path: Path) -> N
     windows = random_windows(WINDOWS)
     entangle.sparsify(plain, windows, sparsity=0.5)
     entangle.sparsify(
-        one, windows, sparsity=0.5, experts=1, assign="random", pull=3, out=tmp_path / "out"
+        one, windows, sparsity=0.5, experts=1, assign="random", shrinkage=3, out=tmp_path / "out"
     )
     for mine, theirs in zip(one.parameters(), plain.parameters(), strict=True):
         assert torch.equal(mine, theirs)
@@ -269,18 +277,15 @@ def test_bfloat16_is_expanded_saved_and_generates(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ({"experts": 0}, "at least 1 expert, got experts=0"),
-        ({"experts": 4, "method": "wanda"}, "experts are pruned by sparsegpt, got 4 .* and wanda"),
-        ({"experts": 4, "assign": "luck"}, "assign must be one of kmeans, random, got 'luck'"),
-        (
-            {"experts": 4, "components": -1},
-            r"components must not be negative \(0: no PCA\), got -1",
-        ),
-        ({"experts": 4, "pull": -0.5}, "pull must be a number that is not negative, got -0.5"),
-        ({"experts": 2.5}, "at least 1 expert, got experts=2.5"),
-        ({"experts": 2, "components": "x"}, "components must not be negative .*, got 'x'"),
-        ({"experts": 2, "pull": "x"}, "pull must be a number that is not negative, got 'x'"),
-        ({"experts": 4, "pull": math.nan}, "pull must be a number that is not negative, got nan"),
+        ({"experts": 0}, r"\b1 expert.*\b0\b"),
+        ({"experts": 4, "method": "wanda"}, r"experts.*sparsegpt.*\b4 experts.*wanda"),
+        ({"experts": 4, "assign": "luck"}, "assign.*kmeans, random.*'luck'"),
+        ({"experts": 4, "components": -1}, r"components.*negative.*-1\b"),
+        ({"experts": 4, "shrinkage": -0.5}, r"shrinkage.*negative.*-0\.5"),
+        ({"experts": 2.5}, r"\b1 expert.*\b2\.5"),
+        ({"experts": 2, "components": "x"}, "components.*negative.*'x'"),
+        ({"experts": 2, "shrinkage": "x"}, "shrinkage.*number.*'x'"),
+        ({"experts": 4, "shrinkage": math.nan}, r"shrinkage.*number.*\bnan\b"),
     ],
 )
 def test_what_makes_no_mixture_is_refused(words: dict[str, Any], message: str) -> None:
@@ -291,7 +296,7 @@ def test_what_makes_no_mixture_is_refused(words: dict[str, Any], message: str) -
 def test_an_expanded_layer_is_not_pruned_again() -> None:
     model = tiny_model("llama")
     entangle.sparsify(model, random_windows(WINDOWS), sparsity=0.5, layers="*.mlp.*", **OPTIONS)
-    with pytest.raises(ValueError, match="gate_proj is expanded to 3 experts already"):
+    with pytest.raises(ValueError, match=r"gate_proj.*\b3 experts"):
         entangle.sparsify(model, random_windows(WINDOWS), sparsity=0.5)
     entangle.sparsify(model, random_windows(WINDOWS), sparsity=0.5, layers="*.self_attn.*")
     assert entangle.perplexity(model, random_windows(seed=9)).perplexity > 1
@@ -301,9 +306,7 @@ def test_inputs_that_are_not_finite_are_named() -> None:
     model: Any = tiny_model("llama")
     with torch.no_grad():
         model.model.layers[1].post_attention_layernorm.weight.fill_(torch.inf)
-    with pytest.raises(
-        ValueError, match=r"model.layers.1.mlp.gate_proj: no clusters .* NaN or inf"
-    ):
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.gate_proj.*clusters.*\bNaN"):
         entangle.sparsify(model, random_windows(), sparsity=0.5, layers="*.mlp.*", experts=2)
 
 

@@ -24,7 +24,7 @@ from entangle.pruning.options import (
     METHODS,
     ONE,
     OPTIONS,
-    PULL,
+    SHRINKAGE,
     STRENGTH,
     UNBUDGETED,
     Across,
@@ -108,13 +108,17 @@ def test_defaults_agree() -> None:
     assert some == words | {"method": METHODS}
     assert arms_of(**some) == [Pruning.of(sparsity=0.5, method=method) for method in METHODS]
     assert arms_of(sparsity=0.5) == [usual]
-    assert (OPTIONS["sparsity"].default, PULL, STRENGTH) == (..., usual.pull, usual.strength)
+    assert (OPTIONS["sparsity"].default, SHRINKAGE, STRENGTH) == (
+        ...,
+        usual.shrinkage,
+        usual.strength,
+    )
 
 
 VALUES: dict[str, list[Any]] = {
     "experts": [1, 16],
     "components": [None, 0],
-    "pull": [0.0, 2.5],
+    "shrinkage": [0.0, 2.5],
     "strength": [0.1, 1.0],
     "sparsity": ["0.25", "2:4"],
 }
@@ -131,11 +135,11 @@ def test_flags_read_one_value_or_several(name: str, capsys: pytest.CaptureFixtur
         for command in COMMANDS:
             with pytest.raises(SystemExit):
                 parsed(command, f"--{name}", "luck")
-            assert f"argument --{name}: expected a " in capsys.readouterr().err
+            assert re.search(f"argument --{name}: .*'luck'", capsys.readouterr().err)
 
 
 def test_columns_of_tables_are_those_of_experts_and_budgets() -> None:
-    assert EXPERT_DEFAULTS == {"assign": "kmeans", "components": "auto", "pull": "0.5"}
+    assert EXPERT_DEFAULTS == {"assign": "kmeans", "components": "auto", "shrinkage": "0.5"}
     assert UNBUDGETED == {"budget": "uniform", "strength": "", "across": "uniform"}
 
 
@@ -148,7 +152,7 @@ def test_a_word_that_is_no_choice_is_refused(name: str, capsys: pytest.CaptureFi
     words |= {"experts": 4} if name == "assign" else {}  # of one expert it is not read
     listed = ", ".join(get_args(CHOICES[name]))
     for make in (Pruning.of, arms_of):
-        with pytest.raises(ValueError, match=rf"^{name} must be one of .*, got 'luck'$") as error:
+        with pytest.raises(ValueError, match=rf"^{name}\b.*'luck'") as error:
             make(**words)
         assert listed in str(error.value)
     if name != "budget":  # which may be a folder
@@ -162,20 +166,20 @@ def test_a_word_that_is_no_choice_is_refused(name: str, capsys: pytest.CaptureFi
 def test_several_values_are_no_pruning(name: str, kind: type) -> None:
     value = VALUES.get(name, OPTIONS[name].choices)[0]
     words: dict[str, Any] = {"sparsity": 0.5, name: kind([value])}
-    with pytest.raises(ValueError, match=f"^{name} takes one value here, got .*: sweep takes"):
+    with pytest.raises(ValueError, match=rf"^{name}\b.*one value.*{re.escape(repr(words[name]))}"):
         Pruning.of(**words)
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ({"sparsity": "much"}, "expected a sparsity from 0 to 1, or n:m"),
-        ({"strength": -0.1}, "strength must be from 0 to 1, got -0.1"),
-        ({"strength": 1.5}, "strength must be from 0 to 1, got 1.5"),
-        ({"strength": "auto"}, "strength must be from 0 to 1, got 'auto'"),
-        ({"experts": 2, "method": "wanda"}, "experts are pruned by sparsegpt, got 2 experts and w"),
-        ({"budget": "std", "sparsity": "2:4"}, "budget std across uniform .* 2:4 fixes every row"),
-        ({"across": "owl", "mask": "block"}, "budget uniform across owl .* among all rows: use a"),
+        ({"sparsity": "much"}, "sparsity.*n:m.*'much'"),
+        ({"strength": -0.1}, r"strength.*-0\.1"),
+        ({"strength": 1.5}, r"strength.*\b1\.5"),
+        ({"strength": "auto"}, "strength.*'auto'"),
+        ({"experts": 2, "method": "wanda"}, r"experts.*sparsegpt.*\b2 experts.*wanda"),
+        ({"budget": "std", "sparsity": "2:4"}, r"budget std.*\b2:4\b"),
+        ({"across": "owl", "mask": "block"}, r"across owl.*mask.*\bblock\b"),
     ],
 )
 def test_what_makes_no_pruning_is_refused(words: dict[str, Any], message: str) -> None:
@@ -191,15 +195,15 @@ def test_one_expert_is_one_clustering() -> None:
 
 def test_words_leave_out_what_is_of_experts_or_a_budget_where_there_are_none() -> None:
     every = {"method": "sparsegpt", "mask": "row", "propagate": "sparse"}
-    routed = {"assign": "random", "pull": 2.0}
-    plain = Pruning.of(sparsity=0.5, assign="random", components=0, pull=2.0, strength=0.75)
-    assert plain.words() == every | {"experts": 1, "sparsity": "0.5"}
+    routed = {"assign": "random", "shrinkage": 2.0}
+    plain = Pruning.of(sparsity=0.5, assign="random", components=0, shrinkage=2.0, strength=0.75)
+    assert plain.settings() == every | {"experts": 1, "sparsity": "0.5"}
     for components, word in ((None, "auto"), (0, 0), (3, 3)):
         mixture = Pruning.of(
-            sparsity="2:4", experts=4, assign="random", components=components, pull=2.0
+            sparsity="2:4", experts=4, assign="random", components=components, shrinkage=2.0
         )
         expected = every | {"experts": 4, "components": word, "sparsity": "2:4"} | routed
-        assert mixture.words() == expected
+        assert mixture.settings() == expected
     kinds: list[tuple[Any, Any, Any]] = [
         ("std", "uniform", 0.75),
         ("trim", "uniform", ""),
@@ -208,10 +212,10 @@ def test_words_leave_out_what_is_of_experts_or_a_budget_where_there_are_none() -
         ("ranks", "shuffled", 0.75),
     ]
     for budget, across, strength in kinds:
-        found = Pruning.of(sparsity=0.5, budget=budget, across=across, strength=0.75).words()
+        found = Pruning.of(sparsity=0.5, budget=budget, across=across, strength=0.75).settings()
         graded = {"budget": budget, "strength": strength, "across": across}
         assert found == every | {"experts": 1, "sparsity": "0.5"} | graded
-    both = Pruning.of(sparsity=0.5, experts=4, budget="std").words()
+    both = Pruning.of(sparsity=0.5, experts=4, budget="std").settings()
     assert [*both] == NAMES  # in their order
 
 
@@ -235,14 +239,14 @@ def test_arms_that_would_be_the_same_run_once() -> None:
         mask=("block", "row"),
         propagate=("sparse", "dense"),
     )
-    words = ["-".join(map(str, arm.words().values())) for arm in arms]
+    words = ["-".join(map(str, arm.settings().values())) for arm in arms]
     assert len(words) == len(set(words)) == 15
     assert [word for word in words if word.startswith("magnitude")] == [
         "magnitude-block-sparse-1-0.5",
         "magnitude-row-sparse-1-2:4",
         "magnitude-row-sparse-1-0.5",
     ]
-    with pytest.raises(ValueError, match="at least one value of sparsity"):
+    with pytest.raises(ValueError, match=r"one value.*\bsparsity\b"):
         arms_of(sparsity=[], method=METHODS, mask=("row",))
 
 
@@ -253,9 +257,9 @@ def test_only_sparsegpt_has_experts_and_one_expert_has_no_router() -> None:
         experts=(1, 4, 16),
         assign=("random", "kmeans"),
         components=(None, 0),
-        pull=(0.0, 0.5),
+        shrinkage=(0.0, 0.5),
     )
-    kinds = [(arm.method, arm.experts, arm.assign, arm.components, arm.pull) for arm in arms]
+    kinds = [(arm.method, arm.experts, arm.assign, arm.components, arm.shrinkage) for arm in arms]
     mixtures = [kind for kind in kinds if kind[1] > 1]
     expected = itertools.product((4, 16), ("random", "kmeans"), (None, 0), (0.0, 0.5))
     assert mixtures == [("sparsegpt", *kind) for kind in expected]
@@ -282,7 +286,7 @@ def test_one_value_is_as_several_of_one() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_no_value_makes_no_arm(name: str) -> None:
     words: dict[str, Any] = {"sparsity": [0.5], name: []}
-    with pytest.raises(ValueError, match=f"^a sweep needs at least one value of {name}$"):
+    with pytest.raises(ValueError, match=rf"sweep.*one value.*\b{name}\b"):
         arms_of(**words)
 
 
@@ -312,12 +316,12 @@ arms = arms_of(sparsity=[0.5, 0.6], flavour=list(swept.flavour))
 row = {"error": 0.1, "held_out_error": 0.1, "damping": 0.01, "neurons": 1, "density": 0.5}
 dense = {"method": "dense", "window_nats": [1.0, 2.0], "tokens": 4, "layers": []}
 results = [
-    arm.words() | {"window_nats": [2.0, 2.5 + place], "tokens": 4, "layers": [row], "costs": row}
+    arm.settings() | {"window_nats": [2.0, 2.5 + place], "tokens": 4, "layers": [row], "costs": row}
     for place, arm in enumerate(arms)
 ]
 table = tables_of([dense, *results])[0]
 names = [text.get_text() for text in plots.sweep(table).axes[0].get_legend().get_texts()]
-result = arms[-1].words() | {
+result = arms[-1].settings() | {
     "model": "m", "text": "t", "folder": "o", "layers": [row | {"layer": "l", "damping": 0.01}],
     "log": {"seconds": 1.0, "peak_memory_bytes": 1}, "skipped_parameters": [],
 } | dict.fromkeys(
@@ -326,7 +330,7 @@ result = arms[-1].words() | {
 )
 print(json.dumps({
     "flags": [alone.flavour, *swept.flavour],
-    "words": [arm.words()["flavour"] for arm in arms],
+    "words": [arm.settings()["flavour"] for arm in arms],
     "column": table["flavour"].tolist(),
     "labels": names,
     "printed": printed.sparsified(result),
@@ -363,7 +367,7 @@ def test_a_new_option_is_a_field_and_is_everywhere(tmp_path: Path) -> None:
     [
         ({"sparsity": 0.5, "methods": ["wanda"]}, "'methods'.*method"),
         ({"sparsity": 0.5, "overwite": True}, "'overwite'"),
-        ({"method": "wanda"}, "sparsity is missing"),
+        ({"method": "wanda"}, "sparsity.*n:m"),
     ],
 )
 @pytest.mark.parametrize("read", [arms_of, Pruning.of])
@@ -378,7 +382,7 @@ def test_several_values_may_be_any_sequence() -> None:
     expected = arms_of(sparsity=[0.25, 0.5], experts=[1, 2])
     arrays: dict[str, Any] = {"sparsity": np.array([0.25, 0.5]), "experts": range(1, 3)}
     assert arms_of(**arrays) == expected
-    with pytest.raises(ValueError, match=r"experts takes one value.*range\(1, 3\)"):
+    with pytest.raises(ValueError, match=r"experts.*one value.*range\(1, 3\)"):
         Pruning.of(sparsity=0.5, experts=range(1, 3))
 
 

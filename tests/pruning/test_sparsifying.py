@@ -178,7 +178,7 @@ def test_the_manifest_counts_the_zeros_of_the_file(tmp_path: Path) -> None:
 
 def test_a_pruned_model_is_no_measured_run(tmp_path: Path) -> None:
     entangle.sparsify(tiny_model("llama"), random_windows(2), sparsity=0.5, out=tmp_path / "out")
-    with pytest.raises(FileNotFoundError, match="out is no measured run, but holds a model"):
+    with pytest.raises(FileNotFoundError, match=r"\bout\b.*measured run.*\bmodel\b"):
         entangle.open_run(tmp_path / "out")
 
 
@@ -229,14 +229,14 @@ def test_the_same_command_gives_the_same_bytes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"sparsity": 1.5}, ValueError, "sparsity from 0 to 1, or n:m"),
-        ({"sparsity": "3:5"}, ValueError, r"layers.0.self_attn.q_proj: 3:5 needs groups of 5"),
-        ({"method": "luck"}, ValueError, "method must be one of sparsegpt, wanda, magn.*'luck'"),
-        ({"mask": "column"}, ValueError, "mask must be one of row, block, got 'column'"),
-        ({"propagate": "none"}, ValueError, "propagate must be one of sparse, dense"),
-        ({"layers": "*.nothing"}, LookupError, r"no layer matches '\*.nothing'"),
-        ({"skip_first": 16}, ValueError, "from 0 to 15 for windows of 16, got 16: leaving out"),
-        ({"batch_size": 0}, ValueError, "at least one window, got batch size 0"),
+        ({"sparsity": 1.5}, ValueError, r"sparsity.*n:m.*\b1\.5"),
+        ({"sparsity": "3:5"}, ValueError, r"layers\.0\.self_attn\.q_proj.*\b3:5\b.*groups.*\b24\b"),
+        ({"method": "luck"}, ValueError, "method.*sparsegpt, wanda, magnitude.*'luck'"),
+        ({"mask": "column"}, ValueError, "mask.*row, block.*'column'"),
+        ({"propagate": "none"}, ValueError, "propagate.*sparse, dense.*'none'"),
+        ({"layers": "*.nothing"}, LookupError, r"layer.*'\*\.nothing'"),
+        ({"skip_first": 16}, ValueError, r"skip_first.*\b15\b.*\b16\b.*\b16\b"),
+        ({"batch_size": 0}, ValueError, r"batch size 0\b"),
     ],
 )
 def test_bad_input_is_refused_and_changes_nothing(
@@ -256,13 +256,13 @@ def test_a_layer_that_cannot_be_pruned_is_named() -> None:
     model: Any = tiny_model("llama")
     with torch.no_grad():
         model.model.layers[1].post_attention_layernorm.weight.zero_()
-    message = r"model.layers.1.mlp.gate_proj: the Gram of 24 inputs is singular.*did any token"
+    message = r"layers\.1\.mlp\.gate_proj.*\b24 inputs.*singular"
     with pytest.raises(ValueError, match=message):
         entangle.sparsify(model, random_windows(), sparsity=0.5)
     model = tiny_model("llama")
     with torch.no_grad():
         model.model.layers[0].mlp.up_proj.weight[3, 4] = torch.inf
-    message = r"model.layers.0.mlp.up_proj: 1 of the weights are NaN or infinite"
+    message = r"layers\.0\.mlp\.up_proj.*\b1 of .*weights.*NaN"
     with pytest.raises(ValueError, match=message):
         entangle.sparsify(model, random_windows(), sparsity=0.5, method="magnitude")
 

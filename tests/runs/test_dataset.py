@@ -1,5 +1,6 @@
 """Labels: each number stands at its neuron, and what could not be measured is said."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -82,14 +83,15 @@ def test_the_summary_counts_what_has_no_distance() -> None:
     summary = dataset.summary(tree)
     error = tree["wasserstein_error"].to_numpy()
     assert error[4] > dataset.TRUSTED_ERROR
-    name = layers[0].name
-    assert summary["warnings"] == [
-        f"2 with outputs that are NaN, infinite or beyond all bounds, so without a distance: "
-        f"{name}:0, {name}:2",
-        f"1 dead (constant), so without a distance: {name}:1",
-        f"1 with an error bound above 0.1, so not ranked: {name}:4",
-        "2 matrices in the blocks are no linear layers and were not measured: a.experts, b.experts",
+    name = re.escape(layers[0].name)
+    expected = [
+        rf"2 .*NaN.* {name}:0, {name}:2",
+        rf"1 dead.* {name}:1",
+        rf"1 .*error bound.* 0\.1\b.* {name}:4",
+        r"2 matrices.* a\.experts, b\.experts",
     ]
+    for said, pattern in zip(summary["warnings"], expected, strict=True):
+        assert re.fullmatch(pattern, said)
     assert dataset.trusted(tree).tolist() == [i > 2 and i != 4 for i in range(neurons)]
     ranked = tree["wasserstein"].to_numpy()[dataset.trusted(tree)]
     assert summary["largest"] == ranked.max()
@@ -103,11 +105,9 @@ def test_nothing_measurable_is_said_too() -> None:
     summary = dataset.summary(labelling.to_tree(histograms, layers, {}))
     assert summary["largest_neuron"] == "none"
     assert np.isnan(summary["largest"])
-    assert summary["warnings"] == [
-        "24 dead (constant), so without a distance: "
-        + ", ".join(f"{layers[0].name}:{i}" for i in range(3))
-        + ", ..."
-    ]
+    (said,) = summary["warnings"]
+    names = ", ".join(f"{layers[0].name}:{i}" for i in range(3))
+    assert re.fullmatch(rf"24 dead.* {re.escape(names)}, \.\.\.", said)
 
 
 # --- neurons by name, and netCDF
@@ -214,15 +214,12 @@ def test_attributes_are_flat_and_what_is_none_is_left_out() -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        (
-            "model.layers.0.mlp.up_proj:37",
-            "model.layers.0.mlp.up_proj has 37 neurons, 0 to 36",
-        ),
-        ("model.layers.0.mlp.up_proj:-1", "has 37 neurons, 0 to 36"),
-        ("model.layers.0.mlp.up_proj:03", "has 37 neurons, 0 to 36"),
-        ("model.layers.0.mlp.up_prj:3", "LAYER:INDEX, such as model.layers.0.mlp.up_proj:0"),
-        ("model.layers.0.mlp.up_proj", "LAYER:INDEX, such as model.layers.0.mlp.up_proj:0"),
-        ("", "expected LAYER:INDEX, such as model.layers"),
+        ("model.layers.0.mlp.up_proj:37", r"0\.mlp\.up_proj .*\b37 neurons.*\b0 to 36\b"),
+        ("model.layers.0.mlp.up_proj:-1", r"0\.mlp\.up_proj .*\b37 neurons.*\b0 to 36\b"),
+        ("model.layers.0.mlp.up_proj:03", r"0\.mlp\.up_proj .*\b37 neurons.*\b0 to 36\b"),
+        ("model.layers.0.mlp.up_prj:3", r"LAYER:INDEX.* model\.layers\.0\.mlp\.up_proj:0\b"),
+        ("model.layers.0.mlp.up_proj", r"LAYER:INDEX.* model\.layers\.0\.mlp\.up_proj:0\b"),
+        ("", r"LAYER:INDEX.* model\.layers\."),
     ],
 )
 def test_a_neuron_that_is_none_is_told(
@@ -230,7 +227,7 @@ def test_a_neuron_that_is_none_is_told(
 ) -> None:
     data = runs["measured"].to_dataset()
     dataset.check_neuron(data, NEURON)
-    with pytest.raises(LookupError, match=f"no neuron '{name}': .*{message}"):
+    with pytest.raises(LookupError, match=f"no neuron '{name}'.*{message}"):
         dataset.check_neuron(data, name)
 
 
@@ -241,9 +238,7 @@ def test_values_are_those_of_the_neurons_asked_for_in_their_order(
     data = runs["measured"].to_dataset()
     here = data["std"].to_numpy()[data["layer"].to_numpy() == layer]
     assert dataset.values_of(data, "std", layer, [5, 0, 36]).tolist() == here[[5, 0, 36]].tolist()
-    with pytest.raises(
-        LookupError, match=r"the run has 2 of the 3 neurons of .*up_proj: measure all"
-    ):
+    with pytest.raises(LookupError, match=rf"\b2 of .*\b3 neurons.* {layer}\b"):
         dataset.values_of(data, "std", layer, [5, 37, 0])
-    with pytest.raises(LookupError, match="the run has no beauty: measure again"):
+    with pytest.raises(LookupError, match=r"no beauty\b"):
         dataset.values_of(data, "beauty", layer, [5])

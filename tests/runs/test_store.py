@@ -47,12 +47,12 @@ def test_plain_xarray_opens_it(tree: xr.DataTree, tmp_path: Path) -> None:
 
 
 def test_a_folder_that_holds_no_run_is_refused(tree: xr.DataTree, tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="nowhere is not there"):
+    with pytest.raises(FileNotFoundError, match=r"/nowhere .*not there"):
         entangle.open_run(tmp_path / "nowhere")
-    with pytest.raises(FileNotFoundError, match=r"holds no run.json: expected"):
+    with pytest.raises(FileNotFoundError, match=rf"{tmp_path} .*no run\.json"):
         entangle.open_run(tmp_path)
     (tmp_path / "run.json").write_text("{}")
-    with pytest.raises(ValueError, match="damaged, measure again"):
+    with pytest.raises(ValueError, match=rf"{tmp_path} .*damaged"):
         entangle.open_run(tmp_path)
 
 
@@ -86,5 +86,5 @@ def test_a_run_with_a_missing_piece_is_refused(
 ) -> None:
     store.write_run(tmp_path, [tree], ABOUT, dict)
     (tmp_path / "neurons.zarr" / chunk).unlink()
-    with pytest.raises(ValueError, match=r"damaged, measure again: its files are not those"):
+    with pytest.raises(ValueError, match=rf"{tmp_path} .*damaged.*\bwritten\b"):
         entangle.open_run(tmp_path)

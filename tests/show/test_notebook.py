@@ -42,7 +42,7 @@ def test_a_neuron_says_its_numbers_and_draws_its_histogram(run: xr.DataTree) -> 
     assert heights.sum() == pytest.approx(gaussian.sum(), rel=0.03)
     figure = neuron.plot()
     assert f"{LAYER}:3" in figure.axes[0].get_title(loc="left")
-    with pytest.raises(LookupError, match="has 37 neurons, 0 to 36"):
+    with pytest.raises(LookupError, match=rf"{LAYER}:37'.*\b37 neurons.*\b36\b"):
         run.entangle.neuron(f"{LAYER}:37")
 
 
@@ -56,7 +56,7 @@ def test_contexts_are_those_in_the_runs_folder(run: xr.DataTree, tmp_path: Path)
     (tmp_path / "run" / "contexts.json").write_text(json.dumps(found))
     assert neuron.contexts["token"].tolist() == ["a", "b"]
     assert neuron.contexts.attrs == {"low": 0.1}
-    with pytest.raises(LookupError, match="were not found yet"):
+    with pytest.raises(LookupError, match=f"contexts of {LAYER}:0.*entangle contexts"):
         _ = run.entangle.neuron(f"{LAYER}:0").contexts  # a run that is in no folder
 
 
@@ -83,11 +83,11 @@ def test_clusters_are_those_of_its_kept_outputs(run: xr.DataTree) -> None:
             assert row["tokens"] == len(part)
             assert row["mean"] == pytest.approx(part.mean(), rel=1e-5)
             assert row["wasserstein"] == from_samples(part[:, None])[0]
-    with pytest.raises(LookupError, match="clusters are known to a run that disentangle wrote"):
+    with pytest.raises(LookupError, match=r"clusters.*disentangle"):
         _ = run.entangle.neuron(f"{LAYER}:5").by_cluster
     others = {int(str(name).rpartition(":")[2]) for name in outputs["kept"].to_numpy()}
     other = next(index for index in range(37) if index not in others)
-    with pytest.raises(LookupError, match=f"tell disentangle by --neurons {LAYER}:{other}"):
+    with pytest.raises(LookupError, match=f"disentangle.*--neurons {LAYER}:{other}"):
         _ = found.entangle.neuron(f"{LAYER}:{other}").by_cluster
 
 

@@ -1,5 +1,6 @@
 """Pictures of one neuron's held-out outputs: bars, colours and numbers are what was kept."""
 
+import re
 from collections.abc import Callable
 from io import BytesIO
 from typing import Any
@@ -175,20 +176,20 @@ def test_tokens_outside_the_picture_are_counted(draw: Callable[..., Figure]) -> 
         dense = outputs_of(made_up(far=count))["dense"].values[1]
         beyond = int(((dense < low) | (dense > high)).sum())
         assert beyond >= 2 * count
-        more = f"\n{beyond} of 3,000 tokens lie outside the picture" if beyond else ""
-        assert figure.get_supxlabel() == outside + more
-    assert "tokens lie outside" in far.get_supxlabel()
+        more = rf"\n{beyond} of 3,000 tokens.*" if beyond else ""
+        assert re.fullmatch(re.escape(outside) + more, figure.get_supxlabel())
+    assert "of 3,000 tokens" in far.get_supxlabel()
 
 
 @pytest.mark.parametrize("draw", [plots.clusters, plots.sparse])
 def test_what_was_not_kept_is_told(draw: Callable[..., Figure]) -> None:
     tree = made_up()
-    with pytest.raises(LookupError, match=rf"outputs of '{UP}:2' were not kept, but .*{UP}:0"):
+    with pytest.raises(LookupError, match=rf"outputs.*'{UP}:2'.*\b{UP}:0\b"):
         draw(tree, f"{UP}:2")
     for run in (tree.to_dataset(), xr.DataTree(tree.to_dataset())):
-        with pytest.raises(LookupError, match="draw one that disentangle wrote"):
+        with pytest.raises(LookupError, match=r"outputs.*disentangle"):
             draw(run)
-    with pytest.raises(LookupError, match=r"no sparsity '0.9': the run has 0.5, 2:4"):
+    with pytest.raises(LookupError, match=r"sparsity '0\.9'.*\b0\.5, 2:4\b"):
         plots.sparse(tree, sparsity="0.9")
     before = dict(mpl.rcParams)
     draw(tree)

@@ -1,6 +1,7 @@
 """The pictures: what is drawn is what the run holds, and all of it can be read."""
 
 import itertools
+import re
 from collections.abc import Callable, Iterator, Mapping
 from io import BytesIO
 from typing import Any
@@ -234,8 +235,8 @@ def test_neurons_without_a_trusted_distance_are_left_out_and_counted() -> None:
     cells = cells_of(panels(figure)["up"])
     np.testing.assert_allclose(cells[0, :2], [0.4, 0.2])
     assert cells.mask.tolist() == [[False, False, True, True], [False] * 4]
-    note = "1 dead or broken, 1 left out: error bound above 0.1"
-    assert all(note in words(draw(run)) for draw in PICTURES.values())
+    note = r"\b1 dead.*\b1 left out.*\b0\.1\b"
+    assert all(re.search(note, words(draw(run))) for draw in PICTURES.values())
     # The bound is the distance's: other variables of such a neuron are as good as any.
     run["std"] = "neuron", np.arange(8.0)
     other = plots.heatmap(run, variable="std", bins=4)
@@ -317,7 +318,7 @@ def test_layers_draws_the_quantiles_the_maximum_and_the_noise_floor_of_each_bloc
     )
     assert ax.get_yscale() == "log"
     assert figure.get_supylabel().replace("\n", " ") == "1-Wasserstein distance to a Gaussian (std)"
-    assert figure.get_supxlabel() == "block\n6 dead or broken"
+    assert re.fullmatch(r"block\n6 dead.*", figure.get_supxlabel())
     (legend,) = figure.legends
     assert {text.get_text() for text in legend.get_texts()} == {
         *("largest", "median", "noise floor", "5% to 95%", "25% to 75%")
@@ -461,14 +462,12 @@ def test_tokens_outside_the_picture_and_the_histogram_are_counted() -> None:
     assert (
         figure.axes[0].get_xlim()[1] < 20
     )  # no room is spent on the empty space up to the histogram's end
-    assert (
-        f"20 of 10,000 tokens lie outside the picture (outputs reach from {outputs.min():.3g} to 60), "
-        "20 of them beyond the histogram"
-    ) in words(figure)
+    reach = rf"\b20 of 10,000 tokens.*{outputs.min():.3g}\b.*\b60\b.*\b20 of them.*histogram"
+    assert re.search(reach, words(figure))
     heights, edges = bars_of(figure.axes[0])
     assert heights @ np.diff(edges) == pytest.approx(0.998)
     inside = plots.neuron(make_tree(two_humps()[:, None]), f"{LAYER}:0")
-    assert "all 20,000 tokens lie within the picture" in words(inside)
+    assert "all 20,000 tokens" in words(inside)
 
 
 def test_neurons_side_by_side_are_each_in_their_own_std() -> None:
@@ -496,13 +495,13 @@ def test_neurons_side_by_side_are_each_in_their_own_std() -> None:
 def test_neurons_that_cannot_be_drawn_are_named() -> None:
     constant = np.stack([two_humps(), np.full(20_000, 3.0, "float32")], axis=1)
     tree = make_tree(constant)
-    with pytest.raises(ValueError, match=f"{LAYER}:1 is dead or broken"):
+    with pytest.raises(ValueError, match=rf"{LAYER}:1\b.*dead"):
         plots.neurons(tree, [f"{LAYER}:0", f"{LAYER}:1"])
-    with pytest.raises(ValueError, match="name at least one as LAYER:INDEX"):
+    with pytest.raises(ValueError, match=r"neuron.*LAYER:INDEX"):
         plots.neurons(tree, [])
-    with pytest.raises(ValueError, match="pass the whole tree"):
+    with pytest.raises(ValueError, match=r"histograms.*tree"):
         plots.neurons(tree.to_dataset(), [f"{LAYER}:0"])  # type: ignore[arg-type]
-    with pytest.raises(LookupError, match=f"no neuron '{LAYER}:9'"):
+    with pytest.raises(LookupError, match=rf"neuron '{LAYER}:9'.*\b2 neurons.*\b1\b"):
         plots.neurons(tree, [f"{LAYER}:9"])
 
 
@@ -519,19 +518,18 @@ def test_a_pilot_that_saw_nothing_of_the_neuron_still_gives_a_picture() -> None:
         count=moments.count,
     )
     figure = plots.neuron(make_parts(root, histograms), f"{LAYER}:0")
-    assert "500 of 500 tokens lie outside the picture" in words(figure)
+    assert re.search(r"\b500 of 500 tokens", words(figure))
     heights, _ = bars_of(figure.axes[0])
     assert not heights.any()
 
 
 def test_a_name_that_is_wrong_gets_advice() -> None:
     tree = make_tree(np.random.default_rng(0).normal(size=(100, 3)).astype("float32"))
-    with pytest.raises(LookupError, match=rf"LAYER:INDEX, such as {LAYER}:0"):
-        plots.neuron(tree, "model.layers.5.mlp.up_prj:1")
-    with pytest.raises(LookupError, match=rf"LAYER:INDEX, such as {LAYER}:0"):
-        plots.neuron(tree, LAYER)
+    for name in ("model.layers.5.mlp.up_prj:1", LAYER):
+        with pytest.raises(LookupError, match=rf"'{name}'.*LAYER:INDEX.*\b{LAYER}:0\b"):
+            plots.neuron(tree, name)
     for index in ("3", "-1", "x", ""):
-        with pytest.raises(LookupError, match=r"has 3 neurons, 0 to 2"):
+        with pytest.raises(LookupError, match=rf"'{LAYER}:{index}'.*\b3 neurons.*\b2\b"):
             plots.neuron(tree, f"{LAYER}:{index}")
 
 
@@ -539,10 +537,10 @@ def test_what_has_no_distribution_is_an_error() -> None:
     rows = np.random.default_rng(0).normal(size=(100, 2)).astype("float32")
     rows[:, 1] = 7.0
     tree = make_tree(rows)
-    with pytest.raises(ValueError, match=r":1 is dead or broken \(mean 7, std nan\)"):
+    with pytest.raises(ValueError, match=rf"{LAYER}:1\b.*dead.*\bmean 7\b.*\bstd nan\b"):
         plots.neuron(tree, f"{LAYER}:1")
     for run in (tree.to_dataset(), xr.DataTree(tree.to_dataset())):
-        with pytest.raises(ValueError, match="pass the whole tree"):
+        with pytest.raises(ValueError, match=r"histograms.*tree"):
             plots.neuron(run, f"{LAYER}:0")  # type: ignore[arg-type]
 
 
@@ -569,16 +567,16 @@ def test_patterns_choose_layers(draw: Callable[..., Figure]) -> None:
     assert list(panels(draw(run, layers="*.mlp.*"))) == ["gate_proj", "up_proj", "down_proj"]
     both = ["*.q_proj", "model.layers.2.mlp.up_proj"]
     assert list(panels(draw(run, layers=both))) == ["q_proj", "up_proj"]
-    with pytest.raises(LookupError, match="no layer"):
+    with pytest.raises(LookupError, match=r"layer.*'up_proj'"):
         draw(run, layers=["*.q_proj", "up_proj"])
 
 
 @pytest.mark.parametrize("draw", PICTURES.values(), ids=PICTURES)
 def test_nothing_to_draw_is_an_error_that_says_why(draw: Callable[..., Figure]) -> None:
     run = make_run({(0, "a"): [np.nan, 0.2]}, wasserstein_error=np.array([np.nan, 0.3]))
-    with pytest.raises(ValueError, match="1 dead or broken, 1 left out"):
+    with pytest.raises(ValueError, match=r"\b1 dead.*\b1 left out.*\b0\.1\b"):
         draw(run)
-    with pytest.raises(LookupError, match="no variable 'wasserstein'; the run has"):
+    with pytest.raises(LookupError, match=r"variable 'wasserstein'.*wasserstein_error"):
         draw(run.drop_vars("wasserstein"))
 
 
@@ -586,7 +584,7 @@ def test_options_of_the_heatmap_that_are_wrong() -> None:
     run = make_run({(0, "a"): [0.1]})
     with pytest.raises(ValueError, match="bins=0"):
         plots.heatmap(run, bins=0)
-    with pytest.raises(LookupError, match="no variable 'wassertein'; the run has wasserstein,"):
+    with pytest.raises(LookupError, match=r"variable 'wassertein'.*wasserstein"):
         plots.heatmap(run, variable="wassertein")
 
 

@@ -1,5 +1,6 @@
 """Pictures of measures against distance: points, medians, titles and limits are the data's."""
 
+import re
 import statistics
 from collections.abc import Sequence
 from io import BytesIO
@@ -122,7 +123,7 @@ def test_difficulty_is_drawn_over_its_layers_median_and_without_untrusted_neuron
     assert len(points_of(drawn_panels["up"], "median")) == 10
     assert drawn_panels["up"].get_title() == "up\n300 neurons"
     assert drawn_panels["down"].get_title() == "down\n30 to 40 neurons"
-    assert "1 dead or broken, 1 left out: error bound above 0.1" in figure.get_supxlabel()
+    assert re.search(r"\b1 dead.*\b1 left out.*\b0\.1\b", figure.get_supxlabel())
     assert figure.get_supylabel() == "mapping difficulty\nover the layer's median"
     assert figure.get_suptitle().strip() == "SmolLM2-135M · data/python-docs · 65,536 tokens"
 
@@ -179,19 +180,19 @@ def test_improvement_of_some_layers_from_a_tree(found: xr.Dataset) -> None:
 
 
 def test_what_cannot_be_drawn_is_told(run: xr.Dataset, found: xr.Dataset) -> None:
-    with pytest.raises(LookupError, match="measure it with --difficulty PAIRS, such as 4096"):
+    with pytest.raises(LookupError, match=r"mapping difficulty.*--difficulty"):
         plots.difficulty(run.drop_vars("difficulty"))
-    with pytest.raises(LookupError, match="draw one that disentangle wrote"):
+    with pytest.raises(LookupError, match=r"improvement.*disentangle"):
         plots.improvement(run)
-    with pytest.raises(LookupError, match=r"no sparsity '0.9': the run has 0.5, 2:4"):
+    with pytest.raises(LookupError, match=r"sparsity '0\.9'.*\b0\.5, 2:4\b"):
         plots.improvement(found, sparsity="0.9")
-    with pytest.raises(ValueError, match="no neuron has an improvement to draw"):
+    with pytest.raises(ValueError, match=r"no neuron.*improvement"):
         plots.improvement(found.assign(improvement=found["improvement"] * np.nan))
     saved(plots.improvement(found.assign(improvement=found["improvement"] * 0 + 1)))  # all equal
     for draw in (plots.difficulty, plots.improvement):
-        with pytest.raises(LookupError, match="no layer"):
+        with pytest.raises(LookupError, match=r"layer.*'\*\.gate'"):
             draw(found, layers="*.gate")
-        with pytest.raises(ValueError, match="has a wasserstein to draw"):
+        with pytest.raises(ValueError, match=r"no neuron of \d+ .*wasserstein"):
             draw(found.assign(wasserstein=found["wasserstein"] * np.nan))
 
 

@@ -435,7 +435,7 @@ def test_neurons_without_a_distance_to_trust_are_named_and_not_shown(tmp_path: P
     (section,) = sections(read(entangle.report([run], tmp_path / "report.html")))
     found = payload(section)
     assert found.names == ranked(entangle.open_run(run))["name"].tolist()
-    left_out = {f"{layer}:3": "dead", f"{layer}:4": "NaN", worst: "bound above 0.1"}
+    left_out = {f"{layer}:3": "dead", f"{layer}:4": "NaN", worst: "0.1"}
     assert not {*found.names} & {*left_out}
     assert len(found.names) == tree.sizes["neuron"] - 3
     for name, why in left_out.items():
@@ -459,8 +459,8 @@ def test_of_too_many_neurons_as_many_of_each_layer_are_shown(
     top = frame.groupby("layer", sort=False).head(most)
     assert found.names == top["name"].tolist()
     shown, whole = len(found.names), len(frame)
-    cut = f"the {most} most entangled neurons of each layer are shown, {shown} of {whole}"
-    assert cut in notes(section)
+    cut = rf"\b{most} most entangled.*\b{shown} of {whole}\b"
+    assert [note for note in notes(section) if re.search(cut, note)]
 
 
 def test_without_any_distance_the_page_says_so(site: Site, tmp_path: Path) -> None:
@@ -468,9 +468,9 @@ def test_without_any_distance_the_page_says_so(site: Site, tmp_path: Path) -> No
     run = changed(site.small, tmp_path / "run", wasserstein=nothing, wasserstein_error=nothing)
     page = read(entangle.report([run], tmp_path / "report.html"))
     (section,) = sections(page)
-    assert "no neuron has a distance to show" in notes(section)
+    assert any(re.search("no neuron.*distance", note) for note in notes(section))
     assert page.all("script") == []
-    assert any(note.startswith("no picture of layers: ") for note in notes(section))
+    assert any(re.search("picture.*layers", note) for note in notes(section))
 
 
 def test_what_was_found_and_what_made_it_stand_above(site: Site) -> None:
@@ -553,7 +553,7 @@ def test_tables_and_figures_of_the_other_runs(
     first = next(line for line in words.splitlines() if line and not line.startswith("|"))
     assert first.replace("`", "") in section.text
     drawn = [caption.text for caption in section.all("figcaption")]
-    missing = [note for note in notes(section) if note.startswith("no picture of ")]
+    missing = [note for note in notes(section) if "picture" in note]
     assert drawn == figures
     assert missing == []
     assert len(images(section)) == len(figures)
@@ -655,11 +655,11 @@ def broken(site: Site, tables: dict[str, Path], folder: Path, kind: str) -> Path
 
 
 WRONG = {
-    "absent": "is not there: expected a folder that a command wrote",
-    "empty": "holds no run.json: expected a folder that a command wrote",
-    "contexts": r"contexts\.json is damaged, delete it and run again",
-    "run": r"the run .* is damaged, measure again",
-    "table unread": r"run\.json is damaged",
+    "absent": r"/bad .*--out",
+    "empty": r"/bad .*run\.json.*--out",
+    "contexts": r"contexts\.json.*damaged",
+    "run": r"/bad .*damaged",
+    "table unread": r"run\.json.*damaged",
     "table lost": r"sweep\.md",
 }
 
@@ -691,7 +691,7 @@ def test_a_wrong_folder_is_refused_and_nothing_written(
 
 
 def test_no_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(ValueError, match="a report needs a run: give at least one folder"):
+    with pytest.raises(ValueError, match=r"report.*\brun\b"):
         entangle.report([], tmp_path / "report.html")
     assert not list(tmp_path.iterdir())
     with pytest.raises(SystemExit) as stopped:
@@ -745,9 +745,9 @@ def test_only_a_name_of_an_html_file_is_written(
     """A slip in --out must not cost a run."""
     (tmp_path / name).write_text("kept")
     assert main(["report", str(site.small), "--out", str(tmp_path / name)]) == 2
-    assert "its name ends in .html" in capsys.readouterr().err
+    assert re.search(rf"\.html\b.*{tmp_path / name}", capsys.readouterr().err)
     assert (tmp_path / name).read_text() == "kept"
-    with pytest.raises(ValueError, match=r"its name ends in \.html"):
+    with pytest.raises(ValueError, match=rf"\.html\b.*{tmp_path}"):
         entangle.report(site.small, tmp_path)
 
 
@@ -874,7 +874,7 @@ def is_open(page: Page, site: Site, name: str) -> None:
     part = site.frame[site.frame["layer"] == neuron["layer"]]
     rank = part["name"].tolist().index(name) + 1
     expect(page.locator(".neuron p.quiet").first).to_have_text(
-        f"rank {rank} of the {len(part)} neurons of its layer, on 860 tokens"
+        re.compile(rf"\b{rank} of .*\b{len(part)} neurons.*\b860 tokens")
     )
     drawn = page.evaluate(
         "() => document.querySelector('.picture').data.map(({x, y, width}) => "
@@ -1215,8 +1215,7 @@ def test_a_link_names_the_run_where_there_are_two(
 
 def test_a_link_to_what_is_not_there_says_so(browser: Browser, site: Site) -> None:
     with visit(browser, site.file, "model.layers.0.mlp.up_proj:9999") as page:
-        said = "The link names model.layers.0.mlp.up_proj:9999, which is not shown here."
-        expect(status(page)).to_have_text(said)
+        expect(status(page)).to_have_text(re.compile("link.*model.layers.0.mlp.up_proj:9999"))
 
 
 def test_a_panel_without_any_neuron_tells_and_opens_none(

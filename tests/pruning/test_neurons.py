@@ -15,10 +15,10 @@ from entangle.model.sampling import walk_blocks
 from entangle.numerics.masks import prune
 from entangle.numerics.routing import CentroidRouter
 from entangle.numerics.sparsity import Sparsity
-from entangle.pruning import rows
+from entangle.pruning import neurons
 from entangle.pruning.calibration import calibrate
+from entangle.pruning.neurons import SparseNeurons, load_neurons, prune_neurons, sparse_neurons
 from entangle.pruning.options import ONE, Clustering
-from entangle.pruning.rows import SparseRows, load_rows, prune_rows, sparse_rows
 from entangle.runs import setup
 from entangle.runs.setup import Setup
 from tests.pruning.test_sparsifying import random_windows
@@ -30,12 +30,12 @@ def layer_of(module: nn.Module) -> LinearLayer:
 
 
 def test_rows_among_others_are_those_rows() -> None:
-    rows = SparseRows(torch.tensor([2, 3, 7, 11]), torch.randn(4, 5), None, [9])
+    rows = SparseNeurons(torch.tensor([2, 3, 7, 11]), torch.randn(4, 5), None, [9])
     few = rows.among(torch.tensor([3, 11]))
     assert few.neurons.tolist() == [3, 11]
     assert torch.equal(few.weight, rows.weight[[1, 3]])
     assert torch.equal(rows.among(rows.neurons).weight, rows.weight)
-    several = SparseRows(rows.neurons, torch.randn(3, 4, 5), None, [9, 1, 2])
+    several = SparseNeurons(rows.neurons, torch.randn(3, 4, 5), None, [9, 1, 2])
     assert torch.equal(several.among(few.neurons).weight, several.weight[:, [1, 3]])
     assert several.among(few.neurons).counts == [9, 1, 2]
 
@@ -50,10 +50,10 @@ def modules() -> Sequence[nn.Module]:
 def test_outputs_of_sparse_rows_have_the_layers_bias(kind: int) -> None:
     module, neurons = modules()[kind], torch.tensor([0, 3, 6])
     layer, inputs = layer_of(module), torch.randn(2, 4, 5)
-    dense = SparseRows(neurons, weight_of(layer)[neurons], None, [1]).outputs(layer)
+    dense = SparseNeurons(neurons, weight_of(layer)[neurons], None, [1]).outputs(layer)
     with torch.no_grad():
         torch.testing.assert_close(dense(inputs), module(inputs)[..., neurons])
-        zeros = SparseRows(neurons, torch.zeros(3, 5), None, [1]).outputs(layer)(inputs)
+        zeros = SparseNeurons(neurons, torch.zeros(3, 5), None, [1]).outputs(layer)(inputs)
         bias = getattr(module, "bias", None)
         bias = torch.zeros(8) if bias is None else bias
         assert torch.equal(zeros, bias[neurons].expand(2, 4, 3))
@@ -64,7 +64,7 @@ def test_outputs_of_several_experts_are_those_of_each_tokens_own(kind: int) -> N
     torch.manual_seed(0)
     module, neurons = modules()[kind], torch.tensor([1, 5])
     router = CentroidRouter(torch.randn(5, 3), torch.zeros(3))
-    rows = SparseRows(neurons, torch.randn(3, 2, 5), router, [1, 1, 1])
+    rows = SparseNeurons(neurons, torch.randn(3, 2, 5), router, [1, 1, 1])
     inputs, bias = torch.randn(4, 6, 5), getattr(module, "bias", None)
     with torch.no_grad():
         found = rows.outputs(layer_of(module))(inputs)
@@ -93,18 +93,18 @@ def test_what_is_saved_and_read_is_what_is_pruned_alone(name: str, tmp_path: Pat
     assert {layer.block for layer in layers} == {1}
     kinds = [(ONE, Sparsity(0.5)), (SEVERAL, Sparsity(0.5)), (SEVERAL, Sparsity(0.25))]
     wanted = {layer.name: {0, 3, 5, 7} for layer in layers}
-    prune_rows(here, dict.fromkeys(kinds, wanted), tmp_path / "rows")
+    prune_neurons(here, dict.fromkeys(kinds, wanted), tmp_path / "rows")
     walk = walk_blocks(here.model, random_windows(12), 2, 0)
     walk.advance()
     found = calibrate(walk, layers, [ONE, SEVERAL], advance=False)
     some = {layer.name: torch.tensor([3, 7]) for layer in layers}
     random_inputs = torch.randn(40, 64)
     for clustering, sparsity in kinds:
-        read = load_rows(tmp_path / "rows", layers, (clustering, sparsity), some)
+        read = load_neurons(tmp_path / "rows", layers, (clustering, sparsity), some)
         for layer in layers:
             calibration = found[clustering][layer.name]
             rows = read[layer.name]
-            alone = sparse_rows(layer, calibration, sparsity, some[layer.name])
+            alone = sparse_neurons(layer, calibration, sparsity, some[layer.name])
             assert torch.equal(rows.weight, alone.weight)
             assert rows.counts == alone.counts == calibration.moments.count.reshape(-1).tolist()
             assert rows.neurons.tolist() == [3, 7]
@@ -132,14 +132,14 @@ def test_what_is_there_is_not_pruned_again(tmp_path: Path, monkeypatch: pytest.M
         walks.append(walk_blocks(*args))
         return walks[-1]
 
-    monkeypatch.setattr(rows, "prune", counted)
+    monkeypatch.setattr(neurons, "prune", counted)
     monkeypatch.setattr(setup, "walk_blocks", walk)
     here = setup_of("llama", "*.up_proj")
     layers = here.layers
     wanted = {layer.name: {2, 7} for layer in layers}
 
     def prune_all(kinds: Sequence[tuple[Clustering, Sparsity]]) -> dict[str, bytes]:
-        prune_rows(here, dict.fromkeys(kinds, wanted), tmp_path)
+        prune_neurons(here, dict.fromkeys(kinds, wanted), tmp_path)
         return {file.name: file.read_bytes() for file in sorted(tmp_path.iterdir())}
 
     assert prune_all([]) == {}
@@ -156,5 +156,7 @@ def test_what_is_there_is_not_pruned_again(tmp_path: Path, monkeypatch: pytest.M
     assert prune_all(kinds) == whole  # from the dense inputs of block 1
     assert (len(pruned), len(walks)) == (6 + 2, 2)
     (tmp_path / "0-1-0.5.safetensors").write_bytes(b"cut off")
-    with pytest.raises(OSError, match="is damaged, delete it and run again"):
-        load_rows(tmp_path, layers, kinds[0], {layer.name: torch.tensor([2]) for layer in layers})
+    with pytest.raises(OSError, match=r"0-1-0\.5\.safetensors.*damaged"):
+        load_neurons(
+            tmp_path, layers, kinds[0], {layer.name: torch.tensor([2]) for layer in layers}
+        )

@@ -21,7 +21,7 @@ from entangle.numerics.masks import prune
 from entangle.numerics.routing import Router
 from entangle.numerics.sparsity import Sparsity
 from entangle.pruning.calibration import Calibration, calibrate
-from entangle.pruning.options import ONE, PULL, Clustering
+from entangle.pruning.options import ONE, SHRINKAGE, Clustering
 from entangle.runs.setup import Setup
 
 Kind = tuple[Clustering, Sparsity]
@@ -31,15 +31,16 @@ Outputs = Callable[
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class SparseRows:
+class SparseNeurons:
     """The pruned weights of some neurons of a layer, for one expert or several."""
 
     neurons: torch.Tensor  # (some,) int64, ascending
     weight: torch.Tensor  # ([experts,] some, inputs)
     router: Router | None
     counts: list[int]  # calibration tokens of each expert
+    owns_router: bool = True  # False if another layer with the same inputs owns it
 
-    def among(self, neurons: torch.Tensor) -> "SparseRows":
+    def among(self, neurons: torch.Tensor) -> "SparseNeurons":
         """Return the rows of some of these neurons (some,), ascending."""
         places = torch.searchsorted(self.neurons, neurons)
         weight = self.weight.index_select(-2, places)
@@ -50,11 +51,14 @@ class SparseRows:
         bias = getattr(layer.module, "bias", None)
         bias = None if bias is None else bias.detach()[self.neurons]
         if self.router is not None:
-            return ExpertLinear(self.weight, bias, self.router, self.counts)
+            owns = self.owns_router
+            return ExpertLinear(self.weight, bias, self.router, self.counts, owns_router=owns)
         return lambda inputs: functional.linear(inputs, self.weight, bias)
 
 
-def prune_rows(setup: Setup, wanted: Mapping[Kind, Mapping[str, set[int]]], folder: Path) -> None:
+def prune_neurons(
+    setup: Setup, wanted: Mapping[Kind, Mapping[str, set[int]]], folder: Path
+) -> None:
     """Prune the wanted rows of each layer, for each clustering and sparsity, and save them.
 
     Blocks that are already saved are skipped.
@@ -77,7 +81,7 @@ def prune_rows(setup: Setup, wanted: Mapping[Kind, Mapping[str, set[int]]], fold
         here = layers[block]
         found = calibrate(inputs, here, clusterings, seed=setup.seed, advance=block < last)
         mine = ranks.shard().batches(len(wanted))
-        with ranks.together():  # each process prunes a part of them
+        with ranks.raise_on_all_ranks():  # each process prunes a part of them
             for clustering, sparsity in itertools.islice(wanted, mine.start, None, mine.step):
                 rows = wanted[clustering, sparsity]
                 tensors: dict[str, torch.Tensor] = {}
@@ -86,21 +90,22 @@ def prune_rows(setup: Setup, wanted: Mapping[Kind, Mapping[str, set[int]]], fold
                         some = torch.tensor(sorted(rows[layer.name]), dtype=torch.int64)
                         with naming(layer):
                             calibration = found[clustering][layer.name]
-                            pruned = sparse_rows(layer, calibration, sparsity, some)
+                            pruned = sparse_neurons(layer, calibration, sparsity, some)
                         tensors |= _tensors(layer.name, pruned)
                 save_tensors(_file(folder, block, (clustering, sparsity)), tensors)
 
 
-def sparse_rows(
+def sparse_neurons(
     layer: LinearLayer, calibration: Calibration, sparsity: Sparsity, neurons: torch.Tensor
-) -> SparseRows:
+) -> SparseNeurons:
     """Prune some rows of a layer's weight by SparseGPT, with a mask by row."""
     weight, moments = weight_of(layer), calibration.moments
     neurons = neurons.to(weight.device)
-    used = moments if calibration.router is None else moments.pulled(PULL)
+    used = moments if calibration.router is None else moments.shrunk(SHRINKAGE)
     pruned = prune(weight[neurons], used, sparsity)
     counts = moments.count.reshape(-1).tolist()
-    return SparseRows(neurons, pruned.weight, calibration.router, counts)
+    owns = calibration.owner == layer.name
+    return SparseNeurons(neurons, pruned.weight, calibration.router, counts, owns)
 
 
 def _file(folder: Path, block: int, kind: Kind) -> Path:
@@ -108,7 +113,7 @@ def _file(folder: Path, block: int, kind: Kind) -> Path:
     return folder / f"{block}-{clustering.experts}-{sparsity}.safetensors".replace(":", "of")
 
 
-def _tensors(name: str, rows: SparseRows) -> dict[str, torch.Tensor]:
+def _tensors(name: str, rows: SparseNeurons) -> dict[str, torch.Tensor]:
     tensors = {f"{name} neurons": rows.neurons, f"{name} weight": rows.weight}
     tensors[f"{name} counts"] = torch.tensor(rows.counts)
     if rows.router is not None:  # cloned: layers share routers, a file holds no tensor twice
@@ -116,9 +121,9 @@ def _tensors(name: str, rows: SparseRows) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def load_rows(
+def load_neurons(
     folder: Path, layers: Sequence[LinearLayer], kind: Kind, neurons: Mapping[str, torch.Tensor]
-) -> dict[str, SparseRows]:
+) -> dict[str, SparseNeurons]:
     """Read the pruned rows of some neurons of each layer."""
     found = {}
     for block in sorted({layer.block for layer in layers}):
@@ -127,21 +132,19 @@ def load_rows(
         tensors = load_tensors(_file(folder, block, kind), device)
         routers: list[Router] = []  # layers with the same inputs share one router
         for name in (layer.name for layer in here):
-            router = None if kind[0] == ONE else _shared(router_from(name, tensors), routers)
+            own = None if kind[0] == ONE else router_from(name, tensors)
+            router = next((one for one in routers if own and _equal(one, own)), own)
+            if own is not None and router is own:
+                routers.append(own)
             parts = (tensors[f"{name} neurons"], tensors[f"{name} weight"])
-            rows = SparseRows(*parts, router, tensors[f"{name} counts"].tolist())
+            counts = tensors[f"{name} counts"].tolist()
+            rows = SparseNeurons(*parts, router, counts, owns_router=router is own)
             found[name] = rows.among(neurons[name])
     return found
 
 
-def _shared(router: Router, known: list[Router]) -> Router:
-    """Return the equal router among those known; without one, add this router to them."""
-    state = router.state_dict()
-    for other in known:
-        same = other.state_dict()
-        if same.keys() == state.keys() and all(
-            torch.equal(value, same[name]) for name, value in state.items()
-        ):
-            return other
-    known.append(router)
-    return router
+def _equal(router: Router, other: Router) -> bool:
+    state, same = router.state_dict(), other.state_dict()
+    return state.keys() == same.keys() and all(
+        torch.equal(value, same[name]) for name, value in state.items()
+    )
