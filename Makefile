@@ -4,7 +4,7 @@ WEIGHTS := data/smollm2-135m/model.safetensors
 DOCS := data/python-docs/calibration.txt
 DEMO := runs/demo
 
-# Of `make reproduce`: any model and texts, and what else determines its cost.
+# Settings of `make reproduce`: any model and texts, and what determines the cost.
 MODEL ?= data/smollm2-135m
 TEXT ?= data/python-docs
 EVALUATION ?= $(TEXT)
@@ -19,13 +19,13 @@ FIGURES ?= figures
 .PHONY: help install data demo reproduce figures test check bench clean
 
 help: ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
+	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
 
-install: .venv/installed ## create .venv with entangle and what it needs
+install: .venv/installed ## create .venv with entangle and its dependencies
 
 .venv/installed: pyproject.toml constraints.txt
-	@echo "installing entangle and what it needs into .venv: some minutes the first time"
-	@$(PYTHON) -c 'import sys; sys.exit("entangle needs CPython 3.11 or newer, this is %d.%d: make PYTHON=python3.12 ..." % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
+	@echo "installing entangle and its dependencies into .venv: this takes a few minutes the first time"
+	@$(PYTHON) -c 'import sys; sys.exit("entangle needs CPython 3.11 or newer, but $(PYTHON) is %d.%d: give another one, as in make PYTHON=python3.12" % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
@@ -43,7 +43,7 @@ $(DOCS): data/python-docs/prepare.py | .venv/installed
 demo: $(DEMO)/run.json ## measure the 135M model, rank its neurons, draw the figures
 	@$(BIN)/entangle rank $(DEMO) --top 10
 	@echo
-	@echo "drawing:"
+	@echo "figures:"
 	@for kind in heatmap layers ranks; do $(BIN)/entangle plot $(DEMO) $$kind || exit; done
 
 $(DEMO)/run.json: | data
@@ -52,15 +52,15 @@ $(DEMO)/run.json: | data
 
 ON = --text '$(TEXT)' --windows $(WINDOWS)
 HELD = $(ON) --evaluation '$(EVALUATION)' --layers '$(LAYERS)' --batch-size 1
-WORDS = MODEL=$(MODEL) TEXT=$(TEXT) EVALUATION=$(EVALUATION) LAYERS=$(LAYERS) WINDOWS=$(WINDOWS) SCORED=$(SCORED) SHARES=$(SHARES)
+SETTINGS = MODEL=$(MODEL) TEXT=$(TEXT) EVALUATION=$(EVALUATION) LAYERS=$(LAYERS) WINDOWS=$(WINDOWS) SCORED=$(SCORED) SHARES=$(SHARES)
 STEPS = measured without-first ablation ablation-without-first interventions blocks experts disentangled
 
-reproduce: $(if $(filter data/%,$(MODEL) $(TEXT)),data,.venv/installed) ## the thesis's evidence for MODEL= TEXT= EVALUATION=, in hours
-	@mkdir -p $(EVIDENCE); test -e $(EVIDENCE)/made-of || echo '$(WORDS)' > $(EVIDENCE)/made-of
-	@echo '$(WORDS)' | cmp -s - $(EVIDENCE)/made-of || { echo "$(EVIDENCE) was made of other words: give those in $(EVIDENCE)/made-of, or another EVIDENCE="; exit 2; }
+reproduce: $(if $(filter data/%,$(MODEL) $(TEXT)),data,.venv/installed) ## repeat the thesis's experiments for MODEL= TEXT= EVALUATION= (takes hours)
+	@mkdir -p $(EVIDENCE); test -e $(EVIDENCE)/made-of || echo '$(SETTINGS)' > $(EVIDENCE)/made-of
+	@echo '$(SETTINGS)' | cmp -s - $(EVIDENCE)/made-of || { echo "$(EVIDENCE) was made with other settings: give those in $(EVIDENCE)/made-of, or choose another folder with EVIDENCE="; exit 2; }
 	@$(MAKE) --no-print-directory $(STEPS:%=$(EVIDENCE)/%/run.json)
 	@for kind in heatmap layers ranks difficulty; do $(BIN)/entangle plot $(EVIDENCE)/measured $$kind || exit; done
-	@echo "the evidence is in $(EVIDENCE): tables/ and figures/ of each run"
+	@echo "the results are in $(EVIDENCE): each run has tables/ and figures/"
 
 $(EVIDENCE)/measured/run.json:
 	$(BIN)/entangle measure '$(MODEL)' $(ON) --difficulty 4096 --out $(@D)
@@ -90,11 +90,11 @@ $(EVIDENCE)/experts/run.json:
 $(EVIDENCE)/disentangled/run.json: | $(EVIDENCE)/measured/run.json
 	$(BIN)/entangle disentangle $(EVIDENCE)/measured $(HELD) --sparsity 0.7,0.9 --out $(@D)
 
-# The README's ablation has one share, and so a folder of its own.
+# The README's ablation has one share, so these runs have their own folder.
 DRAWN = runs/figures
 draw = $(BIN)/entangle plot $(DRAWN)/$(1) $(2) --out $(FIGURES)/$(or $(3),$(firstword $(2))).png
 
-figures: data ## the pictures of README and docs/, measured anew, in hours
+figures: data ## measure again and redraw the figures of README and docs/ (takes hours)
 	@$(MAKE) --no-print-directory EVIDENCE=$(DRAWN) SHARES=0.03 \
 		$(patsubst %,$(DRAWN)/%/run.json,measured ablation blocks experts disentangled)
 	@$(call draw,measured,heatmap)
@@ -109,10 +109,10 @@ figures: data ## the pictures of README and docs/, measured anew, in hours
 	@$(call draw,disentangled,clusters)
 	@$(call draw,disentangled,sparse)
 
-test: check data ## lint, types and the whole test suite
+test: check data ## check lint and types, and run the whole test suite
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-check: .venv/installed ## lint and types
+check: .venv/installed ## check lint and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -125,5 +125,5 @@ bench: data ## run the benchmarks
 	$(BIN)/python -m benchmarks.ablate
 	$(BIN)/python -m benchmarks.decode
 
-clean: ## remove what was measured, and caches; .venv and data stay
+clean: ## remove runs and caches, but keep .venv and data
 	rm -rf runs .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,9 +1,9 @@
-"""What sparse experts cost to run, token by token and for a prompt, in one run: `make bench`.
+"""Cost of running sparse experts, token by token and for a prompt. Run `make bench`.
 
-Matrices alone, MLPs with their router, and SmolLM2-135M as a whole, beside dense float32, dense
-bfloat16 and torch's CSR, on one thread and on two. Masks are by row and of magnitude, experts equal
-but apart in memory, routers fitted to the model's own inputs: what is timed is not what is computed
-but how many bytes are read, and which.
+Matrices alone, MLPs with their router, and the whole SmolLM2-135M are compared with dense float32,
+dense bfloat16 and torch's CSR, on one thread and on two. Weights are pruned by magnitude with masks
+by row. All experts of a layer are equal, but each has its own memory. Routers are fitted to the
+model's own inputs. So the times depend on the bytes that are read, and not on the outputs.
 """
 
 import copy
@@ -34,7 +34,7 @@ DATA = Path(__file__).parents[1] / "data"
 SHAPES = [(1536, 576), (576, 1536), (576, 576), (4096, 4096)]  # neurons, inputs
 SPARSITIES = (0.5, 0.7, 0.8, 0.9)
 THREADS = (1, 2)
-BEYOND_CACHE = 200e6  # bytes of dense weights that are read between two uses of one
+BEYOND_CACHE = 200e6  # bytes of dense weights that are read between two uses of the same weight
 TOKENS = (1, 2, 8, 32, 128, 512)
 PROMPT, WRITTEN = 512, 24
 EXPERTS = 16
@@ -44,7 +44,7 @@ Cases = dict[str, Callable[[], Any]]
 
 @torch.inference_mode()
 def main() -> None:
-    """Run all of it."""
+    """Run the benchmark and print its tables."""
     print(machine(), end="\n\n")
     warnings.filterwarnings("ignore", message="Sparse CSR tensor support")
     for threads in THREADS:
@@ -67,7 +67,7 @@ def sparse(weight: torch.Tensor, sparsity: float) -> torch.Tensor:
 
 
 def products(neurons: int, inputs: int, threads: int) -> None:
-    """Compare products with one token, of so many matrices that none is in the cache."""
+    """Compare products with one token; there are so many matrices that none stays in the cache."""
     count = max(8, int(BEYOND_CACHE / (4 * neurons * inputs)))
     dense = torch.randn(count, neurons, inputs)
     x = torch.randn(1, inputs)
@@ -98,7 +98,7 @@ def products(neurons: int, inputs: int, threads: int) -> None:
 
 
 def switch(dtype: torch.dtype, neurons: int = 1536, inputs: int = 576) -> None:
-    """Compare the two ways to multiply many tokens, and say which one is chosen."""
+    """Compare the two ways to multiply many tokens, and print which one is chosen."""
     print(
         f"| {neurons} x {inputs}, {dtype}, 1 thread | tokens | packed | unpacked | dense | takes |"
     )
@@ -121,7 +121,7 @@ def switch(dtype: torch.dtype, neurons: int = 1536, inputs: int = 576) -> None:
 
 
 def routers_of(model: PreTrainedModel) -> dict[str, Router]:
-    """Fit a router of sixteen experts to the inputs of each layer; layers with one input share it."""
+    """Fit a router of 16 experts to each layer's inputs; layers with the same inputs share it."""
     tokenizer = entangle.load_tokenizer(DATA / "smollm2-135m")
     windows = entangle.token_windows(DATA / "python-docs", tokenizer, windows=8)
     walk, layers = walk_blocks(model, windows, 4, 0), find_layers(model)
@@ -139,7 +139,7 @@ def routers_of(model: PreTrainedModel) -> dict[str, Router]:
 def packed_layer(
     layer: LinearLayer, routers: Mapping[str, Router], sparsity: float
 ) -> PackedLinear:
-    """Return a layer's experts, or its only one where there is no router, packed."""
+    """Return a layer's experts, packed; a layer without a router has one expert."""
     packed = PackedLinear(sparse(weight_of(layer), sparsity)[None], None, routers.get(layer.name))
     if packed.router is not None:
         one, count = packed.sliced, packed.router.experts
@@ -157,7 +157,7 @@ def packed_layer(
 def expanded(
     model: PreTrainedModel, pattern: str, routers: Mapping[str, Router], sparsity: float
 ) -> PreTrainedModel:
-    """Return the model with packed layers where the pattern says; the others are the model's own."""
+    """Return the model with the matching layers packed; the other layers are shared with the model."""
     memo = {id(parameter): parameter for parameter in model.parameters()}
     other = copy.deepcopy(model, memo)
     used = copy.deepcopy(routers)
@@ -167,7 +167,7 @@ def expanded(
 
 
 def layers_alone(models: dict[str, PreTrainedModel], sparsity: float, threads: int) -> None:
-    """Compare the MLPs' layers of all blocks one after another, router included, token by token."""
+    """Compare the MLPs of all blocks, one after another with their routers, token by token."""
     mlps = {
         name: [module for path, module in model.named_modules() if path.endswith(".mlp")]
         for name, model in models.items()
@@ -187,7 +187,7 @@ def layers_alone(models: dict[str, PreTrainedModel], sparsity: float, threads: i
 
 
 def whole(model: PreTrainedModel, routers: dict[str, Router], sparsity: float) -> None:
-    """Compare whole models: their MLPs alone, a token more, and a prompt."""
+    """Compare whole models: their MLPs alone, one more token, and a prompt."""
     models = {"dense float32": model, "dense bfloat16": copy.deepcopy(model).bfloat16()}
     for pattern in ("*.mlp.*", "*"):
         for name, used in (("1 expert", {}), ("16 experts", routers)):
@@ -227,7 +227,7 @@ def read(model: PreTrainedModel) -> Any:
 
 
 def write(model: PreTrainedModel) -> None:
-    """Read token after token of a text, as in writing it: no choice of theirs is timed."""
+    """Run the model token by token on a given text, as in generation but without sampling."""
     cache = None
     for step in range(WRITTEN):
         found = model(input_ids=prompt()[:, step : step + 1], past_key_values=cache, use_cache=True)

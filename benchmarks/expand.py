@@ -1,7 +1,8 @@
-"""What a mixture of sparse experts costs beside one layer, in one run: `make bench`.
+"""Cost of a mixture of sparse experts compared with one layer. Run `make bench`.
 
-To make: from the same rows, one pruned copy of a weight and sixteen (router, a Gram for each, and
-SparseGPT). To run: the mixture beside the dense layer, and the router's share of that.
+Making: one pruned copy of a weight and sixteen (with the router, the Grams and SparseGPT) are made
+from the same rows. Running: the mixture is compared with the dense layer, and the router's share of
+its time is given.
 """
 
 from collections.abc import Callable
@@ -26,13 +27,13 @@ CALIBRATION = 65_536  # tokens
 BATCH = 512
 LENGTHS = (1, 64, 4096)
 SPARSITY = Sparsity(0.7)
-MOST = 8  # times what one expert takes
+MOST = 8  # largest time of making 16 experts, in times of making one
 
 Cases = dict[str, Callable[[], Any]]
 
 
 def main() -> None:
-    """Run all of it."""
+    """Run the benchmark and print its tables."""
     print(machine(), end="\n\n")
     for neurons, inputs in SHAPES:
         layer = nn.Linear(inputs, neurons).requires_grad_(False)
@@ -73,7 +74,7 @@ def mixture(layer: nn.Linear, rows: torch.Tensor) -> ExpertLinear:
 
 
 def build(layer: nn.Linear, rows: torch.Tensor) -> None:
-    """Compare what it takes to make one expert and sixteen."""
+    """Compare the times of making one expert and sixteen."""
     cases: Cases = {
         "one": partial(one_expert, layer, rows),
         "sixteen": partial(mixture, layer, rows),
@@ -84,11 +85,11 @@ def build(layer: nn.Linear, rows: torch.Tensor) -> None:
     print("|---|---|---|---|")
     numbers = f"{seconds['one']:.3g} | {seconds['sixteen']:.3g} | {times:.2f}"
     print(f"| to make, {CALIBRATION:,} tokens | {numbers} |\n")
-    assert times <= MOST, f"16 experts take {times} times as long as one"
+    assert times <= MOST, f"16 experts take {times:.3g} times as long as one, limit {MOST}"
 
 
 def run(layer: nn.Linear, experts: ExpertLinear, rows: torch.Tensor) -> None:
-    """Compare forward passes; the rows are a new tensor each time, so that no route is kept."""
+    """Compare forward passes; rows are a new tensor each time, so that no assignment is reused."""
     print("| tokens | dense, us | 16 experts, us | times | router, us | its share |")
     print("|---|---|---|---|---|---|")
     for length in LENGTHS:
@@ -117,7 +118,7 @@ def on_view(module: nn.Module, rows: torch.Tensor) -> Any:
 
 
 def repeat(case: Callable[[], Any], times: int) -> Callable[[], None]:
-    """Return the case, so many times."""
+    """Return a function that runs the case so many times."""
 
     def run() -> None:
         for _ in range(times):

@@ -1,4 +1,4 @@
-"""What measuring costs, as ratios taken side by side in one run: `make bench`, ten minutes.
+"""Cost of measuring, as ratios of times that are taken in turns. Run `make bench` (ten minutes).
 
 Prints the tables of `benchmarks/README.md`.
 """
@@ -31,7 +31,7 @@ DATA = Path(__file__).parents[1] / "data"
 
 
 def main() -> None:
-    """Run all of it."""
+    """Run the benchmark and print its tables."""
     print(machine(), end="\n\n")
     recording()
     kernel()
@@ -55,7 +55,7 @@ def recording() -> None:
     tokens = windows.tokens
     twin = copy.deepcopy(model)  # so that the hooks of one do not slow down the other
 
-    def listened() -> None:
+    def with_hooks() -> None:
         with recording_outputs(model, find_layers(model), lambda _, __: None):
             forward(model, tokens)
 
@@ -64,7 +64,7 @@ def recording() -> None:
         seconds = side_by_side(
             {
                 "plain forward pass": lambda: forward(model, tokens),
-                "with hooks that do nothing": listened,
+                "with hooks that do nothing": with_hooks,
                 "recorded": lambda: forward(twin, tokens),
             }
         )
@@ -85,7 +85,7 @@ def forward(model: PreTrainedModel, tokens: torch.Tensor) -> None:
 
 @numba.njit(parallel=True, nogil=True)
 def _count_only(rows, center, inverse, counts):  # type: ignore[no-untyped-def]
-    """Count as the recorder does, with no moments and no tails: what those cost beside it."""
+    """Count as the recorder does, but without moments and tails."""
     tokens, neurons = rows.shape
     edge = np.float32(STEPS // 2 * counts.shape[1])
     for block in numba.prange((neurons + 63) // 64):
@@ -107,7 +107,7 @@ def _count_only(rows, center, inverse, counts):  # type: ignore[no-untyped-def]
 
 
 def kernel() -> None:
-    """Time the recording of rows that lie ready, against a plain count of them."""
+    """Time the recording of given rows, compared with counting alone."""
     rows = torch.randn(2048, 1536, generator=torch.Generator().manual_seed(0))
     histograms = [Histograms.zeros(rows.shape[1]) for _ in range(8)]  # beyond the caches
     for state in histograms:
@@ -186,9 +186,9 @@ def memory() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for windows in (16, 128):
             out = Path(folder) / str(windows)
-            words = [sys.executable, "-m", "entangle", "measure", str(DATA / "smollm2-135m")]
-            words += ["--text", str(DATA / "python-docs"), "--windows", str(windows)]
-            subprocess.run([*words, "--out", str(out)], check=True, capture_output=True)
+            line = [sys.executable, "-m", "entangle", "measure", str(DATA / "smollm2-135m")]
+            line += ["--text", str(DATA / "python-docs"), "--windows", str(windows)]
+            subprocess.run([*line, "--out", str(out)], check=True, capture_output=True)
             log = json.loads((out / "log.json").read_text())
             peaks[f"{windows} windows of 512, {log['seconds']:.0f} s"] = log["peak_memory_bytes"]
     first = next(iter(peaks))

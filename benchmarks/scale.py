@@ -1,7 +1,8 @@
-"""What a model larger than memory costs: a random Llama of 1.2 billion weights, block by block.
+"""Costs of a model that is run block by block: a random Llama of 1.2 billion weights.
 
-`measure` and `sparsify` run as commands, each in a process of its own, with 16 and with 128 windows,
-beside what `plan` expected of them. Half an hour on two cores, 8 GB of disk, 3 GB of memory:
+`measure` and `sparsify` run as commands, each in its own process, with 16 and with 128 windows. Their
+costs are compared with those that `plan` expects. It takes half an hour on two cores, 8 GB of disk
+and 3 GB of memory:
 
     python -m benchmarks.scale FOLDER [WINDOWS...]
 """
@@ -36,7 +37,7 @@ COMMANDS: dict[str, list[str]] = {
 
 
 def main() -> None:
-    """Run all of it in a folder, and keep the model there."""
+    """Run the benchmark in a folder, keep the model in it, and print the table."""
     folder = Path(sys.argv[1])
     model = made(folder / "llama-1.2b")
     size = sum(file.stat().st_size for file in model.glob("*.safetensors"))
@@ -47,10 +48,10 @@ def main() -> None:
         text = ["--text", str(DATA / "python-docs"), "--windows", str(windows)]
         text += ["--offload", str(folder / "offloaded")]
         expected = run("plan", str(model), *text, *COMMANDS["sparsify"], "--json")
-        for command, words in COMMANDS.items():
+        for command, options in COMMANDS.items():
             out = folder / f"{command}-{windows}"
             begin = time.perf_counter()
-            run(command, str(model), *text, *words, "--out", str(out), "--overwrite")
+            run(command, str(model), *text, *options, "--out", str(out), "--overwrite")
             minutes = (time.perf_counter() - begin) / 60
             log = json.loads((out / "log.json").read_text())
             stage = next(one for one in expected["stages"] if one["command"] == command)
@@ -63,7 +64,7 @@ def main() -> None:
 
 
 def made(folder: Path) -> Path:
-    """Return the folder of the model, made if it is not there."""
+    """Return the folder of the model, after making it if it does not exist."""
     if not folder.exists():
         torch.manual_seed(0)
         config = LlamaConfig(**SIZES)
@@ -81,12 +82,12 @@ def made(folder: Path) -> Path:
     return folder
 
 
-def run(*words: str) -> dict[str, Any]:
-    """Run a command and return what it prints as JSON, if it was asked to."""
+def run(*arguments: str) -> dict[str, Any]:
+    """Run a command; return the JSON that it prints, empty without --json."""
     done = subprocess.run(
-        [sys.executable, "-m", "entangle", *words], check=True, capture_output=True, text=True
+        [sys.executable, "-m", "entangle", *arguments], check=True, capture_output=True, text=True
     )
-    found: dict[str, Any] = json.loads(done.stdout) if "--json" in words else {}
+    found: dict[str, Any] = json.loads(done.stdout) if "--json" in arguments else {}
     return found
 
 

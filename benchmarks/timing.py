@@ -1,4 +1,4 @@
-"""Timing side by side: what both benchmarks share."""
+"""Timing of cases in turns, for all benchmarks."""
 
 import platform
 import statistics
@@ -15,7 +15,7 @@ ROUNDS = 7
 
 
 def machine() -> str:
-    """Return a line that says what the figures were measured on."""
+    """Return a line with the processor, the threads and the versions of packages."""
     processor = [line for line in _processor() if line] or [platform.processor()]
     packages = ", ".join(f"{name} {version}" for name, version in versions().items())
     return f"{processor[0]}, {torch.get_num_threads()} threads; {packages}"

@@ -12,11 +12,11 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from entangle.arguments import parser
-from entangle.commands import COMMANDS, command_line
+from entangle.arguments import parsers
+from entangle.commands import COMMANDS, check_numbers, command_line
 from entangle.model import ranks
 
-TOGETHER = ("measure", "perplexity", "sparsify", "sweep", "ablate")
+PARALLEL = ("measure", "perplexity", "sparsify", "sweep", "ablate")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -24,20 +24,23 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     0 is success, 1 an error, 2 bad input, 130 an interrupt (SIGINT). SIGTERM exits with 143.
     """
-    grammar = parser()
-    args, rest = grammar.parse_known_args(argv)
-    if rest and ("neurons" not in args or any(word.startswith("-") for word in rest)):
-        grammar.error(f"unrecognized arguments: {' '.join(rest)}")
-    if rest:  # neurons after options, which argparse does not assign
-        args.neurons += rest
+    top, commands = parsers()
+    args, unknown = top.parse_known_args(argv)
+    if unknown and ("neurons" not in args or any(word.startswith("-") for word in unknown)):
+        commands[args.command].error(
+            f"unrecognized arguments: {' '.join(unknown)}. "
+            f"entangle {args.command} --help lists the options"
+        )
+    if unknown:  # neurons after options, which argparse does not assign
+        args.neurons += unknown
     if args.command in {"measure", "sparsify", "sweep", "ablate", "disentangle"}:
         args.command_line = command_line(args)
 
     def terminate(signum: int, frame: FrameType | None) -> None:
-        if _unheard(frame):  # Python would ignore the exit here: try again soon
+        if _ignores_exit(frame):  # try again soon
             threading.Timer(0.05, signal.raise_signal, [signum]).start()
             return
-        sys.stderr.write(f"entangle: terminated: {_left(args)}\n")
+        sys.stderr.write(f"entangle: terminated: {_state(args)}\n")
         raise SystemExit(143)
 
     signal.signal(signal.SIGTERM, terminate)
@@ -49,13 +52,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         if "TORCHELASTIC_RUN_ID" in os.environ:
             _join(args.command)
+        check_numbers(args)
         contextvars.copy_context().run(COMMANDS[args.command], args)
         ranks.leave()
     except BrokenPipeError:  # the reader of stdout, such as head, has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         ranks.leave()
     except KeyboardInterrupt:
-        return _fail(args, f"interrupted: {_left(args)}", 130)
+        return _fail(args, f"interrupted: {_state(args)}", 130)
     except (ValueError, LookupError, OSError) as error:
         message = error.args[0] if isinstance(error, KeyError) else error
         return _fail(args, str(message), 2)
@@ -63,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(args, f"{error or type(error).__name__}", 1)
     except Exception as error:  # noqa: BLE001  # a bug: print no traceback without --debug
         problem = f"{type(error).__name__}: {error}"
-        return _fail(args, f"a bug, {problem}; please report what --debug prints", 1)
+        return _fail(args, f"bug in entangle: {problem}. Report it with what --debug prints", 1)
     return 0
 
 
@@ -73,16 +77,16 @@ def _join(command: str) -> None:
     Raises:
         ValueError: the command does not run in several processes.
     """
-    if command not in TOGETHER:
+    if command not in PARALLEL:
         raise ValueError(
-            f"{command} runs in one process, and torchrun starts several: those of "
-            f"{', '.join(TOGETHER)} share their work"
+            f"{command} cannot run under torchrun: only {', '.join(PARALLEL)} run in several "
+            f"processes. Run entangle {command} without torchrun"
         )
     ranks.join()
 
 
-def _unheard(frame: FrameType | None) -> bool:
-    """Return whether Python would ignore an exit here, in a destructor or llvmlite callback."""
+def _ignores_exit(frame: FrameType | None) -> bool:
+    """Return whether Python ignores an exit here, in a destructor or llvmlite callback."""
     while frame is not None:
         if frame.f_code.co_name == "__del__" or "llvmlite" in frame.f_code.co_filename:
             return True
@@ -90,17 +94,17 @@ def _unheard(frame: FrameType | None) -> bool:
     return False
 
 
-def _left(args: argparse.Namespace) -> str:
-    """Return a sentence that tells what a stopped command leaves on disk."""
+def _state(args: argparse.Namespace) -> str:
+    """Return a sentence on what a stopped command leaves on disk."""
     from entangle.model import folders
 
     partial = folders.partial_of(Path(str(getattr(args, "out", None))))
-    kept = {"sweep", "ablate", "disentangle", "measure", "sparsify"}
-    if args.command in kept and not partial.exists() and (args.out / "run.json").is_file():
-        return f"{args.out} is whole, but for figures that entangle plot draws"
-    if args.command in kept and folders.has_work(partial):
-        return f"what is done is kept in {partial}, and the same command goes on from there"
-    return "nothing is written"
+    resumable = {"sweep", "ablate", "disentangle", "measure", "sparsify"}
+    if args.command in resumable and not partial.exists() and (args.out / "run.json").is_file():
+        return f"{args.out} is finished, except for figures, which entangle plot draws"
+    if args.command in resumable and folders.has_work(partial):
+        return f"{partial} holds the finished part: run the same command again to resume it"
+    return "nothing was written"
 
 
 def _fail(args: argparse.Namespace, message: str, code: int) -> int:

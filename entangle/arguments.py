@@ -1,7 +1,7 @@
 """The argument parser of the command line."""
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,28 +9,61 @@ import entangle
 from entangle.experiments.interventions import INTERVENTIONS, SETS
 from entangle.pruning.options import METHODS, OPTIONS, read_count, read_number
 
-RUN_PLOTS = ("heatmap", "layers", "ranks", "neuron", "difficulty")
-DISENTANGLED_PLOTS = ("improvement", "clusters", "sparse")
-PLOTS = (*RUN_PLOTS, "sweep", "ablation", *DISENTANGLED_PLOTS)
-ABLATE = """Treat a share of each layer's neurons, keep the rest dense, and score the model. Sets:
-wasserstein (the neurons with the largest), bottom (with the smallest), random (with --seeds draws 0,
-1, ...), and those with the largest kurtosis, weight_norm, std and difficulty (if RUN was measured with
---difficulty). Interventions: sparsify (the weights, by SparseGPT), and of outputs zero, mean (over
-RUN's tokens) and negative (those below zero become zero). --skip-first leaves tokens out of pruning
-and scoring; they are treated like all. A command that was stopped goes on when it is given again."""
-DISENTANGLE = """Measure each neuron within clusters of its layer's inputs, and pruned for them, on at
-most 8,192 held-out tokens from 64 windows of --evaluation; clusters and experts come from --text. A
-command that was stopped goes on when it is given again."""
+VARIABLES = (  # of a neuron in a run, in the order of `runs.dataset.UNITS`
+    *("wasserstein", "wasserstein_error", "mean", "std", "skewness", "kurtosis", "modes"),
+    *("min", "max", "count", "nonfinite", "weight_norm"),
+)
+DIFFICULTY_VARIABLES = ("difficulty", "difficulty_pairs", "difficulty_equal")
+HELD_OUT_VARIABLES = ("held_out_wasserstein", "held_out_difficulty")
+
+RESUME = "To resume a stopped command, run the same command again."
+ABLATE = f"""Treat a share of each layer's neurons, leave the others as they are, and score the model.
+--sets chooses the neurons: those with the largest Wasserstein distance (wasserstein) or the smallest
+(bottom), random ones (random: one set for each of --seeds seeds), or those with the largest
+kurtosis, weight_norm, std or difficulty (difficulty only if RUN was measured with --difficulty).
+--intervention chooses the treatment: sparsify prunes the neurons' weights by SparseGPT; zero sets
+their outputs to zero, mean to their mean over RUN's tokens, and negative sets negative outputs to
+zero. The tokens of --skip-first are treated too, but pruning and the score leave them out. {RESUME}"""
+DISENTANGLE = f"""Measure each neuron within clusters of its layer's inputs, and with a pruned expert
+for each cluster. Clusters and experts are computed from --text. The neurons are measured on at most
+8,192 held-out tokens, from at most 64 windows of --evaluation. {RESUME}"""
+PLOTS = {  # kinds of pictures, and what each shows
+    "heatmap": "distances of all neurons, a row per block, a panel per role",
+    "layers": "distribution of the distances in each layer, by block",
+    "ranks": "distances in each layer, from the largest to the smallest",
+    "neuron": "histogram of the neuron LAYER:INDEX, or histograms of several neurons",
+    "difficulty": "mapping difficulty against distance (RUN measured with --difficulty)",
+    "sweep": "perplexity against multiply-adds (RUN of sweep)",
+    "ablation": "difference to the dense model for each set of neurons (RUN of ablate)",
+    "improvement": "relative improvement by experts against distance (RUN of disentangle)",
+    "clusters": "outputs of one neuron, split by cluster (RUN of disentangle)",
+    "sparse": "sparse and dense outputs of one neuron (RUN of disentangle)",
+}
 TEXT = "a file, a folder of *.txt, or hub:NAME[/CONFIG][:SPLIT][#COLUMN]"
-UNPACKED = """on the CPU, keep the zeros of layers that are zero by half or more [packed: less memory, and
-faster token by token]"""
-SHARE = "one or several: of each layer's neurons to treat [0.03]"
-KEPT = "whose outputs to keep, beside each layer's most entangled neuron"
-SPREAD = "spread the model over the devices here and the host, as accelerate does [one device]"
-OFFLOAD = """leave the model's blocks in files and have one at a time on the device; the folder takes what
-transformers must write anew [all of it in memory]"""
-SHARD = "count only a part of the text, such as 3/8, for merge to put together [all of it]"
-PAIRS = "of tokens over which to measure the mapping difficulty too [none]"
+UNPACKED = """keep the zeros of sparse layers in memory [on the CPU, layers with at least half of their
+weights zero are packed: they need less memory and generate faster]"""
+SPREAD = """spread the model over all devices and main memory, by accelerate [the model is on one
+device]"""
+OFFLOAD = """leave the model's blocks in files and load one block at a time; FOLDER receives weights that
+transformers has to convert [the whole model is in memory]"""
+SHARD = """count only this part of the batches, such as 3/8; entangle merge makes one run of all parts
+[all batches]"""
+AUTO_STRENGTH = """; auto chooses the strength, and the variable if --budget names none, on a fourth of
+the calibration windows"""
+
+
+def _kind(text: str) -> str:
+    """Read a kind of plot; an argparse type.
+
+    Raises:
+        ArgumentTypeError: there is no such kind.
+    """
+    if text not in PLOTS:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no kind of picture: write entangle plot RUN KIND, where KIND is one of "
+            f"{', '.join(PLOTS)}"
+        )
+    return text
 
 
 def _one(read: Callable[[str], Any]) -> Callable[[str], Any]:
@@ -49,7 +82,7 @@ def _several(read: Callable[[str], Any] = str) -> Callable[[str], tuple[Any, ...
     """Return an argparse type that reads comma-separated values."""
 
     def several(text: str) -> tuple[Any, ...]:
-        return tuple(read(word.strip()) for word in text.split(",") if word.strip())
+        return tuple(read(value.strip()) for value in text.split(",") if value.strip())
 
     return several
 
@@ -57,119 +90,188 @@ def _several(read: Callable[[str], Any] = str) -> Callable[[str], tuple[Any, ...
 def _add_options(command: argparse.ArgumentParser, *, several: bool) -> None:
     """Add a flag for each option of pruning, which takes one value or, with ``several``, a list."""
     for option in OPTIONS.values():
-        usual = METHODS if several and option.name == "method" else option.default
-        unsaid = usual is ... or option.name == "strength"  # None: a strength needs graded rows
-        words: dict[str, Any] = {"required": usual is ..., "metavar": option.metavar}
+        default = METHODS if several and option.name == "method" else option.default
+        # The strength has no default here: `commands` refuses one that has no effect.
+        unset = default is ... or option.name == "strength"
+        settings: dict[str, Any] = {"required": default is ..., "metavar": option.metavar}
         read, choices = _one(option.read), option.choices if option.metavar is None else None
+        help, value = option.help, default
         if several:
-            listed = f"{', '.join(choices)}: " if choices else ""
-            help = f"{listed}{option.help}; one or several"
-            words |= {"type": _several(read), "metavar": "A,B"}
-            default = usual if usual is METHODS else (usual,)
+            help += "; one or several" + (f" of {', '.join(choices)}" if choices else "")
+            settings |= {"type": _several(read), "metavar": "A,B"}
+            value = default if default is METHODS else (default,)
         else:
-            help, default = option.help, usual
-            words |= {"type": read, "choices": choices}
-        shown = {METHODS: "all", None: "auto"}.get(usual, usual)
-        help += "" if usual is ... else f" [{shown}]"
-        words |= {"default": None if unsaid else default, "help": help.replace("%", "%%")}
-        command.add_argument(f"--{option.name}", **words)
+            help += AUTO_STRENGTH if option.name == "strength" else ""
+            settings |= {"type": read, "choices": choices}
+        shown = {METHODS: "all", None: "auto"}.get(default, default)
+        help += "" if default is ... else f" [{shown}]"
+        settings |= {"default": None if unset else value, "help": help.replace("%", "%%")}
+        command.add_argument(f"--{option.name}", **settings)
 
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of all commands."""
-    top = argparse.ArgumentParser(prog="entangle", description=entangle.__doc__)
+    return parsers()[0]
+
+
+def parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentParser]]:
+    """Return the parser of all commands, and the parser of each command by its name."""
+    top = argparse.ArgumentParser(
+        prog="entangle",
+        description=entangle.__doc__,
+        epilog="entangle COMMAND --help lists the options of a command.",
+    )
     top.add_argument("--version", action="version", version=entangle.__version__)
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     always = argparse.ArgumentParser(add_help=False)
     always.add_argument("--json", action="store_true", help="print the result as JSON")
-    always.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    always.add_argument("--debug", action="store_true", help="print the traceback of an error")
 
     layers = argparse.ArgumentParser(add_help=False)
     layers.add_argument(
-        "--layers", nargs="+", default=["*"], metavar="PATTERN", help="of their names [*]"
+        "--layers",
+        nargs="+",
+        default=["*"],
+        metavar="PATTERN",
+        help="patterns of the names of the layers to use, such as '*.mlp.*' [*]",
     )
 
     runs = argparse.ArgumentParser(add_help=False)
-    runs.add_argument("--device", default="auto", help="[auto: cuda if there is one, else cpu]")
     runs.add_argument(
-        "--trust-remote-code", action="store_true", help="run code that comes with the model"
+        "--device",
+        default="auto",
+        help="device to run the model on, such as cpu or cuda:1 [auto: cuda if available, else cpu]",
+    )
+    runs.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="run Python code that comes with the model [such code is not run]",
     )
 
     model = argparse.ArgumentParser(add_help=False, parents=[runs])
-    model.add_argument("model", metavar="MODEL", help="a hub id, a folder or a .gguf file")
+    model.add_argument("model", metavar="MODEL", help="model: a hub id, a folder or a .gguf file")
     spread = argparse.ArgumentParser(add_help=False)
     spread.add_argument("--device-map", choices=["auto"], help=SPREAD)
     spread.add_argument("--offload", type=Path, metavar="FOLDER", help=OFFLOAD)
 
-    model.add_argument("--revision", help="of a model of the hub")
+    model.add_argument(
+        "--revision", help="branch, tag or commit of a model on the hub [the main branch]"
+    )
     model.add_argument(
         "--dtype",
         default="auto",
         choices=["auto", "float32", "bfloat16", "float16"],
-        help="of the weights [auto: as stored]",
+        help="number type of the weights in memory [auto: as stored]",
     )
 
     measured = argparse.ArgumentParser(add_help=False, parents=[runs])
     measured.add_argument(
-        "run", type=Path, metavar="RUN", help="what measure wrote; the model is the one it measured"
+        "run", type=Path, metavar="RUN", help="folder of a measured run; its model is loaded"
     )
 
     evaluation = argparse.ArgumentParser(add_help=False)
-    evaluation.add_argument("--evaluation", required=True, metavar="TEXT", help="to score on")
     evaluation.add_argument(
-        "--evaluation-windows", type=int, metavar="N", help="of it, drawn by seed [all]"
+        "--evaluation",
+        required=True,
+        metavar="TEXT",
+        help="held-out text to score or measure on, given as --text is",
+    )
+    evaluation.add_argument(
+        "--evaluation-windows",
+        type=int,
+        metavar="N",
+        help="number of windows of --evaluation to use, drawn with --seed [all]",
     )
 
     windows = argparse.ArgumentParser(add_help=False)
     windows.add_argument(
-        "--windows", type=int, default=128, help="of the text, drawn by seed [128]"
+        "--windows",
+        type=int,
+        default=128,
+        metavar="N",
+        help="number of windows of --text to use, drawn with --seed [128]",
     )
-    windows.add_argument("--length", type=int, default=512, help="tokens in a window [512]")
-    windows.add_argument("--batch-size", type=int, default=4, help="windows at a time [4]")
-    windows.add_argument("--seed", type=int, default=0, help="of the draw, and of clusters [0]")
+    windows.add_argument(
+        "--length", type=int, default=512, metavar="N", help="tokens per window [512]"
+    )
+    windows.add_argument(
+        "--batch-size", type=int, default=4, metavar="N", help="windows per forward pass [4]"
+    )
+    windows.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        metavar="N",
+        help="seed of all random choices, such as windows and clusters [0]",
+    )
     windows.add_argument(
         "--bos",
         default="auto",
         choices=["auto", "always", "never"],
-        help="the token that begins a sequence before each window [auto: as the tokenizer does]",
+        help="begin each window with the tokenizer's beginning-of-sequence token [auto: if the "
+        "tokenizer itself adds one]",
     )
     windows.add_argument(
-        "--skip-first", type=int, default=0, help="tokens of each window not counted [0]"
+        "--skip-first",
+        type=int,
+        default=0,
+        metavar="N",
+        help="number of tokens at the start of each window that are not counted [0]",
     )
 
     text = argparse.ArgumentParser(add_help=False, parents=[windows])
-    text.add_argument("--text", required=True, help=TEXT)
+    text.add_argument("--text", required=True, help=f"text: {TEXT}")
 
     writes = argparse.ArgumentParser(add_help=False)
-    writes.add_argument("--overwrite", action="store_true", help="replace what is there")
+    writes.add_argument(
+        "--overwrite", action="store_true", help="replace --out if it exists, finished or not"
+    )
 
+    bins = "bins of each neuron's histogram [1024]"
     measure = commands.add_parser(
         "measure",
         parents=[model, spread, text, layers, writes, always],
         help="measure the distribution of every neuron over a text",
     )
-    measure.add_argument("--out", type=Path, required=True, metavar="RUN", help="a new folder")
-    measure.add_argument("--bins", type=int, default=1024, help="of a histogram [1024]")
-    measure.add_argument("--difficulty", type=int, default=0, metavar="PAIRS", help=PAIRS)
+    measure.add_argument(
+        "--out", type=Path, required=True, metavar="RUN", help="new folder for the run"
+    )
+    measure.add_argument("--bins", type=int, default=1024, metavar="N", help=bins)
+    measure.add_argument(
+        "--difficulty",
+        type=int,
+        default=0,
+        metavar="PAIRS",
+        help="also measure the mapping difficulty, over this number of pairs of tokens [0: do not]",
+    )
     measure.add_argument("--shard", metavar="N/OF", help=SHARD)
 
     merge = commands.add_parser(
-        "merge", parents=[writes, always], help="make one run of the shards of it"
+        "merge", parents=[writes, always], help="merge the shards of a run into one run"
     )
-    merge.add_argument("run", type=Path, nargs="+", metavar="RUN", help="all its shards")
-    merge.add_argument("--out", type=Path, required=True, metavar="RUN", help="a new folder")
+    merge.add_argument(
+        "run", type=Path, nargs="+", metavar="RUN", help="folders of all shards of the run"
+    )
+    merge.add_argument(
+        "--out", type=Path, required=True, metavar="RUN", help="new folder for the merged run"
+    )
 
     plan = commands.add_parser(
         "plan",
         parents=[model, text, layers, always],
-        help="say what measuring and pruning a model would cost, without loading it",
+        help="estimate what measure and sparsify cost, without loading the model",
     )
-    plan.add_argument("--bins", type=int, default=1024, help="of a histogram [1024]")
-    plan.add_argument("--offload", type=Path, metavar="FOLDER", help="as measure has it")
-    sparsity, copies = OPTIONS["sparsity"].help, OPTIONS["experts"].help
-    plan.add_argument("--sparsity", default="0.5", help=f"{sparsity} [0.5]")
-    plan.add_argument("--experts", type=int, default=1, metavar="N", help=f"{copies} [1]")
+    plan.add_argument("--bins", type=int, default=1024, metavar="N", help=bins)
+    plan.add_argument(
+        "--offload",
+        type=Path,
+        metavar="FOLDER",
+        help="estimate for commands that are run with --offload [without]",
+    )
+    sparsity, experts = OPTIONS["sparsity"].help, OPTIONS["experts"].help
+    plan.add_argument("--sparsity", default="0.5", metavar="S", help=f"{sparsity} [0.5]")
+    plan.add_argument("--experts", type=int, default=1, metavar="N", help=f"{experts} [1]")
 
     runs_only = argparse.ArgumentParser(add_help=False)
     runs_only.add_argument("--unpacked", action="store_true", help=UNPACKED)
@@ -183,117 +285,183 @@ def parser() -> argparse.ArgumentParser:
     generate = commands.add_parser(
         "generate",
         parents=[model, spread, runs_only, always],
-        help="let a model write, and time it",
+        help="generate text from a prompt, and time it",
     )
-    generate.add_argument("--prompt", required=True, metavar="TEXT", help="what it goes on with")
-    generate.add_argument("--tokens", type=int, default=64, help="to write at most [64]")
+    generate.add_argument("--prompt", required=True, metavar="TEXT", help="text to continue")
+    generate.add_argument(
+        "--tokens", type=int, default=64, metavar="N", help="largest number of new tokens [64]"
+    )
 
     sparsify = commands.add_parser(
         "sparsify",
         parents=[model, spread, text, layers, writes, always],
         help="prune a model, or expand it to sparse experts, and save it",
     )
-    sparsify.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="a new folder")
+    sparsify.add_argument(
+        "--out", type=Path, required=True, metavar="FOLDER", help="new folder for the pruned model"
+    )
     _add_options(sparsify, several=False)
 
+    tables = "new folder for the tables and figures"
     sweep = commands.add_parser(
         "sweep",
         parents=[model, text, evaluation, layers, writes, always],
         help="prune a model in several ways and score each: one table and one figure",
     )
-    sweep.add_argument("--out", type=Path, required=True, metavar="RUN", help="a new folder")
+    sweep.add_argument("--out", type=Path, required=True, metavar="RUN", help=tables)
     _add_options(sweep, several=True)
 
     ablate = commands.add_parser(
         "ablate",
         parents=[measured, windows, evaluation, layers, writes, always],
-        help="treat the most entangled neurons, and others, and score: one table and one figure",
+        help="treat the most entangled neurons, or others, and score: one table and one figure",
         description=ABLATE,
     )
-    ablate.add_argument("--text", help=f"to sparsify by, and needed for that alone: {TEXT}")
-    ablate.add_argument("--out", type=Path, required=True, metavar="NEW", help="a new folder")
-    words: dict[str, Any] = {"type": _several(), "metavar": "A,B"}
+    ablate.add_argument(
+        "--text", help=f"calibration text, needed for --intervention sparsify: {TEXT} [none]"
+    )
+    ablate.add_argument("--out", type=Path, required=True, metavar="NEW", help=tables)
+    names: dict[str, Any] = {"type": _several(), "metavar": "A,B"}
     numbers: dict[str, Any] = {"type": _several(_one(read_number)), "metavar": "X,X"}
     counts: dict[str, Any] = {"type": _several(_one(read_count)), "metavar": "N,N"}
-    ablate.add_argument("--share", default=(0.03,), help=SHARE, **numbers)
     ablate.add_argument(
-        "--sparsity", default=("0.9",), help=f"one or several: {sparsity} [0.9]", **words
+        "--share",
+        default=(0.03,),
+        help="share of each layer's neurons to treat; one or several [0.03]",
+        **numbers,
     )
-    ablate.add_argument("--experts", default=(1,), help=f"one or several: {copies} [1]", **counts)
+    ablate.add_argument(
+        "--sparsity", default=("0.9",), help=f"{sparsity}; one or several [0.9]", **names
+    )
+    ablate.add_argument("--experts", default=(1,), help=f"{experts}; one or several [1]", **counts)
     ablate.add_argument(
         "--intervention",
         default=("sparsify",),
-        help=f"one or several of {', '.join(INTERVENTIONS)} [sparsify]",
-        **words,
+        help=f"treatment; one or several of {', '.join(INTERVENTIONS)} [sparsify]",
+        **names,
     )
     ablate.add_argument(
-        "--sets", default=SETS, help=f"one or several of {', '.join(SETS)} [all]", **words
+        "--sets",
+        default=SETS,
+        help=f"sets of neurons to treat; one or several of {', '.join(SETS)} [all]",
+        **names,
     )
-    ablate.add_argument("--seeds", type=int, default=5, metavar="N", help="of random sets [5]")
-    ablate.add_argument("--per-block", action="store_true", help="treat one block at a time")
+    ablate.add_argument(
+        "--seeds", type=int, default=5, metavar="N", help="number of random sets [5]"
+    )
+    ablate.add_argument(
+        "--per-block", action="store_true", help="treat one block at a time [all blocks together]"
+    )
 
     disentangle = commands.add_parser(
         "disentangle",
         parents=[measured, text, evaluation, layers, writes, always],
-        help="say what clusters and their experts make of each neuron: tables and figures",
+        help="measure neurons within clusters, and with experts: tables and figures",
         description=DISENTANGLE,
     )
-    disentangle.add_argument("--out", type=Path, required=True, metavar="NEW", help="a new folder")
     disentangle.add_argument(
-        "--experts", default=(4, 16), help=f"one or several: {copies} [4,16]", **counts
+        "--out", type=Path, required=True, metavar="NEW", help="new folder for the run and tables"
     )
     disentangle.add_argument(
-        "--sparsity", default=("0.8",), help=f"one or several: {sparsity} [0.8]", **words
+        "--experts", default=(4, 16), help=f"{experts}; one or several [4,16]", **counts
     )
-    disentangle.add_argument("--neurons", nargs="+", default=[], metavar="LAYER:INDEX", help=KEPT)
+    disentangle.add_argument(
+        "--sparsity", default=("0.8",), help=f"{sparsity}; one or several [0.8]", **names
+    )
+    disentangle.add_argument(
+        "--neurons",
+        nargs="+",
+        default=[],
+        metavar="LAYER:INDEX",
+        help="further neurons whose outputs are kept for plots [each layer's most entangled one]",
+    )
 
     contexts = commands.add_parser(
         "contexts",
         parents=[measured, layers, always],
         help="find the tokens behind neurons' distributions, and add them to the run",
     )
-    contexts.add_argument("neurons", nargs="*", metavar="LAYER:INDEX", help="which neurons")
     contexts.add_argument(
-        "--top", type=int, metavar="N", help="or each layer's N most entangled ones"
+        "neurons", nargs="*", metavar="LAYER:INDEX", help="neurons to find the contexts of"
+    )
+    contexts.add_argument(
+        "--top",
+        type=int,
+        metavar="N",
+        help="find the contexts of each layer's N most entangled neurons, instead of named ones",
     )
 
     rank = commands.add_parser(
         "rank",
         parents=[layers, always],
-        help="print the neurons with the largest distance, or of another variable",
+        help="print the neurons with the largest distance, or largest other variable",
     )
-    rank.add_argument("run", type=Path, metavar="RUN")
-    rank.add_argument("--top", type=int, default=30, help="how many neurons [30]")
-    rank.add_argument("--by", default="wasserstein", help="which variable [wasserstein]")
-    rank.add_argument("--csv", type=Path, metavar="FILE", help="write the table, numbers in full")
+    rank.add_argument("run", type=Path, metavar="RUN", help="folder of a measured run")
+    rank.add_argument(
+        "--top", type=int, default=30, metavar="N", help="number of neurons to print [30]"
+    )
+    rank.add_argument(
+        "--by",
+        default="wasserstein",
+        metavar="VARIABLE",
+        help=f"variable to rank by, largest first: {', '.join(VARIABLES)}; for a RUN measured with "
+        f"--difficulty also {', '.join(DIFFICULTY_VARIABLES)}; for a RUN of disentangle also "
+        f"{', '.join(HELD_OUT_VARIABLES)} [wasserstein]",
+    )
+    rank.add_argument(
+        "--csv", type=Path, metavar="FILE", help="also write the table to FILE, with all digits"
+    )
 
     diff = commands.add_parser(
         "diff",
         parents=[layers, always],
-        help="compare two runs: how the neurons' distances moved",
+        help="compare the neurons' distances in two runs",
     )
-    diff.add_argument("run", type=Path, metavar="RUN", help="the first")
-    diff.add_argument("other", type=Path, metavar="RUN", help="another")
-    diff.add_argument("--top", type=int, default=20, help="how many neurons that moved [20]")
-    diff.add_argument("--csv", type=Path, metavar="FILE", help="write all neurons, numbers in full")
-    diff.add_argument("--out", type=Path, metavar="FILE", help="draw them into a picture")
+    diff.add_argument("run", type=Path, metavar="RUN", help="folder of the first run")
+    diff.add_argument("other", type=Path, metavar="RUN", help="folder of the second run")
+    diff.add_argument(
+        "--top",
+        type=int,
+        default=20,
+        metavar="N",
+        help="number of neurons to print, those with the largest change beyond the error bounds [20]",
+    )
+    diff.add_argument(
+        "--csv", type=Path, metavar="FILE", help="also write all neurons to FILE, with all digits"
+    )
+    diff.add_argument(
+        "--out", type=Path, metavar="FILE", help="also draw both runs' distances into FILE"
+    )
 
     plot = commands.add_parser(
         "plot",
         parents=[always],
-        help="draw a run, a sweep, an ablation, or what disentangle wrote",
+        formatter_class=argparse.RawDescriptionHelpFormatter,  # a line for each kind
+        help="draw a run of measure, sweep, ablate or disentangle",
+        epilog="kinds:\n" + "\n".join(f"  {kind:<13}{shows}" for kind, shows in PLOTS.items()),
     )
-    plot.add_argument("run", type=Path, metavar="RUN")
-    plot.add_argument("kind", choices=PLOTS)
+    plot.add_argument(
+        "run",
+        type=Path,
+        metavar="RUN",
+        help="folder that measure, sweep, ablate or disentangle wrote",
+    )
+    plot.add_argument("kind", metavar="KIND", type=_kind, help="kind of picture, see below")
     plot.add_argument(
         "neurons",
         nargs="*",
         metavar="LAYER:INDEX",
-        help="one for clusters and sparse, one or several for neuron",
+        help="neurons to draw: one or several for neuron, at most one for clusters and sparse "
+        "[for clusters and sparse an entangled neuron]",
     )
-    plot.add_argument("--sparsity", metavar="S", help="for improvement and sparse [the last]")
     plot.add_argument(
-        "--out", type=Path, metavar="FILE", help="[a PNG in RUN/figures]; its ending is the format"
+        "--sparsity", metavar="S", help="sparsity to draw, for improvement and sparse [RUN's last]"
+    )
+    plot.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="file to write, in the format of its suffix, such as .png or .svg [a PNG in RUN/figures]",
     )
 
     report = commands.add_parser(
@@ -301,6 +469,10 @@ def parser() -> argparse.ArgumentParser:
         parents=[always],
         help="write runs of any kind into one HTML file that needs no network",
     )
-    report.add_argument("run", type=Path, nargs="+", metavar="RUN", help="in this order")
-    report.add_argument("--out", type=Path, metavar="FILE", help="[report.html in the first RUN]")
-    return top
+    report.add_argument(
+        "run", type=Path, nargs="+", metavar="RUN", help="folders of runs, in the report's order"
+    )
+    report.add_argument(
+        "--out", type=Path, metavar="FILE", help="HTML file to write [report.html in the first RUN]"
+    )
+    return top, commands.choices

@@ -107,12 +107,11 @@ def run_generate(args: argparse.Namespace) -> None:
     tokenizer = entangle.load_tokenizer(args.model, **_source(args))
     model = _model(args, packed=not args.unpacked)
     live = sys.stdout.isatty() and not args.json
-    say = partial(print, end="", flush=True) if live else lambda text: None
-    found = entangle.generate(model, tokenizer, args.prompt, tokens=args.tokens, say=say)
+    show = partial(print, end="", flush=True) if live else lambda text: None
+    found = entangle.generate(model, tokenizer, args.prompt, tokens=args.tokens, on_text=show)
     result = dataclasses.asdict(found) | {"tokens_per_second": found.tokens_per_second}
     result |= {"model": args.model, "prompt": args.prompt, "device": str(model.device)}
-    words = printed.timed if live else printed.generated
-    _print(args, result, words)
+    _print(args, result, printed.timed if live else printed.generated)
 
 
 def run_sparsify(args: argparse.Namespace) -> None:
@@ -188,17 +187,19 @@ def _options(args: argparse.Namespace) -> tuple[dict[str, Any], Path | None]:
     options = {name: getattr(args, name) for name in OPTIONS}
     budgets, folder = _budgets(several(args.budget))
     options["budget"] = budgets if isinstance(args.budget, tuple) else budgets[0]
-    blocks = [word for word in several(args.across) if needs_run(UNIFORM, word)]
+    blocks = [across for across in several(args.across) if needs_run(UNIFORM, across)]
     if blocks and folder is None:
         raise ValueError(
-            f"--across {blocks[0]} needs a measured run: name it with --budget RUN, or with "
-            "--budget RUN:uniform where rows are to be alike"
+            f"--across {blocks[0]} needs a measured run: give it with --budget RUN, or with "
+            "--budget RUN:uniform to keep the rows uniform"
         )
     if args.strength is None:
         options.pop("strength")
     elif {*budgets} <= {UNIFORM, TRIM}:
+        strength = ",".join(map(str, several(args.strength)))
         raise ValueError(
-            "--strength is of rows graded by a measured run: give one with --budget RUN[:VARIABLE]"
+            f"--strength {strength} has no effect without a variable of a measured run: give one "
+            "with --budget RUN[:VARIABLE], or leave --strength out"
         )
     return options, folder
 
@@ -222,7 +223,9 @@ def _budgets(texts: Sequence[str]) -> tuple[tuple[str, ...], Path | None]:
         budgets.append(variable)
         folders |= {folder: None} if folder else {}
     if len({Path(folder).resolve() for folder in folders}) > 1:
-        raise ValueError(f"budgets are made from one run, got {' and '.join(folders)}")
+        raise ValueError(
+            f"expected one measured run in --budget, got {len(folders)}: {', '.join(folders)}"
+        )
     return tuple(budgets), Path(next(iter(folders))) if folders else None
 
 
@@ -240,8 +243,8 @@ def _print_table(args: argparse.Namespace, table: "pd.DataFrame", name: str) -> 
     result = {str(key): value for key, value in table.attrs.items()}
     result |= {"table": table.to_dict(orient="records"), "figure": file}
     text = (args.out / "tables" / f"{name}.md").read_text(encoding="utf-8")
-    drawn = f", with a figure: {file}" if file else "; no arm has a score to draw"
-    _print(args, result, lambda _: f"{text}\nwritten to {args.out}{drawn}")
+    figures = f"with the figure {file}" if file else "without a figure: no arm has a score"
+    _print(args, result, lambda _: f"{text}\nwritten to {args.out}, {figures}")
 
 
 def run_ablate(args: argparse.Namespace) -> None:
@@ -255,11 +258,11 @@ def run_ablate(args: argparse.Namespace) -> None:
     folders.check_target(args.out, args.overwrite)
     from entangle.experiments.interventions import Ablation
 
-    words = ("share", "sparsity", "experts", "intervention", "sets", "seeds")
-    treatment = {name: getattr(args, name) for name in words}
+    names = ("share", "sparsity", "experts", "intervention", "sets", "seeds")
+    treatment = {name: getattr(args, name) for name in names}
     Ablation.of(**treatment)  # check the options before a model is loaded
     if args.text is None and "sparsify" in args.intervention:
-        raise ValueError("sparsifying neurons needs a text to prune by: give one with --text")
+        raise ValueError("--intervention sparsify needs a calibration text: give it with --text")
     run, args = _measured(args)
     tokenizer = entangle.load_tokenizer(args.model, **_source(args))
     windows = None if args.text is None else _windows(args, tokenizer, "calibration")
@@ -284,8 +287,8 @@ def run_disentangle(args: argparse.Namespace) -> None:
     from entangle.experiments import disentangling
     from entangle.runs import dataset, store
 
-    words = {name: getattr(args, name) for name in ("experts", "sparsity")}
-    disentangling.check_settings(**words)
+    settings = {name: getattr(args, name) for name in ("experts", "sparsity")}
+    disentangling.check_settings(**settings)
     run, args = _measured(args)
     windows, tokenizer = _text(args, "calibration")
     evaluation = _windows(args, tokenizer, "evaluation")
@@ -295,7 +298,7 @@ def run_disentangle(args: argparse.Namespace) -> None:
         evaluation,
         run=run,
         neurons=args.neurons,
-        **words,
+        **settings,
         **_work(args),
     )
     figures = {}
@@ -318,16 +321,21 @@ def run_contexts(args: argparse.Namespace) -> None:
     Raises:
         ValueError: neurons and --top are both given, or neither.
     """
-    if bool(args.neurons) == bool(args.top):
-        both = ", and not both" if args.top else ""
+    if args.neurons and args.top:
         raise ValueError(
-            f"name neurons as LAYER:INDEX, or say --top N for each layer's first ones{both}"
+            f"expected neurons (LAYER:INDEX) or --top, not both: got {' '.join(args.neurons)} and "
+            f"--top {args.top}"
+        )
+    if not args.neurons and not args.top:
+        raise ValueError(
+            "no neurons are given: name them as LAYER:INDEX, or take each layer's N most entangled "
+            "ones with --top N"
         )
     run, args = _measured(args)
     about, names = run.attrs, args.neurons
     if args.top:
         ranked = entangle.top_by_layer(run, count=args.top, layers=args.layers)
-        names = [f"{layer}:{index}" for layer, some in ranked.items() for index in some]
+        names = [f"{layer}:{index}" for layer, indices in ranked.items() for index in indices]
     tokenizer = entangle.load_tokenizer(args.model, **_source(args))
     windows = entangle.token_windows(
         about["text"],
@@ -377,7 +385,7 @@ def run_diff(args: argparse.Namespace) -> None:
     result = {
         "runs": [dataset.summary(run) for run in pair],
         "layers": found.layers.to_dict(orient="records"),
-        "neurons": found.neurons.head(max(args.top, 0)).to_dict(orient="records"),
+        "neurons": found.neurons.head(args.top).to_dict(orient="records"),
         "figure": figure,
     }
     _print(args, result, printed.compared)
@@ -395,15 +403,17 @@ def run_plot(args: argparse.Namespace) -> None:
 
     names, kind = args.neurons, args.kind
     if kind == "neuron" and not names:
-        raise ValueError("plot neuron needs a neuron, written LAYER:INDEX as in the output of rank")
+        raise ValueError(
+            "plot neuron needs at least one neuron: name it as LAYER:INDEX, as entangle rank prints it"
+        )
     if names and kind not in {"neuron", "clusters", "sparse"}:
         raise ValueError(f"plot {kind} takes no neuron, got {names[0]!r}")
     if names[1:] and kind != "neuron":
-        raise ValueError(f"plot {kind} takes one neuron, got {' '.join(names)}")
+        raise ValueError(f"plot {kind} takes one neuron, got {len(names)}: {' '.join(names)}")
     readers = {"sweep": sweep_table.read_table, "ablation": ablation_table.read_table}
     run: Any = readers.get(kind, store.open_run)(args.run)
     if args.sparsity is not None and kind not in {"improvement", "sparse"}:
-        raise ValueError(f"plot {kind} takes no sparsity, got {args.sparsity!r}")
+        raise ValueError(f"plot {kind} takes no --sparsity, got {args.sparsity!r}")
     options = {} if args.sparsity is None else {"sparsity": args.sparsity}
     if names[1:]:
         figure, name = entangle.plots.neurons(run, names), "neurons"
@@ -482,30 +492,42 @@ def _progress() -> bool:
     return sys.stderr.isatty() and os.environ.get("RANK", "0") == "0"
 
 
-def _print(args: argparse.Namespace, result: dict[str, Any], words: Any) -> None:
+def _print(args: argparse.Namespace, result: dict[str, Any], text_of: Any) -> None:
     if args.json:
         from entangle.runs.store import without_nan
 
         print(json.dumps(without_nan(result), indent=2, ensure_ascii=False))
     else:
-        print(words(result))
+        print(text_of(result))
     sys.stdout.flush()
 
 
 def command_line(args: argparse.Namespace) -> str:
     """Return the command line with only the arguments that determine its result."""
     ignored = {"command", "model", "run", "out", "overwrite", "json", "debug", "shard", "offload"}
-    words = ["entangle", args.command, str(args.run if "run" in args else args.model)]
+    line = ["entangle", args.command, str(args.run if "run" in args else args.model)]
     for name, value in sorted(vars(args).items()):
-        unsaid = value is None or value is False or value == []
-        if name in ignored or unsaid or (name, value) == ("difficulty", 0):
+        unset = value is None or value is False or value == []
+        if name in ignored or unset or (name, value) == ("difficulty", 0):
             continue
-        words.append("--" + name.replace("_", "-"))
+        line.append("--" + name.replace("_", "-"))
         if isinstance(value, tuple):
-            words.append(",".join("auto" if item is None else str(item) for item in value))
+            line.append(",".join("auto" if item is None else str(item) for item in value))
         elif value is not True:
-            words += map(str, value) if isinstance(value, list) else [str(value)]
-    return shlex.join(words)
+            line += map(str, value) if isinstance(value, list) else [str(value)]
+    return shlex.join(line)
+
+
+def check_numbers(args: argparse.Namespace) -> None:
+    """Check, before a command runs, the numbers that no function below checks by its flag's name.
+
+    Raises:
+        ValueError: a number is too small.
+    """
+    for name, least in (("top", 1), ("seed", 0)):
+        value = getattr(args, name, None)
+        if value is not None and value < least:
+            raise ValueError(f"--{name} must be at least {least}, got {value}")
 
 
 COMMANDS = {

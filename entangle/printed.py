@@ -13,7 +13,7 @@ def _measured_on(summary: dict[str, Any]) -> str:
         f"{part}{summary['model']}: {summary['neurons_measured']:,} neurons in {summary['layers']} layers, "
         f"{summary['tokens']:,} tokens of {summary['text']} "
         f"({summary['windows']} windows of {summary['length']})\n"
-        f"noise floor {summary['noise_floor']:.4f}: what a Gaussian neuron would show on as many "
+        f"noise floor {summary['noise_floor']:.4f}: the distance of a Gaussian neuron on as many "
         "independent tokens"
     )
 
@@ -37,16 +37,20 @@ def planned(result: dict[str, Any]) -> str:
     """Return the text of the expected costs of commands."""
     lines = [
         f"{result['model']}: {result['layers']} layers in {result['blocks']} blocks, "
-        f"{result['neurons']:,} neurons, {result['weights'] / 1e9:.3g} billion weights in them, "
-        f"{result['model_bytes'] / 1e9:.3g} GB in all",
+        f"{result['neurons']:,} neurons, {result['weights'] / 1e9:.3g} billion weights in these "
+        f"layers, {result['model_bytes'] / 1e9:.3g} GB of weights in the whole model",
         f"{result['tokens']:,} tokens of {result['text']} ({result['windows']} windows)",
-        "expected of one process, from the same commands on one block and on two, with random weights:",
     ]
     if result["largest_block_bytes"] > 1.1 * result["block_bytes"]:
         lines.append(
-            f"all blocks are taken to be like the first, of {result['block_bytes'] / 1e9:.2g} GB, but "
-            f"the largest has {result['largest_block_bytes'] / 1e9:.2g} GB: expect more than this"
+            "the estimate assumes that all blocks are like the first, of "
+            f"{result['block_bytes'] / 1e9:.2g} GB, but the largest block has "
+            f"{result['largest_block_bytes'] / 1e9:.2g} GB: the costs will be higher"
         )
+    lines.append(
+        "expected costs of one process, estimated by running the commands on models of one and two "
+        "blocks with random weights:"
+    )
     for stage in result["stages"]:
         gpu = (
             f" and {stage['device_bytes'] / 1e9:.2f} GB on the GPU" if stage["device_bytes"] else ""
@@ -86,19 +90,20 @@ def timed(result: dict[str, Any]) -> str:
     """Return the text of the timing of a generation."""
     rest = result["tokens"] - 1
     speed = (
-        f", then {rest} in {result['seconds']:.2f} s: {result['tokens_per_second']:.1f} a second"
+        f", then {rest} tokens in {result['seconds']:.2f} s, "
+        f"{result['tokens_per_second']:.1f} a second"
     )
     return (
         f"\n{result['model']} on {result['device']}, {result['weight_bytes'] / 1e6:,.0f} MB of "
-        f"weights: the first token after {result['first_seconds']:.2f} s "
-        f"({result['prompt_tokens']} of the prompt){speed if rest else ''}"
+        f"weights: first token after {result['first_seconds']:.2f} s "
+        f"({result['prompt_tokens']} tokens in the prompt){speed if rest else ''}"
     )
 
 
 def sparsified(result: dict[str, Any]) -> str:
     """Return the text of the result of `sparsify`."""
     from entangle.pruning.options import EXPERT_DEFAULTS, OPTIONS, UNBUDGETED
-    from entangle.runs.dataset import say_skipped
+    from entangle.runs.dataset import skipped_notes
 
     every = [name for name, option in OPTIONS.items() if option.scope == "every"]
     settings = _settings(result, [n for n in every if n not in {"method", "experts", "sparsity"}])
@@ -106,49 +111,50 @@ def sparsified(result: dict[str, Any]) -> str:
     worst = max(known or result["layers"], key=lambda layer: layer["error"])
     lines = [
         f"{result['model']}: {len(result['layers'])} layers pruned to {result['sparsity']} by "
-        f"{result['method']} ({settings}) from "
+        f"{result['method']} ({settings}), calibrated on "
         f"{result['tokens']:,} tokens of {result['text']} ({result['windows']} windows of "
         f"{result['length']})",
-        f"{result['realised']:.4%} of their weights are zero; relative squared error of a layer's "
+        f"{result['realised']:.4%} of their weights are zero; relative squared error of the layers' "
         f"outputs on these tokens: mean {result['error']:.4g}, "
         f"largest {worst['error']:.4g} ({worst['layer']})",
     ]
     if "budget" in result:
         rows = result["layers"]
         lines.append(
-            f"{_settings(result, UNBUDGETED)}: "
+            f"{_settings(result, UNBUDGETED)}: zeros are "
             f"{min(row['least'] for row in rows):.1%} to {max(row['most'] for row in rows):.1%} of a "
-            f"row is zero, {min(row['realised'] for row in rows):.1%} to "
+            f"row, and {min(row['realised'] for row in rows):.1%} to "
             f"{max(row['realised'] for row in rows):.1%} of a layer"
         )
     if "chosen" in result:
         chosen = result["chosen"]
-        against = f"{chosen['against_uniform']:.3f} ± {chosen['against_uniform_error']:.3f} nats"
-        against = f"{against} a token against uniform rows" if chosen["strength"] else "none better"
+        difference = f"{chosen['against_uniform']:.3f} ± {chosen['against_uniform_error']:.3f} nats"
+        difference += " a token compared with uniform rows"
         lines.append(
-            f"{chosen['budget']} rows were chosen of {chosen['candidates']} budgets on "
-            f"{chosen['set_aside']} calibration windows set aside, {against}: "
-            f"{result['folder']}/budget.csv has what each scored"
+            f"{chosen['budget']} rows have the best score of {chosen['candidates']} budgets on "
+            f"{chosen['set_aside']} calibration windows that were set aside"
+            f"{f': {difference}' if chosen['strength'] else ''}. "
+            f"All scores are in {result['folder']}/budget.csv"
         )
     if result["experts"] > 1:
         clusters = [layer["clusters"] for layer in result["layers"]]
         lines.append(
-            f"each layer has up to {result['experts']} experts, in the median "
-            f"{statistics.median(clusters):g} and {min(clusters)} at least, where clusters with too "
-            f"few tokens were merged ({_settings(result, EXPERT_DEFAULTS)})"
+            f"each layer has {result['experts']} experts, or fewer if clusters with too few tokens "
+            f"were merged: median {statistics.median(clusters):g}, minimum {min(clusters)} "
+            f"({_settings(result, EXPERT_DEFAULTS)})"
         )
     share = result["model_multiply_adds"] / result["model_dense_multiply_adds"]
     lines.append(
-        f"a token needs {result['density']:.2%} of these layers' multiply-adds, routers included, "
-        f"and {share:.2%} of those of all linear layers and the output embedding; "
-        f"{result['stored'] / result['dense_multiply_adds']:.3g} times the dense layers' "
-        f"weights are stored, in {result['disk_bytes'] / 1e6:,.1f} MB on disk and "
+        f"a token takes {result['density']:.2%} of these layers' dense multiply-adds, routers "
+        f"included, and {share:.2%} of those of all linear layers and the output embedding; the "
+        f"number of stored weights is {result['stored'] / result['dense_multiply_adds']:.3g} times "
+        f"that of the dense layers, {result['disk_bytes'] / 1e6:,.1f} MB on disk and "
         f"{result['memory_bytes'] / 1e6:,.1f} MB in memory"
     )
     damped = [layer["layer"] for layer in result["layers"] if layer["damping"] > 0.01]
     if damped:
-        lines.append(f"{len(damped)} layers needed damping beyond 0.01, first {damped[0]}")
-    lines += say_skipped(result["skipped_parameters"], "pruned")
+        lines.append(f"{len(damped)} layers needed a damping above 0.01, such as {damped[0]}")
+    lines += skipped_notes(result["skipped_parameters"], "pruned")
     log = result["log"]
     lines.append(
         f"written to {result['folder']} in {log['seconds']:.0f} s, "
@@ -166,7 +172,7 @@ def ranked(summary: dict[str, Any]) -> str:
     """Return the text of a ranking of neurons."""
     lines = [_measured_on(summary), *summary["warnings"], ""]
     if not summary["neurons"]:
-        return "\n".join([*lines, "no neuron to rank"])
+        return "\n".join([*lines, "no neuron of these layers can be ranked"])
     rows = [{"rank": place} | row for place, row in enumerate(summary["neurons"], start=1)]
     return "\n".join([*lines, *_columns(rows)])
 
@@ -184,11 +190,13 @@ def compared(result: dict[str, Any]) -> str:
     lines = ["first: " + _measured_on(first), "other: " + _measured_on(other), ""]
     lines += [*_columns(rows), ""]
     lines.append(
-        f"{neurons:,} neurons in both; rank correlation of the distances in a layer: median "
-        f"{median:.3f}; moved most, and how far beyond the bounds of both runs' errors:"
+        f"{neurons:,} neurons are ranked in both runs; the median over layers of the rank "
+        f"correlation of their distances is {median:.3f}"
     )
-    lines += ["", *_columns(result["neurons"])] if result["neurons"] else []
-    lines += [f"drawn into {result['figure']}"] if result["figure"] else []
+    if result["neurons"]:
+        lines += ["neurons with the largest change beyond the error bounds of both runs:", ""]
+        lines += _columns(result["neurons"])
+    lines += [f"figure written to {result['figure']}"] if result["figure"] else []
     return "\n".join(lines)
 
 
@@ -217,7 +225,7 @@ def contexts(result: dict[str, Any]) -> str:
     brief = len(result["neurons"]) > FEW
     if not brief:
         lines += [
-            "output, its distance from the mean, window:position, and the text, [[token]]",
+            "columns: output, deviation from the mean, window:position, text with the [[token]]",
             "",
         ]
     for one in result["neurons"]:
@@ -225,11 +233,11 @@ def contexts(result: dict[str, Any]) -> str:
             f"{one['neuron']}: W1 {one['wasserstein']:.4f}, 95% interval {one['low']:.4f} to "
             f"{one['high']:.4f} ({one['tokens']:,} tokens, bootstrap of windows)",
             *(
-                f"  W1 {rest['wasserstein']:.4f} without {rest['what']}: {rest['tokens']:,} tokens "
-                f"with {rest['variance']:.1%} of the variance"
-                for rest in one["without"]
+                f"  W1 {left_out['wasserstein']:.4f} without {left_out['what']} "
+                f"({left_out['tokens']:,} tokens, {left_out['variance']:.1%} of the variance)"
+                for left_out in one["without"]
             ),
-            "  of the distance, frequent tokens make "
+            "  shares of frequent tokens in the distance: "
             + ", ".join(
                 f"{token['token']!r} {token['share']:.1%}" for token in one["frequent"][:5]
             ),
@@ -238,13 +246,15 @@ def contexts(result: dict[str, Any]) -> str:
         for context in () if brief else one["contexts"]:
             lines += [f"  {context['why']}"] if context["why"] != why else []
             why = context["why"]
-            words = f"{context['before'][-40:]}[[{context['token']}]]{context['after'][:20]}"
-            where = f"{context['window']}:{context['position']}"
+            text = f"{context['before'][-40:]}[[{context['token']}]]{context['after'][:20]}"
+            place = f"{context['window']}:{context['position']}"
             lines.append(
-                f"    {context['output']:9.3f} {context['deviation']:+6.1f} std {where:>8}  "
-                + json.dumps(words, ensure_ascii=False)
+                f"    {context['output']:9.3f} {context['deviation']:+6.1f} std {place:>8}  "
+                + json.dumps(text, ensure_ascii=False)
             )
         lines.append("")
     if brief:
-        lines.append(f"the tokens of more than {FEW} neurons are not printed: a report shows them")
-    return "\n".join([*lines, f"added to {result['file']}"])
+        lines.append(
+            f"tokens are not printed for more than {FEW} neurons: entangle report shows them"
+        )
+    return "\n".join([*lines, f"contexts written to {result['file']}"])

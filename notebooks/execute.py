@@ -1,7 +1,7 @@
 """Execute the notebooks in order and keep their outputs: ``python notebooks/execute.py [FILE...]``.
 
-Each runs in a kernel of its own, in this folder. What changes from run to run (times, the kernel's
-name and version) is left out, so that the same outputs are the same file.
+Each notebook runs in its own kernel, in this folder. What changes from run to run (times, the
+kernel's name and version) is left out, so that the same outputs give the same file.
 """
 
 import os
@@ -19,7 +19,7 @@ def read(file: Path) -> nbformat.NotebookNode:
     """Read a notebook.
 
     Raises:
-        nbformat.ValidationError: it is none, as the format of notebooks goes.
+        nbformat.ValidationError: the file is not a valid notebook.
     """
     notebook: nbformat.NotebookNode = nbformat.read(file, as_version=4)  # type: ignore[no-untyped-call]
     nbformat.validate(notebook)
@@ -44,16 +44,18 @@ def execute(file: Path, *, folder: Path = HERE) -> nbformat.NotebookNode:
         kernel_name="python3",
         record_timing=False,
         timeout=None,
-        extra_arguments=["--IPKernelApp.log_level=ERROR"],  # not that it listens on this machine
+        extra_arguments=["--IPKernelApp.log_level=ERROR"],  # no message about its address
         resources={"metadata": {"path": str(folder)}},
     )
-    # The bar of a model that loads, and a remark that bars would be prettier, are no outputs.
+    # No progress bar of loading a model, and no warning about how bars are shown.
     quiet = {"TQDM_DISABLE": "1", "PYTHONWARNINGS": "ignore:IProgress not found"}
     client.execute(env=os.environ | quiet)
     for cell in notebook.cells:
         for output in cell.get("outputs", []):
             if output.get("name") == "stderr":
-                raise RuntimeError(f"{file.name} writes to standard error: {output['text']}")
+                raise RuntimeError(
+                    f"a cell of {file.name} writes to standard error: {output['text']}"
+                )
     notebook.metadata["language_info"] = {"name": "python"}
     return notebook
 

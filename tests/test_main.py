@@ -21,11 +21,14 @@ import torch
 import xarray as xr
 
 import entangle
+from entangle import arguments
 from entangle.__main__ import main
 from entangle.experiments import ablation_table, sweep_table
 from entangle.experiments.budget_search import STRENGTHS, VARIABLES
 from entangle.numerics.gaussian import from_samples
 from entangle.runs import store
+from entangle.runs.dataset import UNITS
+from tests.forking import Forked
 from tests.tiny_models import ARCHITECTURES, CONTEXT, save_tiny
 
 WORDS = "The quick brown fox jumps over the lazy dog; a wizard's job is to vex chumps quickly. "
@@ -182,12 +185,16 @@ def test_plots_are_written_into_the_run(place: Path, capsys: pytest.CaptureFixtu
         (["measure", "MODEL", "--text", "TEXT", "--length", "999"], ["999", str(CONTEXT)]),
         (["measure", "MODEL", "--text", "TEXT", "--skip-first", "32"], ["skip_first", "31"]),
         (["measure", "MODEL", "--text", "TEXT", "--skip-first", "-1"], ["skip_first", "-1"]),
-        (["measure", "MODEL", "--text", "TEXT", "--windows", "0"], ["1 window", "0 of 32"]),
+        (["measure", "MODEL", "--text", "TEXT", "--windows", "0"], ["1 window", "0 windows of 32"]),
         (["measure", "MODEL", "--text", "TEXT", "--batch-size", "0"], ["batch size 0"]),
         (["measure", "MODEL", "--text", "TEXT", "--bins", "4096"], ["2048", "4096"]),
         (["measure", "MODEL", "--text", "TEXT", "--device", "cuda:7"], ["cuda:7"]),
         (["measure", "MODEL", "--text", "TEXT", "--device", "gpu"], ["gpu"]),
         (["rank", "MODEL"], ["run.json"]),
+        (["measure", "MODEL", "--text", "TEXT", "--seed", "-1"], ["--seed", "at least 0", "-1"]),
+        (["rank", "RUN", "--top", "-3"], ["--top", "at least 1", "-3"]),
+        (["rank", "RUN", "--top", "0"], ["--top", "at least 1", "got 0"]),
+        (["diff", "RUN", "RUN", "--top", "-3"], ["--top", "at least 1", "-3"]),
         (["rank", "RUN", "--by", "beauty"], ["beauty", "wasserstein"]),
         (["rank", "RUN", "--layers", "*.nothing"], ["*.nothing"]),
         (["plot", "RUN", "neuron"], ["LAYER:INDEX"]),
@@ -221,6 +228,36 @@ def test_bad_input_gets_one_message(
     for message in messages:
         assert message in said.err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["RUN", "heatmaps"])
+def test_a_kind_of_picture_that_does_not_exist_is_refused(
+    place: Path, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    words = ["plot", "heatmap", str(place / "run")] if kind == "RUN" else ["plot", "run", kind]
+    with pytest.raises(SystemExit) as stopped:
+        main(words)
+    assert stopped.value.code == 2
+    message = rf"argument KIND: '{words[2]}'.*entangle plot RUN KIND.*\bheatmap, layers\b"
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_every_argument_has_a_help_text() -> None:
+    for command, parser in arguments.parsers()[1].items():
+        for action in parser._actions:
+            assert action.help, (command, action.dest)
+
+
+def test_rank_lists_the_variables_that_a_run_has(place: Path) -> None:
+    run = entangle.open_run(place / "run")
+    data = run.to_dataset()
+    names = [str(name) for name in data if data[name].dims == ("neuron",)]
+    assert {*arguments.VARIABLES} == {*names}
+    others = {*arguments.DIFFICULTY_VARIABLES, *arguments.HELD_OUT_VARIABLES}
+    assert others == {*UNITS} - {*names} - {"improvement", "improvement_halves"} - {
+        *("wasserstein_within", "difficulty_within", "wasserstein_share", "difficulty_share"),
+        "distance_to_dense",
+    }
 
 
 def test_debug_shows_the_traceback(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -258,22 +295,18 @@ def test_stopped_by_a_signal_it_leaves_nothing(
     place: Path, tmp_path: Path, number: signal.Signals, code: int
 ) -> None:
     (tmp_path / "long.txt").write_text(WORDS * 20_000)
-    words = [sys.executable, "-m", "entangle", "measure", str(place / "model"), "--text"]
+    words = ["-m", "entangle", "measure", str(place / "model"), "--text"]
     words += [str(tmp_path / "long.txt"), "--windows", "100000", "--length", "16"]
-    words += ["--batch-size", "1", "--out", str(tmp_path / "out")]
-    process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
+    process = Forked([*words, "--batch-size", "1", "--out", str(tmp_path / "out")])
     deadline = time.monotonic() + 120
     while not (tmp_path / "out.partial").exists():
-        assert process.poll() is None, process.communicate()[1]
+        assert process.poll() is None, process.stderr
         assert time.monotonic() < deadline
-        time.sleep(0.1)
-    time.sleep(1)
-    process.send_signal(number)
-    _, said = process.communicate(timeout=60)
-    # Python itself ends by the signal, which shells show as 130, if it came while code in a string
-    # ran, as dataclasses do when they are imported: on a busy machine imports take that long.
-    ends = {code, -number} if number == signal.SIGINT else {code}
-    assert process.returncode in ends, said
+        time.sleep(0.01)
+    time.sleep(0.5)
+    process.signal(number)
+    ended, said = process.wait(60), process.stderr
+    assert ended == code, said
     assert re.search("nothing.*written", said)
     assert "Traceback" not in said
     assert [path.name for path in tmp_path.iterdir()] == ["long.txt"]
@@ -380,9 +413,9 @@ def test_generate_writes_what_the_python_function_does(
 @pytest.mark.parametrize(
     ("words", "messages"),
     [
-        (["MODEL", "--prompt", ""], ["prompt", "one token", "0 and 64"]),
-        (["MODEL", "--prompt", "ab", "--tokens", "0"], ["prompt", "one token", "2 and 0"]),
-        (["MODEL", "--prompt", "ab", "--tokens", "-4"], ["prompt", "one token", "2 and -4"]),
+        (["MODEL", "--prompt", ""], ["prompt", "0 tokens"]),
+        (["MODEL", "--prompt", "ab", "--tokens", "0"], ["token", "got 0"]),
+        (["MODEL", "--prompt", "ab", "--tokens", "-4"], ["token", "got -4"]),
         (["MODEL", "--prompt", "ab", "--tokens", "63"], ["2 tokens", "63", str(CONTEXT)]),
         (["MODEL", "--prompt", "a" * 65, "--tokens", "1"], ["65 tokens", str(CONTEXT)]),
         (["./nowhere", "--prompt", "ab"], ["no model", "nowhere"]),
@@ -687,7 +720,7 @@ def test_sweep_prints_its_table_and_draws_it(
     assert json.loads(capsys.readouterr().out) == {"figure": str(out / "figures" / "sweep.png")}
     assert (out / "figures" / "sweep.png").read_bytes() == picture
     assert main(["rank", str(out)]) == 2
-    assert re.search("measured run.*tables", capsys.readouterr().err)
+    assert re.search("measured.*tables", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize(
@@ -703,7 +736,7 @@ def test_sweep_prints_its_table_and_draws_it(
             r"\b20 of 20 evaluation windows.*calibration",
         ),
         ("sweep", ["--evaluation", "nowhere"], r"no text.*\bnowhere\b"),
-        ("sweep", ["--evaluation-windows", "0"], r"\b1 window.*\b0 of 32\b"),
+        ("sweep", ["--evaluation-windows", "0"], r"\b1 window.*\b0 windows of 32\b"),
         ("sweep", ["--experts", ","], r"one value.*\bexperts\b"),
         ("sweep", ["--experts", "4", "--method", "wanda"], "experts.*sparsegpt.*methods"),
         ("sweep", ["--experts", "1,0"], r"\b1 expert.*\b0\b"),
@@ -732,16 +765,14 @@ def test_bad_prunings_get_one_message_and_leave_nothing(
 def test_a_stopped_sweep_says_where_it_goes_on(place: Path, tmp_path: Path) -> None:
     sparsities = ",".join(str(number / 1000) for number in range(1, 900))
     words = _pruning(place, "sweep", tmp_path / "out", "--sparsity", sparsities)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "entangle", *words], stderr=subprocess.PIPE, text=True
-    )
+    process = Forked(["-m", "entangle", *words])
     partial = tmp_path / "out.partial"
     while not (partial / "arms").exists():
-        assert process.poll() is None, process.communicate()[1]
-        time.sleep(0.1)
-    process.send_signal(signal.SIGTERM)
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 143
+        assert process.poll() is None, process.stderr
+        time.sleep(0.01)
+    process.signal(signal.SIGTERM)
+    ended, said = process.wait(60), process.stderr
+    assert ended == 143
     assert re.search(rf"terminated.*{partial}\b", said)
     assert list((partial / "arms").glob("*.json"))
 
@@ -913,7 +944,7 @@ def test_ablate_prints_its_table_and_draws_it(
     assert Path(file).read_bytes() == picture
     assert _repeated(out, tmp_path / "again")
     assert main(["rank", str(out)]) == 2
-    assert re.search("measured run.*tables", capsys.readouterr().err)
+    assert re.search("measured.*tables", capsys.readouterr().err)
 
 
 def test_ablate_without_a_text_a_block_at_a_time_as_json(
@@ -1019,7 +1050,7 @@ def test_disentangle_where_nothing_is_lost_draws_what_can_be_drawn(
         ("disentangle", ["--experts", "1"], r"experts.*\b0\.8\D+1\b"),
         ("disentangle", ["--sparsity", "1.5"], r"sparsity.*n:m.*\b1\.5\b"),
         ("disentangle", ["--neurons", "a:1"], "neuron 'a:1'.*LAYER:INDEX"),
-        ("disentangle", ["--skip-first", "32"], r"skip_first.*\b31\b.*\b32\b"),
+        ("disentangle", ["--skip-first", "32"], r"skip_first.*\b31\b.*windows of 32\D+32\b"),
         (
             "disentangle",
             ["--text", "OTHER", "--windows", "7"],
@@ -1205,20 +1236,22 @@ def test_neurons_may_stand_behind_options(run: Path, capsys: pytest.CaptureFixtu
         with pytest.raises(SystemExit) as stopped:
             main(words)
         assert stopped.value.code == 2
-        assert "unrecognized arguments:" in capsys.readouterr().err
+        printed = capsys.readouterr().err
+        assert printed.startswith(f"usage: entangle {words[0]} ")
+        assert re.search(rf"unrecognized arguments: .*what.*entangle {words[0]} --help", printed)
 
 
 @pytest.mark.parametrize(
     ("words", "messages"),
     [
         ([], ["LAYER:INDEX", "--top"]),
-        (["--top", "0"], ["LAYER:INDEX", "--top"]),
+        (["--top", "0"], ["--top", "at least 1", "got 0"]),
         (["UP:5", "--top", "2"], ["LAYER:INDEX", "--top"]),
         (["UP:5", "UP:37"], ["up_proj:37'", "37 neurons", " 36"]),
         (["model.layers.1.mlp.up_prj:5"], ["up_prj:5'", "model.layers.1.mlp.up_proj:0"]),
         (["--top", "2", "--layers", "*.nothing"], ["layer", "'*.nothing'"]),
         (["UP:5", "--device", "cuda:7"], ["cuda:7"]),
-        (["--top", "-1"], ["1 neuron", "-1"]),
+        (["--top", "-1"], ["--top", "at least 1", "got -1"]),
     ],
 )
 def test_a_slip_in_the_words_of_contexts_gets_one_message(

@@ -1,7 +1,7 @@
-"""Write `calibration.txt` and `evaluation.txt` from the documentation that every CPython carries.
+"""Write `calibration.txt` and `evaluation.txt` from the documentation that comes with CPython.
 
-The language reference (`pydoc_data.topics`) and the longer docstrings of the standard library, the
-latter parsed from the sources and never imported. Run as `python data/python-docs/prepare.py`.
+It is the language reference (`pydoc_data.topics`) and the longer docstrings of the standard library,
+which are parsed from the sources and never imported. Run as `python data/python-docs/prepare.py`.
 """
 
 import ast
@@ -17,27 +17,30 @@ from typing import NamedTuple
 HERE = Path(__file__).resolve().parent
 LEFT_OUT = {"idlelib", "lib2to3", "test", "tests", "turtledemo"}
 SHORTEST_DOCSTRING = 100  # characters; those below are mostly "Return the name."
-RUN = 8  # words; a paragraph of fewer ("For example:") may stand in many documents
+RUN = 8  # words; a shorter paragraph ("For example:") may be in many documents
 
 
 class Document(NamedTuple):
-    """A text and its name: that of a topic, or the dotted one of what a docstring describes."""
+    """A text and its name: of a topic, or the dotted name of the object that has the docstring."""
 
     name: str
     text: str
 
     @property
     def group(self) -> str:
-        """The topic or top-level module: what goes into one file as a whole."""
+        """The topic or top-level module; all its documents go into one file."""
         return self.name.split(".")[0]
 
 
 def main() -> None:
-    """Write both files, and say how long they are."""
+    """Write both files, and print their sizes."""
     sources = Path(sysconfig.get_path("stdlib"))
     docstrings = [document for path in modules(sources) for document in read(path, sources)]
     if not docstrings:
-        sys.exit(f"{HERE.name}: this Python has no sources of its standard library in {sources}")
+        sys.exit(
+            f"{HERE.name}: {sources} has no sources of the standard library: run this with a CPython "
+            "that has them"
+        )
     documents = without_repeats([Document(*item) for item in topics.items()] + docstrings)
     held_out = fifth(documents)
     files: dict[str, list[Document]] = {"calibration.txt": [], "evaluation.txt": []}
@@ -54,10 +57,10 @@ def main() -> None:
 
 
 def modules(sources: Path) -> Iterator[Path]:
-    """Yield the standard library's public modules, without tests and what lies beside it."""
+    """Yield the files of the standard library's public modules, without tests."""
     for path in sorted(sources.rglob("*.py")):
         parts = path.relative_to(sources).with_suffix("").parts
-        private = parts[0].startswith("_")  # twins of built-in modules, traces of the build
+        private = parts[0].startswith("_")  # copies of built-in modules, files of the build
         if parts[0] in sys.stdlib_module_names and not private and LEFT_OUT.isdisjoint(parts):
             yield path
 
@@ -80,11 +83,11 @@ def read(path: Path, sources: Path) -> Iterator[Document]:
 
 
 def without_repeats(documents: list[Document]) -> list[Document]:
-    """Sort documents by name, without the paragraphs that a longer one has.
+    """Return the documents, sorted by name, without the paragraphs that a longer document has.
 
-    A quarter of the topics' text stands in two of them ("with" is also a section of "compound"),
-    so a split by name alone would show evaluation what calibration has seen. A paragraph goes where
-    most of its runs of words are known already, and a document goes where most of its text would.
+    A quarter of the topics' text is in two topics ("with" is also a section of "compound"), so with
+    a split by name alone calibration and evaluation would share text. A paragraph is left out if
+    most of its runs of words were seen before, and a document if most of its text is left out.
     """
     seen: set[tuple[str, ...]] = set()
     kept = []
@@ -104,9 +107,9 @@ def without_repeats(documents: list[Document]) -> list[Document]:
 
 
 def fifth(documents: list[Document]) -> set[str]:
-    """Choose a fifth of the topics or modules: sorted by size, the middle one of every five.
+    """Return a fifth of the topics and modules: sorted by size, the middle one of every five.
 
-    Both files get large and small ones alike, and about four fifths and one fifth of the bytes.
+    So both files have large and small ones, with about four fifths and one fifth of the bytes.
     """
     sizes: Counter[str] = Counter()
     for document in documents:

@@ -125,7 +125,7 @@ def ablate(
     )
     pruned = "sparsify" in ablation.intervention
     if pruned and windows is None:
-        raise ValueError("sparsifying neurons needs windows of a text to prune by")
+        raise ValueError("intervention sparsify needs calibration windows: pass them as windows")
     setup = Setup.of(
         model,
         windows if pruned else None,
@@ -248,7 +248,8 @@ def _run_arm(
     result = arm.settings() | {"neurons_treated": sum(map(len, neurons.values()))}
     nothing = {"window_nats": [None] * len(setup.evaluation or ()), "tokens": 0}
     if not layers:
-        problem = f"no neuron has a {arm.neurons} to be chosen by"
+        by = "wasserstein" if arm.neurons in {RANDOM, BOTTOM} else arm.neurons
+        problem = f"no neuron has a value of {by}"
     if problem:
         return result | nothing | {"problem": problem}
     sparse: dict[str, Outputs] = {}

@@ -14,7 +14,7 @@ import scipy
 from entangle.experiments.interventions import RANDOM
 from entangle.model.score import Score
 from entangle.runs import store
-from entangle.runs.dataset import say_skipped
+from entangle.runs.dataset import skipped_notes
 from entangle.runs.markdown import table_lines, with_error
 
 Array = npt.NDArray[np.float64]
@@ -259,28 +259,30 @@ def markdown(table: pd.DataFrame) -> str:
     """Return the table in Markdown, below a paragraph on models, texts and units."""
     about, run = table.attrs, table.attrs["run"]
     pruned = (
-        f" Sparsified rows were pruned by SparseGPT, mask by row, by {about['tokens']:,} tokens of "
-        f"{about['text']} ({about['windows']} windows of {about['length']}) through the dense model."
+        f" Sparsified rows were pruned by SparseGPT with mask row, calibrated on "
+        f"{about['tokens']:,} tokens of {about['text']} ({about['windows']} windows of "
+        f"{about['length']}) with the dense model."
         if about["pruned"]
         else ""
     )
     lines = [
-        f"{about['model']}, neurons of {' '.join(about['layers'])} chosen by what "
-        f"{run.get('tokens', 0):,} tokens of {run.get('text', '?')} show of them, scored on "
+        f"{about['model']}: neurons of layers {' '.join(about['layers'])}, chosen from a run on "
+        f"{run.get('tokens', 0):,} tokens of {run.get('text', '?')}; scored on "
         f"{int(table['tokens'].max()):,} tokens of {about['evaluation']} "
         f"({about['evaluation_windows']} windows of {about['evaluation_length']} that do not overlap, each "
-        f"scored from its own start).{pruned} ± is the standard error over windows, that of "
-        "differences paired by window; of random neurons the mean over seeds and its 95% t-interval "
-        "over seeds. Times random is the increase of perplexity over that of random neurons of the "
-        "same share; the equivalent share is that of random neurons which hurt as much, "
-        "interpolated between the shares that were run; both with 95% intervals of a bootstrap of "
-        "windows and seeds. Realised is the share of zeros in the treated rows, model that in all weights "
-        "of the model, its embedding included.",
-        *say_skipped(about["skipped_parameters"], "treated"),
+        f"scored from its own start).{pruned} ± is the standard error over windows; for differences "
+        "it is paired by window. Random neurons have the mean over seeds and its 95% t-interval over "
+        "seeds. Times random is the increase of perplexity divided by that with random neurons of "
+        "the same share. Equivalent share is the share of random neurons that causes the same "
+        "difference, interpolated between the shares that were run. Both have 95% intervals from a "
+        "bootstrap of windows and seeds. Realised is the share of zeros in the treated rows, and "
+        "model is the share of zeros in all weights of the model, its embedding included.",
+        *skipped_notes(about["skipped_parameters"], "treated"),
     ]
     if about["missing_sets"]:
+        left_out = "this set is" if len(about["missing_sets"]) == 1 else "these sets are"
         lines.append(
-            f"\nThe run has no {' and no '.join(about['missing_sets'])}, so that set is left out."
+            f"\nThe run has no {' and no '.join(about['missing_sets'])}: {left_out} left out."
         )
     heads = ["intervention", "sparsity", "experts", "block", "share", "neurons", "realised"]
     heads += ["model", "perplexity", "ratio", "difference, nats", "over random, nats"]
@@ -292,7 +294,7 @@ def markdown(table: pd.DataFrame) -> str:
         else:
             cells = [row["intervention"], row["sparsity"] or "-", str(row["experts"])]
             cells += [row["block"] or "-", f"{row['share']:.2%}".replace(".00%", "%")]
-            cells += [f"{said(row['set'])}, {row['neurons']:,}"]
+            cells += [f"{display_name(row['set'])}, {row['neurons']:,}"]
             cells += [_share(row["realised"]), _share(row["model_sparsity"])]
         rows.append([*cells, *_numbers(row)])
     kept = [i for i, head in enumerate(heads) if head != "block" or table["block"].any()]
@@ -300,12 +302,12 @@ def markdown(table: pd.DataFrame) -> str:
     for row in table.to_dict(orient="records"):
         if row["problem"]:
             lines.append(
-                f"\nNo score for {row['intervention']} {said(row['set'])}: {row['problem']}"
+                f"\nNo score for {row['intervention']} {display_name(row['set'])}: {row['problem']}"
             )
     return "\n".join(lines) + "\n"
 
 
-def said(name: str) -> str:
+def display_name(name: str) -> str:
     """Return the display name of a set of neurons."""
     return NAMES.get(name, f"top {name}")
 
@@ -329,9 +331,9 @@ def _numbers(row: Mapping[Any, Any]) -> list[str]:
         return [*cells, "-", "-", "-"]
     cells += [with_error(row["over_random"], row["over_random_error"])]
     times, low, high = row["times_random"], row["times_low"], row["times_high"]
-    words = f"{times:.3g}" if math.isfinite(times) else "-"
-    words += f" [{low:.3g}, {high:.3g}]" if math.isfinite(low) else ""
-    cells += [words, _equivalent(row)]
+    cell = f"{times:.3g}" if math.isfinite(times) else "-"
+    cell += f" [{low:.3g}, {high:.3g}]" if math.isfinite(low) else ""
+    cells += [cell, _equivalent(row)]
     return cells
 
 
@@ -344,7 +346,7 @@ def _with_interval(row: Mapping[Any, Any], name: str) -> str:
 
 def _equivalent(row: Mapping[Any, Any]) -> str:
     ends = [row[f"equivalent_{end}"] for end in ("share", "low", "high")]
-    words = ["not reached" if math.isinf(end) else f"{end:.2%}" for end in ends]
+    texts = ["not reached" if math.isinf(end) else f"{end:.2%}" for end in ends]
     if math.isnan(ends[1]):
-        return words[0]
-    return words[0] if len({*words}) == 1 else f"{words[0]} [{words[1]}, {words[2]}]"
+        return texts[0]
+    return texts[0] if len({*texts}) == 1 else f"{texts[0]} [{texts[1]}, {texts[2]}]"

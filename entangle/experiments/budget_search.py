@@ -67,7 +67,7 @@ def choose_budget(
     for name in ("experts", "propagate", *EXPERT_DEFAULTS):
         if name in given:
             raise ValueError(
-                "budgets are compared with one expert and dense propagation, so leave out "
+                "budgets are compared with one expert and dense propagation: leave out "
                 f"{name}={given[name]!r}"
             )
     budgets = several(given.pop("budget", VARIABLES))
@@ -75,11 +75,11 @@ def choose_budget(
     Pruning.of(**{name: value for name, value in given.items() if name not in searched})
     alike = sorted({UNIFORM, TRIM} & {*budgets})
     if alike:
-        raise ValueError(f"a budget of {alike[0]} rows has no strength to choose: name another")
+        raise ValueError(f"budget {alike[0]} has no strength to choose: give other budgets")
     if len(windows) < _EVERY:
         raise ValueError(
-            f"strength auto sets a window in {_EVERY} aside, but there are {len(windows)}: give "
-            "more windows, or a strength"
+            f"too few calibration windows to choose a strength: expected at least {_EVERY}, got "
+            f"{len(windows)}. Give more windows, or a strength"
         )
     check_in_memory(model, "choosing a budget")
     aside = torch.arange(len(windows)) % _EVERY == 0

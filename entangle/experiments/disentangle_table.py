@@ -11,7 +11,7 @@ import pandas as pd
 import xarray as xr
 
 from entangle.measurement.ranking import correlation
-from entangle.runs.dataset import dataset_of, say_skipped, trusted
+from entangle.runs.dataset import dataset_of, skipped_notes, trusted
 from entangle.runs.markdown import table_lines, with_error
 
 Array = npt.NDArray[np.float64]
@@ -186,18 +186,20 @@ def markdown(about: Mapping[Any, Any], layers: pd.DataFrame, quantiles: pd.DataF
     """Return both tables in Markdown, below a paragraph on models, texts and units."""
     run = about["run"]
     lines = [
-        f"{about['model']}, {' '.join(about['layers'])}: clusters and experts from "
-        f"{about['tokens']:,} tokens of {about['text']} ({about['windows']} windows of "
-        f"{about['length']}), measured on {about['held_out_tokens']:,} held-out tokens of "
-        f"{about['evaluation']}, all through the dense model; SparseGPT, mask by row. "
-        "± is the standard error over layers.",
-        *say_skipped(about["skipped_parameters"], "measured"),
+        f"{about['model']}, layers {' '.join(about['layers'])}: clusters and experts are computed "
+        f"from {about['tokens']:,} tokens of {about['text']} ({about['windows']} windows of "
+        f"{about['length']}), and the neurons are measured on {about['held_out_tokens']:,} held-out "
+        f"tokens of {about['evaluation']}, both with the dense model. Experts are pruned by "
+        "SparseGPT with mask row. ± is the standard error over layers.",
+        *skipped_notes(about["skipped_parameters"], "measured"),
         "",
-        "Relative improvement of a neuron (RMSE with one expert over that with several): its median "
-        "and standard deviation over a layer's neurons, its reliability (rank correlation between "
-        "the even and the odd held-out windows: that of half of the tokens), and its rank correlations with measures of the "
-        f"neuron (`wasserstein`, `kurtosis` and `std` on {run.get('tokens', 0):,} tokens of "
-        f"{run.get('text', '?')}, mapping difficulty on the held-out ones); means over layers.",
+        "The relative improvement of a neuron is the RMSE of its outputs with one expert divided by "
+        "that with several. The table has its median over a layer's neurons, also with random "
+        "clusters (at random), its standard deviation over them (sd), its reliability (the rank "
+        "correlation between the improvements on the even and on the odd held-out windows), and its "
+        f"rank correlations with variables of the neuron: `wasserstein`, `kurtosis` and `std` are of "
+        f"{run.get('tokens', 0):,} tokens of {run.get('text', '?')}, mapping difficulty is of the "
+        "held-out tokens. All numbers are means over layers.",
         "",
     ]
     heads = ["experts", "sparsity", "improvement", "at random", "sd", "reliability"]
@@ -211,11 +213,14 @@ def markdown(about: Mapping[Any, Any], layers: pd.DataFrame, quantiles: pd.DataF
     lines += [
         *table_lines(rows),
         "",
-        "By how entangled a neuron is in its layer, means over its neurons: distance to a Gaussian of the dense outputs, of "
-        "all held-out tokens and within clusters (mean weighted by tokens), within random clusters "
-        "of the same sizes (those of k-means with the tokens shuffled), and the share of neurons that have less within clusters than within "
-        "random ones, which alone says how much a small cluster's noise adds; relative improvement and its reliability; distance between sparse and dense outputs with one "
-        "expert, with several, and with several at random.",
+        "The neurons of each layer are grouped by quantiles of their distance in the run. Numbers are "
+        "means over a group's neurons, then over layers. Distance is that of the dense outputs to a "
+        "Gaussian. Within clusters it is the mean over clusters, weighted by tokens. Random clusters "
+        "have the same sizes (they are the k-means clusters with the tokens shuffled), and so the "
+        "same noise of small clusters: compare only these two. Less is the share of neurons with a "
+        "smaller distance within clusters than within random ones. Improvement and reliability are "
+        "as above. To dense is the distance between sparse and dense outputs: with one expert, with "
+        "several, and with several at random.",
         "",
     ]
     names = ["wasserstein", "wasserstein_within", "wasserstein_random", "wasserstein_less"]

@@ -23,7 +23,7 @@ from entangle.model.layers import naming
 from entangle.model.packing import load_tensors, save_tensors
 from entangle.model.placing import check_in_memory
 from entangle.model.sampling import sample_inputs, sampled_places
-from entangle.model.text import TokenWindows, some_windows
+from entangle.model.text import TokenWindows, evenly_spaced
 from entangle.numerics.sparsity import Sparsity
 from entangle.pruning.calibration import HELD_OUT, calibrate
 from entangle.pruning.options import ONE, Clustering, Several, several
@@ -103,7 +103,7 @@ def disentangle(
     setup = Setup.of(
         model,
         windows,
-        some_windows(evaluation, HELD_OUT_WINDOWS),
+        evenly_spaced(evaluation, HELD_OUT_WINDOWS),
         run=run,
         layers=layers,
         batch_size=batch_size,
@@ -135,8 +135,8 @@ def disentangle(
         per_layer, by_quantile = layers_table(tree), quantiles_table(tree)
         store.save_table(per_layer, folder / "tables" / "layers.csv")
         store.save_table(by_quantile, folder / "tables" / "quantiles.csv")
-        words = markdown(attributes, per_layer, by_quantile)
-        store.save_text(words, folder / "tables" / "disentangle.md")
+        text = markdown(attributes, per_layer, by_quantile)
+        store.save_text(text, folder / "tables" / "disentangle.md")
         store.write_run(folder, [tree], attributes, stopwatch.log)
         folders.remove_folder(parts)
     return tree
@@ -155,8 +155,9 @@ def check_settings(
     mixtures = [count for count in dict.fromkeys(counts) if count > 1]
     if not parsed or not mixtures or min(counts) < 1:
         raise ValueError(
-            f"expected at least one sparsity, and numbers of experts of which one is above 1, got "
-            f"{', '.join(map(str, given)) or 'none'} and {', '.join(map(str, counts)) or 'none'}"
+            "expected at least one sparsity and one number of experts above 1, and none below 1, "
+            f"got sparsity {', '.join(map(str, given)) or 'none'} and experts "
+            f"{', '.join(map(str, counts)) or 'none'}"
         )
     arms = [ONE]
     for count in mixtures:
@@ -176,7 +177,7 @@ def _kept(run: xr.Dataset, layers: Sequence[str], neurons: Sequence[str]) -> dic
         layer, _, index = neuron.rpartition(":")
         if layer not in kept or neuron not in known:
             raise LookupError(
-                f"no neuron {neuron!r} in these layers of the run: expected LAYER:INDEX such as "
+                f"no neuron {neuron!r} in the chosen layers of the run: expected LAYER:INDEX, such as "
                 f"{known[run['layer'].to_numpy() == next(iter(kept))][-1]}"
             )
         if int(index) not in kept[layer]:

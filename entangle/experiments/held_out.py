@@ -34,13 +34,15 @@ def measure_layer(
     """
     outputs = layer.module(inputs)
     found = _clustered(calibrations, inputs, outputs, seed)
-    everyone, columns = torch.arange(layer.neurons), wasserstein.sorted_columns(outputs)
+    all_neurons, columns = torch.arange(layer.neurons), wasserstein.sorted_columns(outputs)
     shape = (layer.neurons, len(sparsities), len(calibrations))
     distance, lost = np.empty(shape), np.empty((*shape, 2))
     sparse = torch.empty(*shape[1:], len(inputs), len(kept))
     for place, sparsity in enumerate(sparsities):
         for arm, calibration in enumerate(calibrations):
-            pruned = sparse_neurons(layer, calibration, sparsity, everyone).outputs(layer)(inputs)
+            pruned = sparse_neurons(layer, calibration, sparsity, all_neurons).outputs(layer)(
+                inputs
+            )
             others = wasserstein.sorted_columns(pruned)
             distance[:, place, arm] = gaussian.between_sorted(columns, others)
             squares = (pruned.double() - outputs.double()).square_()
@@ -98,7 +100,7 @@ def _within(
     total, weight = np.zeros(()), np.zeros(())
     for cluster in assigned[0].unique():
         rows = [(one == cluster).nonzero().flatten() for one in assigned]
-        values = np.stack([measure(some) for some in rows])  # (clusterings, neurons)
+        values = np.stack([measure(part) for part in rows])  # (clusterings, neurons)
         known = np.isfinite(values).all(axis=0)
         total = total + np.where(known, values, 0.0) * len(rows[0])
         weight = weight + known * len(rows[0])

@@ -86,10 +86,10 @@ class Ablation:
         Raises:
             ValueError: a value is missing, not among the choices, or out of range.
         """
-        for words, choices in ((self.intervention, INTERVENTIONS), (self.sets, SETS)):
-            for word in words:
-                if word not in choices:
-                    raise ValueError(f"expected one of {', '.join(choices)}, got {word!r}")
+        for name, choices in (("intervention", INTERVENTIONS), ("sets", SETS)):
+            for value in getattr(self, name):
+                if value not in choices:
+                    raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
         for name in ("intervention", "sparsity", "experts", "sets", "share"):
             if not getattr(self, name):
                 raise ValueError(f"an ablation needs at least one value of {name}")
@@ -98,7 +98,7 @@ class Ablation:
                 raise ValueError(f"expected a share of neurons above 0 and at most 1, got {share}")
         if min(self.experts) < 1:
             raise ValueError(f"a layer needs at least 1 expert, got {min(self.experts)}")
-        if self.seeds < 1 and RANDOM in self.sets:
+        if self.seeds < 0 or (self.seeds == 0 and RANDOM in self.sets):
             raise ValueError(f"random neurons need at least 1 seed, got {self.seeds}")
 
     def arms(self, sets: Sequence[str], blocks: Sequence[int | None]) -> list[Arm]:

@@ -107,7 +107,9 @@ def plan(
     Histograms.zeros(1, bins=bins)
     source, options = source_of(model, revision, trust_remote_code)
     if is_expanded(Path(source)):
-        raise ValueError(f"{model} is an expanded model: plan the one that it was made from")
+        raise ValueError(
+            f"{model} is an expanded model: plan the dense model that it was made from"
+        )
     config = AutoConfig.from_pretrained(source, **options)
     stored = getattr(config, "dtype", None) or torch.float32
     kind: torch.dtype = stored if dtype == "auto" else getattr(torch, dtype)
@@ -134,12 +136,12 @@ def plan(
             save_model(small, tokenizer, folder / str(count))
             del small
         place = ["--offload", str(folder / "offloaded")] if offload else []
-        for name, words in commands.items():
+        for name, arguments in commands.items():
             # The first run is dropped: it compiles kernels that this machine has not compiled yet.
-            for count, some in ((1, few), (1, few), (1, more), (2, few), (2, more)):
-                size = ["--windows", str(some * batch_size)]
-                line = [name, str(folder / str(count)), *common, *size, *place, *words]
-                found[name].append(_run(line, folder / "out", count, some))
+            for count, size in ((1, few), (1, few), (1, more), (2, few), (2, more)):
+                drawn_windows = ["--windows", str(size * batch_size)]
+                line = [name, str(folder / str(count)), *common, *drawn_windows, *place, *arguments]
+                found[name].append(_run(line, folder / "out", count, size))
     hidden = batch_size * length * config.get_text_config(decoder=True).hidden_size * kind.itemsize
     block = sum(parameter.nbytes for parameter in find_blocks(whole)[1][0].parameters())
     first = [layer for layer in chosen if layer.block == chosen[0].block]
@@ -190,19 +192,21 @@ def _cut(config: Any, blocks: int) -> Any:
     return small
 
 
-def _run(words: Sequence[str], out: Path, blocks: int, batches: int) -> _Cost:
+def _run(arguments: Sequence[str], out: Path, blocks: int, batches: int) -> _Cost:
     """Run a command and return its cost.
 
     Raises:
         RuntimeError: the command fails.
     """
     begin = time.perf_counter()
-    line = [sys.executable, "-m", "entangle", *words, "--out", str(out), "--overwrite"]
+    line = [sys.executable, "-m", "entangle", *arguments, "--out", str(out), "--overwrite"]
     done = subprocess.run(line, capture_output=True, text=True, check=False)
     seconds = time.perf_counter() - begin
     if done.returncode:
-        said = done.stderr.strip().removeprefix("entangle: ") or f"exit code {done.returncode}"
-        raise RuntimeError(f"{words[0]} fails on {blocks} of the model's blocks: {said}")
+        problem = done.stderr.strip().removeprefix("entangle: ") or f"exit code {done.returncode}"
+        raise RuntimeError(
+            f"{arguments[0]} failed on {blocks} of the model's blocks with random weights: {problem}"
+        )
     log = json.loads((out / "log.json").read_text(encoding="utf-8"))
     disk = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
     device = log.get("peak_device_bytes", 0)
@@ -239,9 +243,9 @@ def _stage(
     last = with_all(one, one_more)
     seconds = last + (blocks - 1) * max(with_all(two, two_more) - last, 0.0)
     # Where weights and hidden states are held; an offloaded model holds them on the host.
-    there = "device" if one.device and block_bytes else "memory"
+    place = "device" if one.device and block_bytes else "memory"
     memory = {name: max(getattr(cost, name) for cost in costs) for name in ("memory", "device")}
-    memory[there] = rest(there) + known(blocks, batches)
+    memory[place] = rest(place) + known(blocks, batches)
     return Stage(
         command,
         memory["memory"],

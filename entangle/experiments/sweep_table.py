@@ -12,7 +12,7 @@ import pandas as pd
 from entangle.model.score import Score
 from entangle.pruning.options import EXPERT_DEFAULTS, OPTIONS, UNBUDGETED
 from entangle.runs import store
-from entangle.runs.dataset import say_skipped
+from entangle.runs.dataset import skipped_notes
 from entangle.runs.markdown import table_lines, with_error
 
 COSTS = (
@@ -50,8 +50,8 @@ def tables_of(results: Sequence[Mapping[str, Any]]) -> tuple[pd.DataFrame, pd.Da
         arm = {name: str(result.get(name, UNBUDGETED.get(name, ""))) for name in OPTIONS}
         arm["experts"] = result.get("experts", 1)
         scored, change = Score(found, result["tokens"]), Score(found - nats[0], result["tokens"])
-        usual = _uniform(result, results)
-        uniform = None if usual is None else Score(found - nats[usual], result["tokens"])
+        place = _uniform(result, results)
+        uniform = None if place is None else Score(found - nats[place], result["tokens"])
         pruned = pd.DataFrame(result["layers"])
         means = dict.fromkeys(
             ("error", "held_out_error"), 0.0 if result is results[0] else math.nan
@@ -160,8 +160,11 @@ def read_table(folder: str | Path) -> pd.DataFrame:
         ValueError: the table is of an older version, without multiply-adds.
     """
     table = store.read_table(folder, "sweep", TEXT)
+    table = table.rename(columns={"pull": "shrinkage"})  # its name before 0.2.0
     if "density" not in table:
-        raise ValueError(f"{folder} is a sweep of an older version of entangle: run it again")
+        raise ValueError(
+            f"{folder} was written by an older version of entangle: run the sweep again"
+        )
     return table
 
 
@@ -169,29 +172,30 @@ def markdown(table: pd.DataFrame) -> str:
     """Return a sweep's table in Markdown, below a paragraph on models, texts and units."""
     attributes, tokens = table.attrs, int(table["tokens"].max())
     lines = [
-        f"{attributes['model']}, {' '.join(attributes['layers'])} pruned by "
+        f"{attributes['model']}, layers {' '.join(attributes['layers'])} pruned, calibrated on "
         f"{attributes['tokens']:,} tokens of {attributes['text']} "
         f"({attributes['windows']} windows of {attributes['length']}), scored on {tokens:,} tokens "
         f"of {attributes['evaluation']} ({attributes['evaluation_windows']} windows of "
         f"{attributes['evaluation_length']} that do not overlap, each scored from its own start). "
-        "± is the standard error over windows; difference and ratio are to the dense model, "
-        "paired by window, as is the difference to uniform rows; layer error is the mean relative squared error of the layers' outputs "
-        "on the calibration's inputs, and on held-out inputs. Multiply-adds are those of a token's "
-        "non-zero weights in the pruned layers and of their routers, over the dense ones; stored "
-        "are the non-zero weights of all experts, over the dense ones; bytes are those of the "
-        "pruned layers, on disk and in memory.",
-        *say_skipped(attributes["skipped_parameters"], "pruned"),
+        "± is the standard error over windows. Difference and ratio compare with the dense model, and "
+        "`against uniform rows` with the arm with uniform rows, paired by window. Layer error is the "
+        "relative squared error of the layers' outputs on the calibration inputs, mean over layers; "
+        "held out is the same on held-out inputs. Multiply-adds are those of a token in the pruned "
+        "layers and their routers, divided by those of the dense layers. Stored is the number of "
+        "non-zero weights of all experts, divided by the number of weights of the dense layers. Disk "
+        "and memory are the sizes of the pruned layers.",
+        *skipped_notes(attributes["skipped_parameters"], "pruned"),
         "",
     ]
     arms = table[table["method"] != "dense"]
     mixtures = arms[arms["experts"] > 1]
-    words = [
+    names = [
         n for n in OPTIONS if n not in EXPERT_DEFAULTS or {*mixtures[n]} - {EXPERT_DEFAULTS[n]}
     ]
-    words = [name for name in words if name not in UNBUDGETED or _differs(arms, name)]
-    budgeted = any(name in words for name in UNBUDGETED)
+    names = [name for name in names if name not in UNBUDGETED or _differs(arms, name)]
+    budgeted = any(name in names for name in UNBUDGETED)
     if not len(mixtures):
-        words.remove("experts")
+        names.remove("experts")
     improved = table["held_out_improvement"].notna().any()
     heads = [
         "realised",
@@ -205,10 +209,10 @@ def markdown(table: pd.DataFrame) -> str:
     ]
     heads += ["improvement"] if improved else []
     heads += ["multiply-adds", "stored", "disk", "memory"]
-    rows = [[*words, *heads]]
+    rows = [[*names, *heads]]
     for row in table.to_dict(orient="records"):
-        cells = [str(row[name]) or "-" for name in words]
-        cells = cells if row["method"] != "dense" else ["dense", *["-"] * (len(words) - 1)]
+        cells = [str(row[name]) or "-" for name in names]
+        cells = cells if row["method"] != "dense" else ["dense", *["-"] * (len(names) - 1)]
         if row["problem"]:
             rows.append([*cells, *["-"] * len(heads)])
             continue
@@ -231,7 +235,7 @@ def markdown(table: pd.DataFrame) -> str:
             f"{row['memory_bytes'] / 1e6:,.4g} MB",
         ]
         rows.append(cells)
-    lines += [*table_lines(rows), *_remarks(table, words)]
+    lines += [*table_lines(rows), *_remarks(table, names)]
     return "\n".join(lines) + "\n"
 
 
@@ -250,11 +254,11 @@ def _range(row: Mapping[Any, Any], of: str) -> str:
     return "-" if not math.isfinite(ends[0]) else f"{ends[0]:.3f} to {ends[1]:.3f}"
 
 
-def _remarks(table: pd.DataFrame, words: Sequence[str]) -> list[str]:
-    """Return remarks on arms without a score and on damping above the usual 0.01."""
+def _remarks(table: pd.DataFrame, names: Sequence[str]) -> list[str]:
+    """Return remarks on arms without a score and on damping above the default of 0.01."""
     lines = []
     for row in table.to_dict(orient="records"):
-        arm = " ".join(str(row[name]) for name in words)
+        arm = " ".join(str(row[name]) for name in names)
         if row["problem"]:
             lines.append(f"\nNo score for {arm}: {row['problem']}")
         if row["damping"] > 0.01:

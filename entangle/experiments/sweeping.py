@@ -70,8 +70,8 @@ def sweep(
     Without a ``method`` all methods are run. Wanda and magnitude are run with one expert only.
     Arms that would be the same are run once: n:m is always a mask by row, magnitude uses no
     inputs, and one expert has no router. Budgets (see `zeros_of`) are made from a measured ``run``
-    of the model; masks by block beside masks by row, and n:m beside shares of zeros, are run
-    without a budget, as published. Arms with ``propagate="dense"`` share one pass over the
+    of the model; masks by block, if masks by row are run too, and n:m, if shares of zeros are
+    run too, have no budget, as published. Arms with ``propagate="dense"`` share one pass over the
     calibration windows. The model is restored at the end.
 
     With ``out`` the tables are written to that folder. A killed sweep resumes when it is called
@@ -122,8 +122,8 @@ def sweep(
         ValueError: as `sparsify`; the run was measured on other weights; or an evaluation window
             is also a calibration window.
     """
-    every: PruningOptions = {"method": METHODS, **options}
-    prunings = arms_of(**every)
+    all_options: PruningOptions = {"method": METHODS, **options}
+    prunings = arms_of(**all_options)
     check_in_memory(model, "a sweep")
     setup = Setup.of(
         model,
@@ -138,9 +138,9 @@ def sweep(
     check_layers(setup, [pruning.sparsity for pruning in prunings])
     attributes = setup.provenance() | budget_run(setup)
     attributes |= {"arms": [pruning.settings() for pruning in prunings]}
-    alike = dict.fromkeys(setup.blocks, 0.0)  # in place of OWL's ratios, not yet known
+    equal = dict.fromkeys(setup.blocks, 0.0)  # in place of OWL's ratios, which are not computed yet
     for arm in prunings:  # raise for an impossible budget before pruning starts
-        zeros_of(setup.layers, arm, run=setup.run, outliers=alike, seed=setup.seed)
+        zeros_of(setup.layers, arm, run=setup.run, outliers=equal, seed=setup.seed)
     outliers = functools.cache(lambda: block_outliers(setup.walk(), setup.layers))
     clusterings = list(dict.fromkeys(p.clustering for p in prunings if p.propagate == "dense"))
     stopwatch = Stopwatch()
@@ -176,7 +176,7 @@ def _calibrate_dense(setup: Setup, clusterings: Sequence[Clustering], folder: Pa
     """Save the missing calibrations of the dense model, block by block."""
     layers = setup.blocks
     files = {block: _files(folder, block, clusterings) for block in layers}
-    missing = {b: [c for c, file in some.items() if not file.exists()] for b, some in files.items()}
+    missing = {b: [c for c, file in one.items() if not file.exists()] for b, one in files.items()}
     missing = ranks.from_rank(0, missing)
     left = {block for block in files if missing[block]}
     if not left:
@@ -228,23 +228,23 @@ def _run_arm(
     Raises:
         NotFiniteError: the score of the dense model is not finite.
     """
-    words: Row = pruning.settings() if pruning else {"method": DENSE}
+    settings: Row = pruning.settings() if pruning else {"method": DENSE}
     nothing = {"window_nats": [None] * len(setup.evaluation or ()), "tokens": 0, "layers": []}
     dense = costs.model_multiply_adds(setup.model)
     with _restored(setup.model, setup.layers):
         try:
             pruned = _prune(setup, pruning, grams, outliers) if pruning else []
         except ValueError as error:
-            return words | nothing | {"problem": str(error)}, {}
+            return settings | nothing | {"problem": str(error)}, {}
         try:
             scored = setup.score()
         except NotFiniteError as error:
             if pruning is None:
                 raise
-            return words | nothing | {"problem": str(error)}, {}
+            return settings | nothing | {"problem": str(error)}, {}
         layers = find_layers(setup.model, [layer.name for layer in setup.layers])
         rows = [layer.row for layer in pruned]
-        found = words | {
+        found = settings | {
             "window_nats": scored.window_nats.tolist(),
             "tokens": scored.tokens,
             "realised": _share_of_zeros(weight_of(layer) for layer in layers),

@@ -63,9 +63,15 @@ def diff(
     wanted = set(names[matching(names, layers)])
     both = both[both["layer"].isin(wanted)]
     if both.empty:
+        lacking = sorted(wanted - set(dataset_of(other)["layer"].to_numpy().astype(str)))
+        why = (
+            f"the second run has no layer {lacking[0]}"
+            if lacking
+            else "they are dead, not finite or too inexact in one"
+        )
         raise LookupError(
-            f"the runs share no neuron with a distance: the first has layers such as {names[0]}, "
-            f"the other such as {dataset_of(other)['layer'].to_numpy()[0]}"
+            f"no neuron of the {len(wanted)} chosen layers of the first run is ranked in both runs: "
+            f"{why}"
         )
     both["first"], both["other"] = both["wasserstein_first"], both["wasserstein"]
     both["change"] = both["other"] - both["first"]

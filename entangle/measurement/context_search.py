@@ -140,7 +140,9 @@ def contexts(
     for name in names:
         check_neuron(data, name)
         if not np.isfinite(float(data["wasserstein"].sel(neuron=name))):
-            raise ValueError(f"{name} is dead or broken: it has no distribution to look at")
+            raise ValueError(
+                f"{name} is dead or broken, so it has no distance: choose another neuron"
+            )
     setup = Setup.of(
         model,
         windows,
@@ -152,9 +154,10 @@ def contexts(
     )
     if data.attrs.get("fingerprint") != windows.fingerprint:
         raise ValueError(
-            f"the run was measured on other windows than these ({windows.text}): its text is "
-            f"{data.attrs.get('text')}, {data.attrs.get('windows')} windows of "
-            f"{data.attrs.get('length')}, seed {data.attrs.get('seed')}"
+            f"the run was measured on other windows than these of {windows.text}: expected "
+            f"{data.attrs.get('windows')} windows of {data.attrs.get('length')} tokens from "
+            f"{data.attrs.get('text')}, as it was when measured, drawn with seed "
+            f"{data.attrs.get('seed')}"
         )
     decode = functools.partial(tokenizer.decode, clean_up_tokenization_spaces=False)
     found = []
@@ -300,7 +303,7 @@ def _chosen(outputs: Floats, modes: Sequence[float]) -> Iterator[tuple[str, int]
 
 
 def _modes(outputs: Floats, mean: float, std: float) -> list[float]:
-    """Return the modes, in output units: the peaks that `Histograms.modes` counts (see there)."""
+    """Return the modes, in output units: the peaks that `Histograms.modes` counts."""
     edges = mean + std * np.linspace(-8, 8, 321)
     counts = np.histogram(outputs, edges)[0].astype(np.float64)
     smooth = np.pad(gaussian_filter1d(counts, sigma=4, mode="constant"), 1)
@@ -315,8 +318,8 @@ def _frequent(
     """Return the frequent tokens with the largest shares of the distance, in descending order."""
     share = np.bincount(counted.kind, weights=shares)
     total = np.bincount(counted.kind, weights=outputs.astype(np.float64))
-    usual = counted.frequent
-    largest = usual[np.argsort(-share[usual], kind="stable")[:SHOWN]]
+    frequent = counted.frequent
+    largest = frequent[np.argsort(-share[frequent], kind="stable")[:SHOWN]]
     return [
         {
             "token": _named(int(counted.kinds[kind]), decode),

@@ -25,7 +25,7 @@ from entangle.model.packing import load_tensors, save_tensors
 from entangle.model.placing import input_device, is_offloaded
 from entangle.model.ranks import Shard
 from entangle.model.sampling import sample_inputs
-from entangle.model.text import TokenWindows, some_windows
+from entangle.model.text import TokenWindows, evenly_spaced
 from entangle.numerics.difficulty import Difficulty, mapping_difficulty
 from entangle.numerics.histograms import Histograms
 from entangle.runs import labelling, store
@@ -81,7 +81,9 @@ def measure(
             torchrun or with ``difficulty``.
     """
     if difficulty < 0:
-        raise ValueError(f"a difficulty needs at least one pair of tokens, got {difficulty}")
+        raise ValueError(
+            f"difficulty must be a number of pairs of tokens, 0 or more, got {difficulty}"
+        )
     setup = Setup.of(
         model,
         windows,
@@ -91,9 +93,10 @@ def measure(
         progress=progress,
     )
     recording = _Recording(setup, bins, _shard(shard, difficulty))
-    if shard is not None and not recording.mine:
+    if shard is not None and not recording.own:
         raise ValueError(
-            f"shard {shard} has no batch: there are {recording.count}, of {batch_size} windows each"
+            f"shard {shard} has no batch: the text has {recording.count} batches of {batch_size} "
+            "windows. Use fewer shards, or smaller batches"
         )
     attributes = setup.provenance() | {"bins": bins, "window_hashes": windows.hashes}
     attributes |= {"difficulty": difficulty} if difficulty else {}
@@ -126,15 +129,15 @@ def measure(
 
 
 def _tree(
-    every: Sequence[LinearLayer],
+    all_layers: Sequence[LinearLayer],
     layers: Sequence[LinearLayer],
     state: Histograms,
     norms: npt.NDArray[np.float64],
     attributes: Mapping[str, Any],
     difficulties: Mapping[str, Difficulty],
 ) -> xr.DataTree:
-    """Return the part of the run that holds ``layers``, which are some of ``every``."""
-    labels = labelling.labels_of(layers, every).assign(weight_norm=("neuron", norms))
+    """Return the part of the run that holds ``layers``, which are some of ``all_layers``."""
+    labels = labelling.labels_of(layers, all_layers).assign(weight_norm=("neuron", norms))
     tree = labelling.tree_of(state, labels, attributes)
     return labelling.with_difficulty(tree, difficulties) if difficulties else tree
 
@@ -150,22 +153,25 @@ def _joined(trees: Sequence[xr.DataTree]) -> xr.DataTree:
     return xr.DataTree.from_dict(whole)
 
 
-def _shard(words: str | None, difficulty: int) -> Shard:
+def _shard(text: str | None, difficulty: int) -> Shard:
     """Return the share of the batches that this process counts.
 
     Raises:
         ValueError: a shard is given under torchrun or together with a difficulty.
     """
-    if words is None:
+    if text is None:
         return ranks.shard()
     if ranks.count() > 1:
-        raise ValueError(f"under torchrun each process has its own share, got shard {words} too")
+        raise ValueError(
+            f"torchrun already divides the batches among its processes, got shard {text} too: leave "
+            "the shard out"
+        )
     if difficulty:
         raise ValueError(
-            f"the difficulty of a shard cannot be merged, got shard {words} and {difficulty} pairs "
-            "of tokens: measure it without shards"
+            f"the difficulty of a shard cannot be merged, got shard {text} and {difficulty} pairs "
+            "of tokens: measure the difficulty without shards"
         )
-    return Shard.parse(words)
+    return Shard.parse(text)
 
 
 # Layers, their histograms, and the norms of their neurons' weights (neurons,).
@@ -186,7 +192,7 @@ class _Recording:
         return len(self._all)
 
     @property
-    def mine(self) -> range:
+    def own(self) -> range:
         """Return the indices of the batches that this process counts."""
         return self.shard.batches(self.count)
 
@@ -194,17 +200,17 @@ class _Recording:
     def tokens(self) -> int:
         """Return how many tokens this process counts."""
         counted = self._all[0].shape[1] - self.setup.skip_first
-        return sum(len(self._all[number]) for number in self.mine) * counted
+        return sum(len(self._all[number]) for number in self.own) * counted
 
     @property
     def first_counts(self) -> bool:
         """Return whether this process counts the first batch, which always places the bins."""
-        return 0 in self.mine
+        return 0 in self.own
 
     @property
     def batches(self) -> list[torch.Tensor]:
         """Return the batches to run: the first, which places the bins, and the counted ones."""
-        numbers = [*self.mine] if self.first_counts else [0, *self.mine]
+        numbers = [*self.own] if self.first_counts else [0, *self.own]
         return [self._all[number] for number in numbers]
 
     @functools.cached_property
@@ -293,8 +299,8 @@ def _over_ranks(state: Histograms) -> Histograms:
 def _difficulties(setup: Setup, pairs: int) -> dict[str, Difficulty]:
     """Measure the mapping difficulty of each layer's neurons; return it by the layer's name."""
     assert setup.windows is not None
-    some = dataclasses.replace(setup, windows=some_windows(setup.windows, DIFFICULTY_WINDOWS))
-    walk, layers, last = some.walk(), setup.blocks, setup.last_block
+    sampled = dataclasses.replace(setup, windows=evenly_spaced(setup.windows, DIFFICULTY_WINDOWS))
+    walk, layers, last = sampled.walk(), setup.blocks, setup.last_block
     found = {}
     for block in tqdm(range(last + 1), unit="block", desc="difficulty", disable=not setup.progress):
         here = layers.get(block)

@@ -35,7 +35,7 @@ def merge(
     if not shards:
         raise ValueError("expected the folders of all shards of a run, got none")
     if Path(out).resolve() in {Path(folder).resolve() for folder in shards}:
-        raise ValueError(f"{out} is one of the shards: give the whole run another folder")
+        raise ValueError(f"{out} is one of the shards: choose another folder for the merged run")
     found: dict[Path, xr.DataTree] = {}
     for shard in shards:
         tree = store.open_run(shard)
@@ -63,25 +63,34 @@ def _attributes(shards: Mapping[Path, Mapping[Any, Any]]) -> dict[str, Any]:
     parts: dict[Shard, Path] = {}
     for folder, attributes in shards.items():
         if "shard" not in attributes:
-            raise ValueError(f"{folder} is a whole run, and no shard of one")
+            raise ValueError(f"{folder} is a whole run, not a shard: leave it out")
         names = {*about, *attributes} - {"shard", "tokens"}
         other = [n for n in sorted(names) if about.get(n) != attributes.get(n)]
         other.sort(key=lambda n: n == "command")  # name it last: it repeats the other settings
         if other:
             raise ValueError(
-                f"{folder} is no shard of the run that {first} is one of: {other[0]} is "
-                f"{attributes.get(other[0])!r}, not {about.get(other[0])!r}"
+                f"{folder} and {first} are shards of different runs: {other[0]} is "
+                f"{attributes.get(other[0])!r} in the first folder and {about.get(other[0])!r} in "
+                "the second"
             )
         shard = Shard.parse(attributes["shard"])
         if shard in parts:
-            raise ValueError(f"{parts[shard]} and {folder} are the same shard {shard}")
+            raise ValueError(
+                f"{parts[shard]} and {folder} are the same shard {shard}: give it once"
+            )
         parts[shard] = folder
     of = {shard.of for shard in parts}
     if len(of) > 1:
-        raise ValueError(f"expected shards of one number, got {' and '.join(map(str, parts))}")
+        raise ValueError(
+            "the shards are of runs with different numbers of shards: "
+            f"{' and '.join(map(str, parts))}"
+        )
     missing = [str(s) for s in (Shard(n, *of) for n in range(*of)) if s not in parts]
     if missing:
-        raise ValueError(f"of {len(parts) + len(missing)} shards {', '.join(missing)} is missing")
+        raise ValueError(
+            f"the run has {len(parts) + len(missing)} shards, of which {', '.join(missing)} "
+            f"{'is' if len(missing) == 1 else 'are'} missing: give all of them"
+        )
     tokens = sum(attributes["tokens"] for attributes in shards.values())
     whole = {name: value for name, value in about.items() if name != "shard"}
     return whole | {"tokens": tokens}

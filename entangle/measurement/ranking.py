@@ -76,9 +76,12 @@ def top_by_layer(
             most 1, or the count is below 1.
     """
     if (share is None) == (count is None):
-        raise ValueError("expected a share of each layer's neurons, or a count of them")
+        raise ValueError(
+            f"expected a share of each layer's neurons or a count of them, got share={share} and "
+            f"count={count}"
+        )
     if count is not None and count < 1:
-        raise ValueError(f"expected a count of at least 1 neuron of each layer, got {count}")
+        raise ValueError(f"expected a count of at least 1 neuron per layer, got {count}")
     if share is not None and not 0 < share <= 1:
         raise ValueError(f"expected a share of neurons above 0 and at most 1, got {share}")
     dataset = dataset_of(run)
@@ -143,9 +146,9 @@ def rank_correlations(
     blocks, roles = dataset["block"].to_numpy(), dataset["role"].to_numpy()
     ranked = trusted(dataset) & np.isfinite(variables[by])
     table = []
-    for name, every in rows_by_layer(dataset, layers).items():
-        rows = every[ranked[every]]
-        row = {"layer": name, "block": int(blocks[every[0]]), "role": str(roles[every[0]])}
+    for name, all_rows in rows_by_layer(dataset, layers).items():
+        rows = all_rows[ranked[all_rows]]
+        row = {"layer": name, "block": int(blocks[all_rows[0]]), "role": str(roles[all_rows[0]])}
         row |= {"neurons": len(rows)}
         for other in others:
             both = rows[np.isfinite(variables[other][rows])]
@@ -173,5 +176,8 @@ def _variable(dataset: xr.Dataset, name: str) -> npt.NDArray[np.float64]:
         LookupError: the run has no variable of this name.
     """
     if name not in dataset or dataset[name].dims != ("neuron",) or name in dataset.coords:
-        raise LookupError(f"the run has no variable {name!r}, but {', '.join(map(str, dataset))}")
+        names = [str(one) for one in dataset if dataset[one].dims == ("neuron",)]
+        raise LookupError(
+            f"the run has no variable {name!r} of neurons: expected one of {', '.join(names)}"
+        )
     return dataset[name].to_numpy().astype(float)

@@ -62,7 +62,7 @@ class Recorder:
                 forward pass did not finish.
         """
         if self.counter is None or self.counter.batches == 0:
-            raise RuntimeError("nothing is recorded: call the model inside the with block")
+            raise RuntimeError("nothing was recorded: call the model inside the with block")
         self.counter.check()
         counted = {"tokens": self.counter.tokens, "bins": self._all.bins}
         return labelling.to_tree(self.state(), self.layers, counted)

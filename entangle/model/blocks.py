@@ -33,9 +33,9 @@ from entangle.model.layers import LinearLayer, find_blocks
 from entangle.model.placing import input_device, is_offloaded, load_block, release_block
 
 Forward = Callable[..., Any]
-OTHERWISE = (
-    "the blocks of this model do not simply run one after the other on hidden states ({}), so it "
-    "cannot be run block by block"
+_NOT_IN_SEQUENCE = (
+    "this model cannot be run block by block, because its blocks do not run one after the other on "
+    "hidden states alone: {}"
 )
 
 
@@ -43,13 +43,16 @@ OTHERWISE = (
 class _Call:
     """The arguments of a call of a block, without the hidden states."""
 
+    block: int  # the index of the block
     leaves: list[Any]
     form: Any  # the tree structure of the leaves in (args, kwargs)
     named: bool  # whether the hidden states were a keyword argument
 
     @classmethod
-    def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple["_Call", torch.Tensor]:
-        """Return the call with these arguments, and its hidden states.
+    def of(
+        cls, block: int, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple["_Call", torch.Tensor]:
+        """Return the call of a block with these arguments, and its hidden states.
 
         Raises:
             ValueError: the arguments have no hidden states.
@@ -57,17 +60,20 @@ class _Call:
         named = not args
         hidden = kwargs.get("hidden_states") if named else args[0]
         if not isinstance(hidden, torch.Tensor):
-            raise ValueError("a block of this model is called without hidden states")
+            raise ValueError(
+                f"this model cannot be run block by block: block {block} is called without hidden "
+                "states"
+            )
         rest = {key: kwargs[key] for key in kwargs if not named or key != "hidden_states"}
         leaves, form = _pytree.tree_flatten((args[1:], rest))
-        return cls(leaves, form, named), hidden
+        return cls(block, leaves, form, named), hidden
 
     def __call__(self, block: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
         """Call a block with these arguments and ``hidden``, and return its hidden states."""
         args, kwargs = _pytree.tree_unflatten(self.leaves, self.form)
         if self.named:
-            return _hidden_of(block(*args, hidden_states=hidden, **kwargs))
-        return _hidden_of(block(hidden, *args, **kwargs))
+            return _hidden_of(block(*args, hidden_states=hidden, **kwargs), self.block)
+        return _hidden_of(block(hidden, *args, **kwargs), self.block)
 
     def sharing(self, other: "_Call | None") -> "_Call":
         """Return an equal call that shares its equal arguments with ``other``, to save memory."""
@@ -95,10 +101,11 @@ def _form(tensor: torch.Tensor) -> tuple[Any, ...]:
     return tensor.shape, tensor.stride(), tensor.dtype
 
 
-def _hidden_of(output: Any) -> torch.Tensor:
+def _hidden_of(output: Any, block: int) -> torch.Tensor:
     hidden = output[0] if isinstance(output, tuple | list) else output
     if not isinstance(hidden, torch.Tensor):
-        raise RuntimeError(OTHERWISE.format(f"one returns a {type(output).__name__}"))
+        fact = f"block {block} returns a {type(output).__name__}"
+        raise RuntimeError(_NOT_IN_SEQUENCE.format(fact))
     return hidden
 
 
@@ -146,9 +153,9 @@ class BlockWalk:
         self._extras: list[int | None] = []
         with torch.inference_mode():
             for batch in batches:
-                self._take_up(batch, skip_first)
+                self._add_batch(batch, skip_first)
         if not self._hidden:
-            raise ValueError("no batch to run: give at least one window")
+            raise ValueError("there is no batch to run: give at least one window")
 
         starts = itertools.accumulate((batch.size for batch in self.counted), initial=0)
         begun = zip(self.counted, starts if places is None else places, strict=False)
@@ -192,7 +199,7 @@ class BlockWalk:
                     other = before if before != layer.name else first
                     raise RuntimeError(
                         f"{layer.name} shares its input with {other} in some batches only: leave "
-                        "it out with a narrower pattern"
+                        f"{layer.name} out with a narrower pattern"
                     )
                 fired[layer.name] += 1
                 if first == layer.name:
@@ -282,7 +289,7 @@ class BlockWalk:
     def _where(self, hidden: torch.Tensor) -> torch.device:
         return torch.device("cpu") if self._offloaded else hidden.device
 
-    def _take_up(self, batch: Mapping[str, torch.Tensor], skip_first: int) -> None:
+    def _add_batch(self, batch: Mapping[str, torch.Tensor], skip_first: int) -> None:
         backbone = backbone_of(self.model)
         arguments = {name: value.to(self._device) for name, value in batch.items()}
         self.counted.append(counted_tokens(backbone, (), arguments, skip_first))
@@ -292,8 +299,10 @@ class BlockWalk:
         else:
             before, self._extras = _run_whole(backbone, self.blocks, arguments)
             calls, hidden = _run_short(backbone, self.blocks, arguments, self._extras)
-            if not all(map(_Call.equals, calls, before)):
-                raise RuntimeError(OTHERWISE.format("what they hand on is more than that"))
+            changed = [c.block for c, b in zip(calls, before, strict=True) if not c.equals(b)]
+            if changed:
+                fact = f"the other arguments of block {changed[0]} depend on earlier blocks"
+                raise RuntimeError(_NOT_IN_SEQUENCE.format(fact))
         self._calls.append(list(map(_Call.sharing, calls, before)))
         # Copied, since the model may keep a reference to its tensor.
         self._hidden.append(hidden.to(self._where(hidden), copy=True))
@@ -360,16 +369,18 @@ def _catch(
     def make(index: int, forward: Forward) -> Forward:
         def run(*args: Any, **kwargs: Any) -> Any:
             nonlocal first, last
-            call, hidden = _Call.of(args, kwargs)
+            call, hidden = _Call.of(index, args, kwargs)
             if index != len(calls):
-                raise RuntimeError(OTHERWISE.format(f"block {index} runs out of turn"))
+                fact = f"block {index} runs out of turn, after {len(calls)} others"
+                raise RuntimeError(_NOT_IN_SEQUENCE.format(fact))
             if first is None:
                 first = hidden
             elif not _same(hidden, last):
-                raise RuntimeError(OTHERWISE.format(f"something lies before block {index}"))
+                fact = f"the model changes the hidden states before block {index}"
+                raise RuntimeError(_NOT_IN_SEQUENCE.format(fact))
             output = output_of(index, hidden, lambda: forward(*args, **kwargs))
             # Copied, since code between the blocks may change it in place.
-            last = _hidden_of(output).clone()
+            last = _hidden_of(output, index).clone()
             calls.append(call)
             return output
 
@@ -378,7 +389,8 @@ def _catch(
     with _replaced(blocks, make):
         backbone(**arguments, use_cache=False)
     if first is None or len(calls) != len(blocks):
-        raise RuntimeError(OTHERWISE.format(f"{len(calls)} of {len(blocks)} ran"))
+        fact = f"only {len(calls)} of {len(blocks)} blocks ran"
+        raise RuntimeError(_NOT_IN_SEQUENCE.format(fact))
     return calls, first
 
 

@@ -61,8 +61,8 @@ class Mixture(nn.Module):
         rows = inputs.reshape(-1, width)
         shape = (*inputs.shape[:-1], self.out_features)
         if router is None:
-            everyone = torch.arange(len(rows), device=rows.device)
-            return self.many(rows, Routes(everyone, [len(rows)])).view(shape)
+            tokens = torch.arange(len(rows), device=rows.device)
+            return self.many(rows, Routes(tokens, [len(rows)])).view(shape)
         routes: Routes | None = self._kept(inputs)
         if routes is None:
             routes = router(inputs)
@@ -106,7 +106,7 @@ class ExpertLinear(Mixture):
         if not len(weight) == router.experts == len(counts):
             raise ValueError(
                 f"expected a weight and a count for each of the router's {router.experts} experts, "
-                f"got {len(weight)} and {len(counts)}"
+                f"got {len(weight)} weights and {len(counts)} counts"
             )
         if weight.shape[2] != router.inputs:
             raise ValueError(
@@ -175,8 +175,8 @@ class PackedLinear(Mixture):
 
     def _save_to_state_dict(self, *_: object) -> None:
         raise ValueError(
-            "the model's layers are packed, which is for running it only: load it with "
-            "packed=False to save it or to take its state"
+            "the model's layers are packed, and a packed model can only run: load it with "
+            "packed=False to save it or to read its state_dict"
         )
 
     def one(self, inputs: torch.Tensor) -> torch.Tensor:
@@ -247,8 +247,8 @@ def unpack(packed: Packed, shape: Sequence[int]) -> torch.Tensor:
     stored = torch.from_numpy(bits[:size]).bool()
     if len(packed.mask) != -(-size // 8) or int(stored.sum()) != len(packed.values):
         raise ValueError(
-            f"{len(packed.values)} values and a mask of {len(packed.mask)} bytes are no weight of "
-            f"{' x '.join(map(str, shape))}"
+            f"{len(packed.values)} values and a mask of {len(packed.mask)} bytes do not fit a "
+            f"weight of {' x '.join(map(str, shape))}"
         )
     weight = torch.zeros(size, dtype=packed.values.dtype)
     weight[stored] = packed.values

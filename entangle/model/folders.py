@@ -48,8 +48,8 @@ def new_folder(
     ):
         lock.release()
         raise FileExistsError(
-            f"{partial} holds unfinished work: run its command again to finish it (its run.json "
-            "has it), or say --overwrite to lose it"
+            f"{partial} is unfinished: run the command in its run.json again to resume it, or use "
+            "--overwrite to delete it"
         )
     try:
         if can_resume is None or not has_work(partial) or not can_resume(partial):
@@ -106,13 +106,15 @@ def check_target(target: Path, overwrite: bool) -> None:
     """
     if not target.exists():
         return
+    if not target.is_dir() or not (_is_run(target) or not any(target.iterdir())):
+        raise FileExistsError(
+            f"{target} exists and was not written by entangle: choose another name"
+        )
     if not overwrite:
-        raise FileExistsError(f"{target} exists already: choose another name or say --overwrite")
-    if not target.is_dir() or not (_is_ours(target) or not any(target.iterdir())):
-        raise FileExistsError(f"{target} is not a folder that entangle wrote: it is left alone")
+        raise FileExistsError(f"{target} exists: choose another name, or use --overwrite")
 
 
-def _is_ours(folder: Path) -> bool:
+def _is_run(folder: Path) -> bool:
     return (folder / "run.json").is_file()
 
 
@@ -127,16 +129,18 @@ def _claim(partial: Path, target: Path) -> FileLock:
     lock = FileLock(partial / ".lock", timeout=0)
     try:
         partial.mkdir(parents=True, exist_ok=True)
-        ours = (partial / ".lock").exists() or not any(partial.iterdir())
-        if ours:
+        usable = (partial / ".lock").exists() or not any(partial.iterdir())
+        if usable:
             lock.acquire()
     except Timeout as error:
-        raise BlockingIOError(f"another process is writing to {target}") from error
+        raise BlockingIOError(
+            f"another process is writing to {target}: wait until it ends, or choose another name"
+        ) from error
     except OSError as error:
         raise OSError(f"cannot write to {partial}: {error.strerror or error}") from error
-    if not ours:
+    if not usable:
         raise FileExistsError(
-            f"{partial} is in the way and entangle did not write it: move it or choose another name"
+            f"{partial} exists and was not written by entangle: move it, or choose another name"
         )
     return lock
 
@@ -174,7 +178,12 @@ def new_file(target: str | Path) -> Iterator[Path]:
     target = Path(target)
     # The suffix stays, since savefig and others choose the format by it.
     partial = target.with_name(f"{target.stem}.partial{target.suffix}")
-    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise OSError(f"cannot write {target}: {target.parent} is not a folder") from error
+    except OSError as error:
+        raise OSError(f"cannot write {target}: {error.strerror}") from error
     try:
         yield partial
         partial.replace(target)
@@ -207,8 +216,11 @@ def check_sums(folder: Path, expected: Mapping[str, str]) -> None:
     """
     for name, digest in expected.items():
         if not (folder / name).is_file():
-            raise ValueError(f"{folder} is damaged: {name} is missing, make or copy it again")
+            raise ValueError(
+                f"{folder} is damaged: {name} is missing. Make or copy the folder again"
+            )
         if sums(folder, [name])[name] != digest:
             raise ValueError(
-                f"{folder} is damaged: {name} is not the file that was written, make or copy it again"
+                f"{folder} is damaged: {name} does not match the SHA-256 sum of the file that was "
+                "written. Make or copy the folder again"
             )

@@ -33,9 +33,9 @@ class Generated:
 class _Clock(TextStreamer):
     """A streamer that records the time of each token, and passes the text on in whole words."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, say: Callable[[str], None]) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, on_text: Callable[[str], None]) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.say = say
+        self.on_text = on_text
         self.times: list[float] = []  # the first is the time of the prompt
 
     def put(self, value: torch.Tensor) -> None:
@@ -45,11 +45,11 @@ class _Clock(TextStreamer):
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         """Pass decoded text on."""
-        self.say(text)
+        self.on_text(text)
 
 
 @contextmanager
-def _no_settings(model: PreTrainedModel) -> Iterator[None]:
+def _default_settings(model: PreTrainedModel) -> Iterator[None]:
     """Replace the model's generation settings by defaults, without e.g. a repetition penalty."""
     kept, model.generation_config = model.generation_config, GenerationConfig()  # type: ignore[no-untyped-call]
     try:
@@ -74,11 +74,11 @@ def generate(
     prompt: str,
     *,
     tokens: int = 64,
-    say: Callable[[str], None] = lambda text: None,
+    on_text: Callable[[str], None] = lambda text: None,
 ) -> Generated:
     """Generate at most ``tokens`` tokens after the prompt, always the most likely one.
 
-    Generation stops at an end of sequence. ``say`` is called with the text as it is generated. The
+    Generation stops at an end of sequence. ``on_text`` is called with the text as it is generated. The
     model may be packed (see `load_model`).
 
     Raises:
@@ -88,15 +88,14 @@ def generate(
     prompt.encode()  # raises ValueError on bytes from the shell that are not UTF-8
     ids = tokenizer(prompt, return_tensors="pt", verbose=False)["input_ids"].to(input_device(model))
     longest = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    if not ids.numel() or tokens < 1:
-        raise ValueError(
-            f"expected a prompt of at least one token, and at least one token to write, got "
-            f"{ids.shape[1]} and {tokens}"
-        )
+    if not ids.numel():
+        raise ValueError("the prompt has 0 tokens: give at least one")
+    if tokens < 1:
+        raise ValueError(f"expected at least 1 token to generate after the prompt, got {tokens}")
     if longest is not None and ids.shape[1] + tokens > longest:
         raise ValueError(
-            f"a prompt of {ids.shape[1]} tokens and {tokens} to write are more than the "
-            f"{longest} that the model reads: ask for fewer, or give a shorter prompt"
+            f"a prompt of {ids.shape[1]} tokens and {tokens} generated tokens exceed the model's "
+            f"context of {longest} tokens: generate fewer, or give a shorter prompt"
         )
     end = model.generation_config.eos_token_id if model.generation_config else None
     end = tokenizer.eos_token_id if end is None else end
@@ -106,8 +105,8 @@ def generate(
         eos_token_id=end,
         pad_token_id=end[0] if isinstance(end, list) else end,
     )
-    clock = _Clock(tokenizer, say)
-    with torch.inference_mode(), _no_settings(model):
+    clock = _Clock(tokenizer, on_text)
+    with torch.inference_mode(), _default_settings(model):
         _compile(model, ids)
         found = model.generate(  # type: ignore[operator]
             ids,

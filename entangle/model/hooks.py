@@ -41,8 +41,8 @@ class CountedTokens:
         rows = values.detach().reshape(-1, values.shape[-1])
         if len(rows) != self.size:
             raise RuntimeError(
-                f"{layer.name} has {len(rows)} rows for a batch of {self.size} tokens: its rows "
-                "are no tokens, leave it out with a narrower pattern"
+                f"{layer.name} has {len(rows)} rows for a batch of {self.size} tokens, so its rows "
+                "are not tokens: leave the layer out with a narrower pattern"
             )
         return rows if self.keep is None else rows[self.keep.to(rows.device)]
 
@@ -94,8 +94,8 @@ class BatchCounter:
         """
         if self.running is not None:
             raise RuntimeError(
-                "a forward pass did not come to its end, so its layers have counted different "
-                "tokens: leave this recorder and record again"
+                "a forward pass did not run to its end, so the layers counted different tokens: "
+                "begin a new recording"
             )
         check_fired(self.fired, self.batches)
 
@@ -132,7 +132,9 @@ class BatchCounter:
                 of the batch.
         """
         if self.running is None or self._batch is None:
-            raise RuntimeError(f"{layer.name} ran outside a forward pass of its model")
+            raise RuntimeError(
+                f"{layer.name} ran outside a forward pass of its model: call only the model"
+            )
         rows = self._batch.rows(layer, values)
         self.fired[layer.name] += 1
         return rows
@@ -147,9 +149,9 @@ def check_fired(fired: Mapping[str, int], batches: int) -> None:
     wrong = [name for name, count in fired.items() if count != batches]
     if wrong:
         raise RuntimeError(
-            f"{len(wrong)} of {len(fired)} selected layers did not run once in each of {batches} "
-            f"batches, first {wrong[0]} ({fired[wrong[0]]} times): leave them out with a narrower "
-            "pattern"
+            f"{len(wrong)} of {len(fired)} selected layers did not run exactly once in each of "
+            f"{batches} batches, for example {wrong[0]} ({fired[wrong[0]]} times): leave these "
+            "layers out with a narrower pattern"
         )
 
 
@@ -169,8 +171,8 @@ def _real_tokens(
     shape = tuple(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
     if shape != (windows, past + length):
         raise ValueError(
-            f"expected an attention_mask of shape ({windows}, {past + length}), got {shape}: only "
-            "with that can padding be told from tokens"
+            f"expected an attention_mask of shape ({windows}, {past + length}), got {shape}: the "
+            "mask marks which tokens are padding"
         )
     real = mask != 0
     position = real.cumsum(dim=1) - 1
@@ -212,7 +214,7 @@ def recording_outputs(
 
     handles = []
     try:
-        for module in _entrances(model):
+        for module in _entry_modules(model):
             handles.append(module.register_forward_pre_hook(begin, with_kwargs=True))
             handles.append(module.register_forward_hook(end))
         for layer in layers:
@@ -262,11 +264,11 @@ def check_hooks(model: PreTrainedModel, skip_first: int) -> None:
         raise ValueError(f"skip_first must not be negative, got {skip_first}")
     if any(_is_compiled(module) for module in model.modules()):
         raise ValueError(
-            "a model that torch.compile has changed, or a part of it, does not run hooks: "
-            "pass the model as it was before"
+            "the model or a part of it is compiled, and compiled modules do not run hooks: pass "
+            "the model without torch.compile"
         )
     if not is_whole(model):
-        raise ValueError("some weights are not loaded: load the whole model first")
+        raise ValueError("some weights of the model are not loaded: load the whole model first")
 
 
 def _is_compiled(module: nn.Module) -> bool:
@@ -281,7 +283,7 @@ def _is_compiled(module: nn.Module) -> bool:
     )
 
 
-def _entrances(model: PreTrainedModel) -> set[nn.Module]:
+def _entry_modules(model: PreTrainedModel) -> set[nn.Module]:
     """Return the modules at which a forward pass may begin.
 
     They are several because OPT, for example, calls its decoder and not its backbone.

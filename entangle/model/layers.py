@@ -81,8 +81,8 @@ def check_prunable(layers: Sequence[LinearLayer], among: Sequence[LinearLayer] =
         assert isinstance(weight, torch.Tensor)
         if isinstance(layer.module, ExpertLinear):
             raise ValueError(
-                f"{layer.name} is expanded to {len(weight)} experts already: prune the dense model, "
-                "or leave the layer out with a narrower pattern"
+                f"{layer.name} is already expanded to {len(weight)} experts: prune the dense "
+                "model, or leave the layer out with a narrower pattern"
             )
         plain = type(weight) in {nn.Parameter, torch.Tensor} and weight.is_floating_point()
         if not plain or weight.element_size() < 2:
@@ -93,8 +93,8 @@ def check_prunable(layers: Sequence[LinearLayer], among: Sequence[LinearLayer] =
         others = sorted({*owners[_place(weight)]} - {layer.name})
         if others:
             raise ValueError(
-                f"{layer.name} and {others[0]} are one weight, which cannot be pruned for both: "
-                "leave both out with a narrower pattern"
+                f"{layer.name} and {others[0]} share one weight, and a shared weight cannot be "
+                "pruned: leave both layers out with a narrower pattern"
             )
 
 
@@ -111,11 +111,11 @@ def find_blocks(model: "PreTrainedModel") -> tuple[str, nn.ModuleList]:
     """
     if not hasattr(model, "config"):
         raise ValueError(
-            f"expected a model of transformers, got {type(model).__name__}: pass what it wraps"
+            f"expected a model of transformers, got {type(model).__name__}: pass the model inside"
         )
     if any(isinstance(module, PackedLinear) for module in model.modules()):
         raise ValueError(
-            "the model's layers are packed, which is for running it only: load it with "
+            "the model's layers are packed, and a packed model can only run: load it with "
             "packed=False to measure, prune or save it"
         )
     config = model.config.get_text_config(decoder=True)
@@ -128,7 +128,7 @@ def find_blocks(model: "PreTrainedModel") -> tuple[str, nn.ModuleList]:
             return name, module
     raise ValueError(
         f"found no list of {count} transformer blocks (num_hidden_layers) in "
-        f"{type(model).__name__}: is it a causal language model of transformers?"
+        f"{type(model).__name__}: give a causal language model of transformers"
     )
 
 

@@ -85,20 +85,20 @@ def load_model(
     if spread and (expanded or "gguf_file" in options):
         what = "an expanded model" if expanded else "a GGUF file"
         raise ValueError(
-            f"{name} is {what}, which is loaded whole: leave device_map and offload out"
+            f"{name} is {what}, which can only be loaded whole: leave out device_map and offload"
         )
     if offload is not None and Path(offload).exists() and not Path(offload).is_dir():
-        raise NotADirectoryError(f"offload needs a folder, and {offload} is a file")
+        raise NotADirectoryError(f"offload needs a folder, but {offload} is a file")
     if device_map is not None and ranks.count() > 1:
         raise ValueError(
-            "a device_map spreads one process over all devices, and under torchrun there are "
-            f"{ranks.count()}: leave it out, or run one process"
+            "device_map spreads a model over all devices, but torchrun started "
+            f"{ranks.count()} processes: leave out device_map, or run one process"
         )
     if expanded:
         return _load_expanded(Path(source), dtype, target, packed, trust_remote_code)
     with _explained(name):
         if spread:
-            options |= _places(source, options, device_map, offload, target)
+            options |= _placement(source, options, device_map, offload, target)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source,
             dtype=DTYPES[dtype],
@@ -110,8 +110,8 @@ def load_model(
     wrong = {*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])}
     if wrong:  # transformers initialises them at random
         raise ValueError(
-            f"cannot load {name}: {len(wrong)} of the weights that its configuration asks for "
-            f"are not in its files, or have another shape there, first {min(wrong)}"
+            f"cannot load {name}: {len(wrong)} of the weights of its configuration are missing in "
+            f"its files or have another shape, for example {min(wrong)}"
         )
     if "gguf_file" in options:  # dequantised by now; these attributes would save it as quantised
         vars(model).update(hf_quantizer=None, is_quantized=False)
@@ -123,7 +123,7 @@ def load_model(
     return on_device
 
 
-def _places(
+def _placement(
     source: str,
     options: dict[str, Any],
     device_map: str | None,
@@ -253,7 +253,7 @@ def _device(name: str) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         known = "auto, cpu" + "".join(f", cuda:{i}" for i in range(torch.cuda.device_count()))
-        raise ValueError(f"no device {name!r} here, expected one of {known}") from error
+        raise ValueError(f"cannot use the device {name!r}: expected one of {known}") from error
     return device
 
 
@@ -269,7 +269,7 @@ def source_of(
     path = Path(name)
     if path.suffix == ".gguf":
         if not path.is_file():
-            raise FileNotFoundError(f"there is no GGUF file at {path}")
+            raise FileNotFoundError(f"there is no GGUF file at {path}: check the path")
         return str(path.parent), options | {"gguf_file": path.name}
     if path.is_dir():
         if not (path / "config.json").is_file():
@@ -291,9 +291,13 @@ def _explained(name: str | Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # tokenizers raises bare Exceptions
-        where = "" if Path(name).exists() else "it is no folder here, and "
+        problem = (
+            "transformers failed"
+            if Path(name).exists()
+            else "there is no such folder, and transformers cannot load it from the hub"
+        )
         reason = textwrap.shorten(str(error) or type(error).__name__, 300, placeholder=" ...")
-        raise ValueError(f"cannot load {name}: {where}transformers says: {reason}") from error
+        raise ValueError(f"cannot load {name}: {problem}: {reason}") from error
 
 
 def weights_hash(model: PreTrainedModel) -> str:

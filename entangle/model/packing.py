@@ -2,7 +2,7 @@
 
 Beside config and tokenizer the folder holds ``dense.safetensors`` (the weights outside the expanded
 layers), ``experts/BLOCK.safetensors`` (the packed experts of a block) and ``expansion.json`` (the
-expanded layers, and the SHA-256 sums of these files). transformers knows none of these names, so it
+expanded layers, and the SHA-256 sums of these files). transformers does not use these names, so it
 fails to load the folder instead of initialising missing weights at random.
 """
 
@@ -42,8 +42,8 @@ def save_tensors(file: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     """
     with folders.new_file(file) as partial:
         try:
-            whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
-            save_file(whole, partial, metadata={"sha256": _sum(whole)})
+            contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+            save_file(contiguous, partial, metadata={"sha256": _sum(contiguous)})
         except SafetensorError as error:  # for example a full disk
             raise OSError(f"cannot write {file}: {error}") from error
 
@@ -59,9 +59,14 @@ def load_tensors(file: Path, device: torch.device | str = "cpu") -> Tensors:
             expected = (opened.metadata() or {}).get("sha256")
         tensors: Tensors = load_file(file, device=str(device))
     except SafetensorError as error:
-        raise OSError(f"{file} is damaged, delete it and run again: {error}") from error
+        raise OSError(
+            f"{file} is damaged ({error}): delete it and run the same command again"
+        ) from error
     if expected != _sum(tensors):
-        raise OSError(f"{file} is damaged, delete it and run again: it has not the bytes it had")
+        raise OSError(
+            f"{file} is damaged (it does not match its SHA-256 sum): delete it and run the same "
+            "command again"
+        )
     return tensors
 
 
@@ -263,11 +268,14 @@ def load_expanded(
         about = json.loads((folder / EXPANSION).read_text(encoding="utf-8"))
         version, described, expected = about["format"], about["layers"], dict(about["sha256"])
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder} is damaged: {EXPANSION} cannot be read ({error!r})") from error
+        raise ValueError(
+            f"{folder} is damaged: {EXPANSION} cannot be read ({error!r}). Make or copy the folder "
+            "again"
+        ) from error
     if version != _FORMAT:
         raise ValueError(
-            f"{folder} has format {version}, and this entangle reads format {_FORMAT}: "
-            "expand the model again, or use the version that wrote it"
+            f"{folder} has format {version}, but this version of entangle reads format {_FORMAT}: "
+            "expand the model again, or use the version that wrote the folder"
         )
     folders.check_sums(folder, expected)
     model = _empty_model(folder, trust_remote_code)
@@ -275,16 +283,19 @@ def load_expanded(
         blocks = {_file_of(layer["block"]) for layer in described.values()}
         unknown = {"config.json", DENSE, *blocks} - {*expected}
         if unknown:
-            raise ValueError(f"no sum of {min(unknown)}")
+            raise ValueError(f"it has no SHA-256 sum of {min(unknown)}")
         _fill(model, folder, described, dtype, packed)
     except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         reason = textwrap.shorten(str(error), 300, placeholder=" ...")  # torch's has many lines
         raise ValueError(
-            f"{folder} is damaged: {EXPANSION} and its files do not belong together ({reason})"
+            f"{folder} is damaged: {EXPANSION} and the other files do not belong together "
+            f"({reason}). Make or copy the folder again"
         ) from error
     empty = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if empty:
-        raise ValueError(f"{folder} is damaged: it has no weights for {empty[0]}")
+        raise ValueError(
+            f"{folder} is damaged: it has no weights for {empty[0]}. Make or copy the folder again"
+        )
     return model
 
 
@@ -317,11 +328,15 @@ def _fill(
     layers = {layer.name: layer for layer in find_layers(model)}
     for name, about in described.items():
         size = layers[name].neurons, layers[name].inputs
-        if (about["neurons"], about["inputs"]) != size:
-            raise ValueError(f"{name} is {size[0]} x {size[1]} in this model")
+        described_size = about["neurons"], about["inputs"]
+        if described_size != size:
+            raise ValueError(
+                f"{name} is {' x '.join(map(str, size))} in the model, but "
+                f"{' x '.join(map(str, described_size))} in {EXPANSION}"
+            )
     for block in dict.fromkeys(about["block"] for about in described.values()):
-        here = [layers[name] for name, about in described.items() if about["block"] == block]
-        load_experts(model, folder, here, described, dtype=dtype, packed=packed)
+        in_block = [layers[name] for name, about in described.items() if about["block"] == block]
+        load_experts(model, folder, in_block, described, dtype=dtype, packed=packed)
     # Cloned for the reason in `router_from`. assign=True keeps the dtypes of the file.
     dense = {name: tensor.clone() for name, tensor in load_tensors(folder / DENSE).items()}
     result = model.load_state_dict(dense, strict=False, assign=True)

@@ -28,16 +28,16 @@ def is_whole(model: nn.Module) -> bool:
     return all(not p.is_meta or id(p) in known for p in model.parameters())
 
 
-def check_in_memory(model: nn.Module, deed: str) -> None:
+def check_in_memory(model: nn.Module, action: str) -> None:
     """Check that no weights of a model are in files.
 
-    ``deed`` begins the error message.
+    ``action`` begins the error message.
 
     Raises:
         ValueError: some are.
     """
     if is_offloaded(model):
-        raise ValueError(f"{deed} needs the whole model in memory: load it without offload")
+        raise ValueError(f"{action} needs the whole model in memory: load it without offload")
 
 
 def input_device(model: nn.Module) -> torch.device:
@@ -112,7 +112,9 @@ def read_weight_from(layer: LinearLayer, file: Path, name: str) -> None:
         while hasattr(loader, "prefix"):  # accelerate's view of one module's weights
             loader, key = loader.dataset, loader.prefix + key
         if not hasattr(loader, "index"):
-            raise ValueError(f"{layer.name} is offloaded by hand: load the model with load_model")
+            raise ValueError(
+                f"{layer.name} was not offloaded by load_model: load the model with load_model"
+            )
         dtype = str(module.get_parameter("weight").dtype).removeprefix("torch.")
         loader.index[key] = {"safetensors_file": str(file), "weight_name": name, "dtype": dtype}
         loader.state_dict.pop(key, None)  # the weight on the host, which would be read first

@@ -65,9 +65,12 @@ def join() -> None:
     """
     backend = "gloo"
     if torch.cuda.is_available():
-        here, gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
-        if here > gpus:
-            raise ValueError(f"{here} processes cannot share {gpus} GPUs: start one for each")
+        processes, gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
+        if processes > gpus:
+            raise ValueError(
+                f"{processes} processes need as many GPUs, but this machine has {gpus}: start one "
+                "process for each GPU"
+            )
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         backend = "cpu:gloo,cuda:nccl"
     distributed.init_process_group(backend, timeout=TIMEOUT)
@@ -154,8 +157,8 @@ def _explaining() -> Iterator[None]:
         yield
     except RuntimeError as error:
         raise RuntimeError(
-            f"another process of the {count()} has ended or cannot be reached, so this one ends "
-            f"too: see what it said ({str(error).splitlines()[0][:200]})"
+            f"another of the {count()} processes has ended or cannot be reached, so this one ends "
+            f"too ({str(error).splitlines()[0][:200]}): read the error of the other process"
         ) from error
 
 
@@ -168,7 +171,9 @@ def on_rank_zero(write: Callable[..., object], *args: Any) -> None:
 
 @contextmanager
 def rank_zero_runs(what: object) -> Iterator[None]:
-    """Run the body on rank 0 while the others wait in `wait_for_rank_zero`, and tell them whether it failed.
+    """Run the body on rank 0 while the others wait in `wait_for_rank_zero`.
+
+    The others receive whether it failed.
 
     ``what`` describes the command and its inputs; it must be the same on all ranks.
 
@@ -192,7 +197,7 @@ def wait_for_rank_zero(what: object) -> None:
     """
     found = all_gather(repr(what))
     if found[0] is None:
-        raise StoppedError("rank 0 has an error")
+        raise StoppedError("rank 0 failed: read its error")
     _compare(found)
 
 
@@ -200,8 +205,8 @@ def _compare(found: list[Any]) -> None:
     other = [rank for rank, one in enumerate(found) if one != found[0]]
     if other:
         raise RuntimeError(
-            f"rank {other[0]} was started with other arguments, or has another model, text or "
-            "version, than rank 0: start all with the same command on the same files"
+            f"rank {other[0]} has other arguments or another model, text or version than rank 0: "
+            "start all processes with the same command and the same files"
         )
 
 
@@ -212,16 +217,16 @@ def raise_on_all_ranks() -> Iterator[None]:
     Raises:
         ValueError: the body raised it on a rank; the message is that of the first such rank.
     """
-    problem = None
+    message = None
     try:
         yield
     except ValueError as error:
         if count() == 1:
             raise
-        problem = str(error)
-    for said in all_gather(problem):
-        if said is not None:
-            raise ValueError(said)
+        message = str(error)
+    for first in all_gather(message):
+        if first is not None:
+            raise ValueError(first)
 
 
 def assign_owners(costs: Sequence[float]) -> list[int]:

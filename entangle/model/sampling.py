@@ -25,15 +25,15 @@ def walk_blocks(
         ValueError: as in `BlockWalk`.
     """
     batches = windows.batches(batch_size)
-    mine = ranks.shard().batches(len(batches))
+    own = ranks.shard().batches(len(batches))
     if len(batches) < ranks.count():
         # A ValueError would be recorded as an arm's problem, but fewer processes can resume the run.
         raise RuntimeError(
             f"{len(batches)} batches of {batch_size} windows are too few for {ranks.count()} "
             "processes: use a smaller batch size, more windows or fewer processes"
         )
-    places = [number * batch_size * windows.length for number in mine]
-    inputs = ({"input_ids": batches[number]} for number in mine)
+    places = [number * batch_size * windows.length for number in own]
+    inputs = ({"input_ids": batches[number]} for number in own)
     return BlockWalk(model, inputs, skip_first=skip_first, places=places)
 
 
@@ -47,16 +47,16 @@ def sample_inputs(
     inputs share the tensor.
     """
     chosen = _choose(walk, size, seed)
-    heard: dict[str, list[torch.Tensor]] = {}
+    recorded: dict[str, list[torch.Tensor]] = {}
 
     def on_inputs(layer: LinearLayer, rows: torch.Tensor) -> None:
-        parts = heard.setdefault(layer.name, [])
+        parts = recorded.setdefault(layer.name, [])
         parts.append(rows[chosen[len(parts)].to(rows.device)])
 
-    first = walk.record_inputs(layers, on_inputs, advance=advance)
+    owners = walk.record_inputs(layers, on_inputs, advance=advance)
     places = _places(walk, chosen)
-    rows = {name: ranks.gather(torch.cat(parts), places) for name, parts in heard.items()}
-    return {layer.name: rows[first[layer.name]] for layer in layers}
+    rows = {name: ranks.gather(torch.cat(parts), places) for name, parts in recorded.items()}
+    return {layer.name: rows[owners[layer.name]] for layer in layers}
 
 
 def sampled_places(walk: BlockWalk, size: int, seed: int) -> torch.Tensor:

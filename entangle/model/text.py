@@ -48,10 +48,10 @@ class TokenWindows:
             ValueError: the slice is empty, or its step is not positive.
         """
         if not isinstance(which, slice):
-            raise TypeError(f"windows are taken by slices such as windows[:8], got {which!r}")
+            raise TypeError(f"expected a slice of windows, such as windows[:8], got {which!r}")
         tokens = self.tokens[which]
         if not len(tokens):
-            raise ValueError(f"{which} leaves none of the {len(self)} windows")
+            raise ValueError(f"{which} selects none of the {len(self)} windows")
         return dataclasses.replace(self, tokens=tokens)
 
     @property
@@ -86,7 +86,7 @@ def token_windows(
     the order of the text.
 
     ``text`` is a source, as TEXT on the command line (see `read_documents`), or a list of documents.
-    ``bos`` tells whether each window begins with the tokenizer's beginning-of-sequence token:
+    ``bos`` sets whether each window begins with the tokenizer's beginning-of-sequence token:
     ``always``, ``never``, or ``auto``, if the tokenizer itself adds one.
 
     Raises:
@@ -96,7 +96,8 @@ def token_windows(
     """
     if (windows is not None and windows < 1) or length < 2:
         raise ValueError(
-            f"expected at least 1 window of at least 2 tokens, got {windows} of {length}"
+            f"expected at least 1 window of at least 2 tokens, got {windows} windows of {length} "
+            "tokens"
         )
     if isinstance(text, str | Path):
         source, documents = read_documents(text, purpose)
@@ -109,7 +110,7 @@ def token_windows(
     available = len(ids) // body
     if available == 0:
         raise ValueError(
-            f"{len(ids):,} tokens in {source}, fewer than one window of {length}: "
+            f"the text ({source}) has {len(ids):,} tokens, fewer than one window of {length}: "
             "give a longer text or a smaller length"
         )
     stream = np.asarray(ids, dtype=np.int64)[: available * body].reshape(available, body)
@@ -121,7 +122,7 @@ def token_windows(
     return TokenWindows(tokens, source, available, seed, bos)
 
 
-def some_windows(windows: TokenWindows, count: int) -> TokenWindows:
+def evenly_spaced(windows: TokenWindows, count: int) -> TokenWindows:
     """Return at most ``count`` of the windows, evenly spaced."""
     if len(windows) <= count:
         return windows
@@ -137,29 +138,25 @@ def check_windows(model: PreTrainedModel, windows: TokenWindows, skip_first: int
             tokens outside its vocabulary, or ``skip_first`` is negative or skips all tokens.
     """
     if not 0 <= skip_first < windows.length:
-        why = (
-            "it must not be negative"
-            if skip_first < 0
-            else f"leaving out the first {skip_first} tokens of windows of {windows.length} leaves none"
-        )
         raise ValueError(
-            f"expected skip_first from 0 to {windows.length - 1} for windows of {windows.length}, "
-            f"got {skip_first}: {why}"
+            f"expected skip_first from 0 to {windows.length - 1} for windows of {windows.length} "
+            f"tokens, got {skip_first}"
         )
     if model.training:
-        raise ValueError("the model is in training mode, where dropout is on: call model.eval()")
+        raise ValueError("the model is in training mode, which enables dropout: call model.eval()")
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if context is not None and windows.length > context:
         raise ValueError(
-            f"windows of {windows.length} tokens are longer than the model's context of {context}"
+            f"windows of {windows.length} tokens are longer than the model's context of {context}: "
+            "use a smaller length"
         )
     embedding = model.get_input_embeddings().weight
     assert isinstance(embedding, torch.Tensor)
     largest = int(windows.tokens.max())
     if largest >= len(embedding):
         raise ValueError(
-            f"the text has token {largest}, but the model knows {len(embedding)} tokens: "
-            "use the tokenizer that belongs to the model"
+            f"the text has token {largest}, but the model's vocabulary has {len(embedding)} "
+            "tokens: use the tokenizer of this model"
         )
 
 
@@ -173,8 +170,9 @@ def check_disjoint(calibration: TokenWindows, evaluation: TokenWindows) -> None:
     shared = sum(row.tobytes() in known for row in evaluation.tokens.numpy())
     if shared:
         raise ValueError(
-            f"{shared} of {len(evaluation)} evaluation windows ({evaluation.text}) are calibration "
-            f"windows too ({calibration.text}): a score on them would flatter, use another text"
+            f"{shared} of {len(evaluation)} evaluation windows ({evaluation.text}) are also "
+            f"calibration windows ({calibration.text}), so their score would be too good: use "
+            "another text"
         )
 
 
@@ -215,7 +213,8 @@ def read_documents(source: str | Path, purpose: Purpose = "calibration") -> tupl
     else:
         raise FileNotFoundError(
             f"there is no text at {textwrap.shorten(str(source), 100)}: expected a file, a folder "
-            "of *.txt, or hub:NAME[/CONFIG][:SPLIT][#COLUMN]; text itself goes in a list, [text]"
+            "of *.txt, or hub:NAME[/CONFIG][:SPLIT][#COLUMN]. In Python, give the text itself as a "
+            "list: [text]"
         )
     return str(path), [_read_file(file) for file in files]
 
@@ -254,8 +253,8 @@ def _read_hub(name: str) -> list[str]:
             continue
         if (column or "text") not in table.column_names:
             raise ValueError(
-                f"hub:{name} has no column {column or 'text'!r}, "
-                f"but {', '.join(table.column_names)}: name one with #COLUMN"
+                f"hub:{name} has no column {column or 'text'!r}; its columns are "
+                f"{', '.join(table.column_names)}: choose one with #COLUMN"
             )
         return [str(document) for document in table[column or "text"]]
     raise ValueError(f"could not read hub:{name}:\n" + "\n".join(problems))

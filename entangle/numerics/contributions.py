@@ -38,11 +38,16 @@ def bootstrap(
     other.
 
     Raises:
-        ValueError: the number of tokens is not a multiple of ``window``.
+        ValueError: ``window`` is less than 1, or the number of tokens is not a multiple of it.
     """
     rows = _rows(samples)
-    if window < 1 or len(rows) % window:
-        raise ValueError(f"expected whole windows of {window} tokens, got {len(rows)} tokens")
+    if window < 1:
+        raise ValueError(f"expected windows of at least 1 token, got a window of {window}")
+    if len(rows) % window:
+        raise ValueError(
+            f"expected whole windows of {window} tokens, got {len(rows)} tokens, which is not a "
+            f"multiple of {window}"
+        )
     windows = len(rows) // window
     drawn = np.random.default_rng(seed).integers(windows, size=(draws, windows))
     weights = np.stack([np.bincount(one, minlength=windows) for one in drawn]).astype(np.int32)

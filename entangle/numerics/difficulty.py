@@ -32,11 +32,13 @@ def mapping_difficulty(
     Raises:
         ValueError: the numbers of inputs and outputs differ, or ``pairs`` is below 1.
     """
-    if len(inputs) != len(outputs) or pairs < 1:
+    if len(inputs) != len(outputs):
         raise ValueError(
-            f"expected at least one pair, and outputs for {len(inputs)} inputs, got {pairs} pairs "
-            f"and outputs for {len(outputs)}"
+            f"expected inputs and outputs of the same tokens, got inputs of {len(inputs)} tokens "
+            f"and outputs of {len(outputs)}"
         )
+    if pairs < 1:
+        raise ValueError(f"expected at least 1 pair of tokens, got {pairs}")
     order = torch.from_numpy(np.random.default_rng(seed).permutation(len(inputs)))
     first, second = order[: len(order) // 2 * 2].to(inputs.device).view(-1, 2)[:pairs].unbind(1)
     apart = (inputs[first].double() - inputs[second].double()).norm(dim=1)  # (pairs,)

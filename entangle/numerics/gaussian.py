@@ -126,7 +126,8 @@ def between_sorted(columns: npt.NDArray[np.float32], others: npt.NDArray[np.floa
     """
     if columns.shape != others.shape:
         raise ValueError(
-            f"expected as many samples, got {columns.shape[::-1]} and {others.shape[::-1]}"
+            f"expected samples of equal shapes (tokens, neurons), got {columns.shape[::-1]} and "
+            f"{others.shape[::-1]}"
         )
     std = columns.std(axis=1, dtype=np.float64)
     distance: Array = np.abs(columns - others).mean(axis=1, dtype=np.float64)

@@ -149,11 +149,9 @@ class Histograms:
         """
         self._check(pilot)
         if len(pilot) == 0:
-            raise ValueError("the pilot has no rows: its batch holds no counted token")
+            raise ValueError("the pilot has no rows: the first batch needs a counted token")
         if torch.isfinite(self.center).any():
-            raise RuntimeError(
-                "the bins have their place already: start is called once, before add"
-            )
+            raise RuntimeError("the bins are already placed: call start only once, before add")
         mean, std = _mean_and_std(pilot)
         std = torch.where(torch.isfinite(std) & torch.isfinite(mean), std, 0.0)
         alive = std[std > 0]
@@ -175,9 +173,9 @@ class Histograms:
         """
         self._check(rows)
         if torch.isnan(self.center[:1]).any():
-            raise RuntimeError("the bins have no place yet: call start with the pilot's rows first")
-        if self.neurons and int(self.count[0]) + len(rows) > MAX_TOKENS:
-            raise OverflowError(f"a histogram counts at most {MAX_TOKENS} tokens")
+            raise RuntimeError("the bins are not placed yet: call start with the pilot before add")
+        if self.neurons:
+            _check_tokens(int(self.count[0]) + len(rows))
         for part in rows.detach().float().split(_EXACT_ROWS):
             self.count.add_(len(part))
             if part.device.type == "cpu":
@@ -208,17 +206,17 @@ class Histograms:
         """
         if self.counts.shape != other.counts.shape:
             raise ValueError(
-                f"cannot merge {self.neurons} neurons of {self.bins} bins with "
-                f"{other.neurons} of {other.bins}"
+                f"cannot merge histograms of {self.neurons} neurons of {self.bins} bins with those "
+                f"of {other.neurons} neurons of {other.bins} bins"
             )
         same = (self.center == other.center) & (self.scale == other.scale)
         if not bool(same.all()):
             raise ValueError(
-                f"{int((~same).sum())} of {self.neurons} neurons have their bins elsewhere in the "
-                "other state: only states of the same pilot, the first batch of a run, can merge"
+                f"{int((~same).sum())} of {self.neurons} neurons have other bins in the other "
+                "histograms: only histograms of the same pilot, the first batch, can be merged"
             )
-        if self.neurons and int((self.count + other.count).max()) > MAX_TOKENS:
-            raise OverflowError(f"a histogram counts at most {MAX_TOKENS} tokens")
+        if self.neurons:
+            _check_tokens(int((self.count + other.count).max()))
         merged = {name: tensor + getattr(other, name) for name, tensor in self.tensors().items()}
         merged |= {"center": self.center.clone(), "scale": self.scale.clone()}
         merged["minimum"] = torch.minimum(self.minimum, other.minimum)
@@ -243,12 +241,12 @@ class Histograms:
             most(high)
             if not torch.equal(low, high):
                 raise ValueError(
-                    f"{int((low != high).sum())} of {self.neurons} neurons have their bins elsewhere "
-                    "in another process: do all run on the same kind of machine?"
+                    f"{int((low != high).sum())} of {self.neurons} neurons have other bins in "
+                    "another process: run all processes on the same kind of machine"
                 )
-        add(self.count)  # first, since it tells whether the others overflow
-        if self.neurons and int(self.count.max()) > MAX_TOKENS:
-            raise OverflowError(f"a histogram counts at most {MAX_TOKENS} tokens")
+        add(self.count)  # first, to check that the other sums do not overflow
+        if self.neurons:
+            _check_tokens(int(self.count.max()))
         # Halves of 32 bits, whose sums do not overflow.
         high, low = self.tail_square >> 32, self.tail_square & (2**32 - 1)
         for tensor in (self.counts, self.steps, self.powers, self.tail_count, self.tail_excess):
@@ -315,12 +313,12 @@ class Histograms:
         center, width, counts = (t.cpu().numpy() for t in (self.center, self.width, self.counts))
         modes = np.zeros(self.neurons, np.int64)
         alive = np.flatnonzero(np.isfinite(moments.std))
-        for some in np.array_split(alive, len(alive) // 256 + 1):
-            mean, std = moments.mean[some, None], moments.std[some, None]
-            place = (mean + std * grid - center[some, None]) / width[some, None] + self.bins / 2
-            place = place.clip(0, self.bins)  # the grid in units of bins (some, points)
+        for part in np.array_split(alive, len(alive) // 256 + 1):
+            mean, std = moments.mean[part, None], moments.std[part, None]
+            place = (mean + std * grid - center[part, None]) / width[part, None] + self.bins / 2
+            place = place.clip(0, self.bins)  # the grid in units of bins (part, points)
             k = np.minimum(place.astype(np.int64), self.bins - 1)
-            inside = counts[some]
+            inside = counts[part]
             below = np.take_along_axis(np.cumsum(inside, axis=1) - inside, k, 1)
             cumulative = below + (place - k) * np.take_along_axis(inside, k, 1)
             smooth = gaussian_filter1d(np.diff(cumulative), sigma=0.2 * 20, mode="constant")
@@ -330,13 +328,18 @@ class Histograms:
             length = smooth.shape[1]
             least = np.repeat(0.05 * smooth.max(axis=1), length)
             peaks, _ = find_peaks(smooth.ravel(), prominence=least, wlen=2 * length + 1)
-            modes[some] = np.bincount(peaks // length, minlength=len(some))
+            modes[part] = np.bincount(peaks // length, minlength=len(part))
         return modes
 
     def edges(self, neuron: int) -> Array:
         """Return the edges of a neuron's bins (bins + 1,), in units of its output."""
         center, scale = float(self.center[neuron]), float(self.scale[neuron])
         return center + scale * np.linspace(-HALF_RANGE, HALF_RANGE, self.bins + 1)
+
+
+def _check_tokens(count: int) -> None:
+    if count > MAX_TOKENS:
+        raise OverflowError(f"a histogram counts at most {MAX_TOKENS} tokens, got {count}")
 
 
 def _mean_and_std(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

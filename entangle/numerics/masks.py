@@ -197,7 +197,7 @@ def sparse_gpt(
     solved = columns.new_zeros(len(factors), *columns.shape)
     for first, end, joint in _block_counts(neurons, inputs, sparsity):
         counts = torch.zeros(columns.shape[1], dtype=torch.int64)  # zeros of each row in this block
-        counts[:neurons] = _on_line(zeros, end, inputs) - _on_line(zeros, first, inputs)
+        counts[:neurons] = _zeros_before(zeros, end, inputs) - _zeros_before(zeros, first, inputs)
         square = torch.stack([factor.square(first, end) for factor in factors])
         block = columns[first:end].repeat(len(factors), 1, 1)  # (experts, columns, padded)
         finite = square.nan_to_num(posinf=0.0)  # a dead input is not updated
@@ -224,7 +224,7 @@ def sparse_gpt(
     )
 
 
-def _on_line(zeros: torch.Tensor, column: int, inputs: int) -> torch.Tensor:
+def _zeros_before(zeros: torch.Tensor, column: int, inputs: int) -> torch.Tensor:
     """Return how many zeros each row has before a column, if they are spread evenly."""
     return (zeros.double() * column / inputs).round().long()
 
@@ -239,16 +239,17 @@ def _check_zeros(zeros: torch.Tensor, weight: torch.Tensor, mask: Mask) -> torch
     neurons, inputs = weight.shape
     if mask == "block":
         raise ValueError(
-            "a mask by block chooses among all rows, so it takes no budget of rows: use mask row"
+            "the mask block chooses zeros among all rows, so rows have no budget: use mask row"
         )
     if zeros.shape != (neurons,) or zeros.is_floating_point():
         raise ValueError(
-            f"expected a whole number of zeros for each of {neurons} rows, got "
+            f"expected a whole number of zeros for each of {neurons} rows, got a tensor "
             f"{tuple(zeros.shape)} of {zeros.dtype}"
         )
     if bool(((zeros < 0) | (zeros > inputs)).any()):
         raise ValueError(
-            f"a row has {inputs} weights, got {int(zeros.min())} to {int(zeros.max())} zeros"
+            f"expected 0 to {inputs} zeros in each row of {inputs} weights, got "
+            f"{int(zeros.min())} to {int(zeros.max())} zeros"
         )
     return zeros.long().cpu()
 
@@ -267,8 +268,8 @@ def _check_finite(values: torch.Tensor, name: str) -> None:
     bad = int((~torch.isfinite(values)).sum())
     if bad:
         raise ValueError(
-            f"{bad:,} of the {name} are NaN or infinite: the model or its inputs overflow, "
-            "try another dtype, or leave the layer out with a narrower pattern"
+            f"{bad:,} of the {name} are NaN or infinite: try another dtype, or leave the layer out "
+            "with a narrower pattern"
         )
 
 
@@ -280,8 +281,9 @@ def check_group(inputs: int, sparsity: Sparsity) -> None:
     """
     if sparsity.group and inputs % sparsity.group:
         raise ValueError(
-            f"{sparsity} needs groups of {sparsity.group}, but there are {inputs} inputs: choose "
-            "groups that divide them, or leave the layer out with a narrower pattern"
+            f"sparsity {sparsity} needs groups of {sparsity.group}, which do not divide the "
+            f"layer's {inputs} inputs: use another sparsity, or leave the layer out with a "
+            "narrower pattern"
         )
 
 

@@ -12,8 +12,8 @@ from typing import Self
 import torch
 
 _PANEL = 256  # rows of a Gram that are computed together
-_WAITING = 4096  # rows that `ExpertMoments` buffers
-_LADDER = (0.01, 0.1, 1.0)  # damping, times the Gram's mean diagonal; first as published
+_BUFFERED = 4096  # rows that `ExpertMoments` buffers
+_DAMPING = (0.01, 0.1, 1.0)  # damping, times the Gram's mean diagonal; first as published
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -67,7 +67,7 @@ class InputMoments:
         """Return the moments of one expert, as a view: adding to it adds to these moments."""
         return type(self)(self.lower[index], self.count[index])
 
-    def some(self, experts: Sequence[int]) -> Self:
+    def of_experts(self, experts: Sequence[int]) -> Self:
         """Return a copy of the moments of some experts."""
         return type(self)(self.lower[list(experts)], self.count[list(experts)])
 
@@ -107,12 +107,12 @@ class ExpertMoments:
         """Take empty moments, and a router that returns the expert of each row (tokens, inputs)."""
         self._moments = moments
         self._assign = router
-        self._waiting: list[torch.Tensor] = []
+        self._buffer: list[torch.Tensor] = []
 
     def add(self, rows: torch.Tensor) -> None:
         """Add input rows (tokens, inputs) of any floating dtype to the moments of their experts."""
-        self._waiting.append(rows.detach().to(torch.float32, copy=True))
-        if sum(map(len, self._waiting)) >= _WAITING:
+        self._buffer.append(rows.detach().to(torch.float32, copy=True))
+        if sum(map(len, self._buffer)) >= _BUFFERED:
             self._flush()
 
     def moments(self) -> InputMoments:
@@ -121,10 +121,10 @@ class ExpertMoments:
         return self._moments
 
     def _flush(self) -> None:
-        if not self._waiting:
+        if not self._buffer:
             return
-        rows = torch.cat(self._waiting)
-        self._waiting.clear()
+        rows = torch.cat(self._buffer)
+        self._buffer.clear()
         chosen = self._assign(rows)
         for index in range(len(self._moments.count)):
             self._moments.expert(index).add(rows[chosen == index])
@@ -181,7 +181,10 @@ def inverse_factor(gram: torch.Tensor) -> InverseFactor:
     """
     mean = float(gram.diagonal().double().mean())
     if mean > 0:
-        for dtype, damping in [(torch.float32, _LADDER[0]), *((torch.float64, d) for d in _LADDER)]:
+        for dtype, damping in [
+            (torch.float32, _DAMPING[0]),
+            *((torch.float64, d) for d in _DAMPING),
+        ]:
             damped = gram.flip(0, 1).to(dtype)  # Cholesky reads its upper triangle
             damped.diagonal().add_(damping * mean)
             upper, failed = torch.linalg.cholesky_ex(damped, upper=True)
@@ -189,6 +192,6 @@ def inverse_factor(gram: torch.Tensor) -> InverseFactor:
             if not int(failed) and bool(root.sum().isfinite()):
                 return InverseFactor(root, gram.diagonal() == 0, damping)
     raise ValueError(
-        f"the Gram of {len(gram)} inputs is singular, damped by up to {_LADDER[-1]:g} times its mean "
-        f"diagonal ({mean:.3g}): did any token reach this layer?"
+        f"the Gram of {len(gram)} inputs is singular, even with a damping of {_DAMPING[-1]:g} "
+        f"times its mean diagonal ({mean:.3g}): leave the layer out with a narrower pattern"
     )

@@ -125,7 +125,10 @@ def router_of(parameters: Mapping[str, torch.Tensor]) -> Router:
         if set(parameters) == names:
             router: Router = kind(**parameters)
             return router
-    raise ValueError(f"no router has the parameters {', '.join(sorted(parameters)) or 'none'}")
+    raise ValueError(
+        "expected a router's parameters (matrix and bias, or key and edges), got the parameters "
+        f"{', '.join(sorted(parameters)) or 'none'}"
+    )
 
 
 def _version(inputs: torch.Tensor) -> int:
@@ -230,12 +233,14 @@ def find_clusters(
         ValueError: there are no rows, rows are not finite, or a number is out of range.
     """
     sample = rows.detach().float().cpu().numpy()
-    if experts < 1 or (components is not None and components < 0):
-        raise ValueError(f"expected experts >= 1, components >= 0, got {experts}, {components}")
+    if experts < 1:
+        raise ValueError(f"experts must be at least 1, got {experts}")
+    if components is not None and components < 0:
+        raise ValueError(f"components must be at least 0, got {components}")
     if not len(sample) or not np.isfinite(sample).all():
         raise ValueError(
-            f"no clusters can be found in {len(sample)} inputs, "
-            f"{int((~np.isfinite(sample)).any(axis=1).sum())} of them NaN or infinite"
+            f"clusters need finite inputs of at least 1 token, got {len(sample)} tokens, "
+            f"{int((~np.isfinite(sample)).any(axis=1).sum())} of them with NaN or infinite inputs"
         )
     tokens, inputs = sample.shape
     components = inputs // 32 if components is None else components
@@ -284,8 +289,8 @@ def fold(clusters: Clusters) -> CentroidRouter:
     # Subtract the largest cluster's column: a term common to all experts changes no choice, but
     # costs precision. A cluster of outliers would make the mean of the columns large, and rounding
     # would then confuse the other clusters.
-    usual = clusters.sizes.argmax()
-    matrix, bias = matrix - matrix[:, [usual]], bias - bias[usual]
+    largest = clusters.sizes.argmax()
+    matrix, bias = matrix - matrix[:, [largest]], bias - bias[largest]
     return CentroidRouter(torch.from_numpy(matrix).float(), torch.from_numpy(bias).float())
 
 
@@ -316,7 +321,9 @@ def random_router(inputs: int, sizes: torch.Tensor, *, seed: int = 0) -> RandomR
     """
     shares = sizes.double().cpu()
     if not len(shares) or not bool((shares >= 0).all()) or float(shares.sum()) <= 0:
-        raise ValueError(f"expected the sizes of clusters, got {shares.tolist()}")
+        raise ValueError(
+            f"expected sizes of clusters, none negative and one positive, got {shares.tolist()}"
+        )
     generator = torch.Generator().manual_seed(seed)
     key = torch.randint(-(2**62), 2**62, (inputs,), generator=generator) * 2 + 1
     edges = (shares.cumsum(0) / shares.sum())[:-1]

@@ -31,7 +31,7 @@ def largest_remainder(shares: npt.ArrayLike, sizes: npt.ArrayLike, total: int) -
     """
     sizes = np.asarray(sizes, dtype=np.int64)
     if not 0 <= total <= sizes.sum():
-        raise ValueError(f"{total:,} of {sizes.sum():,} weights cannot be pruned")
+        raise ValueError(f"expected to prune 0 to {sizes.sum():,} weights, got {total:,}")
     quotas = _shifted(np.asarray(shares, dtype=np.float64), sizes, total) * sizes
     counts: Counts = np.floor(quotas + 1e-9).astype(np.int64).clip(0, sizes)
     order = np.argsort(counts - quotas, kind="stable")
@@ -128,9 +128,9 @@ def sparsity_by_quality(weight: torch.Tensor, moments: InputMoments, sparsity: f
         counts = largest_remainder(shares, sizes, total)
         pruned = wanda(dense, moments, torch.from_numpy(counts))
         along = (products * pruned).double().sum(dim=1)
-        left = ((pruned @ gram) * pruned).double().sum(dim=1)
-        cosine = along / (energy * left).sqrt()
-        whole = along.sum() / (energy.sum() * left.sum()).sqrt()
+        pruned_energy = ((pruned @ gram) * pruned).double().sum(dim=1)
+        cosine = along / (energy * pruned_energy).sqrt()
+        whole = along.sum() / (energy.sum() * pruned_energy.sum()).sqrt()
         return float(whole), np.nan_to_num(cosine.cpu().numpy())
 
     sizes, uniform = np.full(neurons, inputs), np.full(neurons, sparsity)

@@ -91,21 +91,36 @@ class Sliced:
             ValueError: the inputs, the expert or the router do not fit these matrices.
         """
         experts = len(self.starts)
-        routed = expert is None and (matrix.shape, len(bias)) == ((self.inputs, experts), experts)
-        known = expert is not None and 0 <= expert < experts
-        if not (routed or known) or inputs.numel() != self.inputs:  # kernels would read beyond
+        self._check(inputs.numel(), [] if expert is None else [expert])
+        fits = (matrix.shape, len(bias)) == ((self.inputs, experts), experts)
+        if expert is None and not fits:
+            found = f"a matrix {matrix.shape} and {len(bias)} biases" if matrix.size else "neither"
             raise ValueError(
-                f"expected {self.inputs} inputs and one of {experts} experts, got "
-                f"{inputs.numel()} and {expert}, a router of {' x '.join(map(str, matrix.shape))}"
+                f"expected an expert, or a router with a matrix {(self.inputs, experts)} and "
+                f"{experts} biases, got {found}"
             )
-        found = torch.empty(*inputs.shape[:-1], self.neurons)
-        row, out = inputs.detach().float().numpy().ravel(), found.numpy().ravel()
+        outputs = torch.empty(*inputs.shape[:-1], self.neurons)
+        row, out = inputs.detach().float().numpy().ravel(), outputs.numpy().ravel()
         weight = self.values, self.columns, self.starts, self.order
         router = -1 if expert is None else expert, matrix, bias
         if torch.get_num_threads() == 1:  # starting threads costs as much as a small product
-            return found, int(multiply_alone(*weight, *router, row, out))
-        with threads.like_torch() as count:
-            return found, int(multiply_together(count, *weight, *router, row, out))
+            return outputs, int(multiply_alone(*weight, *router, row, out))
+        with threads.LikeTorch() as count:
+            return outputs, int(multiply_together(count, *weight, *router, row, out))
+
+    def _check(self, inputs: int, experts: Sequence[int]) -> None:
+        """Check the number of inputs and the experts: otherwise kernels would read out of bounds.
+
+        Raises:
+            ValueError: there are not as many inputs as in these matrices, or no such expert.
+        """
+        if inputs != self.inputs:
+            raise ValueError(f"expected {self.inputs} inputs, got {inputs}")
+        for expert in experts:
+            if not 0 <= expert < len(self.starts):
+                raise ValueError(
+                    f"expected an expert from 0 to {len(self.starts) - 1}, got {expert}"
+                )
 
     def product(self, rows: torch.Tensor, expert: int) -> torch.Tensor:
         """Return ``rows @ weight.T`` (tokens, neurons) float32 for rows (tokens, inputs).
@@ -130,13 +145,7 @@ class Sliced:
         Raises:
             ValueError: the expert does not exist, or the rows have another width.
         """
-        experts = len(self.starts)
-        wrong = next((expert for expert, *_ in spans if not 0 <= expert < experts), None)
-        if wrong is not None or rows.shape[1] != self.inputs:  # kernels would read beyond
-            raise ValueError(
-                f"expected {self.inputs} inputs and one of {experts} experts, got "
-                f"{rows.shape[1]} and {wrong}"
-            )
+        self._check(rows.shape[1], [expert for expert, *_ in spans])
         tiles = np.array(
             [
                 (expert, at, min(at + WIDE, last))
@@ -152,7 +161,7 @@ class Sliced:
             multiply_tiles(0, len(tiles), 1, tiles, *weight, *tokens, out.numpy())
         elif len(tiles):
             # Split each tile into parts, so that there is work for all threads.
-            with threads.like_torch() as count:
+            with threads.LikeTorch() as count:
                 parts = -(-2 * count // len(tiles))
                 multiply_tiles_together(parts, tiles, *weight, *tokens, out.numpy())
         return out
@@ -162,7 +171,7 @@ class Sliced:
         weight = torch.empty(self.neurons, self.inputs, dtype=self.dtype)
         bits = weight.view(torch.uint16) if self.dtype == torch.bfloat16 else weight
         starts, order = self.starts[expert], self.order[expert]
-        with threads.like_torch() as count:
+        with threads.LikeTorch() as count:
             fill_dense(count, self.values, self.columns, starts, order, bits.numpy())
         return weight
 

@@ -8,8 +8,6 @@ runs parallel kernels imports this one.
 
 import ctypes
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import numba
@@ -26,29 +24,37 @@ def _openmp() -> Any:
 def _start() -> None:
     """Start Numba's threads, and restore the numbers of threads of OpenMP and torch."""
     openmp, torch = _openmp(), sys.modules.get("torch")
-    before = None if openmp is None else int(openmp.omp_get_max_threads())
-    kept = None if torch is None else int(torch.get_num_threads())
-    most = int(numba.get_num_threads())
-    if before is not None:
-        openmp.omp_set_num_threads(before)
+    of_openmp = None if openmp is None else int(openmp.omp_get_max_threads())
+    of_torch = None if torch is None else int(torch.get_num_threads())
+    of_numba = int(numba.get_num_threads())  # starts them
+    if of_openmp is not None:
+        openmp.omp_set_num_threads(of_openmp)
     if torch is not None:
-        torch.set_num_threads(kept)
-    numba.set_num_threads(min(most, *(count for count in (before, kept) if count is not None)))
+        torch.set_num_threads(of_torch)
+    limits = (count for count in (of_openmp, of_torch) if count is not None)
+    numba.set_num_threads(min(of_numba, *limits))
 
 
 _start()
 
 
-@contextmanager
-def like_torch() -> Iterator[int]:
-    """Give Numba as many threads as torch has, within Numba's maximum, and yield the number.
+class LikeTorch:
+    """A context in which Numba has as many threads as torch, within Numba's maximum.
 
-    More threads than torch has cost time, since a kernel waits for all of them.
+    It gives their number. More threads than torch has cost time, since a kernel waits for all of
+    them.
     """
-    before = numba.get_num_threads()
-    threads: int = min(sys.modules["torch"].get_num_threads(), numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
-    numba.set_num_threads(threads)
-    try:
-        yield threads
-    finally:
-        numba.set_num_threads(before)
+
+    __slots__ = ("_before", "_threads")  # entered for each product of a token: it must be quick
+
+    def __enter__(self) -> int:
+        self._before: int = numba.get_num_threads()
+        torchs: int = sys.modules["torch"].get_num_threads()
+        self._threads: int = min(torchs, numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
+        if self._threads != self._before:
+            numba.set_num_threads(self._threads)
+        return int(self._threads)
+
+    def __exit__(self, *_: object) -> None:
+        if self._threads != self._before:
+            numba.set_num_threads(self._before)

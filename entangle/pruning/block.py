@@ -59,13 +59,13 @@ def prune_layers(
     pruned: list[_Weights] = []
     with ranks.raise_on_all_ranks():
         for layer, count in zip(layers, experts, strict=True):
-            whose, owners = owners[:count], owners[count:]
+            expert_owners, owners = owners[:count], owners[count:]
             calibration, rows = calibrations[layer.name], zeros.get(layer.name)
             with naming(layer):
-                pruned.append(_prune_mine(layer, calibration, pruning, rows, whose))
+                pruned.append(_prune_own(layer, calibration, pruning, rows, expert_owners))
     found = []
-    whose = ranks.assign_owners(sizes)
-    for layer, weights, owner in zip(layers, pruned, whose, strict=True):
+    layer_owners = ranks.assign_owners(sizes)
+    for layer, weights, owner in zip(layers, pruned, layer_owners, strict=True):
         weights.share()
         calibration, unseen = calibrations[layer.name], held_out.get(layer.name)
         found.append(_place(model, layer, calibration, weights, unseen, owner))
@@ -90,33 +90,36 @@ class _Weights:
             self.damping[:] = map(max, zip(*ranks.all_gather(self.damping), strict=True))
 
 
-def _prune_mine(
+def _prune_own(
     layer: LinearLayer,
     calibration: Calibration,
     pruning: Pruning,
     zeros: torch.Tensor | int | None,
     owners: list[int],
 ) -> _Weights:
+    """Prune the experts of a layer that this process owns."""
     weight, moments, router = weight_of(layer), calibration.moments, calibration.router
     if isinstance(zeros, int):
         pooled = moments if router is None else moments.pooled()
         shares = sparsity_by_quality(weight, pooled, zeros / weight.numel())
         sizes = [layer.inputs] * layer.neurons
         zeros = torch.from_numpy(largest_remainder(shares, sizes, zeros))
-    words: dict[str, Any] = {"method": pruning.method, "mask": pruning.mask}
+    options: dict[str, Any] = {"method": pruning.method, "mask": pruning.mask}
     share = pruning.sparsity if zeros is None else zeros
-    mine = [expert for expert, owner in enumerate(owners) if owner == ranks.rank()]
-    if len(mine) == len(owners):
+    own = [expert for expert, owner in enumerate(owners) if owner == ranks.rank()]
+    if len(own) == len(owners):
         moments = moments if router is None else moments.shrunk(pruning.shrinkage)
-        pruned = prune(weight, moments, share, **words)
+        pruned = prune(weight, moments, share, **options)
         return _Weights(pruned.weight, list(pruned.damping), owners)
     whole = weight.new_empty((*moments.count.shape, *weight.shape))
     damping = [0.0] * len(owners)
-    if mine:
-        some = moments if router is None else moments.shrunk(pruning.shrinkage).some(mine)
-        pruned = prune(weight, some, share, **words)
-        whole[mine] = pruned.weight
-        for expert, one in zip(mine, pruned.damping, strict=True):
+    if own:
+        own_moments = (
+            moments if router is None else moments.shrunk(pruning.shrinkage).of_experts(own)
+        )
+        pruned = prune(weight, own_moments, share, **options)
+        whole[own] = pruned.weight
+        for expert, one in zip(own, pruned.damping, strict=True):
             damping[expert] = one
     return _Weights(whole, damping, owners)
 

@@ -72,22 +72,22 @@ def zeros_of(
     if not pruning.budgeted:
         return {}
     if pruning.needs_run and run is None:
-        raise ValueError(f"budget {budget} across {across} needs a measured run: give one")
+        raise ValueError(f"budget {budget} across {across} needs a measured run: pass it as run")
     sizes = np.array([layer.neurons * layer.inputs for layer in layers])
     totals = np.array([layer.neurons * round(sparsity.share * layer.inputs) for layer in layers])
     if across != UNIFORM:
         scores = _scores(layers, across, run, outliers, seed)
         if len(scores) == 1:
             raise ValueError(
-                f"across {across} moves weights between blocks, but all layers are of block "
-                f"{layers[0].block}: choose more layers, or across uniform"
+                f"across {across} moves weights between blocks, but all chosen layers are in block "
+                f"{layers[0].block}: choose layers of several blocks, or across uniform"
             )
         blocks = np.array([layer.block for layer in layers])
         weights = [sizes[blocks == block].sum() for block in scores]
         width = WIDTH if across in {"depth", "owl"} else ENTANGLED_WIDTH
-        spread_out = sparsity_by_score(sparsity.share, [*scores.values()], weights, width)
-        spared = dict(zip(scores, spread_out, strict=True))
-        shares = np.array([spared[block] for block in blocks.tolist()])
+        by_score = sparsity_by_score(sparsity.share, [*scores.values()], weights, width)
+        by_block = dict(zip(scores, by_score, strict=True))
+        shares = np.array([by_block[block] for block in blocks.tolist()])
         totals = largest_remainder(shares, sizes, int(totals.sum()))
     if budget == TRIM:
         return {layer.name: int(total) for layer, total in zip(layers, totals, strict=True)}
@@ -153,7 +153,9 @@ def _scores(
         return {block: -float(block) for block in blocks}
     if across == "owl":
         if outliers is None:
-            raise ValueError("across owl needs the outlier ratios of the blocks")
+            raise ValueError(
+                "across owl needs the outlier ratios of the blocks: pass them as outliers"
+            )
         return {block: outliers[block] for block in blocks}
     assert data is not None  # needs_run
     found = {}
@@ -163,8 +165,8 @@ def _scores(
     shares = [*found.values()]
     if len(blocks) > 1 and len({*shares}) == 1:
         raise ValueError(
-            f"across {across} has nothing to go by: all blocks have the same share of neurons with "
-            f"a distance above {ENTANGLED}, {shares[0]:.3g}"
+            f"across {across} needs blocks that differ, but all blocks have the same share of "
+            f"neurons with a distance above {ENTANGLED}, {shares[0]:.3g}: choose another value of across"
         )
     if across == SHUFFLED and len(blocks) > 1:
         rng, drawn = np.random.default_rng(seed), shares

@@ -34,20 +34,20 @@ Outputs = Callable[
 class SparseNeurons:
     """The pruned weights of some neurons of a layer, for one expert or several."""
 
-    neurons: torch.Tensor  # (some,) int64, ascending
-    weight: torch.Tensor  # ([experts,] some, inputs)
+    neurons: torch.Tensor  # (chosen,) int64, ascending
+    weight: torch.Tensor  # ([experts,] chosen, inputs)
     router: Router | None
     counts: list[int]  # calibration tokens of each expert
     owns_router: bool = True  # False if another layer with the same inputs owns it
 
     def among(self, neurons: torch.Tensor) -> "SparseNeurons":
-        """Return the rows of some of these neurons (some,), ascending."""
+        """Return the rows of some of these neurons, whose indices are ascending."""
         places = torch.searchsorted(self.neurons, neurons)
         weight = self.weight.index_select(-2, places)
         return dataclasses.replace(self, neurons=neurons, weight=weight)
 
     def outputs(self, layer: LinearLayer) -> Outputs:
-        """Return a function from the layer's inputs to the outputs (..., some), bias included."""
+        """Return a function from the layer's inputs to the outputs (..., chosen), bias included."""
         bias = getattr(layer.module, "bias", None)
         bias = None if bias is None else bias.detach()[self.neurons]
         if self.router is not None:
@@ -80,17 +80,17 @@ def prune_neurons(
             continue
         here = layers[block]
         found = calibrate(inputs, here, clusterings, seed=setup.seed, advance=block < last)
-        mine = ranks.shard().batches(len(wanted))
+        own = ranks.shard().batches(len(wanted))
         with ranks.raise_on_all_ranks():  # each process prunes a part of them
-            for clustering, sparsity in itertools.islice(wanted, mine.start, None, mine.step):
+            for clustering, sparsity in itertools.islice(wanted, own.start, None, own.step):
                 rows = wanted[clustering, sparsity]
                 tensors: dict[str, torch.Tensor] = {}
                 for layer in here:
                     if layer.name in rows:
-                        some = torch.tensor(sorted(rows[layer.name]), dtype=torch.int64)
+                        neurons = torch.tensor(sorted(rows[layer.name]), dtype=torch.int64)
                         with naming(layer):
                             calibration = found[clustering][layer.name]
-                            pruned = sparse_neurons(layer, calibration, sparsity, some)
+                            pruned = sparse_neurons(layer, calibration, sparsity, neurons)
                         tensors |= _tensors(layer.name, pruned)
                 save_tensors(_file(folder, block, (clustering, sparsity)), tensors)
 
@@ -132,13 +132,13 @@ def load_neurons(
         tensors = load_tensors(_file(folder, block, kind), device)
         routers: list[Router] = []  # layers with the same inputs share one router
         for name in (layer.name for layer in here):
-            own = None if kind[0] == ONE else router_from(name, tensors)
-            router = next((one for one in routers if own and _equal(one, own)), own)
-            if own is not None and router is own:
-                routers.append(own)
+            saved = None if kind[0] == ONE else router_from(name, tensors)
+            router = next((one for one in routers if saved and _equal(one, saved)), saved)
+            if saved is not None and router is saved:
+                routers.append(saved)
             parts = (tensors[f"{name} neurons"], tensors[f"{name} weight"])
             counts = tensors[f"{name} counts"].tolist()
-            rows = SparseNeurons(*parts, router, counts, owns_router=router is own)
+            rows = SparseNeurons(*parts, router, counts, owns_router=router is saved)
             found[name] = rows.among(neurons[name])
     return found
 

@@ -115,26 +115,42 @@ class Option:
 class Pruning:
     """How the layers of a model are pruned."""
 
-    method: Annotated[Method, Option("how weights are chosen and solved")] = "sparsegpt"
+    method: Annotated[Method, Option("method of pruning")] = "sparsegpt"
     mask: Annotated[
-        Mask, Option("row: each neuron has exactly the sparsity; block: chosen per 128 columns")
+        Mask,
+        Option(
+            "mask of the zeros: with row each neuron has exactly the sparsity, with block zeros are "
+            "chosen per 128 columns over all rows"
+        ),
     ] = "row"
     propagate: Annotated[
         Propagate,
-        Option("prune a block for the inputs from the pruned blocks before it or the dense ones"),
+        Option(
+            "inputs that a block is calibrated on: from the pruned blocks before it (sparse), or from "
+            "the dense blocks (dense)"
+        ),
     ] = "sparse"
     experts: Annotated[
         int,
-        Option("pruned copies of each layer, one for each cluster of its inputs", read_count, "N"),
+        Option(
+            "number of pruned copies of each layer, one for each cluster of its inputs; 1 is plain "
+            "pruning",
+            read_count,
+            "N",
+        ),
     ] = 1
     assign: Annotated[
         Assign,
-        Option("tokens to experts by k-means or, as a control, at random", scope="experts"),
+        Option(
+            "how tokens are assigned to experts: by k-means (kmeans), or at random as a control "
+            "(random)",
+            scope="experts",
+        ),
     ] = "kmeans"
     components: Annotated[
         int | None,
         Option(
-            "of PCA before k-means, 0 for none, auto for inputs // 32",
+            "number of PCA components before k-means; 0: no PCA; auto: inputs // 32",
             _count_or_auto,
             "N",
             "experts",
@@ -143,7 +159,8 @@ class Pruning:
     shrinkage: Annotated[
         float,
         Option(
-            "an expert's Gram is shrunk towards all tokens' by so many times its width in tokens",
+            "shrinkage of each expert's Gram towards the pooled Gram: the number of average tokens "
+            "that are added to it, divided by the layer's inputs; 0: no shrinkage",
             read_number,
             "X",
             "experts",
@@ -152,9 +169,10 @@ class Pruning:
     budget: Annotated[
         Budget,
         Option(
-            "rows alike (uniform), or graded by what RUN measured of their neurons, as "
-            "RUN[:VARIABLE] with wasserstein*std (default), wasserstein, std, ranks (the sum of "
-            "both's), kurtosis, weight_norm, shuffled (the control) or uniform; or trim, TRIM's rule",
+            "how a layer's weights are divided among its rows: uniform, trim (TRIM's rule), or "
+            "RUN[:VARIABLE], by a variable of the measured run RUN: wasserstein*std (default), "
+            "wasserstein, std, ranks (the sum of the ranks of these two), kurtosis, weight_norm, "
+            "shuffled (the default one shuffled, as a control) or uniform (if only --across uses RUN)",
             metavar="RUN[:VARIABLE]",
             scope="budget",
         ),
@@ -162,8 +180,8 @@ class Pruning:
     strength: Annotated[
         float,
         Option(
-            "how much graded rows differ, from 0 to 1; in sparsify auto chooses it, and the "
-            "variable if none is named, on a fourth of the calibration windows set aside",
+            "how much the sparsities of a layer's rows differ if --budget is by a variable of RUN, "
+            "from 0 (not at all) to 1",
             _number_or_auto,
             "X",
             "budget",
@@ -172,14 +190,18 @@ class Pruning:
     across: Annotated[
         Across,
         Option(
-            "blocks alike (uniform), or denser by their share of entangled neurons in --budget's "
-            "RUN (entanglement), by shares shuffled over blocks, by depth or by OWL's rule",
+            "how weights are divided among blocks: uniform; entanglement, by each block's share of "
+            "entangled neurons in --budget's RUN; shuffled, these shares shuffled as a control; "
+            "depth, more in early blocks; or owl, OWL's rule",
             scope="budget",
         ),
     ] = UNIFORM
     sparsity: Annotated[
         Sparsity,
-        Option("share of zeros such as 0.8, or n:m, n kept of every m such as 2:4", metavar="S"),
+        Option(
+            "share of zeros, such as 0.8, or n:m, such as 2:4: of every m weights n are kept",
+            metavar="S",
+        ),
     ]
 
     @classmethod
@@ -195,7 +217,9 @@ class Pruning:
         check_names(values)
         for name, value in values.items():
             if _is_several(value):
-                raise ValueError(f"{name} takes one value here, got {value!r}: sweep takes several")
+                raise ValueError(
+                    f"{name} takes one value here, got {value!r}: use sweep for several values"
+                )
             choices = OPTIONS[name].choices
             if choices and value not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
@@ -215,24 +239,28 @@ class Pruning:
             raise ValueError(f"a layer needs at least 1 expert, got experts={self.experts!r}")
         components = self.components
         if components is not None and (not isinstance(components, int) or components < 0):
-            raise ValueError(f"components must not be negative (0: no PCA), got {components!r}")
+            raise ValueError(
+                f"components must be a number that is not negative (0: no PCA), got {components!r}"
+            )
         if not isinstance(self.shrinkage, int | float) or not 0 <= self.shrinkage < math.inf:
             raise ValueError(
                 f"shrinkage must be a number that is not negative, got {self.shrinkage!r}"
             )
         if self.experts > 1 and self.method != "sparsegpt":
             raise ValueError(
-                f"experts are pruned by sparsegpt, got {self.experts} experts and "
-                f"{self.method}: use one expert or method sparsegpt"
+                f"several experts need method sparsegpt, got {self.experts} experts and method "
+                f"{self.method}: use sparsegpt, or one expert"
             )
         if not isinstance(self.strength, int | float) or not 0 <= self.strength <= 1:
-            raise ValueError(f"strength must be from 0 to 1, got {self.strength!r}")
+            raise ValueError(f"strength must be a number from 0 to 1, got {self.strength!r}")
         if self.budgeted and (self.mask == "block" or self.sparsity.group):
-            why = "a mask by block chooses among all rows"
-            why = f"{self.sparsity} fixes every row's zeros" if self.sparsity.group else why
+            why = "mask block chooses the zeros among all rows"
+            why = (
+                f"sparsity {self.sparsity} fixes every row's zeros" if self.sparsity.group else why
+            )
             raise ValueError(
-                f"budget {self.budget} across {self.across} says how many weights each row "
-                f"keeps, but {why}: use a mask by row and a share of zeros"
+                f"budget {self.budget} across {self.across} sets the number of weights that each "
+                f"row keeps, but {why}: use mask row and a share of zeros"
             )
 
     @property
@@ -253,13 +281,13 @@ class Pruning:
     def settings(self) -> dict[str, Any]:
         """Return the options for run.json, without those of experts or a budget that are unused."""
         scopes = {"every": True, "experts": self.experts > 1, "budget": self.budgeted}
-        words = {name: getattr(self, name) for name, one in OPTIONS.items() if scopes[one.scope]}
-        words |= {"sparsity": str(self.sparsity)}
-        if words.get("components", 0) is None:
-            words["components"] = "auto"
-        if "strength" in words and self.budget in {UNIFORM, TRIM}:  # these have no strength
-            words["strength"] = ""
-        return words
+        options = {name: getattr(self, name) for name, one in OPTIONS.items() if scopes[one.scope]}
+        options |= {"sparsity": str(self.sparsity)}
+        if options.get("components", 0) is None:
+            options["components"] = "auto"
+        if "strength" in options and self.budget in {UNIFORM, TRIM}:  # these have no strength
+            options["strength"] = ""
+        return options
 
 
 Several: TypeAlias = Value | Sequence[Value]
@@ -332,10 +360,13 @@ def check_names(names: Collection[str]) -> None:
     """
     for name in names:
         if name not in OPTIONS:
-            near = get_close_matches(name, OPTIONS, 1) or [", ".join(OPTIONS)]
-            raise TypeError(f"there is no option {name!r}: expected {near[0]}")
+            near = get_close_matches(name, OPTIONS, 1)
+            expected = near[0] if near else f"one of {', '.join(OPTIONS)}"
+            raise TypeError(f"unknown option {name!r}: expected {expected}")
     if "sparsity" not in names:
-        raise TypeError("sparsity is missing: give a share of zeros such as 0.5, or n:m")
+        raise TypeError(
+            "sparsity is missing: give a share of zeros such as 0.5, or n:m such as 2:4"
+        )
 
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -350,13 +381,15 @@ def with_options(**defaults: Any) -> Callable[[Function], Function]:
 
     def shown(function: Function) -> Function:
         signature = inspect.signature(function)
-        own = [one for one in signature.parameters.values() if one.kind is not one.VAR_KEYWORD]
+        parameters = [
+            one for one in signature.parameters.values() if one.kind is not one.VAR_KEYWORD
+        ]
         for option in OPTIONS.values():
             default = defaults.get(option.name, option.default)
             default = inspect.Parameter.empty if default is ... else default
             kind = inspect.Parameter.KEYWORD_ONLY
-            own.append(inspect.Parameter(option.name, kind, default=default))
-        signature = signature.replace(parameters=own)
+            parameters.append(inspect.Parameter(option.name, kind, default=default))
+        signature = signature.replace(parameters=parameters)
         function.__signature__ = signature  # type: ignore[attr-defined]
         return function
 
@@ -368,8 +401,8 @@ def arms_of(**options: Unpack[PruningOptions]) -> list[Pruning]:
 
     Arms that differ only in options without effect are one arm: ``propagate`` of magnitude, which
     uses no inputs; the router's options with one expert; the strength of budgets without one.
-    Wanda and magnitude have one expert. Masks by block beside masks by row, and n:m beside shares
-    of zeros, have no budget, as published.
+    Wanda and magnitude have one expert. Masks by block, if masks by row are run too, and n:m,
+    if shares of zeros are run too, have no budget, as published.
 
     Raises:
         TypeError: an option is unknown, or the sparsity is missing.
@@ -378,13 +411,14 @@ def arms_of(**options: Unpack[PruningOptions]) -> list[Pruning]:
     """
     check_names(options)
     values: dict[str, list[Any]] = {name: several(value) for name, value in options.items()}
-    for name, some in values.items():
-        if not some:
+    for name, listed in values.items():
+        if not listed:
             raise ValueError(f"a sweep needs at least one value of {name}")
     experts, methods = values.get("experts", [1]), values.get("method", ["sparsegpt"])
     if max(experts) > 1 and "sparsegpt" not in methods:
         raise ValueError(
-            "experts are pruned by sparsegpt: add it to the methods, or use one expert"
+            f"several experts need method sparsegpt, got methods {', '.join(methods)}: add "
+            "sparsegpt, or use one expert"
         )
     all_grouped = all(Sparsity.parse(one).group for one in values["sparsity"])
     # Arms with dense propagation come together, since they share one pass over the windows.

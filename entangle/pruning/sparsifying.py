@@ -162,7 +162,9 @@ def sparsify(
     )
     check_layers(setup, [pruning.sparsity])
     if out is None and is_offloaded(model):
-        raise ValueError("the model's weights are in files: give a folder to write it to, with out")
+        raise ValueError(
+            "the model's weights are in files (offload): give a folder for the pruned model as out"
+        )
     attributes = setup.provenance() | pruning.settings() | budget_run(setup)
     stopwatch = Stopwatch()
     dense = costs.model_multiply_adds(model)
@@ -172,17 +174,17 @@ def sparsify(
         if pruning.across == "owl":
             outliers = block_outliers(setup.walk(), setup.layers)
         zeros = zeros_of(setup.layers, pruning, run=setup.run, outliers=outliers, seed=setup.seed)
-        done = None if folder is None else FinishedBlocks(model, folder)
-        pruned = prune_model(setup, pruning, zeros=zeros, done=done)
+        checkpoint = None if folder is None else FinishedBlocks(model, folder)
+        pruned = prune_model(setup, pruning, zeros=zeros, checkpoint=checkpoint)
         found = Sparsified(pd.DataFrame([layer.row for layer in pruned]), attributes)
-        if done is not None and ranks.rank() == 0:
+        if checkpoint is not None and ranks.rank() == 0:
             rows: list[Any] = found.layers.to_dict(orient="records")
-            save_model(model, tokenizer, done.folder, done.described())
+            save_model(model, tokenizer, checkpoint.folder, checkpoint.described())
             whole = {"sparsity": found.sparsity, "error": found.error}
-            whole |= costs.totals(rows, dense) | {"model_bytes": costs.size_of(done.folder)}
-            store.write_json(done.folder / "sparsity.json", whole | {"layers": rows})
-            store.write_json(done.folder / "log.json", stopwatch.log())
-            done.remove()
+            whole |= costs.totals(rows, dense) | {"model_bytes": costs.size_of(checkpoint.folder)}
+            store.write_json(checkpoint.folder / "sparsity.json", whole | {"layers": rows})
+            store.write_json(checkpoint.folder / "log.json", stopwatch.log())
+            checkpoint.remove()
     return found
 
 
@@ -197,7 +199,8 @@ def needed_run(
     needed = [pruning for pruning in prunings if pruning.needs_run]
     if needed and run is None:
         raise ValueError(
-            f"budget {needed[0].budget} across {needed[0].across} needs a measured run of the model"
+            f"budget {needed[0].budget} across {needed[0].across} needs a measured run of the model: "
+            "pass it as run"
         )
     return run if needed else None
 
@@ -228,12 +231,12 @@ def prune_model(
     pruning: Pruning,
     *,
     zeros: Zeros | None = None,
-    done: FinishedBlocks | None = None,
+    checkpoint: FinishedBlocks | None = None,
 ) -> list[PrunedLayer]:
     """Prune layers in place, block by block.
 
-    If there is an evaluation, the error on its inputs is measured too. Blocks that are in ``done``
-    are read from there; the others are written to it.
+    If there is an evaluation, the error on its inputs is measured too. Finished blocks are read
+    from the ``checkpoint``, and the others are written to it.
 
     Raises:
         ValueError: the inputs of a layer cannot be used; the message names the layer.
@@ -247,24 +250,25 @@ def prune_model(
     with tqdm(total=last + 1, unit="block", desc="prune", disable=not setup.progress) as bar:
         for block in range(last + 1):
             here = layers.get(block, [])
-            if here and done is not None and block in done.finished:
+            if here and checkpoint is not None and block in checkpoint.finished:
                 for one in walks if dense and block < last else ():
                     one.advance()
-                pruned += done.load(here)
+                pruned += checkpoint.load(here)
             elif here:
                 unseen: dict[str, torch.Tensor] = {}
                 if held_out is not None:
                     unseen = sample_inputs(held_out, here, HELD_OUT, setup.seed, advance=dense)
                 found = calibrate(walk, here, [pruning.clustering], seed=setup.seed, advance=dense)
                 calibrations = found[pruning.clustering]
-                words: dict[str, Any] = {"held_out": unseen, "zeros": zeros}
-                pruned += prune_layers(setup.model, here, calibrations, pruning, **words)
-                if done is not None:
-                    done.save(here, pruned[-len(here) :])
+                pruned += prune_layers(
+                    setup.model, here, calibrations, pruning, held_out=unseen, zeros=zeros
+                )
+                if checkpoint is not None:
+                    checkpoint.save(here, pruned[-len(here) :])
             for one in walks:
                 if one.block == block < last:
                     one.advance()
-            if done is not None:
-                done.release_experts(block)
+            if checkpoint is not None:
+                checkpoint.release_experts(block)
             bar.update()
     return pruned

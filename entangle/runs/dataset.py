@@ -23,14 +23,17 @@ UNITS = {
     "skewness": ("skewness", "1"),
     "kurtosis": ("excess kurtosis", "1"),
     "modes": ("modes of the smoothed histogram", "1"),
-    "min": ("least output", "output"),
+    "min": ("smallest output", "output"),
     "max": ("largest output", "output"),
     "count": ("tokens counted", "tokens"),
-    "nonfinite": ("outputs that are NaN or infinite, or too far out to be summed", "tokens"),
-    "weight_norm": ("Euclidean norm of the weights, in an expanded layer the experts' mean", "1"),
+    "nonfinite": ("outputs that are NaN, infinite or too large to be summed", "tokens"),
+    "weight_norm": ("Euclidean norm of the weights (in an expanded layer, mean over experts)", "1"),
     "difficulty": ("mapping difficulty", "1"),
-    "difficulty_pairs": ("pairs of tokens that the mapping difficulty is the mean of", "pairs"),
-    "difficulty_equal": ("pairs of tokens with equal inputs, left out of it", "pairs"),
+    "difficulty_pairs": ("pairs of tokens in the mean of the mapping difficulty", "pairs"),
+    "difficulty_equal": (
+        "pairs of tokens with equal inputs, left out of the mapping difficulty",
+        "pairs",
+    ),
     "held_out_wasserstein": ("1-Wasserstein distance to a Gaussian on held-out tokens", "std"),
     "held_out_difficulty": ("mapping difficulty on held-out tokens", "1"),
     "wasserstein_within": ("mean distance to a Gaussian within clusters of tokens", "std"),
@@ -154,19 +157,22 @@ def _warnings(dataset: xr.Dataset, distance: Array, error: Array) -> list[str]:
     """Return warnings of neurons without a distance or with a large bound, and skipped matrices."""
     broken = dataset["nonfinite"].to_numpy() > 0
     cases = {
-        "with outputs that are NaN, infinite or beyond all bounds, so without a distance": broken,
-        "dead (constant), so without a distance": np.isnan(distance) & ~broken,
-        f"with an error bound above {TRUSTED_ERROR}, so not ranked": error > TRUSTED_ERROR,
-        f"with an error bound above {NAMED_ERROR}": (error > NAMED_ERROR)
+        "{neurons} with NaN, infinite or too large outputs, so without a distance": broken,
+        "dead {neurons} (constant outputs), so without a distance": np.isnan(distance) & ~broken,
+        f"{{neurons}} with an error bound above {TRUSTED_ERROR}, so not ranked": (
+            error > TRUSTED_ERROR
+        ),
+        f"{{neurons}} with an error bound above {NAMED_ERROR}": (error > NAMED_ERROR)
         & (error <= TRUSTED_ERROR),
     }
     warnings = []
-    for what, which in cases.items():
-        first = dataset["neuron"][np.flatnonzero(which)[:3]].to_numpy().tolist()
+    for case, mask in cases.items():
+        first = dataset["neuron"][np.flatnonzero(mask)[:3]].to_numpy().tolist()
         if first:
-            more = ", ..." if which.sum() > len(first) else ""
-            warnings.append(f"{which.sum():,} {what}: {', '.join(first)}{more}")
-    warnings += say_skipped(dataset.attrs.get("skipped_parameters", []), "measured")
+            text = case.format(neurons="neuron" if mask.sum() == 1 else "neurons")
+            more = ", ..." if mask.sum() > len(first) else ""
+            warnings.append(f"{mask.sum():,} {text}: {', '.join(first)}{more}")
+    warnings += skipped_notes(dataset.attrs.get("skipped_parameters", []), "measured")
     return warnings
 
 
@@ -201,13 +207,15 @@ def values_of(data: xr.Dataset, variable: str, layer: str, indices: Iterable[int
         LookupError: the run lacks the variable or one of the neurons.
     """
     if variable not in data:
-        raise LookupError(f"the run has no {variable}: measure again")
+        raise LookupError(
+            f"the run has no {variable}: measure it again with this version of entangle"
+        )
     names = neuron_names(layer, indices)
     rows = data.indexes["neuron"].get_indexer(pd.Index(names))
     if (rows < 0).any():
         raise LookupError(
-            f"the run has {int((rows >= 0).sum())} of the {len(names)} neurons of {layer}: measure "
-            "all layers that are pruned"
+            f"the run has only {int((rows >= 0).sum())} of the {len(names)} neurons of {layer}: "
+            "measure all layers that are to be pruned"
         )
     values: Array = data[variable].to_numpy()[rows].astype(np.float64)
     return values
@@ -223,7 +231,9 @@ def matching(names: npt.NDArray[np.str_], patterns: str | Sequence[str]) -> npt.
     codes, distinct = pd.factorize(names)
     for pattern in patterns:
         if not fnmatch.filter(distinct, pattern):
-            raise LookupError(f"no layer of this run matches {pattern!r}, for instance {names[0]}")
+            raise LookupError(
+                f"no layer of this run matches {pattern!r}: layers have names such as {names[0]}"
+            )
     matched = [any(fnmatch.fnmatchcase(name, p) for p in patterns) for name in distinct]
     return np.array(matched, dtype=bool)[codes]
 
@@ -238,11 +248,11 @@ def rows_by_layer(
     return {str(name): rows.to_numpy() for name, rows in groups}
 
 
-def say_skipped(names: Sequence[str], deed: str) -> list[str]:
-    """Return one line, or none, that names the `skipped_parameters`, which were not ``deed``."""
+def skipped_notes(names: Sequence[str], action: str) -> list[str]:
+    """Return one line, or none, that names the `skipped_parameters`, which were not ``action``."""
     if not names:
         return []
     return [
-        f"{len(names)} matrices in the blocks are no linear layers and were not {deed}: "
+        f"{len(names)} matrices in the blocks are not linear layers and were not {action}: "
         f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
     ]

@@ -88,7 +88,9 @@ def from_tree(tree: xr.DataTree, span: slice = slice(None)) -> Histograms:
         ValueError: the tree has no histograms.
     """
     if "histogram" not in tree.children:
-        raise ValueError("this run has no histograms: it holds the dataset alone")
+        raise ValueError(
+            "this run has no histograms, only a dataset: read its folder with open_run"
+        )
     group = tree["histogram"].to_dataset().isel(neuron=span)
     names = [field.name for field in dataclasses.fields(Histograms)]
     return Histograms(**{name: torch.from_numpy(group[name].to_numpy()) for name in names})
@@ -124,11 +126,11 @@ def weight_norms(layers: Sequence[LinearLayer]) -> Array:
     """Return the Euclidean norm of each neuron's weights (neurons,), of experts the mean norm."""
 
     def norms(layer: LinearLayer) -> torch.Tensor:
-        away = weight_of(layer).is_meta  # the weight is in a file
-        if away:
+        in_file = weight_of(layer).is_meta
+        if in_file:
             load_block(layer.module)
         norm = torch.linalg.vector_norm(weight_of(layer).double(), dim=-1)
-        if away:
+        if in_file:
             release_block(layer.module)
         mean: torch.Tensor = norm.reshape(-1, norm.shape[-1]).mean(dim=0).cpu()
         return mean

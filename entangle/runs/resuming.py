@@ -2,7 +2,6 @@
 
 import json
 import tempfile
-import textwrap
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -12,6 +11,8 @@ from entangle.model import folders, ranks
 from entangle.runs import store
 
 Arm = TypeVar("Arm")
+
+_SHOWN, _WIDTH = 5, 40  # settings, and characters of a value, in the message of other settings
 
 
 @contextmanager
@@ -46,23 +47,18 @@ def resumed_run(
         file = partial / "run.json"
         if not file.is_file():
             return False
-        left, wanted = store.read_json(file), json.loads(json.dumps(attributes))
-        if left == wanted:
+        old, new = store.read_json(file), json.loads(json.dumps(attributes))
+        if old == new:
             return True
         if not overwrite:
-            names = [key for key in {**left, **wanted} if left.get(key) != wanted.get(key)]
-            # The command repeats the other settings.
-            names = [key for key in names if key != "command"] or names
-            there = [f"{key} {left.get(key)!r}, not {wanted.get(key)!r}" for key in names]
-            began = left.get("command")
-            if began:  # it lacks the flags that change no result
-                began += f" --shard {left['shard']}" if "shard" in left else ""
-                began += f" --out {target}"
+            command = old.get("command")
+            if command:  # it lacks the flags that change no result
+                command += f" --shard {old['shard']}" if "shard" in old else ""
+                command += f" --out {target}"
             raise FileExistsError(
-                f"{partial} holds an unfinished run with other settings: it has "
-                f"{textwrap.shorten('; '.join(there), 300, placeholder=' ...')}. Run what "
-                f"began it ({began or 'in Python'}) to finish it, or say --overwrite "
-                "to begin anew"
+                f"{partial} is unfinished and has other settings ({_changes(old, new)}). To resume "
+                f"it, run its command again ({command or 'in Python'}); to begin anew, use "
+                "--overwrite"
             )
         return False
 
@@ -76,7 +72,39 @@ def resumed_run(
         ranks.all_gather(None)
 
 
+def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    """Return the settings that differ, as ``name: old value, now new value``."""
+    changed = _changed(old, new)
+    # The command repeats the other settings.
+    changed = {name: values for name, values in changed.items() if name != "command"} or changed
+    texts = [f"{name}: {a}, now {b}" for name, (a, b) in changed.items()]
+    return "; ".join(texts[:_SHOWN]) + (
+        f"; and {len(texts) - _SHOWN} more" if len(texts) > _SHOWN else ""
+    )
+
+
+def _changed(
+    old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
+) -> dict[str, tuple[str, str]]:
+    """Return the values that differ by name; a name in a mapping is ``MAPPING.NAME``."""
+    found: dict[str, tuple[str, str]] = {}
+    for key in {**old, **new}:
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            found |= _changed(a, b, f"{prefix}{key}.")
+        elif a != b:
+            found[f"{prefix}{key}"] = _short(a), _short(b)
+    return found
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, Mapping | list | tuple):
+        value = ", ".join(map(str, value))
+    text = "none" if value in {None, ""} else str(value)
+    return text if len(text) <= _WIDTH else f"{text[: _WIDTH - 3]}..."
+
+
 def unwritten(arms: Mapping[Path, Arm]) -> dict[Path, Arm]:
     """Return the arms whose files do not exist yet; rank 0 looks, so that all ranks agree."""
-    there = ranks.from_rank(0, [file.exists() for file in arms])
-    return {f: arm for (f, arm), done in zip(arms.items(), there, strict=True) if not done}
+    finished = ranks.from_rank(0, [file.exists() for file in arms])
+    return {f: arm for (f, arm), done in zip(arms.items(), finished, strict=True) if not done}

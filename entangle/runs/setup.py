@@ -27,7 +27,7 @@ from entangle.model.sampling import walk_blocks
 from entangle.model.score import Score
 from entangle.model.scoring import perplexity
 from entangle.model.text import TokenWindows, check_disjoint, check_windows
-from entangle.runs.dataset import about, dataset_of, matching, trusted
+from entangle.runs.dataset import TRUSTED_ERROR, about, dataset_of, matching, trusted
 
 COMMAND: ContextVar[str | None] = ContextVar("command", default=None)
 """The command line, which is written to run.json; None in Python."""
@@ -94,7 +94,7 @@ class Setup:
             if text is not None and not isinstance(text, TokenWindows):
                 raise TypeError(
                     f"expected windows of a text, as token_windows returns them, got a "
-                    f"{type(text).__name__}: the order is model, windows, evaluation"
+                    f"{type(text).__name__}: the order of arguments is model, windows, evaluation"
                 )
             if text is not None:
                 check_windows(model, text, skip_first)
@@ -115,19 +115,21 @@ class Setup:
         """
         if self.run is None:
             return
-        said = about(self.run)
-        if "shard" in said:
+        attributes = about(self.run)
+        if "shard" in attributes:
             raise ValueError(
-                f"the run is shard {said['shard']} of one: make it whole first, with entangle merge"
+                f"the run is only shard {attributes['shard']}: merge all shards first with "
+                "entangle merge"
             )
-        if said.get("weights") != self.weights:
+        if attributes.get("weights") != self.weights:
             raise ValueError(
-                f"the run was measured on other weights ({said.get('model', '?')}, "
-                f"{str(said.get('weights'))[:12]}) than this model has ({self.model.name_or_path}, "
-                f"{self.weights[:12]}): measure this model, or load the one that was measured"
+                f"the run was measured on other weights ({attributes.get('model', '?')}, "
+                f"{str(attributes.get('weights'))[:12]}) than those of this model "
+                f"({self.model.name_or_path}, {self.weights[:12]}): measure this model, or load "
+                "the measured one"
             )
         if self.ranked and self.evaluation is not None:
-            _check_unseen(said, self.evaluation)
+            _check_unseen(attributes, self.evaluation)
 
     @functools.cached_property
     def layers(self) -> list[LinearLayer]:
@@ -254,25 +256,25 @@ def _ranked_layers(
     chosen = [layer for layer in find_layers(model) if layer.name in wanted]
     if not chosen:
         raise ValueError(
-            f"no neuron of {patterns} has a distance to be ranked by: all are dead, broken or "
-            "beyond their error bound"
+            f"the run ranks no neuron of the layers {', '.join(patterns)}: all are dead, have "
+            f"outputs that are not finite, or have an error bound above {TRUSTED_ERROR}"
         )
     return chosen
 
 
-def _check_unseen(said: Mapping[str, Any], evaluation: TokenWindows) -> None:
-    """Check that a run was not measured on windows of the evaluation.
+def _check_unseen(attributes: Mapping[str, Any], evaluation: TokenWindows) -> None:
+    """Check that a run with these attributes was not measured on windows of the evaluation.
 
     Raises:
         ValueError: it was measured on some of them.
     """
-    known = set(said.get("window_hashes", []))
+    known = set(attributes.get("window_hashes", []))
     shared = sum(one in known for one in evaluation.hashes)
-    if shared or said.get("fingerprint") == evaluation.fingerprint:
+    if shared or attributes.get("fingerprint") == evaluation.fingerprint:
         raise ValueError(
             f"the run was measured on {shared or len(evaluation)} of the {len(evaluation)} windows "
-            f"that are to be scored ({evaluation.text}): its neurons would be chosen by what is "
-            "scored, evaluate on another text"
+            f"to be scored ({evaluation.text}), so neurons would be chosen by the text that is "
+            "scored: evaluate on another text"
         )
 
 

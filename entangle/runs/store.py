@@ -98,11 +98,27 @@ def read_json(file: Path) -> dict[str, Any]:
         ValueError: the file is damaged.
     """
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        return _parsed(file)
     except ValueError as error:
-        raise ValueError(f"{file} is damaged, delete it and run again: {error}") from error
+        # Without these two files the folder is no run.
+        damaged = file.parent if file.name in {"run.json", "log.json"} else file
+        raise ValueError(
+            f"{file} is damaged ({error}): delete {damaged} and run the same command again"
+        ) from error
+
+
+def _parsed(file: Path) -> dict[str, Any]:
+    """Return the content of a JSON file.
+
+    Raises:
+        ValueError: the file is empty or has no JSON object.
+    """
+    text = file.read_text(encoding="utf-8")
+    if not text.strip():
+        raise ValueError(f"{file.name} is empty")
+    content = json.loads(text)
     if not isinstance(content, dict):
-        raise ValueError(f"{file} is damaged, delete it and run again: it holds no object")
+        raise ValueError(f"{file.name} has no JSON object")
     return content
 
 
@@ -117,31 +133,50 @@ def open_run(folder: str | Path) -> xr.DataTree:
     """
     folder = Path(folder)
     if (folder / folders.RESUMABLE).exists() and not (folder / "log.json").exists():
-        raise FileNotFoundError(
-            f"{folder} is unfinished: give the command that began it again, which goes on from there"
-        )
+        raise FileNotFoundError(f"{folder} is unfinished: run the same command again to resume it")
     if not (folder / "run.json").is_file():
-        there = "holds no run.json" if folder.is_dir() else "is not there"
-        raise FileNotFoundError(f"{folder} {there}: expected a folder that a command wrote (--out)")
+        problem = "holds no run.json" if folder.is_dir() else "is not a folder"
+        problem = problem if folder.exists() else "does not exist"
+        raise FileNotFoundError(
+            f"{folder} {problem}: expected a folder that a command wrote (--out)"
+        )
     others = {
-        "tables": "tables: entangle plot RUN sweep or ablation draws them",
-        "sparsity.json": "a model",
+        "tables": "the tables of a sweep or an ablation: draw them with entangle plot RUN sweep "
+        "or ablation",
+        "sparsity.json": "a pruned model: give the folder of a run of measure",
     }
-    for name, what in others.items():
+    for name, content in others.items():
         if (folder / name).exists() and not (folder / DATASET).exists():
-            raise FileNotFoundError(f"{folder} is no measured run, but holds {what}")
+            raise FileNotFoundError(f"{folder} holds no measured neurons, but {content}")
     try:
         # chunks=None reads without dask; only the coordinates are read at once.
-        written = read_json(folder / "log.json").get("sha256")
-        if written is None:
-            raise ValueError("a version of entangle wrote it that kept no sum of its files")
-        if _sum(folder) != written:  # a missing file would be read as NaN or 0
-            raise ValueError("its files are not those that were written")
+        _check_sum(folder)
         tree = xr.open_datatree(folder / DATASET, engine="zarr", chunks=None)
         tree.dataset = upgraded(tree.to_dataset())
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"the run {folder} is damaged, measure again: {error}") from error
+        raise ValueError(
+            f"the run {folder} is damaged ({error}): run the command that wrote it again, with "
+            "--overwrite"
+        ) from error
     return tree
+
+
+def _check_sum(folder: Path) -> None:
+    """Check a run's files against the SHA-256 in its log.json: a missing chunk is read as NaN or 0.
+
+    Raises:
+        OSError: a file cannot be read.
+        ValueError: log.json is missing or has no sum, or the sum of the files is another one.
+    """
+    if not (folder / "log.json").is_file():
+        raise ValueError("log.json is missing")
+    written = _parsed(folder / "log.json").get("sha256")
+    if written is None:
+        raise ValueError("log.json has no SHA-256 sum: an old version of entangle wrote it")
+    if not (folder / "run.json").stat().st_size:
+        raise ValueError("run.json is empty")
+    if _sum(folder) != written:
+        raise ValueError("its files do not match the SHA-256 sum that was written to log.json")
 
 
 def read_table(folder: str | Path, name: str, text: Collection[str]) -> pd.DataFrame:
@@ -156,9 +191,9 @@ def read_table(folder: str | Path, name: str, text: Collection[str]) -> pd.DataF
     folder = Path(folder)
     file = folder / "tables" / f"{name}.csv"
     if not file.is_file():
-        a = "an" if name[0] in "aeiou" else "a"
+        article = "an" if name[0] in "aeiou" else "a"
         raise FileNotFoundError(
-            f"{folder} holds no tables/{name}.csv: expected the folder of {a} {name}"
+            f"{folder} holds no tables/{name}.csv: expected the folder of {article} {name}"
         )
     table = pd.read_csv(file, dtype=dict.fromkeys(text, str))
     table = table.fillna({column: "" for column in text if column in table})

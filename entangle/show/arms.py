@@ -11,7 +11,7 @@ from matplotlib import ticker
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from entangle.experiments.ablation_table import said
+from entangle.experiments.ablation_table import display_name
 from entangle.experiments.interventions import RANDOM
 from entangle.pruning.options import EXPERT_DEFAULTS, OPTIONS, UNBUDGETED
 from entangle.show.panels import DASHES, STYLE, Picture
@@ -31,7 +31,7 @@ _SETS = {  # in the order in which they are drawn
 }
 _NEAR_ZERO = {"linthresh": 0.01}  # nats
 _KINDS = [*_COLOURED, *(name for name in OPTIONS if name not in {*_COLOURED, "sparsity"})]
-_SAID = {"method", "experts", "assign", "budget", "strength", "across", "mask", "propagate"}
+_LABELLED = {"method", "experts", "assign", "budget", "strength", "across", "mask", "propagate"}
 
 
 @overload
@@ -52,7 +52,7 @@ def sweep(table: pd.DataFrame, *, ax: Axes | None = None) -> Figure | Axes:
     Raises:
         ValueError: no arm has a score.
     """
-    older = {name: _usual(name) for name in _KINDS if name not in table}
+    older = {name: _default(name) for name in _KINDS if name not in table}
     arms = table[(table["method"] != "dense") & np.isfinite(table["perplexity"])].assign(**older)
     if arms.empty:
         raise ValueError("no arm of this sweep has a score to draw")
@@ -63,17 +63,17 @@ def sweep(table: pd.DataFrame, *, ax: Axes | None = None) -> Figure | Axes:
     panel = ax or figure.add_subplot()
     tints = _tints(arms)
     for kind, part in arms.groupby(_KINDS, sort=False):
-        said = dict(zip(_KINDS, kind, strict=True))
-        tint = tints[tuple(said[name] for name in _COLOURED)]
+        options = dict(zip(_KINDS, kind, strict=True))
+        tint = tints[tuple(options[name] for name in _COLOURED)]
         style = {
             "color": tint,
-            "marker": "x" if said["assign"] == "random" else _MARKS.get(said["method"], "D"),
+            "marker": "x" if options["assign"] == "random" else _MARKS.get(options["method"], "D"),
             "markersize": 4,
-            "markerfacecolor": tint if said["mask"] == "row" else "white",
+            "markerfacecolor": tint if options["mask"] == "row" else "white",
             "linewidth": 1.2,
             "capsize": 2,
         }
-        _line(panel, part, _label(said, arms), _dashes(said, arms), style)
+        _line(panel, part, _label(options, arms), _dashes(options, arms), style)
     dense = table.loc[table["method"] == "dense", "perplexity"].iloc[0]
     panel.axhline(dense, label=f"dense, {dense:.4g}", **DASHES)
     panel.set_yscale("log")
@@ -86,7 +86,7 @@ def sweep(table: pd.DataFrame, *, ax: Axes | None = None) -> Figure | Axes:
     panel.xaxis.set_major_formatter(ticker.PercentFormatter(1))
     tokens = f"{int(table['tokens'].max()):,} tokens, {int(table['windows'].max())} windows"
     panel.set(
-        xlabel="multiply-adds of the pruned layers and their routers, of the dense ones",
+        xlabel="multiply-adds of the pruned layers and their routers (% of the dense layers)",
         ylabel=f"perplexity\n({tokens})",
     )
     panel.grid(axis="y", alpha=0.25)
@@ -120,7 +120,7 @@ def ablation(table: pd.DataFrame) -> Figure:
     figure = Picture(figsize=(8.5, 0.9 + rows * (height + 0.4)), layout="constrained")
     grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
     for (kind, part), panel in zip(parts, grid, strict=False):
-        panel.set_title(_deed(dict(zip(by, kind, strict=True))))
+        panel.set_title(_treatment(dict(zip(by, kind, strict=True))))
         if alone:
             _curves(panel, part.assign(place=part["block"].astype(int)))
             panel.xaxis.set_major_locator(ticker.MaxNLocator(integer=True, min_n_ticks=1))
@@ -140,7 +140,7 @@ def ablation(table: pd.DataFrame) -> Figure:
     for spare in grid[len(parts) :]:
         spare.remove()
     nats = "difference to the dense model (nats a token)\nbars: one standard error"
-    across = {True: "block that is treated", False: "share of each layer's neurons treated"}[alone]
+    across = {True: "treated block", False: "share of each layer's neurons treated"}[alone]
     if alone or several:
         figure.supxlabel(across)
         figure.supylabel(nats)
@@ -153,21 +153,22 @@ def ablation(table: pd.DataFrame) -> Figure:
     return figure
 
 
-def _deed(kind: dict[str, Any]) -> str:
+def _treatment(kind: dict[str, Any]) -> str:
     """Return a panel's title: the intervention and its options."""
-    words = [kind["intervention"]]
+    parts = [kind["intervention"]]
     if kind["sparsity"]:
-        words = [f"{kind['sparsity']} sparse", f"{kind['experts']} experts"]
-        words[1] = words[1] if kind["experts"] > 1 else "one expert"
+        parts = [f"{kind['sparsity']} sparse", f"{kind['experts']} experts"]
+        parts[1] = parts[1] if kind["experts"] > 1 else "one expert"
     return ", ".join(
-        [*words, *([f"{100 * kind['share']:.3g}% of neurons"] if "share" in kind else [])]
+        [*parts, *([f"{100 * kind['share']:.3g}% of neurons"] if "share" in kind else [])]
     )
 
 
-def _called(name: str, part: pd.DataFrame) -> str:
+def _set_label(name: str, part: pd.DataFrame) -> str:
     """Return the label of a set, with the meaning of its bar if that is no standard error."""
     over_seeds = part.loc[part["set"] == name, "difference_low"].notna().any()
-    return f"{said(name)} (95%, seeds)" if name == RANDOM and over_seeds else said(name)
+    label = display_name(name)
+    return f"{label} (95%, seeds)" if name == RANDOM and over_seeds else label
 
 
 def _bars(row: pd.DataFrame) -> "pd.Series[float]":
@@ -188,7 +189,7 @@ def _curves(panel: Axes, part: pd.DataFrame) -> None:
         line = line.sort_values("place")
         style: dict[str, Any] = {
             "color": _colours(part)[str(name)],
-            "label": _called(str(name), part),
+            "label": _set_label(str(name), part),
             "linewidth": 1.2,
         }
         style |= {"marker": "o", "markersize": 3, "capsize": 2}
@@ -209,7 +210,7 @@ def _dots(panel: Axes, part: pd.DataFrame) -> None:
     ):
         style: dict[str, Any] = {"color": colours[name], "marker": "o", "markersize": 4}
         panel.errorbar(difference, place, xerr=bar, capsize=3, **style)
-    panel.set_yticks(places, [_called(name, part) for name in names])
+    panel.set_yticks(places, [_set_label(name, part) for name in names])
     panel.set_ylim(len(rows) - 0.5, -0.5)
     panel.axvline(0, color="0.7", linewidth=0.8)
     panel.grid(axis="x", alpha=0.25)
@@ -241,8 +242,8 @@ def _budgets(table: pd.DataFrame, arms: pd.DataFrame, ax: Axes | None) -> Figure
     panel.set_xlabel(f"difference to the dense model (nats a token)\n{tokens}")
     dense = table.loc[table["method"] == "dense", "perplexity"].iloc[0]
     sparsities = " and ".join(dict.fromkeys(arms["sparsity"]))
-    words = f"{sparsities} sparse, dense perplexity {dense:.4g}"
-    panel.set_title(f"{_subject(table)}\n{words}", loc="left")
+    facts = f"{sparsities} sparse, dense perplexity {dense:.4g}"
+    panel.set_title(f"{_subject(table)}\n{facts}", loc="left")
     return ax or figure
 
 
@@ -277,41 +278,41 @@ def _tints(arms: pd.DataFrame) -> dict[tuple[Any, ...], Any]:
     return dict(zip(mixtures, shades, strict=True)) | dict(zip(rivals, others, strict=False))
 
 
-def _label(said: dict[str, Any], arms: pd.DataFrame) -> str:
+def _label(options: dict[str, Any], arms: pd.DataFrame) -> str:
     """Return the label of a line: its method, and the options in which lines differ."""
-    words = [said["method"]]
-    if arms["experts"].max() > 1 and said["method"] == "sparsegpt":
-        words.append(f"{said['experts']} expert{'s' if said['experts'] > 1 else ''}")
+    parts = [options["method"]]
+    if arms["experts"].max() > 1 and options["method"] == "sparsegpt":
+        parts.append(f"{options['experts']} expert{'s' if options['experts'] > 1 else ''}")
     several = {name for name in _KINDS if arms.loc[arms["experts"] > 1, name].nunique() > 1}
-    if said["experts"] > 1:
-        words += ["at random"] if said["assign"] == "random" else []
-        words += [f"{n} {said[n]}" for n in EXPERT_DEFAULTS if n != "assign" and n in several]
+    if options["experts"] > 1:
+        parts += ["at random"] if options["assign"] == "random" else []
+        parts += [f"{n} {options[n]}" for n in EXPERT_DEFAULTS if n != "assign" and n in several]
     strengths = arms.loc[arms["strength"] != "", "strength"].nunique() > 1
     if arms["budget"].nunique() > 1 or strengths:
-        words.append(f"rows {said['budget']} {said['strength']}".rstrip())
+        parts.append(f"rows {options['budget']} {options['strength']}".rstrip())
     if arms["across"].nunique() > 1:
-        words.append(f"blocks {said['across']}")
-    words += [f"mask by {said['mask']}"] if arms["mask"].nunique() > 1 else []
-    words += [f"{said['propagate']} propagation"] if arms["propagate"].nunique() > 1 else []
-    others = [name for name in _KINDS if name not in {*_SAID, *EXPERT_DEFAULTS}]
-    words += [f"{name} {said[name]}" for name in others if arms[name].nunique() > 1]
-    return ", ".join(words)
+        parts.append(f"blocks {options['across']}")
+    parts += [f"mask by {options['mask']}"] if arms["mask"].nunique() > 1 else []
+    parts += [f"{options['propagate']} propagation"] if arms["propagate"].nunique() > 1 else []
+    others = [name for name in _KINDS if name not in {*_LABELLED, *EXPERT_DEFAULTS}]
+    parts += [f"{name} {options[name]}" for name in others if arms[name].nunique() > 1]
+    return ", ".join(parts)
 
 
-def _usual(name: str) -> str:
+def _default(name: str) -> str:
     """Return the value of an option that a table of an older version lacks."""
     if name in EXPERT_DEFAULTS:
         return ""
     return UNBUDGETED.get(name, str(OPTIONS[name].default))
 
 
-def _dashes(said: dict[str, Any], arms: pd.DataFrame) -> Any:
+def _dashes(options: dict[str, Any], arms: pd.DataFrame) -> Any:
     across = list(dict.fromkeys(arms["across"]))
     if len(across) > 1:
-        return _STROKES[across.index(said["across"])]
-    if said["assign"] == "random":
+        return _STROKES[across.index(options["across"])]
+    if options["assign"] == "random":
         return "--"
-    return ":" if said["propagate"] == "dense" and arms["propagate"].nunique() > 1 else "-"
+    return ":" if options["propagate"] == "dense" and arms["propagate"].nunique() > 1 else "-"
 
 
 def _subject(table: pd.DataFrame) -> str:

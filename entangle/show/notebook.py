@@ -74,8 +74,7 @@ class Neuron:
         if self.name not in kept:
             folder = file.parent if file else "RUN"
             raise LookupError(
-                f"the contexts of {self.name} were not found yet: run entangle contexts {folder} "
-                f"{self.name}"
+                f"the contexts of {self.name} are missing: run entangle contexts {folder} {self.name}"
             )
         found = kept[self.name]
         table = pd.DataFrame(found.pop("contexts"))
@@ -100,14 +99,17 @@ class Neuron:
             LookupError: the run is not of ``disentangle``, or did not keep the neuron's outputs.
         """
         if "outputs" not in self._run.children:
-            raise LookupError("clusters are known to a run that disentangle wrote: open that one")
+            raise LookupError(
+                "this run has no clusters: open a run that entangle disentangle wrote"
+            )
         data, outputs = (
             self._run.to_dataset(),
             self._run.children["outputs"].to_dataset(inherit=False),
         )
         if self.name not in outputs["kept"].to_numpy().astype(str):
             raise LookupError(
-                f"the outputs of {self.name} were not kept: tell disentangle by --neurons {self.name}"
+                f"the run has no outputs of {self.name}: run entangle disentangle with --neurons "
+                f"{self.name}"
             )
         dense = outputs["dense"].sel(kept=self.name).to_numpy()
         clusters = outputs["clusters"].sel(clustered=self.name.rpartition(":")[0]).to_numpy()

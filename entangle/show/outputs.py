@@ -84,10 +84,10 @@ def sparse(run: xr.DataTree, name: str | None = None, *, sparsity: str | None = 
         ax.stairs(heights[1], edges, color=FIT, linewidth=1.2, label=f"{sparsity} sparse")
         distance = row["distance_to_dense"][place].to_numpy()
         gain = row["improvement"][place].to_numpy()
-        words = f"W1 to dense {distance[arm]:.3f}, improvement {gain[arm]:.2f}"
+        facts = f"W1 to dense {distance[arm]:.3f}, improvement {gain[arm]:.2f}"
         if arm:
-            words += f"\n(at random {distance[arm + 1]:.3f}, {gain[arm + 1]:.2f})"
-        ax.set_title(f"{experts[arm]} expert{'s' if arm else ''}\n{words}")
+            facts += f"\n(at random {distance[arm + 1]:.3f}, {gain[arm + 1]:.2f})"
+        ax.set_title(f"{experts[arm]} expert{'s' if arm else ''}\n{facts}")
     figure.suptitle(f"{name}\n{held_out_subject(data)}", x=0.01, ha="left")
     figure.supxlabel(f"output of the neuron (output units){_beyond(dense, edges)}")
     figure.supylabel("density")
@@ -102,20 +102,22 @@ def _kept(run: xr.DataTree, name: str | None) -> tuple[xr.Dataset, xr.Dataset, s
         LookupError: the run kept no outputs, or not those of this neuron.
     """
     if not isinstance(run, xr.DataTree) or "outputs" not in run.children:
-        raise LookupError("this run kept no outputs: draw one that disentangle wrote")
+        raise LookupError(
+            "this run has no outputs of neurons: give a run that entangle disentangle wrote"
+        )
     data = run.to_dataset()
     outputs = run.children["outputs"].to_dataset(inherit=False)
     names = [str(one) for one in outputs["kept"].to_numpy()]
     if name is None:
         rows = [_row(data, one) for one in names]
         distances = np.array([float(row["wasserstein"]) for row in rows])
-        usual = np.array([float(row["kurtosis"]) < _MASSIVE for row in rows])
-        name = names[int(np.nanargmax(np.where(usual, distances, distances - 10)))]
+        ordinary = np.array([float(row["kurtosis"]) < _MASSIVE for row in rows])
+        name = names[int(np.nanargmax(np.where(ordinary, distances, distances - 10)))]
     if name not in names:
         near = get_close_matches(name, names, 3, 0.3) or names[:1]
         raise LookupError(
-            f"the outputs of {name!r} were not kept, but those of {' or '.join(near)}: each layer's "
-            "most entangled neuron, and what disentangle is told by --neurons LAYER:INDEX"
+            f"the run has no outputs of {name!r}, but it has those of {', '.join(near)}: disentangle "
+            "keeps those of each layer's most entangled neuron and of --neurons LAYER:INDEX"
         )
     return data, outputs.sel(kept=name).load(), name
 
@@ -145,4 +147,4 @@ def _gaussian(dense: Floats, edges: Floats) -> tuple[Floats, Floats]:
 
 def _beyond(dense: Floats, edges: Floats) -> str:
     count = int(((dense < edges[0]) | (dense > edges[-1])).sum())
-    return f"\n{count:,} of {len(dense):,} tokens lie outside the picture" if count else ""
+    return f"\n{count:,} of {len(dense):,} tokens are outside the picture" if count else ""

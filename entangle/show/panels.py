@@ -46,8 +46,9 @@ class Picture(Figure):
 
 def label_of(run: Run, variable: str) -> str:
     """Return a variable's long name and unit, wrapped for a colour bar."""
-    said = dataset_of(run)[variable].attrs
-    name, unit = UNITS.get(variable, (said.get("long_name", variable), said.get("units", "1")))
+    attributes = dataset_of(run)[variable].attrs
+    default = attributes.get("long_name", variable), attributes.get("units", "1")
+    name, unit = UNITS.get(variable, default)
     return fill(f"{name} ({unit})".removesuffix(" (1)"), 24)
 
 
@@ -77,7 +78,7 @@ def place_of(data: xr.Dataset, sparsity: str | None) -> int:
     """
     known = [str(one) for one in data["sparsity"].to_numpy()]
     if sparsity is not None and sparsity not in known:
-        raise LookupError(f"no sparsity {sparsity!r}: the run has {', '.join(known)}")
+        raise LookupError(f"the run has no sparsity {sparsity!r}: it has {', '.join(known)}")
     return len(known) - 1 if sparsity is None else known.index(sparsity)
 
 
@@ -97,7 +98,9 @@ def frame_of(run: Run, variable: str, layers: Names) -> tuple[pd.DataFrame, Coun
     """
     data = dataset_of(run)
     if variable not in data.data_vars:
-        raise LookupError(f"no variable {variable!r}; the run has {', '.join(map(str, data))}")
+        raise LookupError(
+            f"the run has no variable {variable!r}: it has {', '.join(map(str, data))}"
+        )
     data = data.isel(neuron=matching(data["layer"].to_numpy(), layers or "*"))
     frame = pd.DataFrame({key: data[key].to_numpy() for key in ("layer", "block", "role", "count")})
     value = data[variable].to_numpy().astype(float)
@@ -106,10 +109,10 @@ def frame_of(run: Run, variable: str, layers: Names) -> tuple[pd.DataFrame, Coun
     floors = {count: noise_floor(count) for count in frame["count"].unique() if count}
     frame["floor"] = frame["count"].map(floors)
     frame["value"] = np.where(dead | doubtful, np.nan, value)
-    parts = {"dead or broken": dead, f"left out: error bound above {TRUSTED_ERROR}": doubtful}
+    parts = {"dead or broken": dead, f"left out (error bound above {TRUSTED_ERROR})": doubtful}
     notes = ", ".join(f"{which.sum():,} {what}" for what, which in parts.items() if which.any())
     if frame["value"].isna().all():
-        raise ValueError(f"no neuron of {len(frame):,} has a {variable} to draw: {notes}")
+        raise ValueError(f"no neuron of {len(frame):,} has a value of {variable} to draw: {notes}")
     frame.attrs = {"notes": notes, "subject": subject_of(data)}
     return frame, np.arange(frame["block"].min(), frame["block"].max() + 1)
 

@@ -192,17 +192,19 @@ def neuron(run: xr.DataTree, name: str, *, ax: Axes | None = None) -> Figure | A
     row = data.sel(neuron=name).load()
     mean, std = float(row["mean"]), float(row["std"])
     if not (np.isfinite(mean) and 0 < std < np.inf):
-        raise ValueError(f"{name} is dead or broken (mean {mean:g}, std {std:g}): nothing to draw")
+        raise ValueError(
+            f"{name} is dead or broken (mean {mean:g}, std {std:g}): choose another neuron"
+        )
     edges, below = histogram_of(held.sel(neuron=name).load())
     low, high = quantiles_of(edges, below, [0.0005, 0.9995])
     span = min(mean - 3.5 * std, low), max(mean + 3.5 * std, high)
     figure = Picture(figsize=(8.5, 3.6), layout="constrained")
     panel = ax or figure.add_subplot()
     unseen = below[-1] - _draw_density(panel, edges, below, span, mean=mean, std=std)
-    note = f"all {below[-1]:,} tokens lie within the picture"
+    note = f"all {below[-1]:,} tokens are within the picture"
     if unseen:
         reach = f"outputs reach from {_number(row['min'])} to {_number(row['max'])}"
-        note = f"{unseen:,} of {below[-1]:,} tokens lie outside the picture ({reach}), "
+        note = f"{unseen:,} of {below[-1]:,} tokens are outside the picture ({reach}), "
         note += f"{below[0] + below[-1] - below[-2]:,} of them beyond the histogram"
     across = f"output of the neuron (output units)\n{note}"
     panel.set(xlabel=across, ylabel="density (share of tokens per output unit)")
@@ -228,7 +230,7 @@ def neurons(run: xr.DataTree, names: Sequence[str]) -> Figure:
     """
     held, data = _histograms(run), dataset_of(run)
     if not names:
-        raise ValueError("no neuron to draw: name at least one as LAYER:INDEX")
+        raise ValueError("no neuron is given to draw: name at least one as LAYER:INDEX")
     for name in names:
         check_neuron(data, name)
     part = data.sel(neuron=list(names)).load()
@@ -238,7 +240,7 @@ def neurons(run: xr.DataTree, names: Sequence[str]) -> Figure:
     grid = figure.subplots(1, len(names), sharex=True, sharey=True, squeeze=False)[0]
     for place, ax in enumerate(grid):
         if not np.isfinite(drawn.low[place]):
-            raise ValueError(f"{names[place]} is dead or broken: nothing to draw")
+            raise ValueError(f"{names[place]} is dead or broken: choose another neuron")
         ends = (np.array([drawn.low[place], drawn.high[place]]) - mean[place]) / std[place]
         rims = np.linspace(ends[0], ends[1], _BARS + 1)
         heights = drawn.shares[place] / np.diff(rims)
@@ -246,8 +248,8 @@ def neurons(run: xr.DataTree, names: Sequence[str]) -> Figure:
         x = np.linspace(max(ends[0], -8), min(ends[1], 8), 401)
         ax.plot(x, np.exp(-(x**2) / 2) / np.sqrt(2 * np.pi), color=FIT, label="N(0, 1)")
         row = part.isel(neuron=place)
-        words = f"W1 {row['wasserstein']:.4f}, excess kurtosis {_number(row['kurtosis'])}"
-        ax.set_title(f"{names[place]}\n{words}", loc="left")
+        facts = f"W1 {row['wasserstein']:.4f}, excess kurtosis {_number(row['kurtosis'])}"
+        ax.set_title(f"{names[place]}\n{facts}", loc="left")
     low, high = grid[0].get_xlim()
     grid[0].set_xlim(max(low, -8), min(high, 8))
     figure.supxlabel("output of the neuron, in its std from its mean")
@@ -264,7 +266,9 @@ def _histograms(run: xr.DataTree) -> xr.Dataset:
         ValueError: the run has no histograms.
     """
     if not isinstance(run, xr.DataTree) or "histogram" not in run.children:
-        raise ValueError("no histograms: pass the whole tree that measure and open_run return")
+        raise ValueError(
+            "the run has no histograms: pass the whole tree that measure and open_run return"
+        )
     held = run.children["histogram"].to_dataset(inherit=False)
     return held.assign_coords(neuron=dataset_of(run)["neuron"])
 

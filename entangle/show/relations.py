@@ -92,7 +92,7 @@ def improvement(
     """
     data = dataset_of(run)
     if "improvement" not in data:
-        raise LookupError("this run knows no improvement: draw one that disentangle wrote")
+        raise LookupError("this run has no improvement: give a run that entangle disentangle wrote")
     place = place_of(data, sparsity)
     frame, _ = frame_of(run, "wasserstein", layers)
     chosen = matching(data["layer"].to_numpy(), layers or "*")
@@ -105,7 +105,9 @@ def improvement(
     shown = values[np.isfinite(distance)][:, 1:]
     shown = shown[np.isfinite(shown)]
     if not len(shown):
-        raise ValueError("no neuron has an improvement to draw: nothing is lost")
+        raise ValueError(
+            "no neuron has a finite improvement to draw: the sparse outputs equal the dense ones"
+        )
     low, high = np.quantile(shown, [0.0005, 0.9995])
     for arm, ax in zip(arms, grid, strict=True):
         _cloud(ax, distance, values[:, arm], label="experts of k-means")
@@ -141,14 +143,14 @@ def comparison(run: Run, other: Run, *, layers: Names = None, figure: Sheet = No
     order = frame["layer"].map({layer: number for number, layer in enumerate(place.index)})
     frame = frame.iloc[np.argsort(order.to_numpy(), kind="stable")]
     first, second = subject_of(data), subject_of(dataset_of(other))
-    frame.attrs = {"notes": f"across: {first}; up: {second}", "subject": first}
+    frame.attrs = {"notes": f"horizontal: {first}; vertical: {second}", "subject": first}
     panels, sheet = panels_of(frame, figure, most=4, height=2.0, labels=(DISTANCE, DISTANCE))
     sheet.suptitle("")
     ends = [frame[["first", "other"]].min().min(), frame[["first", "other"]].max().max()]
     for role, ax in panels.items():
         part = frame[frame["role"] == role]
         _cloud(ax, part["first"].to_numpy(), part["other"].to_numpy())
-        ax.plot(ends, ends, label="where nothing moved", **DASHES)
+        ax.plot(ends, ends, label="equal distances", **DASHES)
         ax.set_xscale("log")
         ax.xaxis.set_major_locator(ticker.LogLocator(subs=(1,), numticks=6))
         ax.xaxis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))

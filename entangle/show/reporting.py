@@ -76,10 +76,10 @@ def report(folders: str | Path | Sequence[str | Path], out: str | Path) -> Path:
     """
     out = Path(out)
     if out.suffix.lower() not in {".html", ".htm"} or out.is_dir():
-        raise ValueError(f"a report is an HTML file, so its name ends in .html: got {out}")
+        raise ValueError(f"a report is an HTML file: expected a name that ends in .html, got {out}")
     folders = [folders] if isinstance(folders, str | Path) else folders
     if not folders:
-        raise ValueError("a report needs a run: give at least one folder that a command wrote")
+        raise ValueError("a report needs at least one run: give a folder that a command wrote")
     paths = {Path(folder).resolve(): Path(folder) for folder in folders}
     sections = [_section(folder) for folder in paths.values()]
     names = [section.name for section in sections]
@@ -91,12 +91,12 @@ def report(folders: str | Path | Sequence[str | Path], out: str | Path) -> Path:
     ]
     loader = jinja2.PackageLoader("entangle.show", "page")
     page = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    touched = any(section.data for section in sections)
+    interactive = any(section.data for section in sections)
     text = page.get_template("report.html").render(
         sections=sections,
         style=loader.get_source(page, "report.css")[0],
         script=loader.get_source(page, "report.js")[0],
-        plotly=_packed(get_plotlyjs().encode()) if touched else "",
+        plotly=_packed(get_plotlyjs().encode()) if interactive else "",
     )
     return store.save_text(text, out)
 
@@ -106,14 +106,16 @@ def _section(folder: Path) -> Section:
     for kind, read in READERS.items():
         if (folder / "tables" / f"{kind}.csv").is_file():
             table = read(folder)  # its attrs are run.json
-            return _tabled(folder, kind, table, table.attrs, str(table.attrs.get("model", "")))
+            return _table_section(
+                folder, kind, table, table.attrs, str(table.attrs.get("model", ""))
+            )
     run = store.open_run(folder)
     about = disentangled(run)
     if about:
         subject = held_out_subject(run.to_dataset())
-        return _tabled(folder, "disentangle", run, about, subject)
+        return _table_section(folder, "disentangle", run, about, subject)
     found = summary(run)
-    data, left_out = _touchable(run, _contexts(folder / "contexts.json"))
+    data, left_out = _interactive(run, _contexts(folder / "contexts.json"))
     figures, not_drawn = _drawn(run, "measure")
     return Section(
         name=folder.resolve().name,
@@ -127,7 +129,7 @@ def _section(folder: Path) -> Section:
     )
 
 
-def _tabled(
+def _table_section(
     folder: Path,
     kind: str,
     run: xr.DataTree | pd.DataFrame,
@@ -162,7 +164,7 @@ def _findings(about: Mapping[str, Any]) -> dict[str, str]:
 
 def _made_of(about: Mapping[Any, Any], folder: Path) -> dict[str, str]:
     """Return a run's settings and its cost, as text."""
-    words = {}
+    texts = {}
     for name in _MADE_OF:
         value = about.get(name)
         if isinstance(value, Mapping):
@@ -170,22 +172,22 @@ def _made_of(about: Mapping[Any, Any], folder: Path) -> dict[str, str]:
         elif isinstance(value, list):
             value = " ".join(map(str, value))
         if value is not None:
-            words[name.replace("_", " ")] = f"{value:,}" if name == "tokens" else str(value)
+            texts[name.replace("_", " ")] = f"{value:,}" if name == "tokens" else str(value)
     log = store.read_json(folder / "log.json")
     if log:
-        words["cost"] = (
+        texts["cost"] = (
             f"{log['seconds']:,.0f} s on {log['cores']} cores ({log['machine']}), peak memory "
             f"{log['peak_memory_bytes'] / 1e9:.2f} GB, begun {log['started']}"
         )
-    return words
+    return texts
 
 
-def _tables(words: str) -> str:
+def _tables(markdown: str) -> str:
     """Return Markdown as HTML, each table in a box that scrolls, also by keyboard.
 
     Emphasis is off, since stars belong to patterns of layers.
     """
-    page = str(MarkdownIt("zero").enable(["table", "backticks"]).render(words))
+    page = str(MarkdownIt("zero").enable(["table", "backticks"]).render(markdown))
     box = '<div class="scroll" role="region" aria-label="table" tabindex="0"><table>'
     return page.replace("<table>", box).replace("</table>", "</table></div>")
 
@@ -199,14 +201,14 @@ def _drawn(run: xr.DataTree | pd.DataFrame, kind: str) -> tuple[dict[str, str], 
         try:
             figure = getattr(plots, name)(run)
         except (ValueError, LookupError) as error:
-            notes.append(f"no picture of {name}: {error}")
+            notes.append(f"the figure {name} is missing: {error}")
             continue
         figure.savefig(buffer := BytesIO(), format="png", dpi=160)
         figures[name] = base64.b64encode(buffer.getvalue()).decode()
     return figures, notes
 
 
-def _touchable(run: xr.DataTree, contexts: Mapping[str, Any]) -> tuple[dict[str, str], list[str]]:
+def _interactive(run: xr.DataTree, contexts: Mapping[str, Any]) -> tuple[dict[str, str], list[str]]:
     """Return the packed data of the interactive figures, and notes on neurons that are left out.
 
     Neurons are ordered by layer, the most entangled first. Numbers are floats of 3 bytes, with a
@@ -220,7 +222,7 @@ def _touchable(run: xr.DataTree, contexts: Mapping[str, Any]) -> tuple[dict[str,
     ends = np.append(starts[1:], len(names))
     counts = np.add.reduceat(known.astype(np.int64), starts).tolist()
     if not any(counts):
-        return {}, ["no neuron has a distance to show"]
+        return {}, ["no neuron has a distance, so no neuron is shown"]
     most = _most_of_each(counts)
     layers, rows, bars = [], [], []
     for start, end, count in zip(starts, ends, counts, strict=True):
@@ -261,7 +263,7 @@ def _touchable(run: xr.DataTree, contexts: Mapping[str, Any]) -> tuple[dict[str,
     packed["sketch"] = _packed(np.diff(levels.T, axis=0, prepend=np.uint8(0)))  # (bars, neurons)
     shown = len(row)
     cut = (
-        f"the {most:,} most entangled neurons of each layer are shown, {shown:,} of {sum(counts):,}"
+        f"only each layer's {most:,} most entangled neurons are shown, {shown:,} of {sum(counts):,}"
     )
     return packed, [cut] if shown < sum(counts) else []
 
@@ -285,8 +287,8 @@ def _contexts(file: Path) -> dict[str, Any]:
         return {name: _shortened(one) for name, one in found.items()}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
-            f"{file} is not what this version of entangle contexts writes ({error!r}): delete it and "
-            "find the contexts again"
+            f"{file} was not written by this version of entangle contexts ({error!r}): delete it and "
+            "run entangle contexts again"
         ) from error
 
 
@@ -321,8 +323,8 @@ def _planes(values: npt.NDArray[np.uint32]) -> npt.NDArray[np.uint8]:
 
 
 def _json(content: Mapping[str, Any]) -> bytes:
-    words = json.dumps(store.without_nan(content), ensure_ascii=False, separators=(",", ":"))
-    return words.encode()
+    text = json.dumps(store.without_nan(content), ensure_ascii=False, separators=(",", ":"))
+    return text.encode()
 
 
 def _packed(content: bytes | npt.NDArray[np.uint8]) -> str:

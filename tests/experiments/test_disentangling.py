@@ -21,7 +21,7 @@ from entangle.experiments.disentangle_table import layers_table, quantiles_table
 from entangle.experiments.disentangling import check_settings
 from entangle.experiments.held_out import measure_layer
 from entangle.model.layers import find_layers
-from entangle.model.text import TokenWindows, some_windows
+from entangle.model.text import TokenWindows, evenly_spaced
 from entangle.numerics import gaussian
 from entangle.numerics.sparsity import Sparsity
 from entangle.pruning.options import ONE, Clustering
@@ -214,7 +214,7 @@ def test_of_a_long_text_64_windows_are_drawn() -> None:
     text = random_windows(70, 4, seed=7)
     words: dict[str, Any] = {"layers": "*.0.mlp.c_fc", "experts": [2], "sparsity": [0.5]}
     tree = disentangle(tiny_model("gpt2"), evaluation=text, **words)
-    few = disentangle(tiny_model("gpt2"), evaluation=some_windows(text, 64), **words)
+    few = disentangle(tiny_model("gpt2"), evaluation=evenly_spaced(text, 64), **words)
     xr.testing.assert_identical(tree, few)
     about = about_of(tree)
     assert (about["evaluation_windows"], about["held_out_tokens"]) == (64, 256)
@@ -285,9 +285,7 @@ def test_killed_it_goes_on_where_it_was_and_the_bytes_are_the_same(
     partial = tmp_path / "run.partial"
     assert [file.name for file in (partial / "blocks").iterdir()] == ["0.safetensors"]
     assert not (tmp_path / "run").exists()
-    with pytest.raises(
-        FileExistsError, match=r"run\.partial.*experts \[3, 4\]\D+\[3\].*--overwrite"
-    ):
+    with pytest.raises(FileExistsError, match=r"run\.partial.*experts\D+3, 4\D+3\D.*--overwrite"):
         disentangle(model, out=tmp_path / "run", experts=[3])
     done = disentangle(model, out=tmp_path / "run")
     names = [layer.name for layer in find_layers(model)]

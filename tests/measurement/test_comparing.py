@@ -76,7 +76,7 @@ def test_only_what_both_runs_know_is_compared(pair: list[xr.DataTree]) -> None:
     assert some.layers["layer"].tolist() == ["model.layers.1.mlp.up_proj"]
     with pytest.raises(LookupError, match=r"layer.*'nothing'"):
         entangle.diff(first, other, layers="nothing")
-    with pytest.raises(LookupError, match=r"no neuron.*layers\.0\."):
+    with pytest.raises(LookupError, match=r"\b1 chosen layers.*no layer.*\.2\.mlp\.up_proj"):
         entangle.diff(first, other, layers="*.2.mlp.up_proj")
 
 

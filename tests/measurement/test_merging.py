@@ -196,7 +196,7 @@ def test_shards_of_different_runs_are_refused_and_the_difference_is_said(
 ) -> None:
     other = measured(tmp_path / "other", "3/3", **options)
     said = refused([place / "1", place / "2", other], tmp_path / "run")
-    assert re.search(rf"{other} .*shard.*{place / '1'} .*\b{attribute}", said)
+    assert re.search(rf"{other} .*{place / '1'} .*shards.*\b{attribute}", said)
 
 
 def test_shards_of_different_numbers_are_refused(place: Path, tmp_path: Path) -> None:
@@ -327,13 +327,13 @@ def test_slips_in_merging_are_told_on_the_command_line(
     shard, out = str(tmp_path / "1"), ["--out", str(tmp_path / "run")]
     assert main(command(commands, tmp_path / "1", "--shard", "1/2")) == 0
     for folders, message in [
-        ([shard], "of 2 shards 2/2 is missing"),
-        ([str(tmp_path / "nowhere")], "nowhere is not there"),
+        ([shard], r"\b2 shards\b.*\b2/2\b.*missing"),
+        ([str(tmp_path / "nowhere")], "nowhere .*--out"),
     ]:
         capsys.readouterr()
         assert main(["merge", *folders, *out]) == 2
         said = capsys.readouterr().err
-        assert message in said
+        assert re.search(message, said)
         assert "Traceback" not in said
     assert [path.name for path in tmp_path.iterdir()] == ["1"]
 
@@ -418,7 +418,7 @@ def test_a_run_without_a_sum_is_refused(tree: xr.DataTree, tmp_path: Path) -> No
     store.write_run(tmp_path, [tree], ABOUT, dict)
     digest = json.loads((tmp_path / "log.json").read_text())["sha256"]
     for sha256, message in [
-        (None, r"\bno sum\b"),
+        (None, r"\bno SHA-256 sum\b"),
         (digest[:-1] + ("0" if digest[-1] != "0" else "1"), "files.*written"),
     ]:
         store.write_json(tmp_path / "log.json", {} if sha256 is None else {"sha256": sha256})

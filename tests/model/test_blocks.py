@@ -791,10 +791,10 @@ def if_masked(wiring: Wiring) -> Wiring:
         (changed_between, new, "before block 1"),
         (changed_in_place_between, new, "before block 1"),
         (side_by_side, new, "before block 1"),
-        (with_what_the_one_before_received, new, "hand on"),
-        (with_what_the_one_before_gave_too, lambda _, h: (h, h.mean()), "hand on"),
-        (with_a_mean, new, "hand on"),
-        (with_more_if_changed, new, "hand on"),
+        (with_what_the_one_before_received, new, r"arguments of block \d"),
+        (with_what_the_one_before_gave_too, lambda _, h: (h, h.mean()), r"arguments of block \d"),
+        (with_a_mean, new, r"arguments of block \d"),
+        (with_more_if_changed, new, r"arguments of block \d"),
         (some(2, 1, 0), new, r"block 2 .*out of turn"),
         (some(0, 2, 1), new, r"block 2 .*out of turn"),
         (some(1, 2), new, r"block 1 .*out of turn"),
@@ -802,7 +802,7 @@ def if_masked(wiring: Wiring) -> Wiring:
         (some(), new, r"\b0 of 3\b"),
         (some(0, 0, 1, 2), new, r"block 0 .*out of turn"),
         (some(0, 1, 2, 2), new, r"block 2 .*out of turn"),
-        (simply, lambda _, h: {"hidden_states": h}, r"returns .*\bdict\b"),
+        (simply, lambda _, h: {"hidden_states": h}, r"block 0 returns .*\bdict\b"),
         (if_masked(changed_between), new, "before block 1"),
         (if_masked(changed_in_place_between), new, "before block 1"),
         (if_masked(some(0, 1)), new, r"\b2 of 3\b"),
@@ -835,6 +835,6 @@ def test_a_block_that_stands_at_two_places_is_refused() -> None:
 def test_a_block_that_is_called_without_hidden_states_is_refused(arguments: Any) -> None:
     args, kwargs = arguments
     model = wired(lambda blocks, *_: blocks[0](*args, **kwargs))
-    with pytest.raises(ValueError, match="without hidden states"):
+    with pytest.raises(ValueError, match=r"block 0 .*without hidden states"):
         BlockWalk(model, BATCHES)
     assert not any("forward" in vars(block) for block in find_blocks(model)[1])

@@ -63,14 +63,14 @@ def token_by_token(layer: ExpertLinear, inputs: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("bias", [True, False])
 def test_each_token_goes_through_the_weights_of_its_own_expert(
-    shape: tuple[int, ...], dtype: torch.dtype, bias: bool
+    shape: tuple[int, ...], dtype: torch.dtype, bias: bool, device: torch.device
 ) -> None:
     inputs = rows_of(*shape).to(dtype)
     for router in routers():
         layer = layer_of(router, dtype, bias=bias)
         if inputs.numel() > 50 * INPUTS:
             assert len(router.assign(inputs.reshape(-1, INPUTS)).unique()) == EXPERTS
-        outputs = layer(inputs)
+        outputs = copy.deepcopy(layer).to(device)(inputs.to(device)).cpu()
         assert (outputs.shape, outputs.dtype) == ((*shape, NEURONS), dtype)
         tolerance = 0.05 if dtype == torch.bfloat16 else 1e-4
         expected = token_by_token(layer, inputs)
@@ -180,7 +180,7 @@ def test_layers_that_share_a_router_ask_it_once(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize(
-    ("weights", "counts", "message"), [(3, 4, "got 3 and 4"), (4, 5, "got 4 and 5"), (5, 5, "5 and 5")]
+    ("weights", "counts", "message"), [(3, 4, "3 weights and 4 counts"), (4, 5, "4 weights and 5 counts"), (5, 5, "5 weights and 5 counts")]
 )  # fmt: skip
 def test_another_number_of_experts_than_the_router_has_is_refused(
     weights: int, counts: int, message: str

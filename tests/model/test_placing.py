@@ -640,7 +640,7 @@ def test_an_unfinished_run_of_other_settings_or_damaged_is_told(
     with pytest.raises(KeyboardInterrupt):
         measured(models, tmp_path / "run")
     before = contents(tmp_path)
-    with pytest.raises(FileExistsError, match=r"unfinished.*settings.*\bbins 128\b"):
+    with pytest.raises(FileExistsError, match=r"unfinished.*settings.*\bbins: 128, now 256\b"):
         measured(models, tmp_path / "run", bins=256)
     assert contents(tmp_path) == before
     file = tmp_path / "run.partial" / "state" / "block-1.safetensors"

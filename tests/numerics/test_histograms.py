@@ -1,5 +1,6 @@
 """The state's laws, its numbers against NumPy's and SciPy's, and the certified bound."""
 
+import functools
 import math
 import re
 from collections.abc import Callable
@@ -31,20 +32,23 @@ from tests.distributions import (
 )
 
 repeatable = settings(derandomize=True, deadline=None, max_examples=60)
+CPU = torch.device("cpu")
 UNIT = torch.tensor([[-1.0], [1.0]])  # a pilot of mean 0 and std 1: 1024 bins are 1/64 wide
 
 
-def started(pilot: torch.Tensor, *batches: torch.Tensor, bins: int = 1024) -> Histograms:
-    """Return the histograms of batches in bins that the pilot placed."""
-    histograms = Histograms.zeros(pilot.shape[1], bins=bins)
-    histograms.start(pilot)
+def started(
+    pilot: torch.Tensor, *batches: torch.Tensor, bins: int = 1024, device: torch.device = CPU
+) -> Histograms:
+    """Return the histograms of batches in bins that the pilot placed, counted on a device."""
+    histograms = Histograms.zeros(pilot.shape[1], bins=bins, device=device)
+    histograms.start(pilot.to(device))
     for batch in batches:
-        histograms.add(batch)
-    return histograms
+        histograms.add(batch.to(device))
+    return histograms if device == CPU else histograms.to(CPU)
 
 
 def by_torch(pilot: torch.Tensor, *batches: torch.Tensor) -> Histograms:
-    """Return the same, counted by what counts on a CUDA device."""
+    """Return the same, counted on the CPU as on a device without a kernel of its own."""
     histograms = started(pilot)
     for batch in batches:
         histograms.count.add_(len(batch))
@@ -285,10 +289,18 @@ def test_where_the_pilot_places_the_bins() -> None:
 # --- counts, on both kernels
 
 Fill = Callable[..., Histograms]
-kernels = pytest.mark.parametrize("fill", [started, by_torch])
 
 
-@kernels
+@pytest.fixture(params=["a device's own", "torch's"])
+def fill(device: torch.device, request: pytest.FixtureRequest) -> Fill:
+    """Count on each device, and by torch on the CPU."""
+    if request.param == "a device's own":
+        return functools.partial(started, device=device)
+    if device != CPU:
+        pytest.skip("torch's is the device's own")
+    return by_torch
+
+
 def test_counts_and_sums_are_numpys(fill: Fill) -> None:
     rng = np.random.default_rng(0)
     x = np.concatenate([3 * rng.standard_normal(9999), np.arange(-5000, 5000) / 512])  # edges too
@@ -329,7 +341,6 @@ def test_rows_that_are_not_contiguous() -> None:
         assert_same(Histograms.from_rows(view), Histograms.from_rows(view.contiguous()))
 
 
-@kernels
 def test_values_that_cannot_be_summed_are_counted_and_make_their_neuron_nan(fill: Fill) -> None:
     pilot, rows = wild(64, 5), wild(200, 5, seed=1)
     rows[[3, 130], 1], rows[5, 2], rows[[7, 150], 3] = (
@@ -353,7 +364,6 @@ def test_values_that_cannot_be_summed_are_counted_and_make_their_neuron_nan(fill
         assert_same(histograms[some], fill(pilot, rows)[some])
 
 
-@kernels
 def test_where_the_lattice_ends(fill: Fill) -> None:
     last, next_float = 8 + 2.0**24, 10 + 2.0**24  # 2^30 bins of 1/64 beyond the edge
     histograms = fill(UNIT, torch.tensor([[last], [-last], [0]]))
@@ -363,7 +373,6 @@ def test_where_the_lattice_ends(fill: Fill) -> None:
         assert int(fill(UNIT, torch.tensor([[far], [0]])).beyond) == 1
 
 
-@kernels
 def test_sums_that_would_overflow_are_flagged_and_never_wrap(fill: Fill) -> None:
     far = torch.tensor([[8 + 2.0**24, 1], [-8 - 2.0**24, -2], [0, 0]])  # 2^60 squared bins
     pilot = UNIT.expand(2, 2)
@@ -494,9 +503,9 @@ def test_the_pilot_comes_first_and_once() -> None:
 def test_states_of_another_pilot_or_shape_do_not_merge() -> None:
     rows = wild(10, 3)
     histograms = started(rows, rows)
-    with pytest.raises(ValueError, match=r"\b3 neurons of 1024 bins.*\b2 of 1024"):
+    with pytest.raises(ValueError, match=r"\b3 neurons of 1024 bins.*\b2 neurons of 1024 bins"):
         histograms.merged(started(rows[:, :2]))
-    with pytest.raises(ValueError, match=r"\b3 neurons of 1024 bins.*\b3 of 512"):
+    with pytest.raises(ValueError, match=r"\b3 neurons of 1024 bins.*\b3 neurons of 512 bins"):
         histograms.merged(started(rows, bins=512))
     other = rows.clone()
     other[0, 1] += 1

@@ -1,5 +1,6 @@
 """Pruning: against definitions written naively, and optimal brain surgeon by brute force."""
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,13 @@ Array = npt.NDArray[np.float64]
 SPARSITIES = ["0", "0.3", "0.5", "0.875", "1", "2:4", "1:4", "0:4", "4:4", "3:8"]
 
 
+def on(
+    device: torch.device, weight: torch.Tensor, moments: InputMoments
+) -> tuple[torch.Tensor, InputMoments]:
+    """Return a weight and moments on a device."""
+    return weight.to(device), InputMoments(moments.lower.to(device), moments.count.to(device))
+
+
 def problem(
     neurons: int = 7, inputs: int = 24, tokens: int = 200, seed: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor, InputMoments]:
@@ -36,6 +44,14 @@ def problem(
     return weight, rows, moments
 
 
+@functools.lru_cache(maxsize=2)  # several tests are of one Gram
+def inverses_of(gram: bytes, inputs: int) -> list[Array]:
+    """Return the inverse of the damped Gram of the columns from j on, for each j."""
+    hessian = np.frombuffer(gram).reshape(inputs, inputs)
+    hessian = hessian + 0.01 * hessian.diagonal().mean() * np.eye(inputs)
+    return [np.linalg.inv(hessian[j:, j:]) for j in range(inputs)]
+
+
 def brute_force(weight: torch.Tensor, moments: InputMoments, sparsity: Sparsity) -> Array:
     """Optimal brain surgeon, row by row and column by column, each with a fresh inverse.
 
@@ -46,8 +62,7 @@ def brute_force(weight: torch.Tensor, moments: InputMoments, sparsity: Sparsity)
     """
     gram = moments.gram.double().numpy()
     inputs = len(gram)
-    hessian = gram + 0.01 * gram.diagonal().mean() * np.eye(inputs)
-    inverses = [np.linalg.inv(hessian[j:, j:]) for j in range(inputs)]
+    inverses = inverses_of(gram.tobytes(), inputs)
     size, total = sparsity.group or BLOCK, round(sparsity.share * inputs)
     result = weight.double().numpy().copy()
     for row in result:
@@ -66,14 +81,14 @@ def brute_force(weight: torch.Tensor, moments: InputMoments, sparsity: Sparsity)
 
 
 @pytest.mark.parametrize("text", SPARSITIES)
-def test_sparse_gpt_is_optimal_brain_surgeon(text: str) -> None:
+def test_sparse_gpt_is_optimal_brain_surgeon(text: str, device: torch.device) -> None:
     weight, _, moments = problem()
     sparsity = Sparsity.parse(text)
-    found = sparse_gpt(weight, moments, sparsity)
+    found = sparse_gpt(*on(device, weight, moments), sparsity)
     expected = brute_force(weight, moments, sparsity)
     assert found.damping == (0.01,)
-    assert np.array_equal(found.weight.numpy() == 0, expected == 0)
-    assert np.allclose(found.weight.numpy(), expected, rtol=1e-3, atol=1e-3)
+    assert np.array_equal(found.weight.cpu().numpy() == 0, expected == 0)
+    assert np.allclose(found.weight.cpu().numpy(), expected, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("solver", ["numba", "torch"])
@@ -102,7 +117,7 @@ def test_it_is_over_several_blocks_and_groups_that_cross_them(
 
 
 @pytest.mark.parametrize("text", SPARSITIES)
-def test_magnitude_and_wanda_are_their_definitions(text: str) -> None:
+def test_magnitude_and_wanda_are_their_definitions(text: str, device: torch.device) -> None:
     weight, rows, moments = problem()
     sparsity = Sparsity.parse(text)
     size = sparsity.group or weight.shape[1]
@@ -114,26 +129,38 @@ def test_magnitude_and_wanda_are_their_definitions(text: str) -> None:
             for first in range(0, weight.shape[1], size):
                 for j in sorted(range(first, first + size), key=lambda j: float(values[j]))[:count]:
                     row[j] = 0
-        pruned = (
-            magnitude(weight, sparsity) if name == "magnitude" else wanda(weight, moments, sparsity)
-        )
-        assert torch.equal(pruned, expected), name
+        own = on(device, weight, moments)
+        pruned = magnitude(own[0], sparsity) if name == "magnitude" else wanda(*own, sparsity)
+        assert torch.equal(pruned.cpu(), expected), name
 
 
 @pytest.mark.parametrize("method", ["magnitude", "wanda", "sparse_gpt"])
 @pytest.mark.parametrize("mask", ["row", "block"])
 @pytest.mark.parametrize("share", [0, 0.1, 0.5, 0.77, 1])
-def test_the_pruned_count_is_exact_on_ties_too(method: str, mask: Mask, share: float) -> None:
+def test_the_pruned_count_is_exact_on_ties_too(
+    method: str, mask: Mask, share: float, device: torch.device
+) -> None:
     weight, _, moments = problem(neurons=70, inputs=300, tokens=400)
     weight = weight.sign() + weight.sign().roll(1, dims=0) * 2  # four values only, none of them 0
     sparsity = Sparsity(share)
-    pruned = prune(method, weight, moments, sparsity, mask)
+    pruned = prune(method, *on(device, weight, moments), sparsity, mask)
     zeros = (pruned == 0).sum(dim=1)
     assert int(zeros.sum()) == 70 * round(300 * share)
     if mask == "row":
         assert set(zeros.tolist()) == {round(300 * share)}
     elif 0 < share < 1:
         assert len(set(zeros.tolist())) > 1
+
+
+@pytest.mark.parametrize("text", ["0.25", "0.5", "2:4", "1:8"])
+def test_of_equal_scores_the_first_are_pruned(text: str) -> None:
+    """Of inputs that are orthogonal and equally large all weights of a row score alike."""
+    moments = InputMoments(torch.eye(32), torch.tensor(32))
+    weight = torch.tensor([1.0, -1.0]).repeat(3, 16)
+    sparsity = Sparsity.parse(text)
+    size, count = sparsity.group or 32, round(sparsity.share * (sparsity.group or 32))
+    found = sparse_gpt(weight, moments, sparsity).weight
+    assert torch.equal(found == 0, (torch.arange(32) % size < count).expand(3, -1))
 
 
 def prune(

@@ -141,21 +141,29 @@ def test_pooled_moments_are_those_of_all_rows() -> None:
     assert moments.count.tolist() == [30, 200, 1, 70]
 
 
-@pytest.mark.parametrize("strength", [0.0, 0.5, 3.0, 0.06])
-def test_a_pull_adds_average_tokens_to_each_expert(strength: float) -> None:
+@pytest.mark.parametrize("shrinkage", [0.0, 0.01, 2.0])
+def test_an_expert_without_tokens_gets_at_least_an_average_one(shrinkage: float) -> None:
+    full = rows_of(50, 24, 0)
+    moments = InputMoments.stack([moments_of(full), InputMoments.zeros(24)])
+    exact = full.double().numpy().T @ full.double().numpy() / 50 * max(shrinkage * 24, 1)
+    assert np.allclose(moments.shrunk(shrinkage).gram[1], exact, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("shrinkage", [0.0, 0.5, 3.0, 0.06])
+def test_shrinkage_adds_average_tokens_to_each_expert(shrinkage: float) -> None:
     moments, rows = stacked_moments()
     before = moments.gram.clone()
-    shrunk = moments.shrunk(strength)
+    shrunk = moments.shrunk(shrinkage)
     every = torch.cat(rows).double().numpy()
     average = every.T @ every / len(every)
     for place, part in enumerate(rows):
-        exact = part.double().numpy().T @ part.double().numpy() + strength * 24 * average
+        exact = part.double().numpy().T @ part.double().numpy() + shrinkage * 24 * average
         assert np.allclose(shrunk.gram[place], exact, rtol=1e-4, atol=1e-3)
-        assert int(shrunk.count[place]) == len(part) + round(strength * 24)
+        assert int(shrunk.count[place]) == len(part) + round(shrinkage * 24)
     assert shrunk.count.dtype == torch.int64
     assert torch.equal(moments.gram, before)  # and what was shrunk is as it was
     assert moments.count.tolist() == [30, 200, 1, 70]
-    if not strength:
+    if not shrinkage:
         assert torch.equal(shrunk.gram, before)
 
 

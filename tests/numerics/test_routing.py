@@ -356,13 +356,13 @@ def test_what_cannot_be_clustered_is_said() -> None:
     rows = clustered(50, 8)
     broken = rows.clone()
     broken[3, 1], broken[3, 2], broken[9, 0] = torch.nan, torch.inf, -torch.inf
-    with pytest.raises(ValueError, match=r"clusters.*\b50 inputs.*\b2 .*NaN"):
+    with pytest.raises(ValueError, match=r"clusters.*\b50 tokens.*\b2 .*NaN"):
         fit_router(broken, 2)
-    with pytest.raises(ValueError, match=r"clusters.*\b0 inputs"):
+    with pytest.raises(ValueError, match=r"clusters.*\b0 tokens"):
         fit_router(rows[:0], 2)
-    with pytest.raises(ValueError, match=r"experts.*\b1\b.*components.*\b0\b.* 0, None$"):
+    with pytest.raises(ValueError, match=r"experts.*\b1\b.* 0$"):
         fit_router(rows, 0)
-    with pytest.raises(ValueError, match=r"experts.*\b1\b.*components.*\b0\b.* 2, -1$"):
+    with pytest.raises(ValueError, match=r"components.*\b0\b.* -1$"):
         fit_router(rows, 2, components=-1)
 
 

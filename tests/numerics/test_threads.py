@@ -1,10 +1,16 @@
-"""What Numba's threads do to torch's, in a process of their own."""
+"""Numba's threads and torch's: neither changes the other's number."""
 
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 
+import numba
 import pytest
+import torch
+
+from entangle.numerics.sparse import slice_rows
+from entangle.numerics.threads import LikeTorch
 
 PRUNE = """
 import torch
@@ -49,3 +55,30 @@ def test_distances_leave_torch_its_number_of_threads(order: str, threads: str) -
     words = [sys.executable, "-c", DISTANCES, order]
     done = subprocess.run(words, check=True, capture_output=True, text=True, env=environment)
     assert done.stdout.split() == [threads]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("torchs", [1, 2])
+@pytest.mark.parametrize("numbas", [1, 2])
+def test_numba_has_torchs_number_of_threads_and_then_its_own(
+    numbas: int, torchs: int, fails: bool
+) -> None:
+    if numba.config.NUMBA_NUM_THREADS < 2:  # type: ignore[attr-defined]
+        pytest.skip("needs two cores")
+    numba.set_num_threads(numbas)
+    torch.set_num_threads(torchs)
+    with pytest.raises(KeyError) if fails else nullcontext(), LikeTorch() as found:
+        assert found == numba.get_num_threads() == torchs
+        if fails:
+            raise KeyError
+    assert (numba.get_num_threads(), torch.get_num_threads()) == (numbas, torchs)
+
+
+def test_a_product_leaves_numba_its_number_of_threads() -> None:
+    sliced = slice_rows(torch.randn(1, 20, 30))
+    numba.set_num_threads(1)
+    torch.set_num_threads(2)
+    for tokens in (1, 5):
+        sliced.product(torch.randn(tokens, 30), 0)
+    sliced.dense(0)
+    assert numba.get_num_threads() == 1

@@ -1,5 +1,6 @@
 """Expanding a model: against clusters, Grams and outputs made by hand with scikit-learn."""
 
+import copy
 import json
 import math
 from pathlib import Path
@@ -21,7 +22,7 @@ from entangle.model.text import TokenWindows
 from entangle.numerics.masks import prune
 from entangle.numerics.moments import InputMoments
 from entangle.numerics.sparsity import Sparsity
-from tests.pruning.test_sparsifying import inputs_of, random_windows
+from tests.pruning.test_sparsifying import inputs_of, placed, random_windows
 from tests.tiny_models import (
     ARCHITECTURES,
     save_tiny,
@@ -70,9 +71,9 @@ def expanded_naively(
 @pytest.mark.parametrize("propagate", ["dense", "sparse"])
 @pytest.mark.parametrize("shrinkage", [0.0, 0.5])
 def test_experts_are_pruned_for_the_tokens_of_their_clusters(
-    shrinkage: float, propagate: Any
+    shrinkage: float, propagate: Any, device: torch.device
 ) -> None:
-    windows, model = random_windows(WINDOWS), tiny_model("llama")
+    windows, model = random_windows(WINDOWS), placed(tiny_model("llama"), device)
     dense = tiny_model("llama")
     layers = find_layers(dense)
     rows = inputs_of(dense, layers, windows, 0)
@@ -83,7 +84,8 @@ def test_experts_are_pruned_for_the_tokens_of_their_clusters(
     for layer in layers if propagate == "dense" else layers[:7]:  # block 0 has the same inputs
         expected = expanded_naively(layer, rows[layer.name], shrinkage)
         labels = clusters_of(rows[layer.name], 3)
-        module = mixture_of(model, layer.name)
+        assert mixture_of(model, layer.name).weight.device.type == device.type
+        module = copy.deepcopy(mixture_of(model, layer.name)).cpu()
         assert torch.equal(module.router.assign(rows[layer.name]), labels), layer.name
         assert module.counts == labels.bincount().tolist()
         assert len(expected) == len(module.weight) == table.loc[layer.name, "clusters"]

@@ -1,9 +1,6 @@
 """Pruning a model: against the model run as a whole with hooks of the tests' own."""
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +17,7 @@ from entangle.model.text import TokenWindows
 from entangle.numerics.masks import prune
 from entangle.numerics.moments import InputMoments
 from entangle.numerics.sparsity import Mask, Method, Sparsity
+from tests.forking import forked
 from tests.tiny_models import ARCHITECTURES, VOCABULARY, tiny_model, tiny_tokenizer
 
 
@@ -27,6 +25,12 @@ def random_windows(windows: int = 6, length: int = 16, seed: int = 3) -> TokenWi
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(3, VOCABULARY - 1, (windows, length), generator=generator)
     return TokenWindows(tokens, "random", windows, 0, "never")
+
+
+def placed(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
+    """Move a model to a device."""
+    model.to(device)  # type: ignore[arg-type]  # a device is right; the stub is not
+    return model
 
 
 def inputs_of(
@@ -101,9 +105,9 @@ def test_block_by_block_prunes_as_the_whole_model_would(name: str, propagate: An
 @pytest.mark.parametrize("mask", ["row", "block"])
 @pytest.mark.parametrize("skip_first", [0, 3])
 def test_every_method_and_mask_and_skipped_tokens(
-    method: Method, mask: Mask, skip_first: int
+    method: Method, mask: Mask, skip_first: int, device: torch.device
 ) -> None:
-    windows, model = random_windows(12), tiny_model("llama")
+    windows, model = random_windows(12), placed(tiny_model("llama"), device)
     found = entangle.sparsify(
         model,
         windows,
@@ -118,8 +122,11 @@ def test_every_method_and_mask_and_skipped_tokens(
     )
     for layer in find_layers(model):
         weight = weight_of(layer)
-        assert torch.equal(weight == 0, expected[layer.name] == 0)
-        assert torch.allclose(weight, expected[layer.name], rtol=1e-3, atol=1e-4)
+        assert weight.device.type == device.type
+        different = (weight.cpu() == 0) != (expected[layer.name] == 0)
+        assert different.float().mean() <= (0 if device.type == "cpu" else 0.01)  # other Grams
+        same = ~different.any(dim=1)
+        assert torch.allclose(weight.cpu()[same], expected[layer.name][same], rtol=1e-3, atol=1e-4)
     assert found.layers["error"].tolist() == pytest.approx(list(errors.values()), rel=1e-2)
     assert (found.layers["tokens"] == 12 * (16 - skip_first)).all()
 
@@ -178,7 +185,7 @@ def test_the_manifest_counts_the_zeros_of_the_file(tmp_path: Path) -> None:
 
 def test_a_pruned_model_is_no_measured_run(tmp_path: Path) -> None:
     entangle.sparsify(tiny_model("llama"), random_windows(2), sparsity=0.5, out=tmp_path / "out")
-    with pytest.raises(FileNotFoundError, match=r"\bout\b.*measured run.*\bmodel\b"):
+    with pytest.raises(FileNotFoundError, match=r"\bout\b.*\bmeasured\b.*\bmodel\b"):
         entangle.open_run(tmp_path / "out")
 
 
@@ -194,29 +201,6 @@ def test_a_layer_without_output_has_no_error_and_json_says_null(tmp_path: Path) 
     text = (tmp_path / "out" / "sparsity.json").read_text()
     layers = json.loads(text, parse_constant=lambda name: pytest.fail(name))["layers"]
     assert [layer["layer"] for layer in layers if layer["error"] is None] == broken
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize(("mask", "experts"), [("row", 1), ("block", 1), ("row", 3)])
-def test_a_gpu_prunes_as_the_cpu(mask: Any, experts: int) -> None:
-    models: list[Any] = [tiny_model("llama"), tiny_model("llama")]
-    models[1].to("cuda")
-    errors = [
-        entangle.sparsify(
-            model, random_windows(24), sparsity=0.5, mask=mask, experts=experts
-        ).layers["error"]
-        for model in models
-    ]
-    assert errors[1].tolist() == pytest.approx(errors[0].tolist(), rel=0.02)
-    table = entangle.sweep(
-        tiny_model("llama").to("cuda"),  # type: ignore[arg-type]  # a device is right
-        random_windows(24),
-        random_windows(seed=7),
-        sparsity=[0.5],
-        experts=[experts],
-        propagate=["dense"],
-    )
-    assert table["perplexity"].notna().all()
 
 
 def test_the_same_command_gives_the_same_bytes(tmp_path: Path) -> None:
@@ -235,7 +219,7 @@ def test_the_same_command_gives_the_same_bytes(tmp_path: Path) -> None:
         ({"mask": "column"}, ValueError, "mask.*row, block.*'column'"),
         ({"propagate": "none"}, ValueError, "propagate.*sparse, dense.*'none'"),
         ({"layers": "*.nothing"}, LookupError, r"layer.*'\*\.nothing'"),
-        ({"skip_first": 16}, ValueError, r"skip_first.*\b15\b.*\b16\b.*\b16\b"),
+        ({"skip_first": 16}, ValueError, r"skip_first.*\b15\b.*windows of 16\D+16\b"),
         ({"batch_size": 0}, ValueError, r"batch size 0\b"),
     ],
 )
@@ -268,7 +252,7 @@ def test_a_layer_that_cannot_be_pruned_is_named() -> None:
 
 
 MEMORY = """
-import sys, torch, entangle
+import ctypes, sys, torch, entangle
 from pathlib import Path
 from tests.pruning.test_sparsifying import random_windows
 from tests.tiny_models import tiny_model
@@ -277,6 +261,8 @@ def status(name):
     lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(lines[name].removesuffix("kB"))
 
+for parameter in (-3, -1):  # what is freed is given back at once: mallopt's thresholds
+    ctypes.CDLL(None).mallopt(parameter, 65536)
 options = {"hidden_size": 96, "intermediate_size": 1280, "num_attention_heads": 3}
 entangle.sparsify(tiny_model("llama", **options), random_windows(8, 64), sparsity=0.5)  # warms up
 model = tiny_model("llama", **options, num_hidden_layers=int(sys.argv[1]))
@@ -290,15 +276,10 @@ print(status("VmHWM") - before)
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
 def test_memory_beyond_the_model_does_not_grow_with_the_blocks() -> None:
-    # So that what is freed is given back at once, and the process's size tells what is in use.
-    allocator = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    threads = {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}
     peaks = []
     for blocks in ("4", "8"):
-        words = [sys.executable, "-c", MEMORY, blocks]
-        done = subprocess.run(
-            words, check=True, capture_output=True, env=os.environ | allocator | threads
-        )
+        done = forked("-c", MEMORY, blocks)
+        assert done.returncode == 0, done.stderr
         peaks.append(int(done.stdout))
     assert peaks[0] > 4_000  # kB: hidden states and Grams are seen at all
     assert peaks[1] < 1.1 * peaks[0]

@@ -47,13 +47,44 @@ def test_plain_xarray_opens_it(tree: xr.DataTree, tmp_path: Path) -> None:
 
 
 def test_a_folder_that_holds_no_run_is_refused(tree: xr.DataTree, tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"/nowhere .*not there"):
+    with pytest.raises(FileNotFoundError, match=r"/nowhere .*not exist"):
         entangle.open_run(tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match=rf"{tmp_path} .*no run\.json"):
         entangle.open_run(tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(FileNotFoundError, match=rf"{tmp_path}/file .*not a folder"):
+        entangle.open_run(tmp_path / "file")
     (tmp_path / "run.json").write_text("{}")
-    with pytest.raises(ValueError, match=rf"{tmp_path} .*damaged"):
+    with pytest.raises(ValueError, match=rf"{tmp_path} .*damaged.*log\.json is missing"):
         entangle.open_run(tmp_path)
+    store.write_run(tmp_path, [tree], ABOUT, dict)
+    log = (tmp_path / "log.json").read_text()
+    for name, text, message in [
+        ("log.json", "", r"log\.json is empty"),
+        ("log.json", "[]", r"log\.json .*no JSON object"),
+        ("log.json", "{}", r"log\.json .*no SHA-256 sum"),
+        ("run.json", "", r"run\.json is empty"),
+        ("run.json", "{}", r"files.*not match.*SHA-256 sum"),
+    ]:
+        (tmp_path / "log.json").write_text(log)
+        (tmp_path / name).write_text(text)
+        with pytest.raises(ValueError, match=rf"{tmp_path} .*damaged.*{message}"):
+            entangle.open_run(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "damaged"), [("run.json", ""), ("log.json", ""), ("contexts.json", "/contexts.json")]
+)
+@pytest.mark.parametrize(
+    ("text", "reason"), [("", "empty"), ("[1]", "no JSON object"), ("{", "Expecting")]
+)
+def test_a_damaged_json_file_is_told_with_what_to_delete(
+    name: str, damaged: str, text: str, reason: str, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_text(text)
+    message = rf"{tmp_path}/{name} .*damaged.*{reason}.*delete {tmp_path}{damaged} and run"
+    with pytest.raises(ValueError, match=message):
+        store.read_json(tmp_path / name)
 
 
 def test_the_log_has_time_and_memory() -> None:

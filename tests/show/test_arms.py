@@ -267,7 +267,7 @@ def test_a_block_at_a_time_has_a_panel_for_each_share() -> None:
             assert points == list(zip([0, 2, 10], part["difference"], strict=True))
             assert bars_are(segments, part, axis=1)
         assert (ax.get_xscale(), ax.get_yscale()) == ("linear", "linear")
-    assert figure.get_supxlabel() == "block that is treated"
+    assert figure.get_supxlabel() == "treated block"
 
 
 def test_random_neurons_of_one_seed_have_the_error_over_windows() -> None:

@@ -470,7 +470,7 @@ def test_without_any_distance_the_page_says_so(site: Site, tmp_path: Path) -> No
     (section,) = sections(page)
     assert any(re.search("no neuron.*distance", note) for note in notes(section))
     assert page.all("script") == []
-    assert any(re.search("picture.*layers", note) for note in notes(section))
+    assert any(re.search(r"figure layers\b.*missing", note) for note in notes(section))
 
 
 def test_what_was_found_and_what_made_it_stand_above(site: Site) -> None:
@@ -998,7 +998,7 @@ def test_contexts_are_shown_and_what_finds_others_is_said(page: Page, site: Site
             f"{made_visible(one['token']) or '∅'} {100 * round(one['share'], 4):.1f}%"
             for one in truth["frequent"][:8]
         )
-        assert "were not found" not in words
+        assert "are missing" not in words
     name = "model.layers.1.mlp.gate_proj:11"
     open_by_table(page, name)
     words = page.locator(".neuron").inner_text()

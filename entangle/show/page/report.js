@@ -1,6 +1,6 @@
 "use strict";
 
-// The page is one file: its data lie in script elements, deflated and in base64.
+// The page is one file: its data are in script elements, deflated and in base64.
 async function unpack(element) {
   const packed = Uint8Array.from(atob(element.textContent), (letter) => letter.charCodeAt(0));
   element.remove();
@@ -8,7 +8,7 @@ async function unpack(element) {
   return new Uint8Array(await new Response(stream).arrayBuffer());
 }
 
-// Bytes that lie plane by plane, the lowest first; absent low planes are zeros.
+// Bytes are stored plane by plane, the lowest first; absent low planes are zeros.
 function numbers(bytes, Kind) {
   const count = Kind === Uint32Array ? bytes.length / 4 : bytes.length / 3;
   const planes = bytes.length / count;
@@ -90,23 +90,23 @@ class Explorer {
       this.tableBox);
     const roles = [...new Set(this.header.layers.map((layer) => layer.role))];
     this.heatmaps = roles.map((role) => new Heatmap(this, role, top));
-    for (const heatmap of this.heatmaps) heatmap.draw(); // once all stand in their places
+    for (const heatmap of this.heatmaps) heatmap.draw(); // once all are in their places
     this.table = new Table(this);
   }
 
-  said(row) {
+  label(row) {
     return `${this.names[row]}  W1 ${this.wasserstein[row].toFixed(4)} std`;
   }
 
-  tell(row) {
-    this.status.textContent = this.said(row);
+  showStatus(row) {
+    this.status.textContent = this.label(row);
   }
 
-  // Show one neuron; `jump` brings it into view where it is not beside the rest.
+  // Show one neuron; with `jump` scroll to it if the page has one column.
   select(row, jump = true) {
     this.current = row;
     if (jump && !this.neuron.contains(document.activeElement)) this.from = document.activeElement;
-    this.tell(row);
+    this.showStatus(row);
     this.drawNeuron(row);
     for (const heatmap of this.heatmaps) heatmap.mark(row);
     this.table.mark();
@@ -192,14 +192,14 @@ class Explorer {
   contexts(name) {
     const found = this.header.contexts[name], box = make("div");
     if (!found) {
-      box.append(make("p", { class: "quiet" }, "Its contexts were not found: ", make("code", {}, `entangle contexts RUN ${name}`), " finds the tokens behind it, and a report written after it shows them."));
+      box.append(make("p", { class: "quiet" }, "The contexts of this neuron are missing. To see the tokens behind its distance, run ", make("code", {}, `entangle contexts RUN ${name}`), " and write the report again."));
       return box;
     }
     const interval = found.low === null ? "" : `, 95% interval ${found.low.toFixed(4)} to ${found.high.toFixed(4)}`;
-    box.append(make("h4", {}, "What makes the distance"), make("p", {}, `Exact W1 ${found.wasserstein.toFixed(4)}${interval} (${found.tokens.toLocaleString("en")} tokens, bootstrap of windows).`));
+    box.append(make("h4", {}, "Origin of the distance"), make("p", {}, `Exact W1 ${found.wasserstein.toFixed(4)}${interval} (${found.tokens.toLocaleString("en")} tokens, bootstrap of windows).`));
     const without = make("ol");
     for (const left of found.without) {
-      const rest = left.wasserstein === null ? "nothing is left" : `W1 ${left.wasserstein.toFixed(4)}`;
+      const rest = left.wasserstein === null ? "no distance" : `W1 ${left.wasserstein.toFixed(4)}`;
       without.append(make("li", {}, make("b", {}, rest), ` without ${visible(left.what)} (${left.tokens.toLocaleString("en")} tokens, ${percent(left.variance)} of the variance)`));
     }
     const tokens = make("p", {}, "Shares of the distance by frequent tokens: ");
@@ -208,7 +208,7 @@ class Explorer {
     const most = Math.max(...found.positions), size = 240 / found.positions.length;
     const bars = found.positions.map((share, i) => `M${i * size} 40v${(-36 * share / most).toFixed(1)}h${0.9 * size}V40Z`).join("");
     positions.innerHTML = `<svg class="small" width="240" height="41" role="img" aria-label="shares of the distance over the window, from ${percent(Math.min(...found.positions))} to ${percent(most)} in each of ${found.positions.length} parts"><path class="bar" d="${bars}"/></svg>`;
-    box.append(without, tokens, make("p", { class: "quiet" }, `and over the window, in ${found.positions.length} parts, at most ${percent(most)}:`), positions, make("h4", {}, "Tokens in their text"));
+    box.append(without, tokens, make("p", { class: "quiet" }, `Shares of the distance over the window, in ${found.positions.length} parts, the largest ${percent(most)}:`), positions, make("h4", {}, "Tokens in their text"));
     const texts = make("div", { class: "texts", role: "region", "aria-label": "tokens in their text", tabindex: "0" });
     box.append(texts);
     let why = null, list = null;
@@ -259,7 +259,7 @@ function legend(top) {
   return make("div", { class: "legend" },
     make("span", {}, "distance to a Gaussian (std)"),
     make("div", { class: "scale" }, make("div", { class: "ramp", style: `background:linear-gradient(90deg,${INFERNO.join(",")})` }), ticks),
-    make("span", { class: "quiet" }, "and beyond"));
+    make("span", { class: "quiet" }, "and larger"));
 }
 
 class Heatmap {
@@ -296,7 +296,7 @@ class Heatmap {
       zmin: 0, zmax: top, showscale: false, hoverongaps: false,
     }], layout(this.layout()), CONFIG);
     const rowOf = (event) => this.row(event.points[0].pointNumber);
-    this.plot.on("plotly_hover", (event) => explorer.tell(rowOf(event)));
+    this.plot.on("plotly_hover", (event) => explorer.showStatus(rowOf(event)));
     this.plot.on("plotly_click", (event) => {
       this.place = event.points[0].pointNumber;
       this.plot.focus({ preventScroll: true });
@@ -322,11 +322,11 @@ class Heatmap {
     return this.layers[place].first + rank;
   }
 
-  // Mark a neuron and say which it is; a layer may have none to show.
+  // Mark a neuron and show its name; a layer may have no neuron to show.
   point(row) {
     if (!this.layers[this.place[0]].shown) return;
     this.mark(row);
-    this.explorer.tell(row);
+    this.explorer.showStatus(row);
   }
 
   mark(row) {
@@ -408,11 +408,11 @@ class Table {
   }
 
   fill() {
-    const { explorer } = this, values = explorer[this.by], words = this.search.value.trim().toLowerCase().split(/\s+/);
+    const { explorer } = this, values = explorer[this.by], terms = this.search.value.trim().toLowerCase().split(/\s+/);
     const rows = [];
     for (let row = 0; row < explorer.count; row++) {
       const name = explorer.names[row].toLowerCase() + (explorer.header.contexts[explorer.names[row]] ? " contexts" : "");
-      if (words.every((word) => name.includes(word))) rows.push(row);
+      if (terms.every((term) => name.includes(term))) rows.push(row);
     }
     const sign = this.falling ? -1 : 1;
     rows.sort((a, b) => sign * (values[a] - values[b]) || a - b);
@@ -471,7 +471,7 @@ function neuronOf(hash) {
     document.documentElement.dataset.ready = "true";
   } catch (error) {
     for (const box of boxes) {
-      box.querySelector(".loading")?.replaceWith(make("p", { class: "notes" }, `This browser cannot unpack the page (${error.message}): use one of 2023 or newer.`));
+      box.querySelector(".loading")?.replaceWith(make("p", { class: "notes" }, `This browser cannot unpack the page (${error.message}): use a browser of 2023 or newer.`));
     }
     throw error;
   }
