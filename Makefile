@@ -110,7 +110,7 @@ figures: data ## measure again and redraw the figures of README and docs/ (takes
 	@$(call draw,disentangled,sparse)
 
 test: check data ## check lint and types, and run the whole test suite
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 check: .venv/installed ## check lint and types
 	$(BIN)/ruff check .

@@ -14,6 +14,11 @@ os.environ["TQDM_DISABLE"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run the real model first: at the end one process would run it while the others wait."""
+    items.sort(key=lambda item: item.get_closest_marker("real") is None)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _frozen() -> None:
     """Keep what is imported out of garbage collections: each run that is written starts one."""
