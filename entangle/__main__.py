@@ -32,9 +32,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"entangle {args.command} --help lists the options"
         )
     if unknown:  # neurons after options, which argparse does not assign
-        args.neurons += unknown
+        args = argparse.Namespace(**vars(args) | {"neurons": [*args.neurons, *unknown]})
     if args.command in {"measure", "sparsify", "sweep", "ablate", "disentangle"}:
-        args.command_line = command_line(args)
+        args = argparse.Namespace(**vars(args), command_line=command_line(args))
 
     def terminate(signum: int, frame: FrameType | None) -> None:
         if _ignores_exit(frame):  # try again soon

@@ -124,9 +124,9 @@ def parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
     top.add_argument("--version", action="version", version=entangle.__version__)
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    always = argparse.ArgumentParser(add_help=False)
-    always.add_argument("--json", action="store_true", help="print the result as JSON")
-    always.add_argument("--debug", action="store_true", help="print the traceback of an error")
+    output = argparse.ArgumentParser(add_help=False)
+    output.add_argument("--json", action="store_true", help="print the result as JSON")
+    output.add_argument("--debug", action="store_true", help="print the traceback of an error")
 
     layers = argparse.ArgumentParser(add_help=False)
     layers.add_argument(
@@ -137,19 +137,19 @@ def parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
         help="patterns of the names of the layers to use, such as '*.mlp.*' [*]",
     )
 
-    runs = argparse.ArgumentParser(add_help=False)
-    runs.add_argument(
+    device = argparse.ArgumentParser(add_help=False)
+    device.add_argument(
         "--device",
         default="auto",
         help="device to run the model on, such as cpu or cuda:1 [auto: cuda if available, else cpu]",
     )
-    runs.add_argument(
+    device.add_argument(
         "--trust-remote-code",
         action="store_true",
         help="run Python code that comes with the model [such code is not run]",
     )
 
-    model = argparse.ArgumentParser(add_help=False, parents=[runs])
+    model = argparse.ArgumentParser(add_help=False, parents=[device])
     model.add_argument("model", metavar="MODEL", help="model: a hub id, a folder or a .gguf file")
     spread = argparse.ArgumentParser(add_help=False)
     spread.add_argument("--device-map", choices=["auto"], help=SPREAD)
@@ -165,7 +165,7 @@ def parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
         help="number type of the weights in memory [auto: as stored]",
     )
 
-    measured = argparse.ArgumentParser(add_help=False, parents=[runs])
+    measured = argparse.ArgumentParser(add_help=False, parents=[device])
     measured.add_argument(
         "run", type=Path, metavar="RUN", help="folder of a measured run; its model is loaded"
     )
@@ -175,7 +175,7 @@ def parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
         "--evaluation",
         required=True,
         metavar="TEXT",
-        help="held-out text to score or measure on, given as --text is",
+        help="held-out text to score or measure on, in any form that --text takes",
     )
     evaluation.add_argument(
         "--evaluation-windows",
@@ -203,7 +203,7 @@ def parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
         type=int,
         default=0,
         metavar="N",
-        help="seed of all random choices, such as windows and clusters [0]",
+        help="seed of the draw of windows, of clusters and of shuffled controls [0]",
     )
     windows.add_argument(
         "--bos",
@@ -223,15 +223,15 @@ def parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
     text = argparse.ArgumentParser(add_help=False, parents=[windows])
     text.add_argument("--text", required=True, help=f"text: {TEXT}")
 
-    writes = argparse.ArgumentParser(add_help=False)
-    writes.add_argument(
+    overwrite = argparse.ArgumentParser(add_help=False)
+    overwrite.add_argument(
         "--overwrite", action="store_true", help="replace --out if it exists, finished or not"
     )
 
     bins = "bins of each neuron's histogram [1024]"
     measure = commands.add_parser(
         "measure",
-        parents=[model, spread, text, layers, writes, always],
+        parents=[model, spread, text, layers, overwrite, output],
         help="measure the distribution of every neuron over a text",
     )
     measure.add_argument(
@@ -248,7 +248,7 @@ def parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
     measure.add_argument("--shard", metavar="N/OF", help=SHARD)
 
     merge = commands.add_parser(
-        "merge", parents=[writes, always], help="merge the shards of a run into one run"
+        "merge", parents=[overwrite, output], help="merge the shards of a run into one run"
     )
     merge.add_argument(
         "run", type=Path, nargs="+", metavar="RUN", help="folders of all shards of the run"
@@ -259,7 +259,7 @@ def parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
 
     plan = commands.add_parser(
         "plan",
-        parents=[model, text, layers, always],
+        parents=[model, text, layers, output],
         help="estimate what measure and sparsify cost, without loading the model",
     )
     plan.add_argument("--bins", type=int, default=1024, metavar="N", help=bins)
@@ -273,18 +273,18 @@ def parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
     plan.add_argument("--sparsity", default="0.5", metavar="S", help=f"{sparsity} [0.5]")
     plan.add_argument("--experts", type=int, default=1, metavar="N", help=f"{experts} [1]")
 
-    runs_only = argparse.ArgumentParser(add_help=False)
-    runs_only.add_argument("--unpacked", action="store_true", help=UNPACKED)
+    unpacked = argparse.ArgumentParser(add_help=False)
+    unpacked.add_argument("--unpacked", action="store_true", help=UNPACKED)
 
     commands.add_parser(
         "perplexity",
-        parents=[model, spread, text, runs_only, always],
+        parents=[model, spread, text, unpacked, output],
         help="score a model on a text",
     )
 
     generate = commands.add_parser(
         "generate",
-        parents=[model, spread, runs_only, always],
+        parents=[model, spread, unpacked, output],
         help="generate text from a prompt, and time it",
     )
     generate.add_argument("--prompt", required=True, metavar="TEXT", help="text to continue")
@@ -294,7 +294,7 @@ def parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
 
     sparsify = commands.add_parser(
         "sparsify",
-        parents=[model, spread, text, layers, writes, always],
+        parents=[model, spread, text, layers, overwrite, output],
         help="prune a model, or expand it to sparse experts, and save it",
     )
     sparsify.add_argument(
@@ -305,7 +305,7 @@ def parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
     tables = "new folder for the tables and figures"
     sweep = commands.add_parser(
         "sweep",
-        parents=[model, text, evaluation, layers, writes, always],
+        parents=[model, text, evaluation, layers, overwrite, output],
         help="prune a model in several ways and score each: one table and one figure",
     )
     sweep.add_argument("--out", type=Path, required=True, metavar="RUN", help=tables)
@@ -313,7 +313,7 @@ def parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
 
     ablate = commands.add_parser(
         "ablate",
-        parents=[measured, windows, evaluation, layers, writes, always],
+        parents=[measured, windows, evaluation, layers, overwrite, output],
         help="treat the most entangled neurons, or others, and score: one table and one figure",
         description=ABLATE,
     )
@@ -347,7 +347,11 @@ def parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
         **names,
     )
     ablate.add_argument(
-        "--seeds", type=int, default=5, metavar="N", help="number of random sets [5]"
+        "--seeds",
+        type=int,
+        default=5,
+        metavar="N",
+        help="number of random sets, drawn with the seeds 0, 1, ..., whatever --seed is [5]",
     )
     ablate.add_argument(
         "--per-block", action="store_true", help="treat one block at a time [all blocks together]"
@@ -355,7 +359,7 @@ def parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
 
     disentangle = commands.add_parser(
         "disentangle",
-        parents=[measured, text, evaluation, layers, writes, always],
+        parents=[measured, text, evaluation, layers, overwrite, output],
         help="measure neurons within clusters, and with experts: tables and figures",
         description=DISENTANGLE,
     )
@@ -378,7 +382,7 @@ def parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
 
     contexts = commands.add_parser(
         "contexts",
-        parents=[measured, layers, always],
+        parents=[measured, layers, output],
         help="find the tokens behind neurons' distributions, and add them to the run",
     )
     contexts.add_argument(
@@ -393,7 +397,7 @@ def parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
 
     rank = commands.add_parser(
         "rank",
-        parents=[layers, always],
+        parents=[layers, output],
         help="print the neurons with the largest distance, or largest other variable",
     )
     rank.add_argument("run", type=Path, metavar="RUN", help="folder of a measured run")
@@ -414,7 +418,7 @@ def parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
 
     diff = commands.add_parser(
         "diff",
-        parents=[layers, always],
+        parents=[layers, output],
         help="compare the neurons' distances in two runs",
     )
     diff.add_argument("run", type=Path, metavar="RUN", help="folder of the first run")
@@ -435,7 +439,7 @@ def parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
 
     plot = commands.add_parser(
         "plot",
-        parents=[always],
+        parents=[output],
         formatter_class=argparse.RawDescriptionHelpFormatter,  # a line for each kind
         help="draw a run of measure, sweep, ablate or disentangle",
         epilog="kinds:\n" + "\n".join(f"  {kind:<13}{shows}" for kind, shows in PLOTS.items()),
@@ -452,7 +456,7 @@ def parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
         nargs="*",
         metavar="LAYER:INDEX",
         help="neurons to draw: one or several for neuron, at most one for clusters and sparse "
-        "[for clusters and sparse an entangled neuron]",
+        "[for clusters and sparse: the most entangled neuron whose outputs were kept]",
     )
     plot.add_argument(
         "--sparsity", metavar="S", help="sparsity to draw, for improvement and sparse [RUN's last]"
@@ -466,7 +470,7 @@ def parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
 
     report = commands.add_parser(
         "report",
-        parents=[always],
+        parents=[output],
         help="write runs of any kind into one HTML file that needs no network",
     )
     report.add_argument(

@@ -519,7 +519,7 @@ def command_line(args: argparse.Namespace) -> str:
 
 
 def check_numbers(args: argparse.Namespace) -> None:
-    """Check, before a command runs, the numbers that no function below checks by its flag's name.
+    """Check --top and --seed before a command runs; nothing else checks them by these names.
 
     Raises:
         ValueError: a number is too small.

@@ -98,7 +98,9 @@ class Ablation:
                 raise ValueError(f"expected a share of neurons above 0 and at most 1, got {share}")
         if min(self.experts) < 1:
             raise ValueError(f"a layer needs at least 1 expert, got {min(self.experts)}")
-        if self.seeds < 0 or (self.seeds == 0 and RANDOM in self.sets):
+        if self.seeds < 0:
+            raise ValueError(f"seeds must not be negative, got {self.seeds}")
+        if self.seeds == 0 and RANDOM in self.sets:
             raise ValueError(f"random neurons need at least 1 seed, got {self.seeds}")
 
     def arms(self, sets: Sequence[str], blocks: Sequence[int | None]) -> list[Arm]:

@@ -159,7 +159,7 @@ def read_table(folder: str | Path) -> pd.DataFrame:
         FileNotFoundError: the folder has no such table.
         ValueError: the table is of an older version, without multiply-adds.
     """
-    table = store.read_table(folder, "sweep", TEXT)
+    table = store.read_table(folder, "sweep", [*TEXT, "pull"])
     table = table.rename(columns={"pull": "shrinkage"})  # its name before 0.2.0
     if "density" not in table:
         raise ValueError(

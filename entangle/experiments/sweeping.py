@@ -70,8 +70,8 @@ def sweep(
     Without a ``method`` all methods are run. Wanda and magnitude are run with one expert only.
     Arms that would be the same are run once: n:m is always a mask by row, magnitude uses no
     inputs, and one expert has no router. Budgets (see `zeros_of`) are made from a measured ``run``
-    of the model; masks by block, if masks by row are run too, and n:m, if shares of zeros are
-    run too, have no budget, as published. Arms with ``propagate="dense"`` share one pass over the
+    of the model. If masks by row are run too, masks by block have no budget; if shares of zeros are
+    run too, n:m has none. Both are as published. Arms with ``propagate="dense"`` share one pass over the
     calibration windows. The model is restored at the end.
 
     With ``out`` the tables are written to that folder. A killed sweep resumes when it is called

@@ -67,7 +67,7 @@ def diff(
         why = (
             f"the second run has no layer {lacking[0]}"
             if lacking
-            else "they are dead, not finite or too inexact in one"
+            else "in one run they are dead, have outputs that are not finite, or too large a bound"
         )
         raise LookupError(
             f"no neuron of the {len(wanted)} chosen layers of the first run is ranked in both runs: "

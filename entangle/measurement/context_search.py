@@ -141,7 +141,7 @@ def contexts(
         check_neuron(data, name)
         if not np.isfinite(float(data["wasserstein"].sel(neuron=name))):
             raise ValueError(
-                f"{name} is dead or broken, so it has no distance: choose another neuron"
+                f"{name} is dead or not finite, so it has no distance: choose another neuron"
             )
     setup = Setup.of(
         model,

@@ -371,7 +371,7 @@ def _catch(
             nonlocal first, last
             call, hidden = _Call.of(index, args, kwargs)
             if index != len(calls):
-                fact = f"block {index} runs out of turn, after {len(calls)} others"
+                fact = f"block {index} runs where block {len(calls)} is expected"
                 raise RuntimeError(_NOT_IN_SEQUENCE.format(fact))
             if first is None:
                 first = hidden

@@ -31,11 +31,11 @@ class Mixture(nn.Module):
     owns_router: bool
     bias: nn.Parameter | None  # (neurons,), shared by all experts
 
-    def one(self, inputs: torch.Tensor) -> torch.Tensor:
+    def one_token(self, inputs: torch.Tensor) -> torch.Tensor:
         """Return the outputs (..., neurons) of the inputs (..., inputs) of a single token."""
         raise NotImplementedError
 
-    def many(self, rows: torch.Tensor, routes: Routes) -> torch.Tensor:
+    def many_tokens(self, rows: torch.Tensor, routes: Routes) -> torch.Tensor:
         """Return the outputs (tokens, neurons) of rows (tokens, inputs), for any number but one."""
         raise NotImplementedError
 
@@ -57,17 +57,17 @@ class Mixture(nn.Module):
         if width != self.in_features:  # the kernels do not check it
             raise ValueError(f"expected {self.in_features} inputs, got {width}")
         if inputs.numel() == width:
-            return self.one(inputs)
+            return self.one_token(inputs)
         rows = inputs.reshape(-1, width)
         shape = (*inputs.shape[:-1], self.out_features)
         if router is None:
             tokens = torch.arange(len(rows), device=rows.device)
-            return self.many(rows, Routes(tokens, [len(rows)])).view(shape)
+            return self.many_tokens(rows, Routes(tokens, [len(rows)])).view(shape)
         routes: Routes | None = self._kept(inputs)
         if routes is None:
             routes = router(inputs)
             self._keep(inputs, routes)
-        return self.many(rows, routes).view(shape)
+        return self.many_tokens(rows, routes).view(shape)
 
     def _kept(self, inputs: torch.Tensor) -> Any:
         """Return what the owner of the router has kept for the same inputs, or None."""
@@ -118,7 +118,7 @@ class ExpertLinear(Mixture):
         self.router, self.owns_router = router, owns_router
         self.counts = [int(count) for count in counts]
 
-    def one(self, inputs: torch.Tensor) -> torch.Tensor:
+    def one_token(self, inputs: torch.Tensor) -> torch.Tensor:
         """Return the outputs (..., neurons) of the inputs (..., inputs) of a single token."""
         expert: int | None = self._kept(inputs)
         if expert is None:
@@ -126,7 +126,7 @@ class ExpertLinear(Mixture):
             self._keep(inputs, expert)
         return self._product(inputs, expert)
 
-    def many(self, rows: torch.Tensor, routes: Routes) -> torch.Tensor:
+    def many_tokens(self, rows: torch.Tensor, routes: Routes) -> torch.Tensor:
         """Return the outputs (tokens, neurons) of rows (tokens, inputs)."""
         spans = routes.spans
         if len(spans) < 2:
@@ -179,20 +179,20 @@ class PackedLinear(Mixture):
             "packed=False to save it or to read its state_dict"
         )
 
-    def one(self, inputs: torch.Tensor) -> torch.Tensor:
+    def one_token(self, inputs: torch.Tensor) -> torch.Tensor:
         """Return the outputs (..., neurons) of the inputs (..., inputs) of a single token."""
         router, expert = self.router, self._kept(inputs)
         if router is None:
             expert = 0
         elif expert is None and not isinstance(router, CentroidRouter):
             expert = router.one(inputs)
-        # Without an expert the kernel of the product also routes.
+        # If the expert is None, the kernel also chooses it, with the router's arrays.
         arrays = router.arrays if isinstance(router, CentroidRouter) else ()
         outputs, expert = self.sliced.one(inputs, expert, *arrays)
         self._keep(inputs, expert)
         return self._finished(outputs, inputs.dtype)
 
-    def many(self, rows: torch.Tensor, routes: Routes) -> torch.Tensor:
+    def many_tokens(self, rows: torch.Tensor, routes: Routes) -> torch.Tensor:
         """Return the outputs (tokens, neurons) of rows (tokens, inputs)."""
         spans = routes.spans
         few = [

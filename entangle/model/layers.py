@@ -111,7 +111,8 @@ def find_blocks(model: "PreTrainedModel") -> tuple[str, nn.ModuleList]:
     """
     if not hasattr(model, "config"):
         raise ValueError(
-            f"expected a model of transformers, got {type(model).__name__}: pass the model inside"
+            f"expected a model of transformers, got {type(model).__name__}: pass the transformers "
+            "model that it wraps"
         )
     if any(isinstance(module, PackedLinear) for module in model.modules()):
         raise ValueError(

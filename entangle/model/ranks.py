@@ -229,7 +229,7 @@ def raise_on_all_ranks() -> Iterator[None]:
             raise ValueError(first)
 
 
-def assign_owners(costs: Sequence[float]) -> list[int]:
+def assign_ranks(costs: Sequence[float]) -> list[int]:
     """Return a rank for each piece of work, so that the ranks' total costs are about equal.
 
     The most expensive pieces come first, each to the rank with the least work so far.

@@ -105,7 +105,7 @@ class Sliced:
         router = -1 if expert is None else expert, matrix, bias
         if torch.get_num_threads() == 1:  # starting threads costs as much as a small product
             return outputs, int(multiply_alone(*weight, *router, row, out))
-        with threads.LikeTorch() as count:
+        with threads.TorchThreads() as count:
             return outputs, int(multiply_together(count, *weight, *router, row, out))
 
     def _check(self, inputs: int, experts: Sequence[int]) -> None:
@@ -161,7 +161,7 @@ class Sliced:
             multiply_tiles(0, len(tiles), 1, tiles, *weight, *tokens, out.numpy())
         elif len(tiles):
             # Split each tile into parts, so that there is work for all threads.
-            with threads.LikeTorch() as count:
+            with threads.TorchThreads() as count:
                 parts = -(-2 * count // len(tiles))
                 multiply_tiles_together(parts, tiles, *weight, *tokens, out.numpy())
         return out
@@ -171,7 +171,7 @@ class Sliced:
         weight = torch.empty(self.neurons, self.inputs, dtype=self.dtype)
         bits = weight.view(torch.uint16) if self.dtype == torch.bfloat16 else weight
         starts, order = self.starts[expert], self.order[expert]
-        with threads.LikeTorch() as count:
+        with threads.TorchThreads() as count:
             fill_dense(count, self.values, self.columns, starts, order, bits.numpy())
         return weight
 

@@ -38,10 +38,10 @@ def _start() -> None:
 _start()
 
 
-class LikeTorch:
+class TorchThreads:
     """A context in which Numba has as many threads as torch, within Numba's maximum.
 
-    It gives their number. More threads than torch has cost time, since a kernel waits for all of
+    ``with`` yields their number. More threads than torch has cost time, since a kernel waits for all of
     them.
     """
 

@@ -53,7 +53,7 @@ def prune_layers(
     zeros, held_out = zeros or {}, held_out or {}
     experts = [calibrations[layer.name].moments.count.numel() for layer in layers]
     sizes = [layer.inputs**2 * (layer.neurons + layer.inputs / 3) for layer in layers]
-    owners = ranks.assign_owners(
+    owners = ranks.assign_ranks(
         [size for size, n in zip(sizes, experts, strict=True) for _ in range(n)]
     )
     pruned: list[_Weights] = []
@@ -64,7 +64,7 @@ def prune_layers(
             with naming(layer):
                 pruned.append(_prune_own(layer, calibration, pruning, rows, expert_owners))
     found = []
-    layer_owners = ranks.assign_owners(sizes)
+    layer_owners = ranks.assign_ranks(sizes)
     for layer, weights, owner in zip(layers, pruned, layer_owners, strict=True):
         weights.share()
         calibration, unseen = calibrations[layer.name], held_out.get(layer.name)

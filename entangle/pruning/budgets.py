@@ -124,11 +124,11 @@ def block_outliers(walk: BlockWalk, layers: Sequence[LinearLayer]) -> dict[int, 
                 added = rows.detach().double().square().sum(dim=0)
                 into[layer.name] = into.get(layer.name, 0) + added
 
-        first = walk.record_inputs(here, on_inputs, advance=True)
+        owners = walk.record_inputs(here, on_inputs, advance=True)
         for one in squares.values():
             ranks.all_reduce_sum_(one)
         scores = [
-            wanda_scores(weight_of(layer), squares[first[layer.name]].float()).flatten()
+            wanda_scores(weight_of(layer), squares[owners[layer.name]].float()).flatten()
             for layer in here
         ]
         found[block] = outlier_ratio(torch.cat(scores))

@@ -29,7 +29,7 @@ class Calibration:
     moments: InputMoments  # of the inputs; with a router one per expert
     router: Router | None  # None: one expert
     energy: float  # ‖WX‖² of the dense weights W, the denominator of relative errors
-    owner: str  # of the layers with these inputs, the name of the first that receives them
+    owner: str  # name of the first layer that receives these inputs; it owns the router
 
 
 Calibrations = dict[str, Calibration]  # by the layer's name
@@ -56,20 +56,24 @@ def calibrate(
     if several:
         samples = sample_inputs(walk, layers, SAMPLE, seed)
         fitted: dict[int, dict[Clustering, Router]] = {}
-        apart: dict[int, LinearLayer] = {}  # one layer per distinct input
+        distinct: dict[int, LinearLayer] = {}  # one layer per distinct input
         for layer in layers:
-            apart.setdefault(id(samples[layer.name]), layer)
-        owners = dict(
-            zip(apart, ranks.assign_owners([layer.inputs for layer in apart.values()]), strict=True)
+            distinct.setdefault(id(samples[layer.name]), layer)
+        assigned = dict(
+            zip(
+                distinct,
+                ranks.assign_ranks([layer.inputs for layer in distinct.values()]),
+                strict=True,
+            )
         )
         with ranks.raise_on_all_ranks():
-            for key, layer in apart.items():
-                if owners[key] == ranks.rank():
+            for key, layer in distinct.items():
+                if assigned[key] == ranks.rank():
                     with naming(layer):
                         found = _fit(samples[layer.name], several, seed)
                         fitted[key] = {clustering: one.cpu() for clustering, one in found.items()}
-        for key, layer in apart.items():
-            found = ranks.from_rank(owners[key], fitted.get(key))
+        for key, layer in distinct.items():
+            found = ranks.from_rank(assigned[key], fitted.get(key))
             device = samples[layer.name].device
             fitted[key] = {clustering: one.to(device) for clustering, one in found.items()}
         routers = {(c, x.name): r for x in layers for c, r in fitted[id(samples[x.name])].items()}
@@ -82,7 +86,7 @@ def calibrate(
                 sums[key] = _no_moments(layer, routers.get(key), rows.device)
             sums[key].add(rows)
 
-    first = walk.record_inputs(layers, on_inputs, advance=advance)
+    owners = walk.record_inputs(layers, on_inputs, advance=advance)
     moments = {
         key: found.moments() if isinstance(found, ExpertMoments) else found
         for key, found in sums.items()
@@ -93,10 +97,10 @@ def calibrate(
     return {
         clustering: {
             layer.name: Calibration(
-                moments[clustering, first[layer.name]],
-                routers.get((clustering, first[layer.name])),
-                _energy(layer, moments[clustering, first[layer.name]]),
-                first[layer.name],
+                moments[clustering, owners[layer.name]],
+                routers.get((clustering, owners[layer.name])),
+                _energy(layer, moments[clustering, owners[layer.name]]),
+                owners[layer.name],
             )
             for layer in layers
         }

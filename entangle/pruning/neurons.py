@@ -21,9 +21,10 @@ from entangle.numerics.masks import prune
 from entangle.numerics.routing import Router
 from entangle.numerics.sparsity import Sparsity
 from entangle.pruning.calibration import Calibration, calibrate
-from entangle.pruning.options import ONE, SHRINKAGE, Clustering
+from entangle.pruning.options import SHRINKAGE, Clustering
 from entangle.runs.setup import Setup
 
+_OWNER = " is routed by "  # between the names of a layer and of its router's owner, in a file
 Kind = tuple[Clustering, Sparsity]
 Outputs = Callable[
     [torch.Tensor], torch.Tensor
@@ -91,7 +92,7 @@ def prune_neurons(
                         with naming(layer):
                             calibration = found[clustering][layer.name]
                             pruned = sparse_neurons(layer, calibration, sparsity, neurons)
-                        tensors |= _tensors(layer.name, pruned)
+                        tensors |= _tensors(layer.name, pruned, calibration.owner)
                 save_tensors(_file(folder, block, (clustering, sparsity)), tensors)
 
 
@@ -113,11 +114,13 @@ def _file(folder: Path, block: int, kind: Kind) -> Path:
     return folder / f"{block}-{clustering.experts}-{sparsity}.safetensors".replace(":", "of")
 
 
-def _tensors(name: str, rows: SparseNeurons) -> dict[str, torch.Tensor]:
+def _tensors(name: str, rows: SparseNeurons, owner: str) -> dict[str, torch.Tensor]:
+    """Return the tensors of a layer's rows; its router is named after the layer that owns it."""
     tensors = {f"{name} neurons": rows.neurons, f"{name} weight": rows.weight}
     tensors[f"{name} counts"] = torch.tensor(rows.counts)
-    if rows.router is not None:  # cloned: layers share routers, a file holds no tensor twice
-        tensors |= {key: value.clone() for key, value in router_tensors(name, rows.router).items()}
+    if rows.router is not None:
+        tensors[f"{name}{_OWNER}{owner}"] = torch.zeros(0)
+        tensors |= router_tensors(owner, rows.router)
     return tensors
 
 
@@ -130,21 +133,13 @@ def load_neurons(
         here = [layer for layer in layers if layer.block == block]
         device = weight_of(here[0]).device
         tensors = load_tensors(_file(folder, block, kind), device)
-        routers: list[Router] = []  # layers with the same inputs share one router
+        owners = dict(key.split(_OWNER) for key in tensors if _OWNER in key)
+        routers = {owner: router_from(owner, tensors) for owner in dict.fromkeys(owners.values())}
         for name in (layer.name for layer in here):
-            saved = None if kind[0] == ONE else router_from(name, tensors)
-            router = next((one for one in routers if saved and _equal(one, saved)), saved)
-            if saved is not None and router is saved:
-                routers.append(saved)
+            owner = owners.get(name)
+            router = None if owner is None else routers[owner]
             parts = (tensors[f"{name} neurons"], tensors[f"{name} weight"])
             counts = tensors[f"{name} counts"].tolist()
-            rows = SparseNeurons(*parts, router, counts, owns_router=router is saved)
+            rows = SparseNeurons(*parts, router, counts, owns_router=owner in {None, name})
             found[name] = rows.among(neurons[name])
     return found
-
-
-def _equal(router: Router, other: Router) -> bool:
-    state, same = router.state_dict(), other.state_dict()
-    return state.keys() == same.keys() and all(
-        torch.equal(value, same[name]) for name, value in state.items()
-    )

@@ -401,8 +401,8 @@ def arms_of(**options: Unpack[PruningOptions]) -> list[Pruning]:
 
     Arms that differ only in options without effect are one arm: ``propagate`` of magnitude, which
     uses no inputs; the router's options with one expert; the strength of budgets without one.
-    Wanda and magnitude have one expert. Masks by block, if masks by row are run too, and n:m,
-    if shares of zeros are run too, have no budget, as published.
+    Wanda and magnitude have one expert. If masks by row are run too, masks by block have no
+    budget; if shares of zeros are run too, n:m has none. Both are as published.
 
     Raises:
         TypeError: an option is unknown, or the sparsity is missing.

@@ -156,22 +156,20 @@ def summary(run: xr.DataTree | xr.Dataset) -> dict[str, Any]:
 def _warnings(dataset: xr.Dataset, distance: Array, error: Array) -> list[str]:
     """Return warnings of neurons without a distance or with a large bound, and skipped matrices."""
     broken = dataset["nonfinite"].to_numpy() > 0
-    cases = {
-        "{neurons} with NaN, infinite or too large outputs, so without a distance": broken,
-        "dead {neurons} (constant outputs), so without a distance": np.isnan(distance) & ~broken,
-        f"{{neurons}} with an error bound above {TRUSTED_ERROR}, so not ranked": (
-            error > TRUSTED_ERROR
-        ),
-        f"{{neurons}} with an error bound above {NAMED_ERROR}": (error > NAMED_ERROR)
-        & (error <= TRUSTED_ERROR),
-    }
+    dead, large = np.isnan(distance) & ~broken, error > TRUSTED_ERROR
+    cases = [
+        (broken, "neuron{} with NaN, infinite or too large outputs, so without a distance"),
+        (dead, "dead neuron{} (constant outputs), so without a distance"),
+        (large, f"neuron{{}} with an error bound above {TRUSTED_ERROR}, so not ranked"),
+        ((error > NAMED_ERROR) & ~large, f"neuron{{}} with an error bound above {NAMED_ERROR}"),
+    ]
     warnings = []
-    for case, mask in cases.items():
+    for mask, text in cases:
         first = dataset["neuron"][np.flatnonzero(mask)[:3]].to_numpy().tolist()
         if first:
-            text = case.format(neurons="neuron" if mask.sum() == 1 else "neurons")
-            more = ", ..." if mask.sum() > len(first) else ""
-            warnings.append(f"{mask.sum():,} {text}: {', '.join(first)}{more}")
+            count = int(mask.sum())
+            plural, more = "s" * (count > 1), ", ..." * (count > len(first))
+            warnings.append(f"{count:,} {text.format(plural)}: {', '.join(first)}{more}")
     warnings += skipped_notes(dataset.attrs.get("skipped_parameters", []), "measured")
     return warnings
 

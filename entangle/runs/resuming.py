@@ -47,7 +47,12 @@ def resumed_run(
         file = partial / "run.json"
         if not file.is_file():
             return False
-        old, new = store.read_json(file), json.loads(json.dumps(attributes))
+        try:
+            old, new = store.read_json(file), json.loads(json.dumps(attributes))
+        except ValueError:
+            if overwrite:
+                return False
+            raise
         if old == new:
             return True
         if not overwrite:
@@ -90,18 +95,33 @@ def _changed(
     found: dict[str, tuple[str, str]] = {}
     for key in {**old, **new}:
         a, b = old.get(key), new.get(key)
+        if isinstance(a, list) and isinstance(b, list) and any(isinstance(x, dict) for x in a + b):
+            a, b = ({str(number): item for number, item in enumerate(one)} for one in (a, b))
         if isinstance(a, Mapping) and isinstance(b, Mapping):
             found |= _changed(a, b, f"{prefix}{key}.")
         elif a != b:
-            found[f"{prefix}{key}"] = _short(a), _short(b)
+            found[f"{prefix}{key}"] = _short(_text(a), _text(b))
     return found
 
 
-def _short(value: Any) -> str:
-    if isinstance(value, Mapping | list | tuple):
+def _text(value: Any) -> str:
+    if isinstance(value, Mapping):
+        value = [f"{name} {item}" for name, item in value.items()]
+    if isinstance(value, list | tuple):
         value = ", ".join(map(str, value))
-    text = "none" if value in {None, ""} else str(value)
-    return text if len(text) <= _WIDTH else f"{text[: _WIDTH - 3]}..."
+    return "none" if value in {None, ""} else str(value)
+
+
+def _short(a: str, b: str) -> tuple[str, str]:
+    """Return two texts, cut to the part around their first difference if one is long."""
+    pairs = enumerate(zip(a, b, strict=False))
+    alike = next((place for place, (x, y) in pairs if x != y), min(len(a), len(b)))
+    start = max(alike - _WIDTH // 4, 0)
+    if max(len(a), len(b)) <= _WIDTH:
+        return a, b
+    first, second = (f"{'...' if start else ''}{text[start:]}" for text in (a, b))
+    cut = [text if len(text) <= _WIDTH else f"{text[: _WIDTH - 3]}..." for text in (first, second)]
+    return cut[0], cut[1]
 
 
 def unwritten(arms: Mapping[Path, Arm]) -> dict[Path, Arm]:

@@ -100,11 +100,12 @@ def read_json(file: Path) -> dict[str, Any]:
     try:
         return _parsed(file)
     except ValueError as error:
-        # Without these two files the folder is no run.
-        damaged = file.parent if file.name in {"run.json", "log.json"} else file
-        raise ValueError(
-            f"{file} is damaged ({error}): delete {damaged} and run the same command again"
-        ) from error
+        # The other files of a run are of no use without these two.
+        whole = file.name in {"run.json", "log.json"}
+        advice = f"delete {file}, and run the command that wrote it again"
+        if whole:
+            advice = f"run the command that wrote {file.parent} again, with --overwrite"
+        raise ValueError(f"{file} is damaged ({error}): {advice}") from error
 
 
 def _parsed(file: Path) -> dict[str, Any]:

@@ -90,7 +90,7 @@ def frame_of(run: Run, variable: str, layers: Names) -> tuple[pd.DataFrame, Coun
     * ``layer``, ``block``, ``role``: the neuron's layer.
     * ``count``: tokens.
     * ``floor``: noise floor for as many tokens, std.
-    * ``value``: the variable in its unit; NaN for dead or broken neurons and untrusted distances.
+    * ``value``: the variable in its unit; NaN for dead or not finite neurons and untrusted distances.
 
     Raises:
         LookupError: the run lacks the variable, or a pattern matches no layer.
@@ -109,7 +109,7 @@ def frame_of(run: Run, variable: str, layers: Names) -> tuple[pd.DataFrame, Coun
     floors = {count: noise_floor(count) for count in frame["count"].unique() if count}
     frame["floor"] = frame["count"].map(floors)
     frame["value"] = np.where(dead | doubtful, np.nan, value)
-    parts = {"dead or broken": dead, f"left out (error bound above {TRUSTED_ERROR})": doubtful}
+    parts = {"dead or not finite": dead, f"left out (error bound above {TRUSTED_ERROR})": doubtful}
     notes = ", ".join(f"{which.sum():,} {what}" for what, which in parts.items() if which.any())
     if frame["value"].isna().all():
         raise ValueError(f"no neuron of {len(frame):,} has a value of {variable} to draw: {notes}")

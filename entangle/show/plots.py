@@ -1,7 +1,7 @@
 """Figures of runs and tables; no function writes a file.
 
 Figures are 8.5 inches wide: 850 pixels at 100 dpi, the width of a README. Neurons without a
-distance (dead or broken) or with an error bound above 0.1 are left out of figures of the distance;
+distance (dead or not finite) or with an error bound above 0.1 are left out of figures of the distance;
 a line below the figure says how many. `layers` are patterns of layer names. `figure` is an empty
 figure or subfigure to draw into; the whole figure is returned.
 """
@@ -185,7 +185,7 @@ def neuron(run: xr.DataTree, name: str, *, ax: Axes | None = None) -> Figure | A
 
     Raises:
         LookupError: the run has no such neuron.
-        ValueError: the run has no histograms, or the neuron is dead or broken.
+        ValueError: the run has no histograms, or the neuron is dead or not finite.
     """
     held, data = _histograms(run), dataset_of(run)
     check_neuron(data, name)
@@ -193,7 +193,7 @@ def neuron(run: xr.DataTree, name: str, *, ax: Axes | None = None) -> Figure | A
     mean, std = float(row["mean"]), float(row["std"])
     if not (np.isfinite(mean) and 0 < std < np.inf):
         raise ValueError(
-            f"{name} is dead or broken (mean {mean:g}, std {std:g}): choose another neuron"
+            f"{name} is dead or not finite (mean {mean:g}, std {std:g}): choose another neuron"
         )
     edges, below = histogram_of(held.sel(neuron=name).load())
     low, high = quantiles_of(edges, below, [0.0005, 0.9995])
@@ -226,7 +226,7 @@ def neurons(run: xr.DataTree, names: Sequence[str]) -> Figure:
 
     Raises:
         LookupError: the run has no such neuron.
-        ValueError: the run has no histograms, no neuron is named, or one is dead or broken.
+        ValueError: the run has no histograms, no neuron is named, or one is dead or not finite.
     """
     held, data = _histograms(run), dataset_of(run)
     if not names:
@@ -240,7 +240,7 @@ def neurons(run: xr.DataTree, names: Sequence[str]) -> Figure:
     grid = figure.subplots(1, len(names), sharex=True, sharey=True, squeeze=False)[0]
     for place, ax in enumerate(grid):
         if not np.isfinite(drawn.low[place]):
-            raise ValueError(f"{names[place]} is dead or broken: choose another neuron")
+            raise ValueError(f"{names[place]} is dead or not finite: choose another neuron")
         ends = (np.array([drawn.low[place], drawn.high[place]]) - mean[place]) / std[place]
         rims = np.linspace(ends[0], ends[1], _BARS + 1)
         heights = drawn.shares[place] / np.diff(rims)

@@ -128,7 +128,7 @@ def test_tables_are_written_and_read(tmp_path: Path) -> None:
         read_table(tmp_path)
     older = table.rename(columns={"shrinkage": "pull"})
     older.to_csv(tmp_path / "run" / "tables" / "sweep.csv", index=False)
-    assert read_table(tmp_path / "run").columns.tolist() == table.columns.tolist()
+    pd.testing.assert_frame_equal(read_table(tmp_path / "run"), opened, check_exact=True)
     table.drop(columns="density").to_csv(tmp_path / "run" / "tables" / "sweep.csv")
     with pytest.raises(ValueError, match=r"\brun\b.*older version"):
         read_table(tmp_path / "run")

@@ -60,7 +60,7 @@ class Case:
 TOKENIZER = tiny_tokenizer()
 
 
-def evenly_spaced(windows: int = 20, length: int = LENGTH, seed: int = 0) -> TokenWindows:
+def drawn_windows(windows: int = 20, length: int = LENGTH, seed: int = 0) -> TokenWindows:
     return token_windows([WORDS * 60], TOKENIZER, windows=windows, length=length, seed=seed)
 
 
@@ -75,12 +75,12 @@ def measured(model: PreTrainedModel, windows: TokenWindows, skip_first: int) -> 
 @pytest.fixture(scope="module", params=[("llama", 0), ("llama", SKIP), ("gpt2", SKIP)], ids=str)
 def case(request: pytest.FixtureRequest) -> Case:
     name, skip_first = request.param
-    return measured(tiny_model(name), evenly_spaced(), skip_first)
+    return measured(tiny_model(name), drawn_windows(), skip_first)
 
 
 @pytest.fixture(scope="module")
 def llama() -> Case:
-    return measured(tiny_model("llama"), evenly_spaced(), 0)
+    return measured(tiny_model("llama"), drawn_windows(), 0)
 
 
 def neurons_of(case: Case) -> list[str]:
@@ -154,7 +154,7 @@ def test_the_intervals_seed_is_that_of_the_windows(llama: Case) -> None:
 
 
 def test_an_interval_has_no_negative_distance() -> None:
-    case = measured(tiny_model("llama"), evenly_spaced(3, 10), 0)  # few tokens: wide intervals
+    case = measured(tiny_model("llama"), drawn_windows(3, 10), 0)  # few tokens: wide intervals
     lows = 2 * from_samples(case.outputs) - np.quantile(bootstrap(case.outputs, 10), 0.975, axis=0)
     nearest = int(lows.argmin())
     (found,) = case.find([neuron_names(case.run)[nearest]])
@@ -242,7 +242,7 @@ def test_quantiles_are_those_of_the_outputs(case: Case) -> None:
 
 
 def test_a_text_of_few_tokens_shows_each_at_either_end() -> None:
-    model, windows = tiny_model("llama"), evenly_spaced(1, 5)
+    model, windows = tiny_model("llama"), drawn_windows(1, 5)
     run = measure(model, windows)
     (found,) = contexts(
         model, windows, run=run, neurons=["model.layers.1.mlp.up_proj:3"], tokenizer=TOKENIZER
@@ -281,7 +281,7 @@ def test_modes_lie_where_the_density_is_highest(mean: float, scale: float) -> No
 
 
 def test_two_groups_of_tokens_are_two_modes_with_their_tokens() -> None:
-    case = measured(two_groups(tiny_model("llama")), evenly_spaced(), 0)
+    case = measured(two_groups(tiny_model("llama")), drawn_windows(), 0)
     name = "model.layers.0.self_attn.q_proj:0"
     (found,) = case.find([name])
     column = case.column(name)
@@ -389,7 +389,7 @@ def test_left_out_are_the_position_and_the_token_with_too_much_of_the_variance(c
 def test_a_massive_first_token_explains_the_distance() -> None:
     """All windows begin with a token of their own, to which alone the neuron says something else."""
     model = two_groups(tiny_model("llama"))
-    windows = evenly_spaced(32)
+    windows = drawn_windows(32)
     tokens = windows.tokens.clone()
     tokens[:, 1:] |= 1  # odd
     tokens[:, 0] = 100
@@ -488,7 +488,7 @@ def test_other_weights_and_other_windows_are_refused(llama: Case, tmp_path: Path
             tokenizer=TOKENIZER,
             out=tmp_path,
         )
-    for other in (evenly_spaced(seed=1), evenly_spaced(19), evenly_spaced(length=LENGTH - 1)):
+    for other in (drawn_windows(seed=1), drawn_windows(19), drawn_windows(length=LENGTH - 1)):
         with pytest.raises(ValueError, match=r"other windows.*\b20 windows of 43\b.*seed 0\b"):
             contexts(
                 llama.model, other, run=llama.run, neurons=names, tokenizer=TOKENIZER, out=tmp_path
@@ -520,7 +520,7 @@ def test_a_neuron_without_a_distribution_is_refused(tmp_path: Path) -> None:
     with torch.no_grad():
         layer.weight[3], layer.bias[3] = 0, 7  # dead
         layer.weight[4, 0] = torch.nan  # broken
-    windows = evenly_spaced(5)
+    windows = drawn_windows(5)
     run = measure(model, windows)
     for index in (3, 4):
         with pytest.raises(ValueError, match=rf"{last}:{index}\b.*dead"):
@@ -538,7 +538,7 @@ def test_a_neuron_without_a_distribution_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_model_in_training_mode_is_refused() -> None:
-    model, windows = tiny_model("gpt2"), evenly_spaced(5)
+    model, windows = tiny_model("gpt2"), drawn_windows(5)
     run = measure(model, windows)
     model.train()
     with pytest.raises(ValueError, match="training mode"):
@@ -557,7 +557,7 @@ def read_strictly(file: Path) -> dict[str, Any]:
 
 
 def test_contexts_are_added_to_the_run(tmp_path: Path) -> None:
-    model, windows, out = tiny_model("llama"), evenly_spaced(6), tmp_path / "run"
+    model, windows, out = tiny_model("llama"), drawn_windows(6), tmp_path / "run"
     run = measure(model, windows, out=out)
     names = [f"model.layers.{block}.mlp.up_proj:{block + 30}" for block in range(3)]
 

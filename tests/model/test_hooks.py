@@ -30,7 +30,7 @@ class Listening:
         return recording_outputs(self.model, self.layers, self.on_rows, **options)
 
     def hear(self, *actions: Callable[[], Any], **options: Any) -> None:
-        """Do this while recording_outputs; by default, run the model once."""
+        """Do this while outputs are recorded; by default, run the model once."""
         with self.start(**options):
             for action in actions or [lambda: self.model(IDS)]:
                 action()

@@ -233,7 +233,7 @@ def test_several_experts_share_a_text(
 ) -> None:
     torch.set_num_threads(min(threads, 2))
     if threads > 2:
-        monkeypatch.setattr(numba_threads, "LikeTorch", lambda: nullcontext(threads))
+        monkeypatch.setattr(numba_threads, "TorchThreads", lambda: nullcontext(threads))
     weight = emptied()
     sliced = slice_rows(weight)
     rows = noise(sum(counts), 21)
@@ -259,7 +259,7 @@ def test_in_as_many_parts_as_one_likes_no_row_is_left_out(
     name: str, parts: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     weight = WEIGHTS[name]()
-    monkeypatch.setattr(numba_threads, "LikeTorch", lambda: nullcontext(parts))
+    monkeypatch.setattr(numba_threads, "TorchThreads", lambda: nullcontext(parts))
     sliced = slice_rows(weight)
     for expert, dense in enumerate(weight):
         starts = sliced.starts[expert]

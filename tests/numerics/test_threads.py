@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from entangle.numerics.sparse import slice_rows
-from entangle.numerics.threads import LikeTorch
+from entangle.numerics.threads import TorchThreads
 
 PRUNE = """
 import torch
@@ -67,7 +67,7 @@ def test_numba_has_torchs_number_of_threads_and_then_its_own(
         pytest.skip("needs two cores")
     numba.set_num_threads(numbas)
     torch.set_num_threads(torchs)
-    with pytest.raises(KeyError) if fails else nullcontext(), LikeTorch() as found:
+    with pytest.raises(KeyError) if fails else nullcontext(), TorchThreads() as found:
         assert found == numba.get_num_threads() == torchs
         if fails:
             raise KeyError

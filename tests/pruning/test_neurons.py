@@ -86,7 +86,7 @@ def setup_of(name: str, layers: str) -> Setup:
     return Setup.of(tiny_model(name), random_windows(12), layers=layers, batch_size=2)
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt"])  # opt calls q, k, v, but has k, v, q
 def test_what_is_saved_and_read_is_what_is_pruned_alone(name: str, tmp_path: Path) -> None:
     here = setup_of(name, "*.1.*")
     layers = here.layers
@@ -117,6 +117,9 @@ def test_what_is_saved_and_read_is_what_is_pruned_alone(name: str, tmp_path: Pat
                 assert rows.router is not None
                 assert calibration.router is not None
                 assert torch.equal(rows.router.assign(inputs), calibration.router.assign(inputs))
+                owner = read[calibration.owner]
+                assert rows.router is owner.router
+                assert rows.owns_router == (owner is rows)
             assert torch.equal(rows.outputs(layer)(inputs), alone.outputs(layer)(inputs))
 
 

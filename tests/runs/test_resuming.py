@@ -15,6 +15,9 @@ OLD: dict[str, Any] = {
     "bins": 128,
     "weights": "0" * 64,
     "layers": ["*.q_proj", "*.k_proj"],
+    "arms": [{"sparsity": 0.5}],
+    "run": {"path": "a", "weights": "b"},
+    "text": "t" * 60 + "/a",
     "versions": {"torch": "2.6", "numpy": "2.0"},
 }
 
@@ -42,6 +45,9 @@ def other(tmp_path: Path, **changes: Any) -> str:
         ({"layers": ["*.q_proj"]}, "layers: *.q_proj, *.k_proj, now *.q_proj"),
         ({"versions": {"torch": "2.7", "numpy": "2.0"}}, "versions.torch: 2.6, now 2.7"),
         ({"bins": 1, "versions": {}}, "bins: 128, now 1; versions.torch: 2.6, now none; "),
+        ({"arms": [{"sparsity": 0.6}, {"sparsity": 0.7}]}, "arms.0.sparsity: 0.5, now 0.6; arms.1"),
+        ({"run": None}, "run: path a, weights b, now none"),
+        ({"text": "t" * 60 + "/b"}, "text: ...ttttttttt/a, now ...ttttttttt/b"),
         ({"weights": "1" * 64}, f"weights: {'0' * 37}..., now {'1' * 37}...)"),
     ],
 )

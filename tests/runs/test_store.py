@@ -73,16 +73,17 @@ def test_a_folder_that_holds_no_run_is_refused(tree: xr.DataTree, tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    ("name", "damaged"), [("run.json", ""), ("log.json", ""), ("contexts.json", "/contexts.json")]
+    ("name", "advice"),
+    [("run.json", "--overwrite"), ("log.json", "--overwrite"), ("contexts.json", "delete .*json")],
 )
 @pytest.mark.parametrize(
     ("text", "reason"), [("", "empty"), ("[1]", "no JSON object"), ("{", "Expecting")]
 )
 def test_a_damaged_json_file_is_told_with_what_to_delete(
-    name: str, damaged: str, text: str, reason: str, tmp_path: Path
+    name: str, advice: str, text: str, reason: str, tmp_path: Path
 ) -> None:
     (tmp_path / name).write_text(text)
-    message = rf"{tmp_path}/{name} .*damaged.*{reason}.*delete {tmp_path}{damaged} and run"
+    message = rf"{tmp_path}/{name} .*damaged.*{reason}.*{advice}"
     with pytest.raises(ValueError, match=message):
         store.read_json(tmp_path / name)
 

@@ -553,7 +553,7 @@ def test_tables_and_figures_of_the_other_runs(
     first = next(line for line in words.splitlines() if line and not line.startswith("|"))
     assert first.replace("`", "") in section.text
     drawn = [caption.text for caption in section.all("figcaption")]
-    missing = [note for note in notes(section) if "picture" in note]
+    missing = [note for note in notes(section) if "missing" in note]
     assert drawn == figures
     assert missing == []
     assert len(images(section)) == len(figures)
