@@ -93,6 +93,7 @@ def _add_options(command: argparse.ArgumentParser, *, several: bool) -> None:
         default = METHODS if several and option.name == "method" else option.default
         # The strength has no default here: `commands` refuses one that has no effect.
         unset = default is ... or option.name == "strength"
+        routed = option.scope == "experts"  # nor have these: they need several experts
         settings: dict[str, Any] = {"required": default is ..., "metavar": option.metavar}
         read, choices = _one(option.read), option.choices if option.metavar is None else None
         help, value = option.help, default
@@ -106,6 +107,7 @@ def _add_options(command: argparse.ArgumentParser, *, several: bool) -> None:
         shown = {METHODS: "all", None: "auto"}.get(default, default)
         help += "" if default is ... else f" [{shown}]"
         settings |= {"default": None if unset else value, "help": help.replace("%", "%%")}
+        settings |= {"default": argparse.SUPPRESS} if routed else {}
         command.add_argument(f"--{option.name}", **settings)
 
 
@@ -184,20 +186,21 @@ def parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
         help="number of windows of --evaluation to use, drawn with --seed [all]",
     )
 
-    windows = argparse.ArgumentParser(add_help=False)
-    windows.add_argument(
+    sizes = argparse.ArgumentParser(add_help=False)
+    sizes.add_argument(
         "--windows",
         type=int,
         default=128,
         metavar="N",
-        help="number of windows of --text to use, drawn with --seed [128]",
+        help="number of windows of --text to use, drawn at random [128]",
     )
-    windows.add_argument(
+    sizes.add_argument(
         "--length", type=int, default=512, metavar="N", help="tokens per window [512]"
     )
-    windows.add_argument(
+    sizes.add_argument(
         "--batch-size", type=int, default=4, metavar="N", help="windows per forward pass [4]"
     )
+    windows = argparse.ArgumentParser(add_help=False, parents=[sizes])
     windows.add_argument(
         "--seed",
         type=int,
@@ -259,9 +262,10 @@ def parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
 
     plan = commands.add_parser(
         "plan",
-        parents=[model, text, layers, output],
+        parents=[model, sizes, layers, output],
         help="estimate what measure and sparsify cost, without loading the model",
     )
+    plan.add_argument("--text", required=True, help=f"text: {TEXT}")
     plan.add_argument("--bins", type=int, default=1024, metavar="N", help=bins)
     plan.add_argument(
         "--offload",

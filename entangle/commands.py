@@ -184,7 +184,13 @@ def _options(args: argparse.Namespace) -> tuple[dict[str, Any], Path | None]:
     """
     from entangle.pruning.options import OPTIONS, TRIM, UNIFORM, needs_run, several
 
-    options = {name: getattr(args, name) for name in OPTIONS}
+    options = {name: getattr(args, name) for name in OPTIONS if name in args}
+    routed = [name for name in options if OPTIONS[name].scope == "experts"]
+    if routed and max(several(args.experts), default=1) < 2:
+        raise ValueError(
+            f"--{routed[0]} has an effect only on several experts: give --experts above 1, or leave "
+            f"--{routed[0]} out"
+        )
     budgets, folder = _budgets(several(args.budget))
     options["budget"] = budgets if isinstance(args.budget, tuple) else budgets[0]
     blocks = [across for across in several(args.across) if needs_run(UNIFORM, across)]

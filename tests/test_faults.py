@@ -390,7 +390,34 @@ def test_a_damaged_run_is_refused(name: str, how: str, finished: Path, tmp_path:
     for _ in range(2):  # to read it mends nothing
         with pytest.raises(kind, match=str(run)) as caught:
             open_run(run)
-        assert how == "gone" or re.search(f"{run} .*damaged", str(caught.value))
+        if (name, how) != ("run.json", "gone"):
+            assert re.search(rf"{run} .*damaged.*{re.escape(name)}", str(caught.value))
+
+
+def test_files_of_file_managers_are_not_the_runs(finished: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    whole = open_run(run).load()
+    for name in (".DS_Store", "wasserstein/._0", ".ipynb_checkpoints/a", "histogram/.directory"):
+        file = run / "neurons.zarr" / name
+        file.parent.mkdir(exist_ok=True)
+        file.write_bytes(b"of a file manager")
+    assert open_run(run).load().identical(whole)
+    (run / "neurons.zarr" / "wasserstein" / "7").write_bytes(b"a chunk")
+    with pytest.raises(ValueError, match=r"damaged.*wasserstein/7"):
+        open_run(run)
+
+
+def test_a_run_of_0_1_0_has_one_sum_over_all_files(finished: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    log = json.loads((run / "log.json").read_text())
+    del log["files"]
+    (run / "log.json").write_text(json.dumps(log))
+    open_run(run).load()
+    flip(run / "neurons.zarr" / "wasserstein" / "0", 5)
+    with pytest.raises(ValueError, match=r"damaged.*SHA-256"):
+        open_run(run)
 
 
 @pytest.mark.parametrize("how", ["cut off", "empty", "gone", "no JSON", "no UTF-8", "no object"])

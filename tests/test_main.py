@@ -190,6 +190,7 @@ def test_plots_are_written_into_the_run(place: Path, capsys: pytest.CaptureFixtu
         (["measure", "MODEL", "--text", "TEXT", "--bins", "4096"], ["2048", "4096"]),
         (["measure", "MODEL", "--text", "TEXT", "--device", "cuda:7"], ["cuda:7"]),
         (["measure", "MODEL", "--text", "TEXT", "--device", "gpu"], ["gpu"]),
+        (["measure", "MODEL", "--text", "TEXT", "--device", "meta"], ["meta", "use cpu"]),
         (["rank", "MODEL"], ["run.json"]),
         (["measure", "MODEL", "--text", "TEXT", "--seed", "-1"], ["--seed", "at least 0", "-1"]),
         (["rank", "RUN", "--top", "-3"], ["--top", "at least 1", "-3"]),
@@ -743,6 +744,8 @@ def test_sweep_prints_its_table_and_draws_it(
         ("sweep", ["--experts", "4", "--shrinkage", "-1"], r"shrinkage.*negative.*-1\b"),
         ("sparsify", ["--experts", "4", "--method", "wanda"], r"experts.*\b4 experts.*wanda"),
         ("sparsify", ["--experts", "4", "--components", "-3"], r"components.*negative.*-3\b"),
+        ("sparsify", ["--shrinkage", "0.5"], "--shrinkage.*--experts"),
+        ("sweep", ["--experts", "1", "--assign", "kmeans"], "--assign.*--experts"),
     ],
 )
 def test_bad_prunings_get_one_message_and_leave_nothing(
@@ -1232,7 +1235,8 @@ def test_neurons_may_stand_behind_options(run: Path, capsys: pytest.CaptureFixtu
     assert "[[" not in said
     assert {*json.loads((run / "contexts.json").read_text())} == {*names}
     assert main(["plot", str(run), "neuron", "--out", str(run / "a.png"), names[0]]) == 0
-    for words in (["rank", str(run), "what"], ["contexts", str(run), "--what", names[0]]):
+    plan = ["plan", str(run), "--text", "text.txt", "--seed", "what"]  # which plan would not use
+    for words in (["rank", str(run), "what"], ["contexts", str(run), "--what", names[0]], plan):
         with pytest.raises(SystemExit) as stopped:
             main(words)
         assert stopped.value.code == 2

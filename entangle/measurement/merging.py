@@ -36,6 +36,12 @@ def merge(
         raise ValueError("expected the folders of all shards of a run, got none")
     if Path(out).resolve() in {Path(folder).resolve() for folder in shards}:
         raise ValueError(f"{out} is one of the shards: choose another folder for the merged run")
+    resolved = [Path(shard).resolve() for shard in shards]
+    twice = [
+        shard for shard, path in zip(shards, resolved, strict=True) if resolved.count(path) > 1
+    ]
+    if twice:
+        raise ValueError(f"{twice[0]} is given twice: give each shard once")
     found: dict[Path, xr.DataTree] = {}
     for shard in shards:
         tree = store.open_run(shard)

@@ -244,7 +244,7 @@ def _device(name: str) -> torch.device:
     """Return the device of a name; ``auto`` is CUDA if available, and otherwise the CPU.
 
     Raises:
-        ValueError: the device is not available.
+        ValueError: the device is not available, or is neither a CPU nor a CUDA device.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -254,6 +254,11 @@ def _device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         known = "auto, cpu" + "".join(f", cuda:{i}" for i in range(torch.cuda.device_count()))
         raise ValueError(f"cannot use the device {name!r}: expected one of {known}") from error
+    if device.type not in {"cpu", "cuda"}:  # such as mps, which lacks float64
+        raise ValueError(
+            f"cannot use the device {name!r}: entangle needs float64, and is tested on cpu and cuda "
+            "only: use cpu"
+        )
     return device
 
 

@@ -6,6 +6,9 @@ budgets of the same sparsity prune the same number of weights.
 Sources: OWL, arXiv 2310.05175, section 3.2; TRIM, arXiv 2505.16743, section 3 and algorithm 1.
 """
 
+import itertools
+import math
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -27,16 +30,18 @@ def largest_remainder(shares: npt.ArrayLike, sizes: npt.ArrayLike, total: int) -
     them first. The rest of the total goes to the largest remainders; ties prefer the first.
 
     Raises:
-        ValueError: the total is not from 0 to the sum of the sizes.
+        ValueError: the total is not from 0 to the sum of the sizes, or a share is not finite.
     """
     sizes = np.asarray(sizes, dtype=np.int64)
+    if not np.isfinite(shares).all():
+        raise ValueError(f"expected finite shares, got {np.asarray(shares).tolist()[:9]}")
     if not 0 <= total <= sizes.sum():
         raise ValueError(f"expected to prune 0 to {sizes.sum():,} weights, got {total:,}")
     quotas = _shifted(np.asarray(shares, dtype=np.float64), sizes, total) * sizes
     counts: Counts = np.floor(quotas + 1e-9).astype(np.int64).clip(0, sizes)
     order = np.argsort(counts - quotas, kind="stable")
     missing = total - int(counts.sum())
-    for step in np.resize(order if missing > 0 else order[::-1], 4 * len(sizes)):
+    for step in itertools.cycle(order if missing > 0 else order[::-1]):
         if missing == 0:
             break
         sign = 1 if missing > 0 else -1
@@ -48,8 +53,8 @@ def largest_remainder(shares: npt.ArrayLike, sizes: npt.ArrayLike, total: int) -
 
 def _shifted(shares: Floats, sizes: Counts, total: int) -> Floats:
     """Return the shares, moved by one constant and clipped to 0 to 1, that give the total."""
-    low, high = -1.0, 1.0
-    for _ in range(60):
+    low, high = min(-1.0, -float(shares.max(initial=0))), max(1.0, 1 - float(shares.min(initial=0)))
+    for _ in range(59 + math.ceil(math.log2(high - low))):
         middle = (low + high) / 2
         if float((shares + middle).clip(0, 1) @ sizes) < total:
             low = middle

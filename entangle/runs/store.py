@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 CHUNK = 4096  # neurons
 DATASET = "neurons.zarr"
+_ZARR = {".zarray", ".zattrs", ".zgroup", ".zmetadata"}
 
 
 def write_run(
@@ -33,8 +34,8 @@ def write_run(
     """Write a run into a folder that `folders.new_folder` made.
 
     Each of ``trees`` holds some of the neurons and is appended to the dataset. ``attributes`` are
-    the content of run.json. ``log`` is called last; log.json has what it returns and the SHA-256 of
-    the dataset and run.json.
+    the content of run.json. ``log`` is called last; log.json has what it returns, and the SHA-256
+    sums of run.json and of the dataset's files.
 
     Raises:
         OSError: the run cannot be written.
@@ -49,7 +50,8 @@ def write_run(
         gc.collect()
     zarr.consolidate_metadata(folder / DATASET, zarr_format=2)
     write_json(folder / "run.json", attributes)
-    write_json(folder / "log.json", {**log(), "sha256": _sum(folder)})
+    sums = folders.sums(folder, _files(folder))
+    write_json(folder / "log.json", {**log(), "sha256": _sum(sums), "files": sums})
 
 
 def _append(node: xr.DataTree, store: Path, *, begin: bool) -> None:
@@ -70,11 +72,24 @@ def _append(node: xr.DataTree, store: Path, *, begin: bool) -> None:
         )
 
 
-def _sum(folder: Path) -> str:
-    """Return the SHA-256 over a run's dataset and its run.json."""
-    files = sorted(path for path in (folder / DATASET).rglob("*") if path.is_file())
-    names = ["run.json", *(path.relative_to(folder).as_posix() for path in files)]
-    return hashlib.sha256(repr(folders.sums(folder, names)).encode()).hexdigest()
+def _files(folder: Path) -> list[str]:
+    """Return the names of run.json and of the dataset's files.
+
+    Names that begin with a dot are not the run's but for zarr's own: file managers write such files.
+    """
+    found = (path for path in sorted((folder / DATASET).rglob("*")) if path.is_file())
+    names = (path.relative_to(folder) for path in found)
+    own = (
+        name
+        for name in names
+        if not any(part.startswith(".") and part not in _ZARR for part in name.parts)
+    )
+    return ["run.json", *(name.as_posix() for name in own)]
+
+
+def _sum(sums: Mapping[str, str]) -> str:
+    """Return the SHA-256 over the sums of a run's files."""
+    return hashlib.sha256(repr(dict(sums)).encode()).hexdigest()
 
 
 def write_json(file: Path, content: Mapping[str, Any]) -> None:
@@ -171,12 +186,19 @@ def _check_sum(folder: Path) -> None:
     """
     if not (folder / "log.json").is_file():
         raise ValueError("log.json is missing")
-    written = _parsed(folder / "log.json").get("sha256")
-    if written is None:
+    log = _parsed(folder / "log.json")
+    if log.get("sha256") is None:
         raise ValueError("log.json has no SHA-256 sum: an old version of entangle wrote it")
-    if not (folder / "run.json").stat().st_size:
-        raise ValueError("run.json is empty")
-    if _sum(folder) != written:
+    sums = folders.sums(folder, _files(folder))
+    written = log.get("files", sums)  # 0.1.0 wrote only the sum over all files
+    for name in sorted({*written, *sums}):
+        if name not in sums:
+            raise ValueError(f"{name} is missing")
+        if name not in written:
+            raise ValueError(f"{name} is not one of its files: remove it")
+        if sums[name] != written[name]:
+            raise ValueError(f"{name} does not match its SHA-256 sum")
+    if _sum(sums) != log["sha256"]:
         raise ValueError("its files do not match the SHA-256 sum that was written to log.json")
 
 

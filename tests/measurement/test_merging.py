@@ -170,6 +170,12 @@ def test_a_shard_that_is_given_twice_is_refused(place: Path, tmp_path: Path) -> 
     assert re.search(rf"{place / '2'} .*{tmp_path / 'again'} .*same.*\b2/3\b", said)
 
 
+def test_a_path_that_is_given_twice_is_refused(place: Path, tmp_path: Path) -> None:
+    for again in (place / "2", place / "." / "1" / ".." / "2"):
+        said = refused([*shards(place), again], tmp_path / "run")
+        assert re.search(rf"{place / '2'} .*twice", said)
+
+
 def test_a_whole_run_is_no_shard(place: Path, tmp_path: Path) -> None:
     for folders in ([*shards(place), place / "whole"], [place / "whole"]):
         said = refused(folders, tmp_path / "run")

@@ -381,6 +381,9 @@ def test_an_unknown_dtype_or_device_is_told_before_anything_is_read() -> None:
     for device in ("gpu", "cuda:99", "warp"):
         with pytest.raises(ValueError, match=f"device '{device}'.* auto, cpu"):
             load_model("/nowhere", device=device)
+    for device in ("mps", "meta"):  # mps is not available here; meta is, as mps is elsewhere
+        with pytest.raises(ValueError, match=f"device '{device}'.*cpu"):
+            load_model("/nowhere", device=device)
 
 
 # The hash of the weights.

@@ -1,12 +1,13 @@
 """Who gets the zeros: totals to the last weight, and rules against their formulas."""
 
 import itertools
+import math
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from scipy.stats import rankdata
 
@@ -25,9 +26,15 @@ Array = npt.NDArray[np.float64]
 
 
 @given(
-    st.lists(st.tuples(st.floats(0, 1), st.integers(1, 900)), min_size=1, max_size=40),
+    st.lists(
+        st.tuples(st.floats(0, 1) | st.floats(-1e6, 1e6), st.integers(0, 900)),
+        min_size=1,
+        max_size=40,
+    ),
     st.floats(0, 1),
 )
+@example([(1e300, 900), (-1e300, 5), (1e17, 0)], 0.5)
+@example([(3.0, 100), (3.0, 100), (-2.0, 100)], 0.4)
 def test_totals_are_exact_and_parts_within_their_sizes(
     parts: list[tuple[float, int]], share: float
 ) -> None:
@@ -37,6 +44,12 @@ def test_totals_are_exact_and_parts_within_their_sizes(
     assert counts.sum() == total
     assert (counts >= 0).all()
     assert (counts <= sizes).all()
+
+
+@pytest.mark.parametrize("share", [math.nan, math.inf, -math.inf])
+def test_shares_that_are_not_finite_are_refused(share: float) -> None:
+    with pytest.raises(ValueError, match=f"shares.*{share}"):
+        largest_remainder([0.5, share], [10, 10], 7)
 
 
 def test_shares_of_the_total_are_kept_to_less_than_one_weight() -> None:
