@@ -60,8 +60,8 @@ class Histograms:
     tail_count: torch.Tensor  # (neurons, 2) int64: values below, above
     tail_excess: torch.Tensor  # (neurons, 2) int64: whole steps beyond the edge, summed
     tail_square: torch.Tensor  # (neurons, 2) int64: squared excess, in whole squared bins, summed
-    minimum: torch.Tensor  # (neurons,) float32
-    maximum: torch.Tensor  # (neurons,) float32
+    minimum: torch.Tensor  # (neurons,) float32; NaN if there are values that are not finite
+    maximum: torch.Tensor  # (neurons,) float32; likewise
     nonfinite: torch.Tensor  # (neurons,) int64: number of values that are NaN or infinite
     beyond: torch.Tensor  # (neurons,) int64: number of values too far out to be summed
 
@@ -76,7 +76,8 @@ class Histograms:
             raise ValueError(f"bins must be an even number from 2 to {MAX_BINS}, got {bins}")
 
         def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
-            return torch.zeros(neurons, *shape, dtype=dtype, device=device)
+            with torch.inference_mode(False):  # a later call of the model may be outside this mode
+                return torch.zeros(neurons, *shape, dtype=dtype, device=device)
 
         return cls(
             center=zeros(dtype=torch.float64).fill_(math.nan),
@@ -127,9 +128,9 @@ class Histograms:
 
     def to(self, device: torch.device) -> Self:
         """Return a copy on a device."""
-        return type(self)(
-            **{name: tensor.to(device, copy=True) for name, tensor in self.tensors().items()}
-        )
+        with torch.inference_mode(False):
+            copies = {name: t.to(device, copy=True) for name, t in self.tensors().items()}
+        return type(self)(**copies)
 
     def copy_(self, other: Self) -> None:
         """Copy the state of as many neurons from ``other``, which may be on another device."""
@@ -182,6 +183,12 @@ class Histograms:
                 add_rows(*self._kernel_arguments(part))
             else:
                 _add_torch(self, part)
+        self._mark_nonfinite()
+
+    def _mark_nonfinite(self) -> None:
+        """Make the ends NaN where values are not finite: processors order such values differently."""
+        for end in (self.minimum, self.maximum):
+            end.masked_fill_(self.nonfinite > 0, math.nan)
 
     def _kernel_arguments(self, rows: torch.Tensor) -> list[npt.NDArray[np.generic]]:
         inverse = (STEPS / self.width).float()
@@ -223,7 +230,9 @@ class Histograms:
         merged["maximum"] = torch.maximum(self.maximum, other.maximum)
         full = self.tail_square > MAX_SQUARES - other.tail_square
         merged["tail_square"] = merged["tail_square"].masked_fill(full, MAX_SQUARES)
-        return type(self)(**merged)
+        state = type(self)(**merged)
+        state._mark_nonfinite()
+        return state
 
     def reduce_(self, add: InPlace, least: InPlace, most: InPlace) -> None:
         """Replace this state by the merged state of all processes (see `merged`).
@@ -259,6 +268,7 @@ class Histograms:
         self.tail_square.copy_(total.masked_fill(full, MAX_SQUARES))
         least(self.minimum)
         most(self.maximum)
+        self._mark_nonfinite()
 
     def invalid(self) -> npt.NDArray[np.bool_]:
         """Return which neurons have values that cannot be summed: NaN, infinite or too far out."""

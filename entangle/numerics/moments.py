@@ -31,8 +31,9 @@ class InputMoments:
     ) -> Self:
         """Return the moments of no tokens."""
         shape = () if experts is None else (experts,)
-        lower = torch.zeros(*shape, inputs, inputs, device=device)
-        return cls(lower, torch.zeros(shape, dtype=torch.int64, device=device))
+        with torch.inference_mode(False):  # they are changed outside this mode too
+            lower = torch.zeros(*shape, inputs, inputs, device=device)
+            return cls(lower, torch.zeros(shape, dtype=torch.int64, device=device))
 
     @classmethod
     def stack(cls, experts: Sequence[Self]) -> Self:

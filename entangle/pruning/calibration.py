@@ -129,10 +129,9 @@ def _fit(
 def _no_moments(
     layer: LinearLayer, router: Router | None, device: torch.device
 ) -> ExpertMoments | InputMoments:
-    with torch.inference_mode(False):  # the moments are changed outside inference mode too
-        if router is None:
-            return InputMoments.zeros(layer.inputs, device=device)
-        moments = InputMoments.zeros(layer.inputs, experts=router.experts, device=device)
+    if router is None:
+        return InputMoments.zeros(layer.inputs, device=device)
+    moments = InputMoments.zeros(layer.inputs, experts=router.experts, device=device)
     return ExpertMoments(moments, router.assign)
 
 

@@ -1,6 +1,8 @@
 """What is recorded is what the layers put out: on every architecture, padded or not, cached or not."""
 
+import contextlib
 import inspect
+import itertools
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -257,6 +259,21 @@ def test_two_recorders_at_once_record_what_each_does_alone() -> None:
             model(tokens(4, seed=seed))
     assert same(one.tree(), alone())
     assert same(two.tree(), alone(**mlp))
+
+
+def test_calls_may_be_in_any_mode_of_autograd() -> None:
+    modes = (torch.inference_mode, torch.no_grad, torch.enable_grad)
+    found = []
+    for order in itertools.permutations(modes):
+        model, text = tiny_model("gpt2"), tokens(3)
+        with contextlib.ExitStack() as stack:
+            with order[0]():  # the recorder is made in this mode too
+                recorder = stack.enter_context(entangle.record(model))
+            for mode, window in zip(order, text.split(1), strict=True):
+                with mode():
+                    model(window)
+        found.append(recorder.tree())
+    assert all(tree.identical(found[0]) for tree in found)
 
 
 def test_gradients_and_training_go_on_while_recording() -> None:
