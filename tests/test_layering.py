@@ -20,6 +20,7 @@ ROOMS = {
         "kernels.masks_cpu",
         "kernels.sparse_cpu",
         "threads",
+        "torch_defaults",
         "gaussian",
         "histograms",
         "wasserstein",

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from entangle.experiments.sweeping import sweep
 from entangle.model.placing import check_in_memory
 from entangle.model.text import TokenWindows
+from entangle.numerics.torch_defaults import with_torch_defaults
 from entangle.pruning.options import (
     DISTANCE,
     EXPERT_DEFAULTS,
@@ -41,6 +42,7 @@ class ChosenBudget:
 
 
 @with_options(budget=VARIABLES, strength=STRENGTHS)
+@with_torch_defaults
 def choose_budget(
     model: PreTrainedModel,
     windows: TokenWindows,

@@ -28,6 +28,7 @@ from entangle.model.sampling import sample_inputs
 from entangle.model.text import TokenWindows, evenly_spaced
 from entangle.numerics.difficulty import Difficulty, mapping_difficulty
 from entangle.numerics.histograms import Histograms
+from entangle.numerics.torch_defaults import with_torch_defaults
 from entangle.runs import labelling, store
 from entangle.runs.resuming import resumed_run
 from entangle.runs.setup import Setup, Stopwatch
@@ -38,6 +39,7 @@ DIFFICULTY_WINDOWS = 64
 SECONDS = 30.0  # least time between saved states, which take at most a twentieth of the time
 
 
+@with_torch_defaults
 def measure(
     model: PreTrainedModel,
     windows: TokenWindows,

@@ -11,6 +11,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from entangle.model.experts import PackedLinear
 from entangle.model.packing import weight_bytes
 from entangle.model.placing import input_device
+from entangle.numerics.torch_defaults import with_torch_defaults
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +69,7 @@ def _compile(model: PreTrainedModel, ids: torch.Tensor) -> None:
         model(input_ids=ids[:, :1])  # compiles layers with and without a router
 
 
+@with_torch_defaults
 def generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,

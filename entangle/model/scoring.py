@@ -10,12 +10,14 @@ from entangle.model import ranks
 from entangle.model.placing import input_device
 from entangle.model.score import Score
 from entangle.model.text import TokenWindows, check_windows
+from entangle.numerics.torch_defaults import with_torch_defaults
 
 
 class NotFiniteError(RuntimeError):
     """A log-likelihood that is NaN or infinite."""
 
 
+@with_torch_defaults
 def perplexity(
     model: PreTrainedModel,
     windows: TokenWindows,

@@ -373,7 +373,7 @@ def _add_torch(state: Histograms, rows: torch.Tensor) -> None:
         numbers = torch.where(inside, y, 0.0).long().add_(edge).div_(STEPS, rounding_mode="floor")
         state.counts.scatter_add_(1, numbers.T, inside.T.int())
         d = torch.where(inside, y.double() + 0.5, 0.0)
-        n = inside.sum(dim=0)
+        n = inside.sum(dim=0).double()
         sums = torch.stack([d.sum(dim=0) - n / 2, d.square().sum(dim=0) - n / 4], dim=1)
         state.steps.add_(sums.long())
 
