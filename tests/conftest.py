@@ -20,13 +20,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _frozen() -> None:
-    """Keep what is imported out of garbage collections: each run that is written starts one."""
+def _session() -> None:
+    """Keep what is imported out of garbage collections: each run that is written starts one.
+
+    Beside other processes of the suite, use one thread: on busy cores two wait for each other.
+    """
     import entangle
 
     for name in entangle.__all__:
         getattr(entangle, name)
     gc.freeze()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        _set_threads(1, 1)
 
 
 @pytest.fixture(params=["cpu", "cuda"])
@@ -41,14 +46,20 @@ def device(request: pytest.FixtureRequest) -> "torch.device":
 
 @pytest.fixture(autouse=True)
 def _threads(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Run all but the real model on one thread: on busy cores two wait for each other."""
+    """Run all but the real model on one thread."""
     import numba
     import torch
 
     threads = torch.get_num_threads(), numba.get_num_threads()
     if request.node.get_closest_marker("real") is None:
-        torch.set_num_threads(1)
-        numba.set_num_threads(1)
+        _set_threads(1, 1)
     yield
-    torch.set_num_threads(threads[0])
-    numba.set_num_threads(threads[1])
+    _set_threads(*threads)
+
+
+def _set_threads(torchs: int, numbas: int) -> None:
+    import numba
+    import torch
+
+    torch.set_num_threads(torchs)
+    numba.set_num_threads(numbas)
