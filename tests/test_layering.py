@@ -20,7 +20,7 @@ ROOMS = {
         "kernels.masks_cpu",
         "kernels.sparse_cpu",
         "threads",
-        "torch_defaults",
+        "torch_settings",
         "gaussian",
         "histograms",
         "wasserstein",

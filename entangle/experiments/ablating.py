@@ -21,7 +21,7 @@ from entangle.model.layers import LinearLayer, weight_of
 from entangle.model.placing import check_in_memory
 from entangle.model.scoring import NotFiniteError
 from entangle.model.text import TokenWindows
-from entangle.numerics.torch_defaults import with_torch_defaults
+from entangle.numerics.torch_settings import with_torch_defaults
 from entangle.pruning.neurons import Kind, Outputs, SparseNeurons, load_neurons, prune_neurons
 from entangle.pruning.options import Several
 from entangle.pruning.sparsifying import check_layers

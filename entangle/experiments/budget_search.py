@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from entangle.experiments.sweeping import sweep
 from entangle.model.placing import check_in_memory
 from entangle.model.text import TokenWindows
-from entangle.numerics.torch_defaults import with_torch_defaults
+from entangle.numerics.torch_settings import with_torch_defaults
 from entangle.pruning.options import (
     DISTANCE,
     EXPERT_DEFAULTS,

@@ -25,7 +25,7 @@ from entangle.model.placing import check_in_memory
 from entangle.model.sampling import sample_inputs, sampled_places
 from entangle.model.text import TokenWindows, evenly_spaced
 from entangle.numerics.sparsity import Sparsity
-from entangle.numerics.torch_defaults import with_torch_defaults
+from entangle.numerics.torch_settings import with_torch_defaults
 from entangle.pruning.calibration import HELD_OUT, calibrate
 from entangle.pruning.options import ONE, Clustering, Several, several
 from entangle.pruning.sparsifying import check_layers

@@ -160,7 +160,8 @@ def read_table(folder: str | Path) -> pd.DataFrame:
         ValueError: the table is of an older version, without multiply-adds.
     """
     table = store.read_table(folder, "sweep", [*TEXT, "pull"])
-    table = table.rename(columns={"pull": "shrinkage"})  # its name before 0.2.0
+    # Before 0.2.0 the shrinkage was called pull.
+    table.columns = ["shrinkage" if name == "pull" else name for name in table]
     if "density" not in table:
         raise ValueError(
             f"{folder} was written by an older version of entangle: run the sweep again"

@@ -21,7 +21,7 @@ from entangle.model.placing import check_in_memory
 from entangle.model.sampling import sample_inputs
 from entangle.model.scoring import NotFiniteError
 from entangle.model.text import TokenWindows
-from entangle.numerics.torch_defaults import with_torch_defaults
+from entangle.numerics.torch_settings import with_torch_defaults
 from entangle.pruning import costs
 from entangle.pruning.block import PrunedLayer, prune_layers
 from entangle.pruning.budgets import block_outliers, zeros_of

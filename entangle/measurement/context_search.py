@@ -26,7 +26,7 @@ from entangle.model.placing import input_device
 from entangle.model.text import TokenWindows
 from entangle.numerics.contributions import bootstrap, distance_parts
 from entangle.numerics.gaussian import from_samples
-from entangle.numerics.torch_defaults import with_torch_defaults
+from entangle.numerics.torch_settings import with_torch_defaults
 from entangle.runs import store
 from entangle.runs.dataset import check_neuron, dataset_of
 from entangle.runs.setup import Setup

@@ -28,7 +28,7 @@ from entangle.model.sampling import sample_inputs
 from entangle.model.text import TokenWindows, evenly_spaced
 from entangle.numerics.difficulty import Difficulty, mapping_difficulty
 from entangle.numerics.histograms import Histograms
-from entangle.numerics.torch_defaults import with_torch_defaults
+from entangle.numerics.torch_settings import with_torch_defaults
 from entangle.runs import labelling, store
 from entangle.runs.resuming import resumed_run
 from entangle.runs.setup import Setup, Stopwatch

@@ -11,7 +11,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from entangle.model.experts import PackedLinear
 from entangle.model.packing import weight_bytes
 from entangle.model.placing import input_device
-from entangle.numerics.torch_defaults import with_torch_defaults
+from entangle.numerics.torch_settings import with_torch_defaults
 
 
 @dataclasses.dataclass(frozen=True)

@@ -34,7 +34,7 @@ from entangle.model.packing import (
 )
 from entangle.model.placing import blocks_in_files, bytes_of_block, is_offloaded, stored_parameters
 from entangle.numerics.routing import Router
-from entangle.numerics.torch_defaults import with_torch_defaults
+from entangle.numerics.torch_settings import with_torch_defaults
 
 DTYPES = {
     "auto": "auto",

@@ -10,7 +10,7 @@ from entangle.model import ranks
 from entangle.model.placing import input_device
 from entangle.model.score import Score
 from entangle.model.text import TokenWindows, check_windows
-from entangle.numerics.torch_defaults import with_torch_defaults
+from entangle.numerics.torch_settings import with_torch_defaults
 
 
 class NotFiniteError(RuntimeError):

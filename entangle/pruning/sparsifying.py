@@ -24,7 +24,7 @@ from entangle.model.sampling import sample_inputs
 from entangle.model.text import TokenWindows
 from entangle.numerics.masks import check_group
 from entangle.numerics.sparsity import Sparsity
-from entangle.numerics.torch_defaults import with_torch_defaults
+from entangle.numerics.torch_settings import with_torch_defaults
 from entangle.pruning import costs
 from entangle.pruning.block import PrunedLayer, prune_layers
 from entangle.pruning.budgets import Zeros, block_outliers, zeros_of

@@ -409,14 +409,17 @@ def test_the_sum_is_of_the_dataset_and_run_json_alone(tree: xr.DataTree, tmp_pat
     log = {"seconds": 1.0, "machine": "some"}
     store.write_run(tmp_path, [tree], ABOUT, lambda: log)
     written = json.loads((tmp_path / "log.json").read_text())
-    assert written == log | {"sha256": written["sha256"]}
+    files = written["files"]
+    assert written == log | {"sha256": written["sha256"], "files": files}
+    assert [*files][0] == "run.json"
+    assert {name.partition("/")[0] for name in files} == {"run.json", "neurons.zarr"}
     for name in ("figures/a.png", "tables/a.csv", "contexts.json"):  # which come later
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("{}")
     store.write_json(tmp_path / "log.json", written | {"seconds": 2.0})
     assert open_run(tmp_path).identical(tree)
     (tmp_path / "neurons.zarr" / "more").write_text("")
-    with pytest.raises(ValueError, match=f"{tmp_path} .*damaged.*files.*written"):
+    with pytest.raises(ValueError, match=f"{tmp_path} .*damaged.*neurons.zarr/more"):
         open_run(tmp_path)
 
 

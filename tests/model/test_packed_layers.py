@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 import entangle
+from entangle.model import loading
 from entangle.model.experts import ExpertLinear, Mixture, PackedLinear
 from entangle.model.layers import LinearLayer, find_layers, replace_layer, weight_of
 from entangle.model.loading import load_model, save_model
@@ -224,7 +225,10 @@ def test_a_dense_model_is_left_as_it_is(tmp_path: Path) -> None:
     assert len(find_layers(packed)) == len(find_layers(model))
 
 
-def test_float64_and_other_devices_are_left_as_they_are(tmp_path: Path) -> None:
+def test_float64_and_other_devices_are_left_as_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loading, "_device", lambda name: torch.device(name.replace("auto", "cpu")))
     model = tiny_model("llama")
     thin(model)
     save_model(model.double(), None, tmp_path / "exact")

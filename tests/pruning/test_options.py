@@ -69,7 +69,7 @@ def flags_of(command: str, capsys: pytest.CaptureFixture[str]) -> set[str]:
 def parsed(command: str, *words: str) -> dict[str, Any]:
     """Return the options of pruning that a command reads from words."""
     found = vars(arguments.parser().parse_args([*COMMANDS[command], *words]))
-    return {name: found[name] for name in NAMES}
+    return {name: found[name] for name in NAMES if name in found}
 
 
 # Declared once.
@@ -100,6 +100,7 @@ def test_defaults_agree() -> None:
     usual = Pruning(sparsity=Sparsity(0.5))
     one = parsed("sparsify")
     assert one.pop("strength") is None  # it needs a budget, if it is said
+    assert {*NAMES} - {*one} == {"strength", "assign", "components", "shrinkage"}  # or experts
     assert one == {name: getattr(usual, name) for name in one} | {"sparsity": "0.5"}
     assert Pruning.of(**one) == Pruning.of(sparsity=0.5) == usual
     some = parsed("sweep")

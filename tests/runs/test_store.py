@@ -63,8 +63,8 @@ def test_a_folder_that_holds_no_run_is_refused(tree: xr.DataTree, tmp_path: Path
         ("log.json", "", r"log\.json is empty"),
         ("log.json", "[]", r"log\.json .*no JSON object"),
         ("log.json", "{}", r"log\.json .*no SHA-256 sum"),
-        ("run.json", "", r"run\.json is empty"),
-        ("run.json", "{}", r"files.*not match.*SHA-256 sum"),
+        ("run.json", "", r"run\.json.*not match.*SHA-256 sum"),
+        ("run.json", "{}", r"run\.json.*not match.*SHA-256 sum"),
     ]:
         (tmp_path / "log.json").write_text(log)
         (tmp_path / name).write_text(text)
@@ -118,5 +118,7 @@ def test_a_run_with_a_missing_piece_is_refused(
 ) -> None:
     store.write_run(tmp_path, [tree], ABOUT, dict)
     (tmp_path / "neurons.zarr" / chunk).unlink()
-    with pytest.raises(ValueError, match=rf"{tmp_path} .*damaged.*\bwritten\b"):
+    with pytest.raises(
+        ValueError, match=rf"{tmp_path} .*damaged.*neurons\.zarr/{chunk} is missing"
+    ):
         entangle.open_run(tmp_path)

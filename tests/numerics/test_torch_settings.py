@@ -11,7 +11,7 @@ import torch
 
 import entangle
 from entangle.model.layers import find_layers, weight_of
-from entangle.numerics.torch_defaults import with_torch_defaults
+from entangle.numerics.torch_settings import with_torch_defaults
 from tests.numerics.test_histograms import assert_same, by_torch, wild
 from tests.pruning.test_sparsifying import random_windows
 from tests.tiny_models import tiny_model
