@@ -411,7 +411,7 @@ def test_the_sum_is_of_the_dataset_and_run_json_alone(tree: xr.DataTree, tmp_pat
     written = json.loads((tmp_path / "log.json").read_text())
     files = written["files"]
     assert written == log | {"sha256": written["sha256"], "files": files}
-    assert [*files][0] == "run.json"
+    assert next(iter(files)) == "run.json"
     assert {name.partition("/")[0] for name in files} == {"run.json", "neurons.zarr"}
     for name in ("figures/a.png", "tables/a.csv", "contexts.json"):  # which come later
         (tmp_path / name).parent.mkdir(exist_ok=True)
