@@ -37,6 +37,7 @@ ROOMS = {
         "folders",
         "ranks",
         "text",
+        "overlap",
         "experts",
         "layers",
         "placing",

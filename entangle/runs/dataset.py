@@ -246,6 +246,37 @@ def rows_by_layer(
     return {str(name): rows.to_numpy() for name, rows in groups}
 
 
+def with_text(run: xr.DataTree, hashes: npt.NDArray[np.uint64] | None) -> xr.DataTree:
+    """Return the run with the hashes (runs,) of its text (see `model.overlap`) as child ``text``."""
+    if hashes is not None:
+        run["text"] = xr.DataTree(xr.Dataset({"hashes": ("run", hashes)}))
+    return run
+
+
+def runs_of(run: xr.DataTree | xr.Dataset) -> npt.NDArray[np.uint64] | None:
+    """Return the hashes (runs,) of the run's text, or None.
+
+    A dataset without its tree has none, nor has a run of a version before 0.2.0.
+    """
+    if isinstance(run, xr.Dataset) or "text" not in run.children:
+        return None
+    hashes: npt.NDArray[np.uint64] = run["text"]["hashes"].to_numpy()
+    return hashes
+
+
+def overlap_notes(shares: Mapping[str, float | None]) -> list[str]:
+    """Return a line for each text that may have tokens of the evaluation (see `Setup.overlaps`)."""
+    texts = {"windows": "calibration windows", "run": "text of the measured run"}
+    return [
+        "The measured run has no hashes of its text, as it is only a dataset or of a version before "
+        "0.2.0: the evaluation was only searched for equal windows."
+        if share is None
+        else f"{share:.2%} of the evaluation's tokens are in a run of 16 tokens that the "
+        f"{texts[name]} {'have' if name == 'windows' else 'has'} too."
+        for name, share in shares.items()
+    ]
+
+
 def skipped_notes(names: Sequence[str], action: str) -> list[str]:
     """Return one line, or none, that names the `skipped_parameters`, which were not ``action``."""
     if not names:
