@@ -44,6 +44,7 @@ ROOMS = {
         "packing",
         "loading",
         "hooks",
+        "causality",
         "blocks",
         "sampling",
         "score",

@@ -57,7 +57,7 @@ NAMED_ERROR = 0.02  # neurons with a larger error bound are named in the summary
 
 
 _MAPPINGS = ("versions", "disentangled")  # attributes that are mappings
-_LISTS = ("layers", "skipped_parameters", "window_hashes")  # attributes that are lists
+_LISTS = ("layers", "skipped_parameters", "dependent_on", "window_hashes")  # that are lists
 
 
 def labelled(name: str, values: npt.NDArray[Any]) -> tuple[str, npt.NDArray[Any], dict[str, str]]:
@@ -170,6 +170,7 @@ def _warnings(dataset: xr.Dataset, distance: Array, error: Array) -> list[str]:
             count = int(mask.sum())
             plural, more = "s" * (count > 1), ", ..." * (count > len(first))
             warnings.append(f"{count:,} {text.format(plural)}: {', '.join(first)}{more}")
+    warnings += dependence_notes(dataset.attrs.get("dependent_on", []))
     warnings += skipped_notes(dataset.attrs.get("skipped_parameters", []), "measured")
     return warnings
 
@@ -274,6 +275,16 @@ def overlap_notes(shares: Mapping[str, float | None]) -> list[str]:
         else f"{share:.2%} of the evaluation's tokens are in a run of 16 tokens that the "
         f"{texts[name]} {'have' if name == 'windows' else 'has'} too."
         for name, share in shares.items()
+    ]
+
+
+def dependence_notes(dependent_on: Sequence[str]) -> list[str]:
+    """Return one line, or none, on what the outputs depend on (see `model.causality`)."""
+    if not dependent_on:
+        return []
+    return [
+        f"the model is not causal: its outputs at a token depend {' and '.join(dependent_on)}, so "
+        "its distributions depend on how the text is cut and batched"
     ]
 
 

@@ -14,19 +14,21 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Self
 
+import numba
 import psutil
 import torch
 import xarray as xr
 from transformers import PreTrainedModel
 
 from entangle.model.blocks import BlockWalk
+from entangle.model.causality import check_causal, dependences
 from entangle.model.hooks import check_hooks
 from entangle.model.layers import LinearLayer, find_layers, skipped_parameters
 from entangle.model.loading import weights_hash
 from entangle.model.overlap import SeenText, overlap
 from entangle.model.sampling import walk_blocks
 from entangle.model.score import Score
-from entangle.model.scoring import perplexity
+from entangle.model.scoring import scored
 from entangle.model.text import TokenWindows, check_windows
 from entangle.runs.dataset import TRUSTED_ERROR, about, dataset_of, matching, runs_of, trusted
 
@@ -50,8 +52,7 @@ class Setup:
     skip_first: int
     progress: bool
     ranked: bool  # use only layers with a neuron that the run ranks
-    overlaps: dict[str, float | None] = dataclasses.field(default_factory=dict)
-    """The shares of the evaluation's tokens that the windows and the run's text have, for run.json."""
+    seen: SeenText | None  # the run's text, unless the evaluation was set aside from it
 
     @classmethod
     def of(
@@ -78,7 +79,7 @@ class Setup:
             LookupError: a pattern matches no layer.
             TypeError: the windows or the evaluation are not windows of a text.
             ValueError: the windows do not fit the model; the model is compiled, not loaded or in
-                training mode; the windows or the run's text have 4% or more of the evaluation's
+                training mode; there is an evaluation and the model is not causal; the windows or the run's text have 4% or more of the evaluation's
                 tokens; the run was measured on other weights or is a shard; a number is out of
                 range; or, with ``ranked``, the run ranks no neuron of the layers.
         """
@@ -92,6 +93,7 @@ class Setup:
             skip_first,
             progress,
             ranked,
+            None if run is None or set_aside else seen_text(run),
         )
         if batch_size < 1:
             raise ValueError(f"a batch needs at least one window, got batch size {batch_size}")
@@ -105,13 +107,8 @@ class Setup:
                 check_windows(model, text, skip_first)
         check_hooks(model, skip_first)
         setup._check_run()
-        if windows is not None and evaluation is not None:
-            setup.overlaps["windows"] = overlap(SeenText.of(windows), evaluation)
-        if run is not None and evaluation is not None and not set_aside:
-            seen = seen_text(run)
-            share = overlap(seen, evaluation)
-            setup.overlaps["run"] = share if seen.runs is not None else None
-        assert setup.layers or not setup.patterns  # raises now if a pattern matches none
+        # Their errors are raised now, and not after hours.
+        _ = setup.layers, setup.overlaps, setup.dependent_on
         return setup
 
     def _check_run(self) -> None:
@@ -149,6 +146,37 @@ class Setup:
         if self.ranked and self.run is not None:
             return _ranked_layers(self.model, self.run, self.patterns)
         return find_layers(self.model, self.patterns)
+
+    @functools.cached_property
+    def overlaps(self) -> dict[str, float | None]:
+        """Return the shares of the evaluation's tokens that the windows and the run's text have.
+
+        The share of the run's text is None if the run has no hashes of its runs of tokens.
+
+        Raises:
+            ValueError: a share is 4% or more.
+        """
+        shares: dict[str, float | None] = {}
+        if self.evaluation is None:
+            return shares
+        if self.windows is not None:
+            shares["windows"] = overlap(SeenText.of(self.windows), self.evaluation)
+        if self.seen is not None:
+            share = overlap(self.seen, self.evaluation)
+            shares["run"] = None if self.seen.runs is None else share
+        return shares
+
+    @functools.cached_property
+    def dependent_on(self) -> list[str]:
+        """Return what the outputs at a token depend on besides a token and those before it.
+
+        Raises:
+            ValueError: there is an evaluation, and the outputs depend on something else.
+        """
+        if self.evaluation is not None:
+            check_causal(self.model, self.evaluation)
+            return []
+        return [] if self.windows is None else dependences(self.model, self.windows)
 
     @functools.cached_property
     def weights(self) -> str:
@@ -202,7 +230,7 @@ class Setup:
             NotFiniteError: the model's outputs are not finite.
         """
         assert self.evaluation is not None
-        return perplexity(
+        return scored(
             self.model,
             self.evaluation,
             batch_size=self.batch_size,
@@ -234,6 +262,7 @@ class Setup:
             "batch_size": self.batch_size,
             "layers": self.patterns,
             "skipped_parameters": skipped_parameters(model),
+            "dependent_on": self.dependent_on,
             "versions": versions(),
             "tokens": self.tokens,
         }
@@ -300,6 +329,7 @@ class Stopwatch:
             "processor": platform.processor() or platform.machine(),
             "cores": psutil.cpu_count(),
             "threads": torch.get_num_threads(),
+            "kernel_threads": numba.get_num_threads(),
             "memory_bytes": psutil.virtual_memory().total,
         }
 

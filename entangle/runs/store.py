@@ -261,5 +261,6 @@ def save_text(text: str, file: str | Path) -> Path:
     """Write a text, such as a table in Markdown; return the path."""
     file = Path(file)
     with folders.new_file(file) as partial:
-        partial.write_text(text, encoding="utf-8")
+        # Names of files may not be UTF-8. What stands for their bytes is escaped, as JSON does it.
+        partial.write_text(text, encoding="utf-8", errors="backslashreplace")
     return file
