@@ -86,13 +86,14 @@ def token_windows(
     the order of the text.
 
     ``text`` is a source, as TEXT on the command line (see `read_documents`), or a list of documents.
-    ``bos`` sets whether each window begins with the tokenizer's beginning-of-sequence token:
-    ``always``, ``never``, or ``auto``, if the tokenizer itself adds one.
+    ``bos`` sets which tokens each window begins with: ``auto``, those that the tokenizer itself
+    puts before a text; ``always``, the same, or its beginning-of-sequence token if there are none;
+    ``never``, none. They count towards ``length``. Tokens that it puts after a text are left out.
 
     Raises:
         ValueError: the text has fewer tokens than one window; ``windows`` is less than 1 or
-            ``length`` less than 2; or ``bos`` is unknown, or ``always`` with a tokenizer that has
-            no such token.
+            ``length`` less than 2, or not more than the tokens that a window begins with; or
+            ``bos`` is unknown, or ``always`` with a tokenizer that has no token to begin with.
     """
     if (windows is not None and windows < 1) or length < 2:
         raise ValueError(
@@ -103,7 +104,12 @@ def token_windows(
         source, documents = read_documents(text, purpose)
     else:
         source, documents = "documents given in Python", list(text)
-    start = _start_tokens(tokenizer, bos)
+    start = start_tokens(tokenizer, bos)
+    if length <= len(start):
+        raise ValueError(
+            f"windows of {length} tokens leave no room for text after the {len(start)} tokens that "
+            "this tokenizer begins a text with: use a larger length"
+        )
     # verbose=False: no warning that the text is longer than the model's context.
     ids = tokenizer("\n\n".join(documents), add_special_tokens=False, verbose=False)["input_ids"]
     body = length - len(start)
@@ -176,14 +182,36 @@ def check_disjoint(calibration: TokenWindows, evaluation: TokenWindows) -> None:
         )
 
 
-def _start_tokens(tokenizer: PreTrainedTokenizerBase, bos: Bos) -> list[int]:
+def start_tokens(tokenizer: PreTrainedTokenizerBase, bos: Bos) -> list[int]:
+    """Return the tokens that each window begins with.
+
+    They are what the tokenizer's post-processor puts before a text (``auto``); the same, or else
+    the beginning-of-sequence token (``always``); or none (``never``). What it puts after a text,
+    such as an end of sequence, is never among them.
+
+    Raises:
+        ValueError: ``bos`` is unknown, or ``always`` and there is no token to begin with.
+    """
     if bos not in {"auto", "always", "never"}:
         raise ValueError(f"bos must be 'auto', 'always' or 'never', got {bos!r}")
+    if bos == "never":
+        return []
+    start: list[int] = []
+    for text in ("a", "1", "の"):  # the first that has tokens at all
+        plain = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+        whole = list(tokenizer(text)["input_ids"])
+        if plain:
+            places = range(len(whole) - len(plain) + 1)
+            first = next((i for i in places if whole[i : i + len(plain)] == plain), 0)
+            start = whole[:first]
+            break
     token: Any = tokenizer.bos_token_id
-    if bos == "always" and token is None:
-        raise ValueError("this tokenizer has no beginning-of-sequence token: use bos='never'")
-    adds = token is not None and token in tokenizer("a")["input_ids"][:1]
-    return [token] if bos == "always" or (bos == "auto" and adds) else []
+    if bos == "always" and not start and token is None:
+        raise ValueError(
+            "this tokenizer puts no token before a text, and has no beginning-of-sequence token: "
+            "use bos='never'"
+        )
+    return [token] if bos == "always" and not start else start
 
 
 def read_documents(source: str | Path, purpose: Purpose = "calibration") -> tuple[str, list[str]]:

@@ -1,5 +1,6 @@
 """Windows are slices of the tokenised text; where they come from is read as it is written."""
 
+import dataclasses
 import itertools
 import random
 import re
@@ -82,6 +83,42 @@ def test_bos_stands_before_each_window_and_takes_its_place_in_the_length(
     ]
     assert windows.length == LENGTH
     assert int((windows.tokens == tokenizer.bos_token_id).sum()) == (len(windows) if starts else 0)
+
+
+@pytest.mark.parametrize("has_bos", [True, False])
+@pytest.mark.parametrize(
+    ("template", "start"),
+    [
+        ("<pad> <s> $A", [0, 1]),
+        ("<pad> <s> $A </s>", [0, 1]),
+        ("</s> $A", [2]),
+        ("</s> $A </s>", [2]),
+        ("<pad> <pad> <pad> $A", [0, 0, 0]),
+        ("$A </s>", []),
+        ("$A <s> </s>", []),
+    ],
+)
+def test_windows_begin_as_texts_begin_and_do_not_end_as_they_end(
+    template: str, start: list[int], has_bos: bool
+) -> None:
+    tokenizer = tiny_tokenizer(template=template, has_bos=has_bos)
+    assert tokenizer("xyz")["input_ids"][: len(start)] == start  # as the tokenizers library does
+    always = start or [1]
+    for bos, expected in (("auto", start), ("always", always), ("never", list[int]())):
+        if bos == "always" and not start and not has_bos:
+            continue
+        windows = windows_of(bos=bos, tokenizer=tokenizer)
+        body = LENGTH - len(expected)
+        assert windows.tokens[:, : len(expected)].tolist() == [expected] * len(windows)
+        text = letters(dataclasses.replace(windows, tokens=windows.tokens[:, len(expected) :]))
+        assert text == [TEXT[i : i + body] for i in range(0, 1000 // body * body, body)]
+
+
+def test_a_window_has_room_for_text_after_what_it_begins_with() -> None:
+    tokenizer = tiny_tokenizer(template="<pad> <s> $A")
+    with pytest.raises(ValueError, match=r"\b2 tokens leave no room.*\b2 tokens.*larger length"):
+        windows_of(length=2, tokenizer=tokenizer)
+    assert letters(windows_of(length=3, tokenizer=tokenizer, windows=None))[0][-1] == TEXT[0]
 
 
 def test_without_a_bos_token_auto_and_never_do_without_and_always_is_an_error() -> None:
