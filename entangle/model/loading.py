@@ -232,7 +232,7 @@ def load_tokenizer(
     try:
         with _explained(name):
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, **options)
-            added = getattr(tokenizer, "get_added_vocab", dict)()
+            added: dict[str, int] = getattr(tokenizer, "get_added_vocab", dict)()
             words = {*tokenizer.get_vocab()} - {*tokenizer.all_special_tokens} - {*added}
     except ValueError:
         folder = Path(name)

@@ -232,6 +232,9 @@ class Setup:
             "versions": versions(),
             "tokens": self.tokens,
         }
+        notes = [note for part in (text, scored) if part is not None for note in part.notes]
+        if notes:
+            about["notes"] = list(dict.fromkeys(notes))
         if scored is not None:
             about |= {
                 "evaluation": scored.text,
