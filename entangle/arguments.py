@@ -212,8 +212,9 @@ def parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
         "--bos",
         default="auto",
         choices=["auto", "always", "never"],
-        help="begin each window with the tokenizer's beginning-of-sequence token [auto: if the "
-        "tokenizer itself adds one]",
+        help="begin each window with the tokens that the tokenizer puts before a text (auto), with "
+        "its beginning-of-sequence token if there are none (always), or with no such token (never); "
+        "tokens that it puts after a text are left out [auto]",
     )
     windows.add_argument(
         "--skip-first",

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     import xarray as xr
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from entangle.model.text import Purpose, TokenWindows
+    from entangle.model.documents import Purpose
+    from entangle.model.text import TokenWindows
 
 
 def run_measure(args: argparse.Namespace) -> None:
@@ -469,8 +470,10 @@ def _windows(
     args: argparse.Namespace, tokenizer: "PreTrainedTokenizerBase", purpose: "Purpose"
 ) -> "TokenWindows":
     """Read the windows of --text, or of --evaluation for that purpose if the command has it."""
+    from entangle.model import ranks
+
     scored = purpose == "evaluation" and "evaluation" in args
-    return entangle.token_windows(
+    windows = entangle.token_windows(
         args.evaluation if scored else args.text,
         tokenizer,
         windows=args.evaluation_windows if scored else args.windows,
@@ -479,6 +482,9 @@ def _windows(
         bos=args.bos,
         purpose=purpose,
     )
+    for note in windows.notes if ranks.rank() == 0 else ():
+        sys.stderr.write(f"entangle: {note}\n")
+    return windows
 
 
 def _measured(args: argparse.Namespace) -> "tuple[xr.DataTree, argparse.Namespace]":

@@ -36,6 +36,8 @@ ROOMS = {
     "model": (
         "folders",
         "ranks",
+        "documents",
+        "limits",
         "text",
         "overlap",
         "experts",
@@ -89,7 +91,7 @@ ROOMS = {
 ORDER = [f"entangle.{room}.{module}" for room, modules in ROOMS.items() for module in modules]
 PACKAGES = {f"entangle.{room}" for room in ROOMS} | {"entangle.numerics.kernels"}
 MODULES = {name.rpartition(".")[2] for name in ORDER} | set(ROOMS)
-OPTIONAL = {"datasets", "ot", "resource"}
+OPTIONAL = {"datasets", "ot", "pyarrow", "resource"}
 LAZY = {
     "entangle",
     *(f"entangle.{name}" for name in ("__main__", "arguments", "commands", "printed")),

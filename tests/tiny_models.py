@@ -125,15 +125,21 @@ def tiny_vision_model() -> PreTrainedModel:
     return model
 
 
-def tiny_tokenizer(*, adds_bos: bool = False, has_bos: bool = True) -> PreTrainedTokenizerFast:
-    """Return a tokenizer whose tokens are bytes; with ``adds_bos`` it begins texts with ``<s>``."""
+def tiny_tokenizer(
+    *, adds_bos: bool = False, has_bos: bool = True, template: str = ""
+) -> PreTrainedTokenizerFast:
+    """Return a tokenizer whose tokens are bytes; with ``adds_bos`` it begins texts with ``<s>``.
+
+    ``template`` is what it makes of a text ``$A``, such as ``<s> $A </s>``.
+    """
     words = [*SPECIAL.values(), *sorted(pre_tokenizers.ByteLevel.alphabet())]
     backend = Tokenizer(models.BPE(vocab={word: i for i, word in enumerate(words)}, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
-    if adds_bos:
+    if adds_bos or template:
         backend.post_processor = processors.TemplateProcessing(
-            single="<s> $A", special_tokens=[("<s>", 1)]
+            single=template or "<s> $A",
+            special_tokens=[(word, i) for i, word in enumerate(SPECIAL.values())],
         )
     special = SPECIAL if has_bos else {key: SPECIAL[key] for key in ("pad_token", "eos_token")}
     tokenizer: PreTrainedTokenizerFast = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]

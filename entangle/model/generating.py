@@ -9,8 +9,10 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from entangle.model.experts import PackedLinear
+from entangle.model.limits import context_of
 from entangle.model.packing import weight_bytes
 from entangle.model.placing import input_device
+from entangle.model.text import start_tokens
 from entangle.numerics.torch_settings import with_torch_defaults
 
 
@@ -88,8 +90,11 @@ def generate(
             the model's context.
     """
     prompt.encode()  # raises ValueError on bytes from the shell that are not UTF-8
-    ids = tokenizer(prompt, return_tensors="pt", verbose=False)["input_ids"].to(input_device(model))
-    longest = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    # Without what the tokenizer puts after a text: after an end of sequence nothing is continued.
+    body = tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
+    ids = torch.tensor([[*start_tokens(tokenizer, "auto"), *body]], dtype=torch.int64)
+    ids = ids.to(input_device(model))
+    longest = context_of(model)
     if not ids.numel():
         raise ValueError("the prompt has 0 tokens: give at least one")
     if tokens < 1:

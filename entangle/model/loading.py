@@ -1,6 +1,7 @@
 """Loading a model and its tokenizer from a hub id, a folder or a GGUF file, and saving them."""
 
 import hashlib
+import re
 import shutil
 import textwrap
 import warnings
@@ -42,6 +43,10 @@ DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
+
+VOCABULARY = re.compile(  # the names of files that hold a tokenizer's vocabulary, or its code
+    r"vocab|merges|tekken|tiktoken|\.model|\.codes$|tokenizer(?!_config).*\.json$|\.py$"
+)
 
 
 @with_torch_defaults
@@ -219,12 +224,27 @@ def load_tokenizer(
     """Load the tokenizer of a model from the name that `load_model` takes.
 
     Raises:
-        FileNotFoundError: the path does not exist, or the folder holds no model.
+        FileNotFoundError: the path does not exist, or the folder holds no model or no tokenizer.
         ValueError: transformers cannot load the tokenizer; the message quotes it.
     """
     source, options = source_of(name, revision, trust_remote_code)
-    with _explained(name):
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, **options)
+    words: set[str] | None = None
+    try:
+        with _explained(name):
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, **options)
+            added: dict[str, int] = getattr(tokenizer, "get_added_vocab", dict)()
+            words = {*tokenizer.get_vocab()} - {*tokenizer.all_special_tokens} - {*added}
+    except ValueError:
+        folder = Path(name)
+        if not folder.is_dir() or any(VOCABULARY.search(file.name) for file in folder.iterdir()):
+            raise
+    # Without a vocabulary transformers makes up a tokenizer of special tokens and at most one word.
+    if words is None or len(words) < 2:
+        what = "folder" if Path(name).is_dir() else "file" if Path(name).is_file() else "model"
+        raise FileNotFoundError(
+            f"the {what} {name} holds no tokenizer: add the tokenizer's files, such as "
+            "tokenizer.json and tokenizer_config.json, of the model that it was made from"
+        )
     if "gguf_file" in options:
         _complete(tokenizer, Path(name))
     return tokenizer

@@ -44,7 +44,7 @@ def run_hashes(windows: TokenWindows) -> Hashes:
     return np.unique(_hashed(tokens, places))
 
 
-def overlap(seen: SeenText, evaluation: TokenWindows) -> float:
+def shared_share(seen: SeenText, evaluation: TokenWindows) -> float:
     """Return the share of the evaluation's tokens in a run that the seen text has too.
 
     Windows with fewer than 16 tokens of the text, and those of a run without hashes of runs, are

@@ -2,17 +2,26 @@
 
 import dataclasses
 import hashlib
-import textwrap
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from entangle.model.documents import Chat, Documents, Purpose, read_documents
+from entangle.model.limits import context_of
+
 Bos = Literal["auto", "always", "never"]
-Purpose = Literal["calibration", "evaluation"]
+Ids = npt.NDArray[np.int32]
+
+WHOLE = 2**24  # bytes; up to this a text is tokenised at once, with 160 times its size of memory
+PIECE = 2**16  # bytes of a piece in which windows are drawn, or more for long windows
+ROUNDS = 16  # of draws, in which the places drawn twice are replaced
+UNKNOWN = 0.01, 0.5  # shares of unknown tokens above which they are stated, and refused
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -21,10 +30,11 @@ class TokenWindows:
 
     tokens: torch.Tensor  # (windows, length) int64, on the CPU
     text: str  # the source of the text
-    available: int  # the number of windows in the whole text
+    available: int | None  # the number of windows in the whole text; None: it was not counted
     seed: int
     bos: Bos
     starts: int = 0  # the number of tokens of each window that stand before its text
+    notes: tuple[str, ...] = ()  # sentences on rows that were left out and on unknown tokens
 
     @property
     def fingerprint(self) -> str:
@@ -87,40 +97,121 @@ def token_windows(
     the order of the text.
 
     ``text`` is a source, as TEXT on the command line (see `read_documents`), or a list of documents.
-    ``bos`` sets whether each window begins with the tokenizer's beginning-of-sequence token:
-    ``always``, ``never``, or ``auto``, if the tokenizer itself adds one.
+    ``bos`` sets which tokens each window begins with: ``auto``, those that the tokenizer itself
+    puts before a text; ``always``, the same, or its beginning-of-sequence token if there are none;
+    ``never``, none. They count towards ``length``. Tokens that it puts after a text are left out.
 
     Raises:
         ValueError: the text has fewer tokens than one window; ``windows`` is less than 1 or
-            ``length`` less than 2; or ``bos`` is unknown, or ``always`` with a tokenizer that has
-            no such token.
+            ``length`` less than 2, or not more than the tokens that a window begins with; or
+            ``bos`` is unknown, or ``always`` with a tokenizer that has no token to begin with.
     """
     if (windows is not None and windows < 1) or length < 2:
         raise ValueError(
             f"expected at least 1 window of at least 2 tokens, got {windows} windows of {length} "
             "tokens"
         )
-    if isinstance(text, str | Path):
-        source, documents = read_documents(text, purpose)
-    else:
-        source, documents = "documents given in Python", list(text)
-    start = _start_tokens(tokenizer, bos)
-    # verbose=False: no warning that the text is longer than the model's context.
-    ids = tokenizer("\n\n".join(documents), add_special_tokens=False, verbose=False)["input_ids"]
+    start = start_tokens(tokenizer, bos)
     body = length - len(start)
-    available = len(ids) // body
-    if available == 0:
+    if body < 1:
         raise ValueError(
-            f"the text ({source}) has {len(ids):,} tokens, fewer than one window of {length}: "
-            "give a longer text or a smaller length"
+            f"windows of {length} tokens leave no room for text after the {len(start)} tokens that "
+            "this tokenizer begins a text with: use a larger length"
         )
-    stream = np.asarray(ids, dtype=np.int64)[: available * body].reshape(available, body)
-    if windows is not None and windows < available:
-        drawn = np.random.default_rng(seed).choice(available, size=windows, replace=False)
-        stream = stream[np.sort(drawn)]
-    starts = np.tile(np.asarray(start, dtype=np.int64), (len(stream), 1))
-    tokens = torch.from_numpy(np.concatenate([starts, stream], axis=1))
-    return TokenWindows(tokens, source, available, seed, bos, len(start))
+
+    def encode(text: str) -> Ids:
+        # verbose=False: no warning that the text is longer than the model's context.
+        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return np.asarray(ids, dtype=np.int32)
+
+    documents = read_documents(text, purpose, _chat(tokenizer))
+    large, drawn, available = documents.size > WHOLE, None, None
+    # Of a large text few windows are drawn without reading the rest: at most a quarter of those it
+    # has, if a token has 4 bytes.
+    if large and windows is not None and 16 * windows * body <= documents.size:
+        drawn = _draw(documents, encode, windows, body, seed)
+    if drawn is None:
+        step = 16 * PIECE if large else WHOLE
+        cuts = (documents.cut(place) for place in range(0, documents.size + step, step))
+        pieces = itertools.starmap(documents.read, itertools.pairwise(cuts))
+        drawn, tokens = _cut(map(encode, pieces), body)
+        available = len(drawn)
+        if available == 0:
+            raise ValueError(
+                f"the text ({documents.source}) has {tokens:,} tokens, fewer than one window of "
+                f"{length}: give a longer text or a smaller length"
+            )
+        if windows is not None and windows < available:
+            chosen = np.random.default_rng(seed).choice(available, size=windows, replace=False)
+            drawn = drawn[np.sort(chosen)]
+    notes = [*documents.notes, *_unknown(drawn, tokenizer, documents.source)]
+    starts = np.tile(np.asarray(start, dtype=np.int64), (len(drawn), 1))
+    found = torch.from_numpy(np.concatenate([starts, drawn], axis=1))
+    return TokenWindows(found, documents.source, available, seed, bos, len(start), tuple(notes))
+
+
+def _cut(pieces: Iterable[Ids], body: int) -> tuple[Ids, int]:
+    """Cut windows (windows, body) from pieces that follow each other; also count all tokens."""
+    rows, rest, tokens = [], np.empty(0, np.int32), 0
+    for piece in pieces:
+        ids = np.concatenate([rest, piece])
+        used = len(ids) // body * body
+        rows.append(ids[:used].reshape(-1, body))
+        rest, tokens = ids[used:].copy(), tokens + len(piece)
+    return np.concatenate(rows or [np.empty((0, body), np.int32)]), tokens
+
+
+def _draw(
+    documents: Documents, encode: Callable[[str], Ids], windows: int, body: int, seed: int
+) -> Ids | None:
+    """Draw windows (windows, body) at places that are uniform over the bytes of a text.
+
+    The text is divided into pieces. A place chooses a piece and one of its windows, and only pieces
+    with a place are tokenised. Return None if so many windows were not found.
+    """
+    generator = np.random.default_rng(seed)
+    step = max(PIECE, 32 * body)
+    found: dict[tuple[int, int], Ids] = {}
+    for _ in range(ROUNDS):
+        places = generator.integers(documents.size, size=windows - len(found))
+        for piece, group in itertools.groupby(np.sort(places).tolist(), lambda at: at // step):
+            first, last = piece * step, min((piece + 1) * step, documents.size)
+            text = documents.read(documents.cut(first), documents.cut(last))
+            rows, _ = _cut([encode(text)], body)
+            for place in group if len(rows) else ():
+                index = (place - first) * len(rows) // (last - first)
+                found[piece, index] = rows[index].copy()
+        if len(found) == windows:
+            return np.stack([found[key] for key in sorted(found)])
+    return None
+
+
+def _unknown(ids: Ids, tokenizer: PreTrainedTokenizerBase, source: str) -> list[str]:
+    """Return a sentence on the share of unknown tokens in windows, if it is large.
+
+    Raises:
+        ValueError: most of the tokens are unknown.
+    """
+    token: Any = tokenizer.unk_token_id
+    others = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    if token is None or token in others:  # as in GPT-2: it stands for other things
+        return []
+    share = float((ids == token).mean())
+    if share > UNKNOWN[1]:
+        raise ValueError(
+            f"{share:.1%} of the tokens of the text ({source}) are the unknown token "
+            f"{tokenizer.unk_token}: give a text in a language that this tokenizer knows, or check "
+            "that it is the model's own"
+        )
+    known = f"{share:.1%} of the tokens of {source} are the unknown token {tokenizer.unk_token}"
+    return [known] if share > UNKNOWN[0] else []
+
+
+def _chat(tokenizer: PreTrainedTokenizerBase) -> Chat | None:
+    """Return what writes conversations as texts, if the tokenizer has a template for it."""
+    if not getattr(tokenizer, "chat_template", None):
+        return None
+    return lambda messages: str(tokenizer.apply_chat_template(messages, tokenize=False))
 
 
 def evenly_spaced(windows: TokenWindows, count: int) -> TokenWindows:
@@ -145,7 +236,7 @@ def check_windows(model: PreTrainedModel, windows: TokenWindows, skip_first: int
         )
     if model.training:
         raise ValueError("the model is in training mode, which enables dropout: call model.eval()")
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    context = context_of(model)
     if context is not None and windows.length > context:
         raise ValueError(
             f"windows of {windows.length} tokens are longer than the model's context of {context}: "
@@ -161,85 +252,33 @@ def check_windows(model: PreTrainedModel, windows: TokenWindows, skip_first: int
         )
 
 
-def _start_tokens(tokenizer: PreTrainedTokenizerBase, bos: Bos) -> list[int]:
+def start_tokens(tokenizer: PreTrainedTokenizerBase, bos: Bos) -> list[int]:
+    """Return the tokens that each window begins with.
+
+    They are what the tokenizer's post-processor puts before a text (``auto``); the same, or else
+    the beginning-of-sequence token (``always``); or none (``never``). What it puts after a text,
+    such as an end of sequence, is never among them.
+
+    Raises:
+        ValueError: ``bos`` is unknown, or ``always`` and there is no token to begin with.
+    """
     if bos not in {"auto", "always", "never"}:
         raise ValueError(f"bos must be 'auto', 'always' or 'never', got {bos!r}")
+    if bos == "never":
+        return []
+    start: list[int] = []
+    for text in ("a", "1", "の"):  # the first that has tokens at all
+        plain = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+        whole = list(tokenizer(text)["input_ids"])
+        if plain:
+            places = range(len(whole) - len(plain) + 1)
+            first = next((i for i in places if whole[i : i + len(plain)] == plain), 0)
+            start = whole[:first]
+            break
     token: Any = tokenizer.bos_token_id
-    if bos == "always" and token is None:
-        raise ValueError("this tokenizer has no beginning-of-sequence token: use bos='never'")
-    adds = token is not None and token in tokenizer("a")["input_ids"][:1]
-    return [token] if bos == "always" or (bos == "auto" and adds) else []
-
-
-def read_documents(source: str | Path, purpose: Purpose = "calibration") -> tuple[str, list[str]]:
-    """Read a text: a file, a folder of ``*.txt``, or ``hub:NAME[/CONFIG][:SPLIT][#COLUMN]``.
-
-    If a folder has ``calibration.txt`` and ``evaluation.txt``, only the file that ``purpose`` names
-    is read. Return the exact source and the documents.
-
-    Raises:
-        FileNotFoundError: the file or folder does not exist, or the folder has no ``*.txt``.
-        ValueError: a file is not UTF-8 text, or a text of the hub cannot be read.
-    """
-    if str(source).startswith("hub:"):
-        return str(source), _read_hub(str(source).removeprefix("hub:"))
-    path = Path(source)
-    named = all(len(part) < 256 for part in path.parts)  # a longer part cannot be a file name
-    if named and path.is_dir():
-        files = sorted(path.glob("*.txt"))
-        names = {file.name for file in files}
-        if {"calibration.txt", "evaluation.txt"} <= names:
-            path = path / f"{purpose}.txt"
-            files = [path]
-        if not files:
-            raise FileNotFoundError(f"the folder {path} holds no *.txt file")
-    elif named and path.is_file():
-        files = [path]
-    else:
-        raise FileNotFoundError(
-            f"there is no text at {textwrap.shorten(str(source), 100)}: expected a file, a folder "
-            "of *.txt, or hub:NAME[/CONFIG][:SPLIT][#COLUMN]. In Python, give the text itself as a "
-            "list: [text]"
-        )
-    return str(path), [_read_file(file) for file in files]
-
-
-def _read_file(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not UTF-8 text: {error}") from error
-
-
-def _read_hub(name: str) -> list[str]:
-    """Read a column of a data set of the Hugging Face hub; the default is `text` of `train`.
-
-    Raises:
-        ValueError: the extra `hub` is not installed, or the hub has no such data set or column.
-    """
-    try:
-        import datasets  # an optional package, only for texts of the hub
-    except ImportError as error:
+    if bos == "always" and not start and token is None:
         raise ValueError(
-            "texts of the hub need the extra 'hub': pip install 'entangle[hub]'"
-        ) from error
-    name, _, column = name.partition("#")
-    name, _, split = name.partition(":")
-    parts = name.split("/")
-    # "a/b" is data set b of owner a, or configuration b of data set a: try both.
-    attempts: list[tuple[str, str | None]] = [(name, None)] if len(parts) < 3 else []
-    attempts += [("/".join(parts[:-1]), parts[-1])] if len(parts) > 1 else []
-    problems = []
-    for path, config in attempts:
-        try:
-            table = datasets.load_dataset(path, config, split=split or "train")
-        except (OSError, ValueError, LookupError, RuntimeError) as error:
-            problems.append(f"  {path}, configuration {config}: {error}".rstrip())
-            continue
-        if (column or "text") not in table.column_names:
-            raise ValueError(
-                f"hub:{name} has no column {column or 'text'!r}; its columns are "
-                f"{', '.join(table.column_names)}: choose one with #COLUMN"
-            )
-        return [str(document) for document in table[column or "text"]]
-    raise ValueError(f"could not read hub:{name}:\n" + "\n".join(problems))
+            "this tokenizer puts no token before a text, and has no beginning-of-sequence token: "
+            "use bos='never'"
+        )
+    return [token] if bos == "always" and not start else start

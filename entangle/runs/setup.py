@@ -25,7 +25,7 @@ from entangle.model.causality import check_causal, dependences
 from entangle.model.hooks import check_hooks
 from entangle.model.layers import LinearLayer, find_layers, skipped_parameters
 from entangle.model.loading import weights_hash
-from entangle.model.overlap import SeenText, overlap
+from entangle.model.overlap import SeenText, shared_share
 from entangle.model.sampling import walk_blocks
 from entangle.model.score import Score
 from entangle.model.scoring import scored
@@ -160,9 +160,9 @@ class Setup:
         if self.evaluation is None:
             return shares
         if self.windows is not None:
-            shares["windows"] = overlap(SeenText.of(self.windows), self.evaluation)
+            shares["windows"] = shared_share(SeenText.of(self.windows), self.evaluation)
         if self.seen is not None:
-            share = overlap(self.seen, self.evaluation)
+            share = shared_share(self.seen, self.evaluation)
             shares["run"] = None if self.seen.runs is None else share
         return shares
 
@@ -266,6 +266,9 @@ class Setup:
             "versions": versions(),
             "tokens": self.tokens,
         }
+        notes = [note for part in (text, scored) if part is not None for note in part.notes]
+        if notes:
+            about["notes"] = list(dict.fromkeys(notes))
         if scored is not None:
             about |= {
                 "evaluation": scored.text,

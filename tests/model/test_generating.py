@@ -1,6 +1,7 @@
 """What a model writes: against a greedy loop without a cache, and a model that recites a text."""
 
 import copy
+import dataclasses
 import itertools
 import math
 import types
@@ -172,6 +173,16 @@ def test_the_context_may_be_filled_and_no_more(name: str) -> None:
 def test_a_token_that_the_tokenizer_adds_is_of_the_prompt() -> None:
     found = generate(tiny_model(), tiny_tokenizer(adds_bos=True), "abc", tokens=1)
     assert (found.prompt_tokens, found.tokens) == (4, 1)
+
+
+def test_an_end_that_the_tokenizer_adds_is_not_of_the_prompt() -> None:
+    model, ended = tiny_model(), tiny_tokenizer(template="<s> $A </s>")
+    found = generate(model, ended, PROMPT, tokens=5)
+    assert found == dataclasses.replace(
+        generate(model, tiny_tokenizer(adds_bos=True), PROMPT, tokens=5),
+        first_seconds=found.first_seconds,
+        seconds=found.seconds,
+    )
 
 
 # Time.

@@ -358,6 +358,76 @@ def test_a_damaged_tokenizer_is_refused(folder: Path) -> None:
         load_tokenizer(folder)
 
 
+# What some of the tokenizers of transformers read; None: they read no file.
+VOCABULARIES = {
+    "BertTokenizer": "vocab.txt",
+    "ByT5Tokenizer": None,
+    "CTRLTokenizer": "vocab.json",
+    "GPT2Tokenizer": "vocab.json",
+    "GemmaTokenizer": "tokenizer.json",
+    "LlamaTokenizer": "tokenizer.json",
+    "NllbTokenizer": "tokenizer.json",
+    "PreTrainedTokenizerFast": "tokenizer.json",
+    "Qwen2Tokenizer": "vocab.json",
+    "T5Tokenizer": "tokenizer.json",
+    "TapasTokenizer": "vocab.txt",
+}
+
+
+@pytest.mark.parametrize("kind", VOCABULARIES)
+def test_a_folder_without_a_tokenizer_is_refused_and_one_that_needs_no_file_is_not(
+    folder: Path, kind: str
+) -> None:
+    (folder / "tokenizer.json").unlink()
+    added = {"100": {"content": "<tool>", "special": False}, "101": {"content": "<end>"}}
+    settings = {"tokenizer_class": kind, "added_tokens_decoder": added}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    if VOCABULARIES[kind] is None:
+        assert len(load_tokenizer(folder)("ab", add_special_tokens=False)["input_ids"]) == 2
+        return
+    with pytest.raises(FileNotFoundError, match=rf"{folder} holds no tokenizer: .*tokenizer\.json"):
+        load_tokenizer(folder)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2", "bloom", "gemma2", "opt", "mixtral"])
+def test_no_tokenizer_is_made_up_from_a_models_configuration(folder: Path, name: str) -> None:
+    tiny_model(name).config.save_pretrained(folder)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / file).unlink()
+    with pytest.raises(FileNotFoundError, match=rf"{folder} holds no tokenizer"):
+        load_tokenizer(folder)
+
+
+@pytest.mark.parametrize("kind", ["BertTokenizer", "GPT2Tokenizer", "Qwen2Tokenizer"])
+def test_a_tokenizer_of_few_words_in_its_own_files_is_loaded(folder: Path, kind: str) -> None:
+    """Vocabularies in the forms from before tokenizer.json."""
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": kind}))
+    if kind == "BertTokenizer":
+        (folder / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\nyes\nno\n")
+    else:
+        (folder / "vocab.json").write_text(json.dumps({"<|endoftext|>": 0, "yes": 1, "no": 2}))
+        (folder / "merges.txt").write_text("#version: 0.2\n")
+    assert {"yes", "no"} <= {*load_tokenizer(folder).get_vocab()}
+
+
+def test_code_of_a_tokenizer_may_need_no_file(folder: Path) -> None:
+    (folder / "letters.py").write_text(
+        "from transformers import PreTrainedTokenizer\n"
+        "class Letters(PreTrainedTokenizer):\n"
+        "    vocab_size = 128\n"
+        "    def get_vocab(self): return {chr(i): i for i in range(128)}\n"
+        "    def _tokenize(self, text): return list(text)\n"
+        "    def _convert_token_to_id(self, token): return ord(token)\n"
+        "    def _convert_id_to_token(self, index): return chr(index)\n"
+    )
+    (folder / "tokenizer.json").unlink()
+    settings = {"auto_map": {"AutoTokenizer": ["letters.Letters", None]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    tokenizer = load_tokenizer(folder, trust_remote_code=True)
+    assert tokenizer("az")["input_ids"] == [97, 122]
+
+
 def test_a_file_that_is_no_gguf_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x.gguf").write_bytes(b"a recipe for bread")
     for load in (load_model, load_tokenizer):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
-from entangle.model.overlap import LARGEST, SeenText, overlap, run_hashes
+from entangle.model.overlap import LARGEST, SeenText, run_hashes, shared_share
 from entangle.model.text import TokenWindows
 
 RUN = 16
@@ -59,7 +59,7 @@ def test_the_share_is_that_of_brute_force() -> None:
                 shared[place : place + RUN] = [True] * RUN
         expected = sum(shared) / len(shared)
         assert 0 < expected < LARGEST
-        assert overlap(SeenText.of(seen), scored) == expected
+        assert shared_share(SeenText.of(seen), scored) == expected
         assert len(run_hashes(seen)) == len(kept)
 
 
@@ -69,35 +69,35 @@ def test_the_same_text_is_found_in_windows_of_any_length(length: int, start: int
     text = random_text(9_000)
     seen = SeenText.of(cut(text, 128, start=3))
     with pytest.raises(ValueError, match=r"\b(100|9\d)\.\d% of the tokens .*window 1 on"):
-        overlap(seen, cut(text, length, start=start))
+        shared_share(seen, cut(text, length, start=start))
     shifted = np.concatenate([random_text(5, seed=9), text])
     with pytest.raises(ValueError, match=r"\b(100|9\d)\.\d% of the tokens "):
-        overlap(seen, cut(shifted, length, start=start))
+        shared_share(seen, cut(shifted, length, start=start))
 
 
 def test_the_first_shared_place_is_named() -> None:
     text, other = random_text(4_000), random_text(4_000, seed=1)
     mixed = np.concatenate([other[:1_234], text[160:1_160], other[1_234:]])
     with pytest.raises(ValueError, match=r"\b19\.8% .*token 36 of window 13 on"):
-        overlap(SeenText.of(cut(text, 400)), cut(mixed, 100, start=5))  # the start is token 1
+        shared_share(SeenText.of(cut(text, 400)), cut(mixed, 100, start=5))  # the start is token 1
 
 
 def test_windows_shorter_than_a_run_are_compared_whole() -> None:
     text = random_text(800)
     seen = SeenText.of(cut(text, 8, windows=40))
-    assert overlap(seen, cut(random_text(800, seed=1), 8)) == 0
+    assert shared_share(seen, cut(random_text(800, seed=1), 8)) == 0
     with pytest.raises(ValueError, match=r"\b40\.0% "):
-        overlap(seen, cut(text, 8))
+        shared_share(seen, cut(text, 8))
 
 
 def test_a_run_with_hashes_of_windows_only_has_no_window_of_the_evaluation() -> None:
     text = random_text(6_400)
     old = dataclasses.replace(SeenText.of(cut(text, 64)), runs=None)
-    assert overlap(old, cut(text[1:], 64)) == 0  # that is what such a run can tell
+    assert shared_share(old, cut(text[1:], 64)) == 0  # that is what such a run can tell
     one = np.concatenate([random_text(64 * 99, seed=1), text[64:128]])
     with pytest.raises(ValueError, match=r"\b1\.0% .*token 1 of window 100 on"):
-        overlap(old, cut(one, 64))
-    assert overlap(SeenText.of(cut(text, 64)), cut(one, 64)) == 0.01
+        shared_share(old, cut(one, 64))
+    assert shared_share(SeenText.of(cut(text, 64)), cut(one, 64)) == 0.01
 
 
 def tokens_of(name: str) -> Tokens:
@@ -118,7 +118,7 @@ def test_real_texts_pass_and_leaks_do_not() -> None:
         scored_length = int(rng.integers(32, 700))
         begin = int(rng.integers(len(honest) // 2))
         clean = honest[begin : begin + int(rng.integers(6_000, 30_000))]
-        shares.append(overlap(SeenText.of(seen), cut(clean, scored_length, start=0)))
+        shares.append(shared_share(SeenText.of(seen), cut(clean, scored_length, start=0)))
         leaked = seen.tokens[:, 1:].numpy().ravel()
         size = int(len(clean) * rng.uniform(0.05, 1))
         place = int(rng.integers(max(len(leaked) - size, 1)))
@@ -129,6 +129,6 @@ def test_real_texts_pass_and_leaks_do_not() -> None:
         mixed = np.concatenate([clean[:where], stretch, clean[where:]])
         mixed = mixed if len(stretch) >= 0.05 * len(mixed) else stretch
         with pytest.raises(ValueError, match=r"\d% of the tokens of the evaluation"):
-            overlap(SeenText.of(seen), cut(mixed, scored_length, start=0))
+            shared_share(SeenText.of(seen), cut(mixed, scored_length, start=0))
     assert max(shares) < LARGEST / 4
     assert any(a != b for a, b in pairwise(shares))

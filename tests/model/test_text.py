@@ -1,18 +1,22 @@
-"""Windows are slices of the tokenised text; where they come from is read as it is written."""
+"""Windows are slices of the tokenised text."""
 
+import dataclasses
 import itertools
 import random
 import re
 import string
-import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
+import scipy
 import torch
+import transformers
+from tokenizers import Tokenizer, models
 
-from entangle.model.text import Bos, TokenWindows, read_documents, token_windows
+from entangle.model import text as module
+from entangle.model.text import Bos, TokenWindows, token_windows
 from tests.tiny_models import tiny_tokenizer
 
 LENGTH = 16
@@ -84,6 +88,42 @@ def test_bos_stands_before_each_window_and_takes_its_place_in_the_length(
     assert int((windows.tokens == tokenizer.bos_token_id).sum()) == (len(windows) if starts else 0)
 
 
+@pytest.mark.parametrize("has_bos", [True, False])
+@pytest.mark.parametrize(
+    ("template", "start"),
+    [
+        ("<pad> <s> $A", [0, 1]),
+        ("<pad> <s> $A </s>", [0, 1]),
+        ("</s> $A", [2]),
+        ("</s> $A </s>", [2]),
+        ("<pad> <pad> <pad> $A", [0, 0, 0]),
+        ("$A </s>", []),
+        ("$A <s> </s>", []),
+    ],
+)
+def test_windows_begin_as_texts_begin_and_do_not_end_as_they_end(
+    template: str, start: list[int], has_bos: bool
+) -> None:
+    tokenizer = tiny_tokenizer(template=template, has_bos=has_bos)
+    assert tokenizer("xyz")["input_ids"][: len(start)] == start  # as the tokenizers library does
+    always = start or [1]
+    for bos, expected in (("auto", start), ("always", always), ("never", list[int]())):
+        if bos == "always" and not start and not has_bos:
+            continue
+        windows = windows_of(bos=bos, tokenizer=tokenizer)
+        body = LENGTH - len(expected)
+        assert windows.tokens[:, : len(expected)].tolist() == [expected] * len(windows)
+        text = letters(dataclasses.replace(windows, tokens=windows.tokens[:, len(expected) :]))
+        assert text == [TEXT[i : i + body] for i in range(0, 1000 // body * body, body)]
+
+
+def test_a_window_has_room_for_text_after_what_it_begins_with() -> None:
+    tokenizer = tiny_tokenizer(template="<pad> <s> $A")
+    with pytest.raises(ValueError, match=r"\b2 tokens leave no room.*\b2 tokens.*larger length"):
+        windows_of(length=2, tokenizer=tokenizer)
+    assert letters(windows_of(length=3, tokenizer=tokenizer, windows=None))[0][-1] == TEXT[0]
+
+
 def test_without_a_bos_token_auto_and_never_do_without_and_always_is_an_error() -> None:
     tokenizer = tiny_tokenizer(has_bos=False)
     for bos in ("auto", "never"):
@@ -152,121 +192,123 @@ def test_batches_are_the_windows_in_order_the_last_one_shorter() -> None:
         windows.batches(0)
 
 
-# Reading.
+# Large texts: the limits are made small.
 
-
-def test_a_file_is_one_document(tmp_path: Path) -> None:
-    file = tmp_path / "story.md"
-    file.write_text("Größe 1\r\n", encoding="utf-8", newline="")
-    assert read_documents(file) == (str(file), ["Größe 1\n"])
-    assert token_windows(str(file), tiny_tokenizer(), length=4).text == str(file)
-
-
-def test_of_a_folder_each_text_is_a_document_in_the_order_of_names(tmp_path: Path) -> None:
-    for name in ("b.txt", "a.txt", "c.md", "calibration.txt"):
-        (tmp_path / name).write_text(name)
-    assert read_documents(tmp_path) == (str(tmp_path), ["a.txt", "b.txt", "calibration.txt"])
-
-
-def test_of_a_folder_made_for_it_the_purpose_chooses_the_file(tmp_path: Path) -> None:
-    for name in ("calibration", "evaluation", "other"):
-        (tmp_path / f"{name}.txt").write_text(f"for {name}")
-    for purpose in ("calibration", "evaluation"):
-        expected = (str(tmp_path / f"{purpose}.txt"), [f"for {purpose}"])
-        assert read_documents(tmp_path, purpose) == expected
-    windows = token_windows(tmp_path, tiny_tokenizer(), length=4, purpose="evaluation")
-    assert letters(windows) == ["for ", "eval", "uati"]
-    assert windows.text == str(tmp_path / "evaluation.txt")
-
-
-def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
-    latin = tmp_path / "latin.txt"
-    latin.write_bytes("Größe".encode("latin-1"))
-    with pytest.raises(ValueError, match=r"latin\.txt .*UTF-8.* 0xf6\b"):
-        read_documents(tmp_path)
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(FileNotFoundError, match=r"/empty .*no \*\.txt"):
-        read_documents(tmp_path / "empty")
-    with pytest.raises(FileNotFoundError, match=r"no text .*/nowhere\b"):
-        read_documents(tmp_path / "nowhere")
-
-
-@pytest.mark.parametrize("text", ["It was a dark night.", "word " * 200, "a" * 5000, "a\n" * 99])
-def test_text_itself_in_place_of_a_path_is_recognised(text: str) -> None:
-    with pytest.raises(FileNotFoundError, match=r"no text .*\[text\]") as caught:
-        token_windows(text, tiny_tokenizer())
-    assert len(str(caught.value)) < 300
-
-
-# The hub.
-
-
-class Hub(ModuleType):
-    """A `datasets` that knows some data sets and notes what it is asked."""
-
-    known = frozenset({("wikitext", "raw-v1"), ("owner/name", None), ("owner/name", "config")})
-
-    def __init__(self) -> None:
-        super().__init__("datasets")
-        self.asked: list[tuple[str, str | None, str]] = []
-
-    def load_dataset(self, path: str, config: str | None, *, split: str) -> "Table":
-        self.asked.append((path, config, split))
-        if (path, config) not in self.known:
-            raise ValueError(f"the hub has no {path} {config or ''}".rstrip())
-        return Table()
-
-
-class Table(dict[str, list[str]]):
-    column_names = ("text", "page")
-
-    def __getitem__(self, column: str) -> list[str]:
-        return [f"{column} 1", f"{column} 2"]
+WORDS = "".join(f"{i:07d}" + " \n"[i % 50 == 49] for i in range(20_000))  # 160,000 bytes
 
 
 @pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> Hub:
-    module = Hub()
-    monkeypatch.setitem(sys.modules, "datasets", module)
-    return module
+def large(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "WHOLE", 10_000)
+    monkeypatch.setattr(module, "PIECE", 1_000)
 
 
-@pytest.mark.parametrize(
-    ("name", "path", "config", "split", "column"),
-    [
-        ("owner/name", "owner/name", None, "train", "text"),
-        ("wikitext/raw-v1", "wikitext", "raw-v1", "train", "text"),
-        ("owner/name/config", "owner/name", "config", "train", "text"),
-        ("owner/name:test[:5%]", "owner/name", None, "test[:5%]", "text"),
-        ("wikitext/raw-v1#page", "wikitext", "raw-v1", "train", "page"),
-        ("owner/name/config:validation#page", "owner/name", "config", "validation", "page"),
-    ],
-)
-def test_the_hub_is_asked_for_what_is_written(
-    hub: Hub, name: str, path: str, config: str | None, split: str, column: str
-) -> None:
-    assert read_documents(f"hub:{name}") == (f"hub:{name}", [f"{column} 1", f"{column} 2"])
-    assert hub.asked[-1] == (path, config, split)
-    assert (path, config) in hub.known
+def places(windows: TokenWindows) -> list[int]:
+    return [WORDS.index(window) for window in letters(windows)]
 
 
-def test_an_owners_data_set_is_preferred_to_a_configuration(hub: Hub) -> None:
-    read_documents("hub:owner/name")
-    assert hub.asked == [("owner/name", None, "train")]
+@pytest.mark.usefixtures("large")
+@pytest.mark.parametrize("length", [16, 300])  # short and long, compared with a piece
+def test_windows_of_a_large_text_are_parts_of_it_in_order_that_do_not_overlap(length: int) -> None:
+    windows = windows_of(WORDS, windows=30, length=length)
+    found = places(windows)
+    assert (len(found), windows.available) == (30, None)
+    assert all(there - here >= length for here, there in itertools.pairwise(found))
+    again = windows_of(WORDS, windows=30, length=length)
+    assert again.fingerprint == windows.fingerprint
+    assert windows_of(WORDS, windows=30, length=length, seed=1).fingerprint != windows.fingerprint
 
 
-def test_what_the_hub_does_not_have_is_said(hub: Hub) -> None:
-    with pytest.raises(ValueError, match=r"read hub:no/such\b") as caught:
-        read_documents("hub:no/such:test")
-    assert "the hub has no no/such" in str(caught.value)
-    assert "the hub has no no such" in str(caught.value)
-    with pytest.raises(ValueError, match=r"hub:owner/name .*no column 'body'.* text, page\b.*#"):
-        read_documents("hub:owner/name#body")
+@pytest.mark.usefixtures("large")
+def test_the_windows_do_not_depend_on_how_a_large_text_is_stored(tmp_path: Path) -> None:
+    lines = WORDS.splitlines()
+    (tmp_path / "whole.txt").write_text("\n\n".join(lines))
+    for i in range(8):
+        (tmp_path / "parts").mkdir(exist_ok=True)
+        (tmp_path / "parts" / f"{i}.txt").write_text("\n\n".join(lines[i * 50 : (i + 1) * 50]))
+    for count in (20, None):
+        found = [
+            token_windows(text, tiny_tokenizer(), windows=count, length=32).fingerprint
+            for text in (lines, tmp_path / "whole.txt", tmp_path / "parts")
+        ]
+        assert len({*found}) == 1
 
 
-def test_without_the_extra_the_command_to_install_it_is_said(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ValueError, match=r"pip install 'entangle\[hub\]'"):
-        read_documents("hub:wikitext")
+@pytest.mark.usefixtures("large")
+def test_places_in_a_large_text_are_uniform() -> None:
+    drawn = [
+        place for seed in range(40) for place in places(windows_of(WORDS, windows=50, seed=seed))
+    ]
+    tenths = np.bincount(np.array(drawn) * 10 // len(WORDS), minlength=10)
+    assert tenths.sum() == 2000
+    assert scipy.stats.chisquare(tenths).pvalue > 0.01
+
+
+@pytest.mark.usefixtures("large")
+@pytest.mark.parametrize("text", [WORDS, TEXT * 30, "語" * 20_000], ids=["lines", "line", "語"])
+def test_all_windows_of_a_large_text_are_its_slices(text: str) -> None:
+    ids = tiny_tokenizer()(text, verbose=False)["input_ids"]
+    expected = torch.tensor(ids[: len(ids) // LENGTH * LENGTH]).view(-1, LENGTH)
+    windows = windows_of(text, windows=None)
+    assert torch.equal(windows.tokens, expected)
+    assert windows.available == len(expected)
+    assert torch.equal(windows_of(text, windows=len(expected) + 1).tokens, expected)
+    most = windows_of(text, windows=len(expected) - 1)  # more than are drawn in pieces
+    assert (len(most), most.available) == (len(expected) - 1, len(expected))
+    assert len(windows_of(text, windows=9)) == 9
+
+
+@pytest.mark.usefixtures("large")
+def test_of_a_large_text_only_pieces_are_tokenised(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer, seen = tiny_tokenizer(), list[int]()
+
+    class Counting(type(tokenizer)):  # type: ignore[misc]
+        def __call__(self, text: str, **options: Any) -> Any:
+            seen.append(len(text))
+            return super().__call__(text, **options)
+
+    monkeypatch.setattr(tokenizer, "__class__", Counting)
+    windows_of(WORDS, windows=8, tokenizer=tokenizer)
+    assert max(seen) < 2_000
+    assert sum(seen) < 10 * 2_000
+    seen.clear()
+    windows_of(WORDS, windows=None, tokenizer=tokenizer)
+    assert max(seen) < 20_000
+    assert sum(seen) == pytest.approx(len(WORDS), abs=10)
+
+
+@pytest.mark.usefixtures("large")
+def test_a_large_text_without_enough_tokens_is_an_error() -> None:
+    """Its words are not known: each of 1,000 characters or so is one token."""
+    tokenizer = transformers.PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=Tokenizer(models.WordLevel({"<unk>": 0, "yes": 1}, unk_token="<unk>"))
+    )
+    with pytest.raises(ValueError, match=r"\b\d+ tokens, fewer than one window of 100\b"):
+        windows_of(WORDS, tokenizer=tokenizer, windows=1, length=100)
+
+
+# Unknown tokens.
+
+
+@pytest.mark.parametrize(("known", "told"), [(1.0, None), (0.995, None), (0.9, "9.3% ")])
+def test_the_share_of_unknown_tokens_is_told(known: float, told: str | None) -> None:
+    windows = windows_of(
+        "a" * round(1000 * known) + "é" * round(1000 * (1 - known)), tokenizer=few()
+    )
+    assert [note[:5] for note in windows.notes] == ([] if told is None else [told])
+
+
+def test_a_text_that_is_mostly_unknown_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"\b59\.7% .*unknown token <unk>"):
+        windows_of("a" * 400 + "é" * 600, tokenizer=few())
+    ended = few(eos_token="<unk>")  # as in GPT-2: also another token
+    assert windows_of("a" * 400 + "é" * 600, tokenizer=ended).notes == ()
+
+
+def few(**special: str) -> Any:
+    """Return a tokenizer that knows two letters."""
+    vocabulary = {"<unk>": 0, "a": 1, "b": 2}
+    backend = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>"))
+    return transformers.PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=backend, unk_token="<unk>", **special
+    )
