@@ -762,7 +762,7 @@ def test_another_number_of_processes_does_not_go_on_wrongly(place: Path, tmp_pat
 # What is pruned by several processes.
 
 PRUNED = """
-import json, os, sys
+import json, os, random, string, sys
 from pathlib import Path
 import torch
 import entangle
@@ -775,7 +775,8 @@ if "TORCHELASTIC_RUN_ID" in os.environ:
 place, out = Path(sys.argv[1]), Path(sys.argv[2])
 tokenizer = entangle.load_tokenizer(place / "model")
 windows = entangle.token_windows(place / "text.txt", tokenizer, windows=13, length=32)
-calibration, evaluation = windows[:9], windows[9:]
+letters = "".join(random.Random(0).choices(string.ascii_letters, k=128))
+calibration, evaluation = windows[:9], entangle.token_windows([letters], tokenizer, length=32)
 model = entangle.load_model(place / "model", offload=out / "files")
 entangle.measure(model, windows, batch_size=2, out=out / "measured")
 found = {}
