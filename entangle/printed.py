@@ -154,7 +154,7 @@ def sparsified(result: dict[str, Any]) -> str:
     damped = [layer["layer"] for layer in result["layers"] if layer["damping"] > 0.01]
     if damped:
         lines.append(f"{len(damped)} layers needed a damping above 0.01, such as {damped[0]}")
-    lines += skipped_notes(result["skipped_parameters"], "pruned")
+    lines += skipped_notes(result, "pruned")
     log = result["log"]
     lines.append(
         f"written to {result['folder']} in {log['seconds']:.0f} s, "

@@ -39,6 +39,7 @@ ROOMS = {
         "text",
         "experts",
         "layers",
+        "prunable",
         "placing",
         "packing",
         "loading",

@@ -185,7 +185,7 @@ def markdown(table: pd.DataFrame) -> str:
         "layers and their routers, divided by those of the dense layers. Stored is the number of "
         "non-zero weights of all experts, divided by the number of weights of the dense layers. Disk "
         "and memory are the sizes of the pruned layers.",
-        *skipped_notes(attributes["skipped_parameters"], "pruned"),
+        *skipped_notes(attributes, "pruned"),
         "",
     ]
     arms = table[table["method"] != "dense"]
