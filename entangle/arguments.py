@@ -138,6 +138,13 @@ def parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
         metavar="PATTERN",
         help="patterns of the names of the layers to use, such as '*.mlp.*' [*]",
     )
+    layers.add_argument(
+        "--exclude",
+        nargs="+",
+        default=[],
+        metavar="PATTERN",
+        help="patterns of the names of layers to leave out, such as '*.router' [none]",
+    )
 
     device = argparse.ArgumentParser(add_help=False)
     device.add_argument(

@@ -70,6 +70,7 @@ def run_plan(args: argparse.Namespace) -> None:
         offload=args.offload is not None,
         trust_remote_code=args.trust_remote_code,
         layers=args.layers,
+        exclude=args.exclude,
         windows=args.windows,
         length=args.length,
         batch_size=args.batch_size,
@@ -134,7 +135,10 @@ def run_sparsify(args: argparse.Namespace) -> None:
     if auto and run is not None:
         named = [] if Path(args.budget) == folder else ["budget"]
         search = {n: options[n] for n in ("sparsity", "method", "mask", "across", *named)}
-        how = {name: work[name] for name in ("layers", "batch_size", "skip_first", "progress")}
+        how = {
+            name: work[name]
+            for name in ("layers", "exclude", "batch_size", "skip_first", "progress")
+        }
         chosen = entangle.choose_budget(model, windows, run=run, **search, **how)
         options |= {"budget": chosen.budget, "strength": chosen.strength}
     found = entangle.sparsify(model, windows, run=run, tokenizer=tokenizer, **options, **work)
@@ -341,7 +345,7 @@ def run_contexts(args: argparse.Namespace) -> None:
     run, args = _measured(args)
     about, names = run.attrs, args.neurons
     if args.top:
-        ranked = entangle.top_by_layer(run, count=args.top, layers=args.layers)
+        ranked = entangle.top_by_layer(run, count=args.top, **_layers(args))
         names = [f"{layer}:{index}" for layer, indices in ranked.items() for index in indices]
     tokenizer = entangle.load_tokenizer(args.model, **_source(args))
     windows = entangle.token_windows(
@@ -370,7 +374,7 @@ def run_rank(args: argparse.Namespace) -> None:
     from entangle.runs import dataset, store
 
     run = store.open_run(args.run)
-    table = entangle.rank(run, args.top, by=args.by, layers=args.layers)
+    table = entangle.rank(run, args.top, by=args.by, **_layers(args))
     if args.csv:
         store.save_table(table, args.csv)
     rows = table.to_dict(orient="records")
@@ -382,12 +386,12 @@ def run_diff(args: argparse.Namespace) -> None:
     from entangle.runs import dataset, store
 
     pair = [store.open_run(folder) for folder in (args.run, args.other)]
-    found = entangle.diff(*pair, layers=args.layers)
+    found = entangle.diff(*pair, **_layers(args))
     if args.csv:
         store.save_table(found.neurons, args.csv)
     figure = None
     if args.out:
-        drawn = entangle.plots.comparison(*pair, layers=args.layers)
+        drawn = entangle.plots.comparison(*pair, **_layers(args))
         figure = str(store.save_figure(drawn, args.out))
     result = {
         "runs": [dataset.summary(run) for run in pair],
@@ -443,8 +447,14 @@ def _work(args: argparse.Namespace) -> dict[str, Any]:
     from entangle.runs.setup import COMMAND
 
     COMMAND.set(args.command_line)  # for run.json
-    names = ("layers", "batch_size", "skip_first", "out", "overwrite")
-    return {name: getattr(args, name) for name in names} | {"progress": _progress()}
+    names = ("batch_size", "skip_first", "out", "overwrite")
+    work = {name: getattr(args, name) for name in names} | {"progress": _progress()}
+    return work | _layers(args)
+
+
+def _layers(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the keyword arguments that choose layers."""
+    return {"layers": args.layers, "exclude": args.exclude}
 
 
 def _log(folder: Path) -> dict[str, Any]:

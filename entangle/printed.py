@@ -154,8 +154,8 @@ def sparsified(result: dict[str, Any]) -> str:
     damped = [layer["layer"] for layer in result["layers"] if layer["damping"] > 0.01]
     if damped:
         lines.append(f"{len(damped)} layers needed a damping above 0.01, such as {damped[0]}")
-    lines += dependence_notes(result["dependent_on"])
-    lines += skipped_notes(result["skipped_parameters"], "pruned")
+    lines += dependence_notes(result.get("dependent_on", []))
+    lines += skipped_notes(result, "pruned")
     log = result["log"]
     lines.append(
         f"written to {result['folder']} in {log['seconds']:.0f} s, "

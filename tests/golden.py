@@ -54,7 +54,6 @@ ADDED: list[tuple[str, str]] = [  # (only here, why)
     ("text.npy", OVERLAP),
     ("text_hashes", OVERLAP),
     ("overlap", OVERLAP),
-    ("dependent_on", "models that are not causal are told"),
 ]
 REMOVED: list[tuple[str, str]] = []  # (only in base, why)
 CHANGED: list[tuple[str, str]] = []  # (another value here, why)

@@ -42,6 +42,7 @@ ROOMS = {
         "overlap",
         "experts",
         "layers",
+        "prunable",
         "placing",
         "packing",
         "loading",

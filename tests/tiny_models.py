@@ -11,6 +11,10 @@ from transformers import (
     AutoModelForCausalLM,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
+    Llama4ForCausalLM,
+    Llama4TextConfig,
+    MambaConfig,
+    MambaForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
@@ -101,13 +105,40 @@ def tiny_model(
     make: Callable[..., PreTrainedConfig] = getattr(transformers, kind)
     config = make(vocab_size=VOCABULARY, **ids | options | changes)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+    _filled(model, seed).to(dtype)  # type: ignore[arg-type]  # a dtype is right; the stub is not
+    return model
+
+
+def tiny_mamba() -> PreTrainedModel:
+    """Return a random Mamba, which reads the weight of its `dt_proj` without running it."""
+    config = MambaConfig(
+        vocab_size=VOCABULARY, hidden_size=24, num_hidden_layers=2, state_size=8, time_step_rank=5
+    )
+    return _filled(MambaForCausalLM(config))
+
+
+def tiny_llama4() -> PreTrainedModel:
+    """Return a random Llama 4, whose router is a linear layer that returns a tuple."""
+    config = Llama4TextConfig(
+        vocab_size=VOCABULARY,
+        head_dim=8,
+        intermediate_size_mlp=37,
+        num_local_experts=4,
+        interleave_moe_layer_step=1,
+        attention_chunk_size=16,
+        **_LLAMA_LIKE,
+    )
+    return _filled(Llama4ForCausalLM(config))
+
+
+def _filled(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
+    """Fill a model with random weights, also its biases and norms, which would hide mistakes."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for _, parameter in sorted(model.named_parameters()):
-            # Biases and norms too, which would start as zeros and ones and hide mistakes.
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.copy_(0.2 * noise + (parameter if parameter.ndim == 1 else 0))
-    model.to(dtype).eval()  # type: ignore[arg-type]  # a dtype is right; the stub is not
+    model.eval()  # type: ignore[no-untyped-call]
     return model
 
 

@@ -17,7 +17,7 @@ from entangle.experiments.interventions import BOTTOM, RANDOM, SETS, Ablation, A
 from entangle.measurement.ranking import Neurons, matched_random, top_by_layer
 from entangle.model import folders, ranks
 from entangle.model.hooks import check_fired, replacing_outputs
-from entangle.model.layers import LinearLayer, weight_of
+from entangle.model.layers import LinearLayer, device_of, weight_of
 from entangle.model.placing import check_in_memory
 from entangle.model.scoring import NotFiniteError
 from entangle.model.text import TokenWindows
@@ -48,6 +48,7 @@ def ablate(
     seeds: int = 5,
     per_block: bool = False,
     layers: str | Sequence[str] = ("*",),
+    exclude: str | Sequence[str] = (),
     batch_size: int = 4,
     skip_first: int = 0,
     out: str | Path | None = None,
@@ -134,10 +135,12 @@ def ablate(
         evaluation,
         run=run,
         layers=layers,
+        exclude=exclude,
         batch_size=batch_size,
         skip_first=skip_first,
         progress=progress,
         ranked=True,
+        pruned=pruned,
     )
     check_in_memory(model, "an ablation")
     missing = missing_sets(run, ablation.sets)
@@ -246,7 +249,7 @@ def _run_arm(
     result holds the reason. ``zeros`` are the dense model's number of zeros and of weights.
     """
     layers = [layer for layer in setup.layers if layer.name in chosen]
-    neurons = {x.name: torch.from_numpy(chosen[x.name]).to(weight_of(x).device) for x in layers}
+    neurons = {x.name: torch.from_numpy(chosen[x.name]).to(device_of(x)) for x in layers}
     result = arm.settings() | {"neurons_treated": sum(map(len, neurons.values()))}
     nothing = {"window_nats": [None] * len(setup.evaluation or ()), "tokens": 0}
     if not layers:

@@ -278,7 +278,7 @@ def markdown(table: pd.DataFrame) -> str:
         "bootstrap of windows and seeds. Realised is the share of zeros in the treated rows, and "
         "model is the share of zeros in all weights of the model, its embedding included.",
         *overlap_notes(about.get("overlap", {})),
-        *skipped_notes(about["skipped_parameters"], "treated"),
+        *skipped_notes(about, "treated"),
     ]
     if about["missing_sets"]:
         left_out = "this set is" if len(about["missing_sets"]) == 1 else "these sets are"

@@ -192,7 +192,7 @@ def markdown(about: Mapping[Any, Any], layers: pd.DataFrame, quantiles: pd.DataF
         f"tokens of {about['evaluation']}, both with the dense model. Experts are pruned by "
         "SparseGPT with mask row. ± is the standard error over layers.",
         *overlap_notes(about.get("overlap", {})),
-        *skipped_notes(about["skipped_parameters"], "measured"),
+        *skipped_notes(about, "measured"),
         "",
         "The relative improvement of a neuron is the RMSE of its outputs with one expert divided by "
         "that with several. The table has its median over a layer's neurons, also with random "

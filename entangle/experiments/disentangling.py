@@ -61,6 +61,7 @@ def disentangle(
     sparsity: Several[str | float] = 0.8,
     neurons: Sequence[str] = (),
     layers: str | Sequence[str] = ("*",),
+    exclude: str | Sequence[str] = (),
     batch_size: int = 4,
     skip_first: int = 0,
     out: str | Path | None = None,
@@ -108,10 +109,12 @@ def disentangle(
         evenly_spaced(evaluation, HELD_OUT_WINDOWS),
         run=run,
         layers=layers,
+        exclude=exclude,
         batch_size=batch_size,
         skip_first=skip_first,
         progress=progress,
         ranked=True,
+        pruned=True,
     )
     assert setup.run is not None
     assert setup.evaluation is not None

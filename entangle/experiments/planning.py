@@ -83,6 +83,7 @@ def plan(
     offload: bool = False,
     trust_remote_code: bool = False,
     layers: str | Sequence[str] = ("*",),
+    exclude: str | Sequence[str] = (),
     windows: int = 128,
     length: int = 512,
     batch_size: int = 4,
@@ -97,7 +98,7 @@ def plan(
 
     Raises:
         FileNotFoundError: the model or the text does not exist.
-        LookupError: a pattern matches no layer.
+        LookupError: a pattern matches no layer, or all layers are excluded.
         RuntimeError: a command fails on the small model; the message has its error.
         ValueError: a number or word is out of range, or the model is expanded.
     """
@@ -114,7 +115,7 @@ def plan(
     stored = getattr(config, "dtype", None) or torch.float32
     kind: torch.dtype = stored if dtype == "auto" else getattr(torch, dtype)
     whole = _empty(config, kind, trust_remote_code)
-    chosen = find_layers(whole, layers)
+    chosen = find_layers(whole, layers, exclude)
     tokenizer = load_tokenizer(model, revision=revision, trust_remote_code=trust_remote_code)
     drawn = token_windows(text, tokenizer, windows=windows, length=length)
     batches = len(drawn.batches(batch_size))

@@ -186,7 +186,7 @@ def markdown(table: pd.DataFrame) -> str:
         "non-zero weights of all experts, divided by the number of weights of the dense layers. Disk "
         "and memory are the sizes of the pruned layers.",
         *overlap_notes(attributes.get("overlap", {})),
-        *skipped_notes(attributes["skipped_parameters"], "pruned"),
+        *skipped_notes(attributes, "pruned"),
         "",
     ]
     arms = table[table["method"] != "dense"]

@@ -60,6 +60,7 @@ def sweep(
     *,
     run: xr.DataTree | xr.Dataset | None = None,
     layers: str | Sequence[str] = ("*",),
+    exclude: str | Sequence[str] = (),
     batch_size: int = 4,
     skip_first: int = 0,
     out: str | Path | None = None,
@@ -133,9 +134,11 @@ def sweep(
         evaluation,
         run=needed_run(prunings, run),
         layers=layers,
+        exclude=exclude,
         batch_size=batch_size,
         skip_first=skip_first,
         progress=progress,
+        pruned=True,
     )
     return sweep_arms(setup, prunings, out=out, overwrite=overwrite)
 

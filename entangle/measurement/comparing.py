@@ -43,6 +43,7 @@ def diff(
     other: xr.DataTree | xr.Dataset,
     *,
     layers: str | Sequence[str] = ("*",),
+    exclude: str | Sequence[str] = (),
 ) -> Comparison:
     """Compare the Wasserstein distances of the neurons that both runs have.
 
@@ -60,7 +61,7 @@ def diff(
     keys = ["layer", "block", "role", "index"]
     both = tables[0].merge(tables[1], on=keys, suffixes=("_first", ""))
     names = dataset_of(run)["layer"].to_numpy().astype(str)
-    wanted = set(names[matching(names, layers)])
+    wanted = set(names[matching(names, layers, exclude)])
     both = both[both["layer"].isin(wanted)]
     if both.empty:
         lacking = sorted(wanted - set(dataset_of(other)["layer"].to_numpy().astype(str)))

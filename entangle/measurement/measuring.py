@@ -48,6 +48,7 @@ def measure(
     windows: TokenWindows,
     *,
     layers: str | Sequence[str] = ("*",),
+    exclude: str | Sequence[str] = (),
     bins: int = 1024,
     difficulty: int = 0,
     batch_size: int = 4,
@@ -58,6 +59,9 @@ def measure(
     progress: bool = False,
 ) -> xr.DataTree:
     """Measure the distribution of every neuron in the matching layers over windows of a text.
+
+    Layers that match a pattern in ``exclude`` are left out, and so are those that cannot be heard (see
+    `hooks.unheard_layers`), unless ``layers`` names them.
 
     Return the run: its root has a row per neuron (the variables and units are in
     `runs.dataset.UNITS`), its child ``histogram`` the mergeable state. With ``out`` the run is also
@@ -79,7 +83,7 @@ def measure(
     Raises:
         FileExistsError: ``out`` exists, or holds an unfinished run of other arguments, and
             ``overwrite`` is false.
-        LookupError: a pattern matches no layer.
+        LookupError: a pattern matches no layer, or all layers are excluded.
         RuntimeError: ``difficulty`` is above 0 and the model cannot be run block by block.
         ValueError: the windows are longer than the model's context, the model is in training mode
             or compiled, a number is out of range, ``shard`` has no batch, or it is given under
@@ -93,6 +97,7 @@ def measure(
         model,
         windows,
         layers=layers,
+        exclude=exclude,
         batch_size=batch_size,
         skip_first=skip_first,
         progress=progress,

@@ -22,9 +22,11 @@ def rank(
     *,
     by: str = "wasserstein",
     layers: str | Sequence[str] = ("*",),
+    exclude: str | Sequence[str] = (),
 ) -> pd.DataFrame:
     """Return the ``top`` neurons of the matching layers with the largest ``by``, largest first.
 
+    Layers that match a pattern in ``exclude`` are left out.
     Neurons that have no distance, or an error bound above 0.1, are left out. Neurons without a
     value of ``by`` come last. Ties keep the order of the model. The columns are:
 
@@ -42,7 +44,7 @@ def rank(
     dataset = dataset_of(run)
     values = _variable(dataset, by)
     names = dataset["layer"].to_numpy()
-    chosen = trusted(dataset) & matching(names, layers)
+    chosen = trusted(dataset) & matching(names, layers, exclude)
     order = np.flatnonzero(chosen)
     order = order[np.argsort(-values[order], kind="stable")][: max(top, 0)]
     rows = dataset.isel(neuron=order)
@@ -63,6 +65,7 @@ def top_by_layer(
     by: str = "wasserstein",
     lowest: bool = False,
     layers: str | Sequence[str] = ("*",),
+    exclude: str | Sequence[str] = (),
 ) -> Neurons:
     """Return the neurons of each matching layer that have the largest (or lowest) ``by``.
 
@@ -88,7 +91,7 @@ def top_by_layer(
     values = _variable(dataset, by) * (1 if lowest else -1)
     ranked, indices = trusted(dataset) & np.isfinite(values), dataset["index"].to_numpy()
     chosen = {}
-    for name, rows in rows_by_layer(dataset, layers).items():
+    for name, rows in rows_by_layer(dataset, layers, exclude).items():
         known = rows[ranked[rows]]
         size = count if share is None else max(1, round(share * len(rows)))
         best = known[np.argsort(values[known], kind="stable")][:size]
@@ -125,6 +128,7 @@ def rank_correlations(
     others: str | Sequence[str] = ("difficulty", "kurtosis", "weight_norm", "std"),
     *,
     layers: str | Sequence[str] = ("*",),
+    exclude: str | Sequence[str] = (),
 ) -> pd.DataFrame:
     """Return Spearman's rank correlation of ``by`` with other variables, a row per layer.
 
@@ -146,7 +150,7 @@ def rank_correlations(
     blocks, roles = dataset["block"].to_numpy(), dataset["role"].to_numpy()
     ranked = trusted(dataset) & np.isfinite(variables[by])
     table = []
-    for name, all_rows in rows_by_layer(dataset, layers).items():
+    for name, all_rows in rows_by_layer(dataset, layers, exclude).items():
         rows = all_rows[ranked[all_rows]]
         row = {"layer": name, "block": int(blocks[all_rows[0]]), "role": str(roles[all_rows[0]])}
         row |= {"neurons": len(rows)}

@@ -1,14 +1,15 @@
 """Recording of neurons' output distributions while the model runs."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import xarray as xr
 from transformers import PreTrainedModel
 
-from entangle.model.hooks import BatchCounter, recording_outputs
-from entangle.model.layers import LinearLayer, find_layers, weight_of
+from entangle.model.hooks import BatchCounter, recording_outputs, unheard_layers
+from entangle.model.layers import LinearLayer, as_list, device_of, find_layers, without_skipped
 from entangle.numerics.histograms import Histograms
 from entangle.runs import labelling
 
@@ -21,9 +22,15 @@ class Recorder:
     """
 
     def __init__(
-        self, layers: Sequence[LinearLayer], bins: int, *, first_counts: bool = True
+        self,
+        layers: Sequence[LinearLayer],
+        bins: int,
+        *,
+        first_counts: bool = True,
+        skipped: Mapping[str, str] | None = None,
     ) -> None:
         self.layers = list(layers)
+        self.skipped = dict(skipped or {})  # why other layers are not recorded, by name
         self.first_counts = first_counts
         self.counter: BatchCounter | None = None
         sizes = [layer.neurons for layer in layers]
@@ -64,7 +71,8 @@ class Recorder:
         if self.counter is None or self.counter.batches == 0:
             raise RuntimeError("nothing was recorded: call the model inside the with block")
         self.counter.check()
-        counted = {"tokens": self.counter.tokens, "bins": self._all.bins}
+        counted: dict[str, Any] = {"tokens": self.counter.tokens, "bins": self._all.bins}
+        counted |= {"skipped_layers": self.skipped} if self.skipped else {}
         return labelling.to_tree(self.state(), self.layers, counted)
 
     def state(self) -> Histograms:
@@ -78,7 +86,7 @@ class Recorder:
         """Continue from a state that `state` returned; each layer's part goes to its device."""
         self._all.copy_(state)
         for layer in self.layers:
-            part, device = self._all[self._slices[layer.name]], weight_of(layer).device
+            part, device = self._all[self._slices[layer.name]], device_of(layer)
             self._histograms[layer.name] = part if device.type == "cpu" else part.to(device)
 
     def dataset(self) -> xr.Dataset:
@@ -91,21 +99,32 @@ def record(
     model: PreTrainedModel,
     layers: str | Sequence[str] = ("*",),
     *,
+    exclude: str | Sequence[str] = (),
     bins: int = 1024,
     skip_first: int = 0,
 ) -> Iterator[Recorder]:
     """Record the layers that match any pattern or name while ``model`` runs in the with block.
 
+    Layers that match a pattern in ``exclude`` are left out, and so are those that cannot be heard (see
+    `unheard_layers`), unless ``layers`` names them. To tell these, the model runs once on 16 tokens.
     The first batch is the pilot that places the histograms' bins, so it should be a typical one.
     Tokens that the model's ``attention_mask`` marks as padding are not counted, nor are the first
     ``skip_first`` tokens of each window.
 
     Raises:
-        LookupError: a pattern matches no layer.
+        LookupError: a pattern matches no layer, or all layers are excluded.
         RuntimeError: at the end of the block, a layer had not run once in each batch.
         ValueError: the model is compiled, or ``bins`` or ``skip_first`` is out of range.
     """
-    recorder = Recorder(find_layers(model, layers), bins)
+    matched = find_layers(model, layers, exclude)
+    skipped = unheard_layers(model, matched, _some_tokens(model))
+    recorder = Recorder(without_skipped(matched, skipped, as_list(layers)), bins, skipped=skipped)
     with recording_outputs(model, recorder.layers, recorder.add, skip_first=skip_first) as counter:
         recorder.counter = counter
         yield recorder
+
+
+def _some_tokens(model: PreTrainedModel) -> torch.Tensor:
+    """Return 16 tokens (1, 16) from the middle of the vocabulary, far from special ones."""
+    size: int = model.config.get_text_config(decoder=True).vocab_size
+    return (torch.arange(16) + size // 2)[None] % size

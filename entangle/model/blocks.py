@@ -199,7 +199,7 @@ class BlockWalk:
                     other = before if before != layer.name else first
                     raise RuntimeError(
                         f"{layer.name} shares its input with {other} in some batches only: leave "
-                        f"{layer.name} out with a narrower pattern"
+                        f"{layer.name} out with exclude"
                     )
                 fired[layer.name] += 1
                 if first == layer.name:

@@ -12,12 +12,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from entangle.model.layers import LinearLayer, decoder_of
-from entangle.model.placing import is_whole
+from entangle.model.placing import input_device, is_whole
 
 OnRows = Callable[[LinearLayer, torch.Tensor], None]
 Change = Callable[[LinearLayer, torch.Tensor, torch.Tensor], torch.Tensor]
 
-_COUNTED: ContextVar[bool] = ContextVar("counted", default=True)
+_ON_TRIAL: ContextVar[bool] = ContextVar("on_trial", default=False)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -45,7 +45,7 @@ class CountedTokens:
         if len(rows) != self.size:
             raise RuntimeError(
                 f"{layer.name} has {len(rows)} rows for a batch of {self.size} tokens, so its rows "
-                "are not tokens: leave the layer out with a narrower pattern"
+                "are not tokens: leave the layer out with exclude"
             )
         return rows if self.keep is None else rows[self.keep.to(rows.device)]
 
@@ -154,7 +154,7 @@ def check_fired(fired: Mapping[str, int], batches: int) -> None:
         raise RuntimeError(
             f"{len(wrong)} of {len(fired)} selected layers did not run exactly once in each of "
             f"{batches} batches, for example {wrong[0]} ({fired[wrong[0]]} times): leave these "
-            "layers out with a narrower pattern"
+            "layers out with exclude"
         )
 
 
@@ -183,16 +183,6 @@ def _real_tokens(
 
 
 @contextmanager
-def uncounted() -> Iterator[None]:
-    """Let forward passes run that no recording counts, such as those of a check."""
-    token = _COUNTED.set(False)
-    try:
-        yield
-    finally:
-        _COUNTED.reset(token)
-
-
-@contextmanager
 def recording_outputs(
     model: PreTrainedModel,
     layers: Sequence[LinearLayer],
@@ -214,7 +204,7 @@ def recording_outputs(
     counter = BatchCounter(layers, skip_first)
 
     def begin(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        if _COUNTED.get():
+        if not _ON_TRIAL.get():
             counter.begin(module, args, kwargs)
 
     def end(module: nn.Module, *_: Any) -> None:
@@ -222,7 +212,7 @@ def recording_outputs(
 
     def hook_of(layer: LinearLayer) -> Callable[..., None]:
         def hook(_: nn.Module, __: Any, output: torch.Tensor) -> None:
-            if _COUNTED.get():
+            if not _ON_TRIAL.get():
                 on_outputs(layer, counter.rows(layer, output))
 
         return hook
@@ -254,7 +244,7 @@ def replacing_outputs(layers: Sequence[LinearLayer], change: Change) -> Iterator
         def hook(
             _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: torch.Tensor
         ) -> torch.Tensor:
-            fired[layer.name] += 1
+            fired[layer.name] += not _ON_TRIAL.get()
             return change(layer, args[0] if args else next(iter(kwargs.values())), outputs)
 
         return hook
@@ -267,6 +257,58 @@ def replacing_outputs(layers: Sequence[LinearLayer], change: Change) -> Iterator
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def on_trial() -> Iterator[None]:
+    """Run the model on trial: no recorder counts its forward passes in the body."""
+    token = _ON_TRIAL.set(True)
+    try:
+        yield
+    finally:
+        _ON_TRIAL.reset(token)
+
+
+def unheard_layers(
+    model: PreTrainedModel, layers: Sequence[LinearLayer], tokens: torch.Tensor
+) -> dict[str, str]:
+    """Run the model once on tokens (windows, length); return why layers cannot be heard, by name.
+
+    A layer is heard if its module runs once in a forward pass and returns one row for each token.
+    Some models read a layer's weight without running it, and a mixture sends it some tokens only.
+    """
+    outputs: dict[str, list[Any]] = {layer.name: [] for layer in layers}
+
+    def hook_of(layer: LinearLayer) -> Callable[..., None]:
+        def hook(_: nn.Module, __: Any, output: Any) -> None:
+            tensor = isinstance(output, torch.Tensor)
+            outputs[layer.name].append(output.shape if tensor else type(output).__name__)
+
+        return hook
+
+    handles = [layer.module.register_forward_hook(hook_of(layer)) for layer in layers]
+    try:
+        with on_trial(), torch.no_grad():
+            backbone_of(model)(input_ids=tokens.to(input_device(model)), use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    found = {layer.name: _deafness(layer, outputs[layer.name], tokens.numel()) for layer in layers}
+    return {name: reason for name, reason in found.items() if reason}
+
+
+def _deafness(layer: LinearLayer, outputs: Sequence[Any], tokens: int) -> str:
+    """Return why a layer with these outputs' shapes, or types, cannot be heard; empty if it can."""
+    if len(outputs) != 1:
+        if not outputs:
+            return "the model did not run it in a trial"
+        return f"the model ran it {len(outputs)} times in a trial, and not once"
+    (shape,) = outputs
+    if isinstance(shape, str):
+        return f"its output is a {shape} and no tensor"
+    if not shape or shape[-1] != layer.neurons or shape.numel() != tokens * layer.neurons:
+        return f"its output is {' x '.join(map(str, shape))}, and not one row for each token"
+    return ""
 
 
 def check_hooks(model: PreTrainedModel, skip_first: int) -> None:

@@ -7,9 +7,9 @@ layer is ``(experts, neurons, inputs)``. Outputs are ``(tokens, neurons)``.
 import dataclasses
 import difflib
 import fnmatch
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -21,6 +21,14 @@ if TYPE_CHECKING:  # the import takes seconds, and some commands need no model
     from transformers import PreTrainedModel
 
 _LINEAR = (nn.Linear, Conv1D, ExpertLinear)
+# Where torch keeps a module's hooks.
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,12 +43,20 @@ class LinearLayer:
     @property
     def neurons(self) -> int:
         """The number of outputs."""
-        return weight_of(self).shape[-2]
+        return self._size[0]
 
     @property
     def inputs(self) -> int:
         """The number of inputs."""
-        return weight_of(self).shape[-1]
+        return self._size[1]
+
+    @property
+    def _size(self) -> tuple[int, int]:
+        if is_plain(self.module):
+            neurons, inputs = weight_of(self).shape[-2:]
+            return neurons, inputs
+        module: Any = self.module  # quantised: the weight may have any shape
+        return module.out_features, module.in_features
 
 
 def weight_of(layer: LinearLayer) -> torch.Tensor:
@@ -53,61 +69,57 @@ def weight_of(layer: LinearLayer) -> torch.Tensor:
     return weight.detach().T if isinstance(layer.module, Conv1D) else weight.detach()
 
 
+def dequantised(layer: LinearLayer) -> torch.Tensor | None:
+    """Return the layer's weight as numbers, as `weight_of` does, or None if it only has codes."""
+    weight = getattr(layer.module, "weight", None)
+    if is_plain(layer.module):
+        return weight_of(layer)
+    # Every tensor has the method, but only the classes that define it know their codes.
+    if getattr(type(weight), "dequantize", None) in {None, torch.Tensor.dequantize}:
+        return None
+    assert isinstance(weight, torch.Tensor)
+    numbers: torch.Tensor = weight.dequantize().detach()
+    return numbers if numbers.shape == (layer.neurons, layer.inputs) else None
+
+
+def device_of(layer: LinearLayer) -> torch.device:
+    """Return the device of a layer's weight, quantised or not."""
+    module = layer.module
+    held = (*module.parameters(), *module.buffers())
+    return held[0].device if held else torch.device("cpu")
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Return whether a module's weight holds its numbers, and is not quantised."""
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, torch.Tensor) or type(weight) not in {nn.Parameter, torch.Tensor}:
+        return False
+    return weight.is_floating_point() and weight.element_size() > 1
+
+
 def write_weight(layer: LinearLayer, weight: torch.Tensor) -> None:
     """Write a weight ``(neurons, inputs)`` into the layer, in place."""
     weight_of(layer).copy_(weight)
 
 
 def replace_layer(model: "PreTrainedModel", layer: LinearLayer, module: nn.Module) -> LinearLayer:
-    """Replace the layer's module in the model, and return the new layer."""
+    """Replace the layer's module in the model, and return the new layer; it keeps its hooks."""
     parent, _, leaf = layer.name.rpartition(".")
+    vars(module).update({name: vars(layer.module)[name] for name in _HOOKS})
     setattr(model.get_submodule(parent), leaf, module)
     return dataclasses.replace(layer, module=module)
-
-
-def check_prunable(layers: Sequence[LinearLayer], among: Sequence[LinearLayer] = ()) -> None:
-    """Check that the layers have plain weights, and share none with each other or with ``among``.
-
-    Raises:
-        ValueError: a layer is quantised or expanded, or shares its weight with another.
-    """
-    owners: dict[int, list[str]] = {}
-    for layer in {*layers, *among}:
-        weight = layer.module.weight
-        assert isinstance(weight, torch.Tensor)
-        owners.setdefault(_place(weight), []).append(layer.name)
-    for layer in layers:
-        weight = layer.module.weight
-        assert isinstance(weight, torch.Tensor)
-        if isinstance(layer.module, ExpertLinear):
-            raise ValueError(
-                f"{layer.name} is already expanded to {len(weight)} experts: prune the dense "
-                "model, or leave the layer out with a narrower pattern"
-            )
-        plain = type(weight) in {nn.Parameter, torch.Tensor} and weight.is_floating_point()
-        if not plain or weight.element_size() < 2:
-            raise ValueError(
-                f"{layer.name} is quantised ({type(layer.module).__name__}, {weight.dtype}): load "
-                "the model without quantisation, or leave the layer out with a narrower pattern"
-            )
-        others = sorted({*owners[_place(weight)]} - {layer.name})
-        if others:
-            raise ValueError(
-                f"{layer.name} and {others[0]} share one weight, and a shared weight cannot be "
-                "pruned: leave both layers out with a narrower pattern"
-            )
-
-
-def _place(weight: torch.Tensor) -> int:
-    return id(weight) if weight.is_meta else weight.data_ptr()
 
 
 def find_blocks(model: "PreTrainedModel") -> tuple[str, nn.ModuleList]:
     """Return the dotted name and the list of the model's transformer blocks.
 
+    It is the list nearest to the embedding of the text's tokens: a vision encoder may have as many
+    blocks.
+
     Raises:
-        ValueError: the model is packed, has no configuration (a wrapper such as DataParallel), or
-            has no list of as many modules with linear layers as ``num_hidden_layers``.
+        ValueError: the model is packed, has an adapter or no configuration (a wrapper such as
+            DataParallel), or has no list of as many modules with linear layers as
+            ``num_hidden_layers``.
     """
     if not hasattr(model, "config"):
         raise ValueError(
@@ -119,13 +131,17 @@ def find_blocks(model: "PreTrainedModel") -> tuple[str, nn.ModuleList]:
             "the model's layers are packed, and a packed model can only run: load it with "
             "packed=False to measure, prune or save it"
         )
-    config = model.config.get_text_config(decoder=True)
-    count = getattr(config, "num_hidden_layers", None)
-    # Only the text decoder is searched: a vision encoder may have as many blocks.
-    inside = {id(module) for module in decoder_of(model).modules()}
+    if _has_adapter(model):
+        raise ValueError(
+            "the model has an adapter beside its weights: merge it into them first (in peft: "
+            "model = model.merge_and_unload()), save the model, and use that"
+        )
+    count = _depth(model)
+    inside = decoder_of(model)
+    within = {id(module) for module in inside.modules()}
     for name, module in model.named_modules():
-        blocks = isinstance(module, nn.ModuleList) and id(module) in inside
-        if blocks and len(module) == count and _has_linears(module):
+        if id(module) in within and _are_blocks(module, count):
+            assert isinstance(module, nn.ModuleList)
             return name, module
     raise ValueError(
         f"found no list of {count} transformer blocks (num_hidden_layers) in "
@@ -133,40 +149,127 @@ def find_blocks(model: "PreTrainedModel") -> tuple[str, nn.ModuleList]:
     )
 
 
+def _has_adapter(model: "PreTrainedModel") -> bool:
+    """Return whether peft wraps the model (prompts, prefixes) or its layers (LoRA, IA3)."""
+    wrapped = type(model).__module__.partition(".")[0] == "peft"
+    return wrapped or any(
+        isinstance(getattr(module, "base_layer", None), nn.Module) for module in model.modules()
+    )
+
+
 def decoder_of(model: "PreTrainedModel") -> nn.Module:
-    """Return the text decoder of the model, which contains its blocks."""
-    decoder: nn.Module = model.get_decoder()  # type: ignore[no-untyped-call]
-    return decoder
+    """Return the text decoder: the smallest module with both the token embedding and the blocks.
+
+    `get_decoder` of transformers is not asked: some models return their output layer.
+    """
+    count, embedding = _depth(model), _embedding(model)
+    names = {id(module): name for name, module in model.named_modules(remove_duplicate=False)}
+    name = names.get(id(embedding), "")
+    while name:
+        name = name.rpartition(".")[0]
+        around = model.get_submodule(name)
+        if any(_are_blocks(module, count) for module in around.modules()):
+            return around
+    return model
 
 
-def _has_linears(blocks: nn.ModuleList) -> bool:
-    return all(any(isinstance(m, _LINEAR) for m in b.modules()) for b in blocks)
+def _depth(model: "PreTrainedModel") -> int | None:
+    config = model.config.get_text_config(decoder=True)
+    return getattr(config, "num_hidden_layers", None)
 
 
-def find_layers(model: "PreTrainedModel", patterns: Sequence[str] = ("*",)) -> list[LinearLayer]:
+def _embedding(model: "PreTrainedModel") -> nn.Module | None:
+    try:
+        found: nn.Module = model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):  # some models have none
+        return None
+    return found
+
+
+def _are_blocks(module: nn.Module, count: int | None) -> bool:
+    if not isinstance(module, nn.ModuleList) or len(module) != count:
+        return False
+    return all(any(map(_is_linear, block.modules())) for block in module)
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Return whether a module is a linear layer: of our classes, or of a quantisation's.
+
+    The latter need no base class in common, but they have these names and sizes.
+    """
+    if isinstance(module, _LINEAR):
+        return True
+    sizes = (getattr(module, "in_features", None), getattr(module, "out_features", None))
+    sized = "Linear" in type(module).__name__ and all(isinstance(size, int) for size in sizes)
+    return sized and not any(isinstance(inner, nn.Linear) for inner in module.modules())
+
+
+def find_layers(
+    model: "PreTrainedModel",
+    patterns: str | Sequence[str] = ("*",),
+    exclude: str | Sequence[str] = (),
+) -> list[LinearLayer]:
     """Return the linear layers in the model's blocks that match any pattern, in model order.
 
-    A pattern is a layer's exact name or a shell pattern such as ``*.mlp.up_proj``. The output
-    embedding is outside the blocks, so it is not a layer.
+    A pattern is a layer's exact name or a shell pattern such as ``*.mlp.up_proj``. Layers that
+    match one in ``exclude`` are left out. The output embedding is outside the blocks, so it is not
+    a layer.
 
     Raises:
-        LookupError: a pattern matches no layer; the message names near matches.
+        LookupError: a pattern matches no layer (the message names near matches), or all layers
+            that match are excluded.
     """
-    if isinstance(patterns, str):
-        patterns = [patterns]
+    patterns, exclude = as_list(patterns), as_list(exclude)
     layers = list(_walk(model))
     names = [layer.name for layer in layers]
-    for pattern in patterns:
+    for pattern in (*patterns, *exclude):
         if not fnmatch.filter(names, pattern):
             raise LookupError(_no_match(pattern, layers))
-    return [layer for layer in layers if any(fnmatch.fnmatchcase(layer.name, p) for p in patterns)]
+    chosen = [
+        layer
+        for layer in layers
+        if _matches(layer.name, patterns) and not _matches(layer.name, exclude)
+    ]
+    if patterns and not chosen:
+        raise LookupError(
+            f"no layer is left: those that match {', '.join(patterns)} also match an excluded "
+            f"pattern ({', '.join(exclude)})"
+        )
+    return chosen
+
+
+def as_list(patterns: str | Sequence[str]) -> list[str]:
+    """Return one pattern or several as a list."""
+    return [patterns] if isinstance(patterns, str) else list(patterns)
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def without_skipped(
+    layers: Sequence[LinearLayer], skipped: Mapping[str, str], patterns: Sequence[str]
+) -> list[LinearLayer]:
+    """Return the layers that are not skipped; ``skipped`` has the reasons by name.
+
+    Raises:
+        ValueError: all are skipped, or the patterns name one that is.
+    """
+    left = [layer for layer in layers if layer.name not in skipped]
+    named = [name for name in skipped if name in patterns]
+    if named or not left:
+        name = next(iter(named or skipped))
+        raise ValueError(
+            f"{name} cannot be used: {skipped[name]}. Leave it out with exclude, or name other layers"
+        )
+    return left
 
 
 def _walk(model: "PreTrainedModel") -> Iterator[LinearLayer]:
     prefix, blocks = find_blocks(model)
     for index, block in enumerate(blocks):
         for role, module in block.named_modules():
-            if isinstance(module, _LINEAR):
+            if _is_linear(module):
                 yield LinearLayer(f"{prefix}.{index}.{role}", index, role, module)
 
 

@@ -291,6 +291,7 @@ def source_of(
 
     Raises:
         FileNotFoundError: the name can only be a path, and there is no model.
+        ValueError: the folder holds an adapter.
     """
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     path = Path(name)
@@ -299,6 +300,13 @@ def source_of(
             raise FileNotFoundError(f"there is no GGUF file at {path}: check the path")
         return str(path.parent), options | {"gguf_file": path.name}
     if path.is_dir():
+        if (
+            path / "adapter_config.json"
+        ).is_file():  # transformers ignores it where peft is missing
+            raise ValueError(
+                f"the folder {path} holds an adapter (adapter_config.json): merge it into its model "
+                "first (in peft: model = model.merge_and_unload()), and save that to a folder"
+            )
         if not (path / "config.json").is_file():
             raise FileNotFoundError(f"the folder {path} holds no model: it has no config.json")
         return str(path), options

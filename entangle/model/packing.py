@@ -22,8 +22,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 
 from entangle.model import folders
 from entangle.model.experts import ExpertLinear, Packed, PackedLinear, pack, unpack
-from entangle.model.layers import LinearLayer, find_layers, replace_layer, weight_of
+from entangle.model.layers import LinearLayer, find_layers, is_plain, replace_layer, weight_of
 from entangle.model.placing import stored_parameters
+from entangle.model.prunable import multiplies
 from entangle.numerics.routing import Router, router_of
 from entangle.numerics.sparse import PACKABLE
 
@@ -219,12 +220,15 @@ def _pack_layer(layer: LinearLayer, owners: dict[int, str], tensors: Tensors) ->
 def pack_layer(model: PreTrainedModel, layer: LinearLayer) -> None:
     """Pack a layer if at least half of its weights are zeros; with fewer, packing gains nothing.
 
-    Layers whose weights are quantised, float64 or on the meta device are left as they are.
+    Layers whose weights are quantised, float64 or on the meta device are left as they are, and so
+    are those that do more than multiply by their weight.
     """
+    if not is_plain(layer.module) or not multiplies(layer.module):
+        return
     weight = weight_of(layer)
     weight = weight if weight.ndim == 3 else weight[None]
-    plain = type(weight) is torch.Tensor and weight.dtype in PACKABLE and not weight.is_meta
-    if not plain or 2 * int((weight == 0).sum()) < weight.numel():
+    packable = weight.dtype in PACKABLE and not weight.is_meta
+    if not packable or 2 * int((weight == 0).sum()) < weight.numel():
         return
     module = layer.module
     router, owns = None, True

@@ -269,7 +269,7 @@ def _check_finite(values: torch.Tensor, name: str) -> None:
     if bad:
         raise ValueError(
             f"{bad:,} of the {name} are NaN or infinite: try another dtype, or leave the layer out "
-            "with a narrower pattern"
+            "with exclude"
         )
 
 
@@ -282,8 +282,8 @@ def check_group(inputs: int, sparsity: Sparsity) -> None:
     if sparsity.group and inputs % sparsity.group:
         raise ValueError(
             f"sparsity {sparsity} needs groups of {sparsity.group}, which do not divide the "
-            f"layer's {inputs} inputs: use another sparsity, or leave the layer out with a "
-            "narrower pattern"
+            f"layer's {inputs} inputs: use another sparsity, or leave the layer out with "
+            "exclude"
         )
 
 

@@ -194,5 +194,5 @@ def inverse_factor(gram: torch.Tensor) -> InverseFactor:
                 return InverseFactor(root, gram.diagonal() == 0, damping)
     raise ValueError(
         f"the Gram of {len(gram)} inputs is singular, even with a damping of {_DAMPING[-1]:g} "
-        f"times its mean diagonal ({mean:.3g}): leave the layer out with a narrower pattern"
+        f"times its mean diagonal ({mean:.3g}): leave the layer out with exclude"
     )

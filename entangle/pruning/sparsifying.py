@@ -17,9 +17,10 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from entangle.model import ranks
-from entangle.model.layers import check_prunable, find_layers, naming
+from entangle.model.layers import find_layers, naming
 from entangle.model.loading import save_model
 from entangle.model.placing import is_offloaded
+from entangle.model.prunable import check_prunable
 from entangle.model.sampling import sample_inputs
 from entangle.model.text import TokenWindows
 from entangle.numerics.masks import check_group
@@ -104,6 +105,7 @@ def sparsify(
     *,
     run: xr.DataTree | xr.Dataset | None = None,
     layers: str | Sequence[str] = ("*",),
+    exclude: str | Sequence[str] = (),
     batch_size: int = 4,
     skip_first: int = 0,
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -113,6 +115,9 @@ def sparsify(
     **options: Unpack[PruningOptions],
 ) -> Sparsified:
     """Prune the matching layers of a model in place, block by block, from windows of a text.
+
+    Layers that match a pattern in ``exclude`` are left out, and so are those that do more than
+    multiply their inputs by a weight, unless ``layers`` names them.
 
     Options:
 
@@ -145,7 +150,7 @@ def sparsify(
     Raises:
         FileExistsError: ``out`` exists or holds unfinished work with other arguments, and
             ``overwrite`` is false.
-        LookupError: a pattern matches no layer.
+        LookupError: a pattern matches no layer, or all layers are excluded.
         RuntimeError: the model cannot be run block by block, or a layer did not run once in each
             batch.
         ValueError: the windows are longer than the model's context; the model is in training mode,
@@ -158,9 +163,11 @@ def sparsify(
         windows,
         run=needed_run([pruning], run),
         layers=layers,
+        exclude=exclude,
         batch_size=batch_size,
         skip_first=skip_first,
         progress=progress,
+        pruned=True,
     )
     check_layers(setup, [pruning.sparsity])
     if out is None and is_offloaded(model):

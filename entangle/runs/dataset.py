@@ -56,8 +56,8 @@ TRUSTED_ERROR = 0.1  # neurons with a larger error bound are not ranked
 NAMED_ERROR = 0.02  # neurons with a larger error bound are named in the summary
 
 
-_MAPPINGS = ("versions", "disentangled")  # attributes that are mappings
-_LISTS = ("layers", "skipped_parameters", "dependent_on", "window_hashes")  # that are lists
+_MAPPINGS = ("versions", "disentangled", "skipped_layers")  # attributes that are mappings
+_LISTS = ("layers", "exclude", "skipped_parameters", "dependent_on", "window_hashes")  # lists
 
 
 def labelled(name: str, values: npt.NDArray[Any]) -> tuple[str, npt.NDArray[Any], dict[str, str]]:
@@ -171,7 +171,7 @@ def _warnings(dataset: xr.Dataset, distance: Array, error: Array) -> list[str]:
             plural, more = "s" * (count > 1), ", ..." * (count > len(first))
             warnings.append(f"{count:,} {text.format(plural)}: {', '.join(first)}{more}")
     warnings += dependence_notes(dataset.attrs.get("dependent_on", []))
-    warnings += skipped_notes(dataset.attrs.get("skipped_parameters", []), "measured")
+    warnings += skipped_notes(about(dataset), "measured")
     return warnings
 
 
@@ -220,29 +220,43 @@ def values_of(data: xr.Dataset, variable: str, layer: str, indices: Iterable[int
     return values
 
 
-def matching(names: npt.NDArray[np.str_], patterns: str | Sequence[str]) -> npt.NDArray[np.bool_]:
-    """Return a mask (names,) of the layer names that match any pattern.
+def matching(
+    names: npt.NDArray[np.str_],
+    patterns: str | Sequence[str],
+    exclude: str | Sequence[str] = (),
+) -> npt.NDArray[np.bool_]:
+    """Return a mask (names,) of the layer names that match any pattern, and none in ``exclude``.
 
     Raises:
-        LookupError: a pattern matches no name.
+        LookupError: a pattern matches no name, or all names that match are excluded.
     """
     patterns = [patterns] if isinstance(patterns, str) else patterns
+    exclude = [exclude] if isinstance(exclude, str) else exclude
     codes, distinct = pd.factorize(names)
-    for pattern in patterns:
+    for pattern in (*patterns, *exclude):
         if not fnmatch.filter(distinct, pattern):
             raise LookupError(
                 f"no layer of this run matches {pattern!r}: layers have names such as {names[0]}"
             )
-    matched = [any(fnmatch.fnmatchcase(name, p) for p in patterns) for name in distinct]
+    matched = [
+        any(fnmatch.fnmatchcase(name, p) for p in patterns)
+        and not any(fnmatch.fnmatchcase(name, p) for p in exclude)
+        for name in distinct
+    ]
+    if exclude and not any(matched):
+        raise LookupError(
+            f"no layer is left: those that match {', '.join(patterns)} also match an excluded "
+            f"pattern ({', '.join(exclude)})"
+        )
     return np.array(matched, dtype=bool)[codes]
 
 
 def rows_by_layer(
-    dataset: xr.Dataset, patterns: str | Sequence[str]
+    dataset: xr.Dataset, patterns: str | Sequence[str], exclude: str | Sequence[str] = ()
 ) -> dict[str, npt.NDArray[np.int64]]:
     """Return the rows of each matching layer's neurons in the dataset, by the layer's name."""
     names = dataset["layer"].to_numpy().astype(str)
-    chosen = np.flatnonzero(matching(names, patterns))
+    chosen = np.flatnonzero(matching(names, patterns, exclude))
     groups = pd.Series(chosen).groupby(names[chosen], sort=False)
     return {str(name): rows.to_numpy() for name, rows in groups}
 
@@ -288,11 +302,21 @@ def dependence_notes(dependent_on: Sequence[str]) -> list[str]:
     ]
 
 
-def skipped_notes(names: Sequence[str], action: str) -> list[str]:
-    """Return one line, or none, that names the `skipped_parameters`, which were not ``action``."""
-    if not names:
-        return []
-    return [
-        f"{len(names)} matrices in the blocks are not linear layers and were not {action}: "
-        f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
-    ]
+def skipped_notes(attributes: Mapping[Any, Any], action: str) -> list[str]:
+    """Return lines on what was not ``action``, from run.json: matrices that are no layers, layers."""
+    names, layers = attributes.get("skipped_parameters", []), attributes.get("skipped_layers", {})
+    lines = []
+    if names:
+        lines.append(
+            f"{len(names)} matrices in the blocks are not linear layers and were not {action}: "
+            f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
+        )
+    reasons: dict[str, list[str]] = {}
+    for name, reason in layers.items():
+        reasons.setdefault(reason, []).append(name)
+    for reason, alike in reasons.items():
+        shown = f"{', '.join(alike[:3])}{', ...' if len(alike) > 3 else ''}"
+        lines.append(
+            f"{len(alike)} linear layer{'s' * (len(alike) > 1)} not {action}: {shown} ({reason})"
+        )
+    return lines

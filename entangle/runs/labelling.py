@@ -8,7 +8,7 @@ import numpy as np
 import torch
 import xarray as xr
 
-from entangle.model.layers import LinearLayer, weight_of
+from entangle.model.layers import LinearLayer, dequantised, device_of
 from entangle.model.placing import load_block, release_block
 from entangle.numerics import wasserstein
 from entangle.numerics.difficulty import Difficulty
@@ -123,13 +123,20 @@ def labels_of(
 
 
 def weight_norms(layers: Sequence[LinearLayer]) -> Array:
-    """Return the Euclidean norm of each neuron's weights (neurons,), of experts the mean norm."""
+    """Return the Euclidean norm of each neuron's weights (neurons,), of experts the mean norm.
+
+    It is NaN for quantised weights that torch cannot dequantise.
+    """
 
     def norms(layer: LinearLayer) -> torch.Tensor:
-        in_file = weight_of(layer).is_meta
+        in_file = device_of(layer).type == "meta"
         if in_file:
             load_block(layer.module)
-        norm = torch.linalg.vector_norm(weight_of(layer).double(), dim=-1)
+        weight = dequantised(layer)
+        if weight is None:
+            norm = torch.full((layer.neurons,), torch.nan, dtype=torch.float64)
+        else:
+            norm = torch.linalg.vector_norm(weight.double(), dim=-1)
         if in_file:
             release_block(layer.module)
         mean: torch.Tensor = norm.reshape(-1, norm.shape[-1]).mean(dim=0).cpu()

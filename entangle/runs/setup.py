@@ -20,12 +20,20 @@ import torch
 import xarray as xr
 from transformers import PreTrainedModel
 
+from entangle.model import ranks
 from entangle.model.blocks import BlockWalk
 from entangle.model.causality import check_causal, dependences
-from entangle.model.hooks import check_hooks
-from entangle.model.layers import LinearLayer, find_layers, skipped_parameters
+from entangle.model.hooks import check_hooks, unheard_layers
+from entangle.model.layers import (
+    LinearLayer,
+    as_list,
+    find_layers,
+    skipped_parameters,
+    without_skipped,
+)
 from entangle.model.loading import weights_hash
 from entangle.model.overlap import SeenText, shared_share
+from entangle.model.prunable import unprunable_layers
 from entangle.model.sampling import walk_blocks
 from entangle.model.score import Score
 from entangle.model.scoring import scored
@@ -48,10 +56,12 @@ class Setup:
     evaluation: TokenWindows | None  # windows to score, or to measure as held-out data
     run: xr.Dataset | None  # measured on this model
     patterns: list[str]  # of layers' names
+    exclude: list[str]  # of the names of layers to leave out
     batch_size: int
     skip_first: int
     progress: bool
     ranked: bool  # use only layers with a neuron that the run ranks
+    pruned: bool  # use only layers that can be pruned
     seen: SeenText | None  # the run's text, unless the evaluation was set aside from it
 
     @classmethod
@@ -63,36 +73,44 @@ class Setup:
         *,
         run: xr.DataTree | xr.Dataset | None = None,
         layers: str | Sequence[str] = ("*",),
+        exclude: str | Sequence[str] = (),
         batch_size: int = 4,
         skip_first: int = 0,
         progress: bool = False,
         ranked: bool = False,
+        pruned: bool = False,
         set_aside: bool = False,
     ) -> Self:
         """Return a checked setup, before any long computation.
+
+        One window runs through the model on trial, to tell which layers can be heard.
 
         With ``ranked``, the layers are those in which the run ranks a neuron (see
         `runs.dataset.trusted`). With ``set_aside``, the evaluation was set aside from the
         calibration windows, so that the run may have been measured on it.
 
         Raises:
-            LookupError: a pattern matches no layer.
+            LookupError: a pattern matches no layer, or all layers are excluded.
             TypeError: the windows or the evaluation are not windows of a text.
             ValueError: the windows do not fit the model; the model is compiled, not loaded or in
-                training mode; there is an evaluation and the model is not causal; the windows or the run's text have 4% or more of the evaluation's
-                tokens; the run was measured on other weights or is a shard; a number is out of
-                range; or, with ``ranked``, the run ranks no neuron of the layers.
+                training mode; there is an evaluation and the model is not causal; the windows or
+                the run's text have 4% or more of the evaluation's tokens; the run was measured on
+                other weights or is a shard; a number is out of range; a layer that a pattern names
+                cannot be used, or none can; or, with ``ranked``, the run ranks no neuron of the
+                layers.
         """
         setup = cls(
             model,
             windows,
             evaluation,
             None if run is None else dataset_of(run),
-            [layers] if isinstance(layers, str) else list(layers),
+            as_list(layers),
+            as_list(exclude),
             batch_size,
             skip_first,
             progress,
             ranked,
+            pruned,
             None if run is None or set_aside else seen_text(run),
         )
         if batch_size < 1:
@@ -135,17 +153,35 @@ class Setup:
 
     @functools.cached_property
     def layers(self) -> list[LinearLayer]:
-        """Return the layers that match a pattern, in model order.
+        """Return the layers that match a pattern and are not `skipped`, in model order.
 
         With ``ranked``, return only those in which the run ranks a neuron.
 
         Raises:
-            LookupError: a pattern matches no layer.
-            ValueError: the run ranks no neuron of the layers.
+            LookupError: a pattern matches no layer, or all layers are excluded.
+            ValueError: a layer that a pattern names is skipped, all are, or the run ranks no neuron
+                of the layers.
         """
+        matched = self._matched
+        return without_skipped(matched, self.skipped, self.patterns) if matched else matched
+
+    @functools.cached_property
+    def _matched(self) -> list[LinearLayer]:
         if self.ranked and self.run is not None:
-            return _ranked_layers(self.model, self.run, self.patterns)
-        return find_layers(self.model, self.patterns)
+            return _ranked_layers(self.model, self.run, self.patterns, self.exclude)
+        return find_layers(self.model, self.patterns, self.exclude)
+
+    @functools.cached_property
+    def skipped(self) -> dict[str, str]:
+        """Return, by name, why layers that match a pattern are not used.
+
+        Layers of a measured run have been heard, so only the others are tried.
+        """
+        found = {}
+        if self.windows is not None and self._matched and not self.ranked:
+            found = unheard_layers(self.model, self._matched, self.batches[0][:1])
+        unused = unprunable_layers(self._matched) if self.pruned else {}
+        return ranks.from_rank(0, unused | found)
 
     @functools.cached_property
     def overlaps(self) -> dict[str, float | None]:
@@ -261,8 +297,10 @@ class Setup:
             "skip_first": self.skip_first,
             "batch_size": self.batch_size,
             "layers": self.patterns,
+            **({"exclude": self.exclude} if self.exclude else {}),
             "skipped_parameters": skipped_parameters(model),
-            "dependent_on": self.dependent_on,
+            **({"skipped_layers": self.skipped} if self.skipped else {}),
+            **({"dependent_on": self.dependent_on} if self.dependent_on else {}),
             "versions": versions(),
             "tokens": self.tokens,
         }
@@ -281,7 +319,7 @@ class Setup:
 
 
 def _ranked_layers(
-    model: PreTrainedModel, run: xr.Dataset, patterns: Sequence[str]
+    model: PreTrainedModel, run: xr.Dataset, patterns: Sequence[str], exclude: Sequence[str]
 ) -> list[LinearLayer]:
     """Return the model's layers that match a pattern and in which the run ranks a neuron.
 
@@ -290,7 +328,7 @@ def _ranked_layers(
         ValueError: there is no such layer.
     """
     names = run["layer"].to_numpy().astype(str)
-    wanted = set(names[matching(names, patterns) & trusted(run)])
+    wanted = set(names[matching(names, patterns, exclude) & trusted(run)])
     chosen = [layer for layer in find_layers(model) if layer.name in wanted]
     if not chosen:
         raise ValueError(

@@ -128,7 +128,9 @@ def improvement(
 
 
 @mpl.rc_context(STYLE)
-def comparison(run: Run, other: Run, *, layers: Names = None, figure: Sheet = None) -> Figure:
+def comparison(
+    run: Run, other: Run, *, layers: Names = None, exclude: Names = None, figure: Sheet = None
+) -> Figure:
     """Draw each neuron's distance in another run against that in the first: one panel per role.
 
     The number is the median of the layers' rank correlations. The dashed line is equality, the
@@ -137,7 +139,7 @@ def comparison(run: Run, other: Run, *, layers: Names = None, figure: Sheet = No
     Raises:
         LookupError: the runs share no neuron with a distance.
     """
-    found = diff(run, other, layers=layers or "*")
+    found = diff(run, other, layers=layers or "*", exclude=exclude or ())
     data, place = dataset_of(run), found.layers.set_index("layer")
     neurons = found.neurons.assign(layer=found.neurons["neuron"].str.rpartition(":")[0])
     frame = neurons.join(place[["block", "role"]], on="layer")

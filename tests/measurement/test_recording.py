@@ -3,8 +3,9 @@
 import contextlib
 import inspect
 import itertools
+import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,11 +25,19 @@ from entangle.model.layers import find_layers
 from entangle.model.text import TokenWindows
 from entangle.numerics import gaussian
 from entangle.numerics.difficulty import mapping_difficulty
-from entangle.runs.dataset import summary
+from entangle.runs.dataset import about, summary
 from entangle.runs.labelling import from_tree
 from entangle.runs.store import open_run
+from tests.model.test_layers import CodesLinear
 from tests.pruning.test_sparsifying import inputs_of
-from tests.tiny_models import ARCHITECTURES, CONTEXT, VOCABULARY, tiny_model
+from tests.tiny_models import (
+    ARCHITECTURES,
+    CONTEXT,
+    VOCABULARY,
+    tiny_llama4,
+    tiny_mamba,
+    tiny_model,
+)
 
 Array = npt.NDArray[np.float64]
 LENGTH = 16
@@ -44,9 +53,13 @@ def windows_of(ids: torch.Tensor) -> TokenWindows:
 
 
 @contextmanager
-def captured(model: PreTrainedModel) -> Iterator[dict[str, list[torch.Tensor]]]:
+def captured(
+    model: PreTrainedModel, names: Sequence[str] = ()
+) -> Iterator[dict[str, list[torch.Tensor]]]:
     """Keep the outputs of all layers with hooks of this test's own: (windows, length, neurons)."""
-    outputs: dict[str, list[torch.Tensor]] = {layer.name: [] for layer in find_layers(model)}
+    outputs: dict[str, list[torch.Tensor]] = {
+        name: [] for name in names or [layer.name for layer in find_layers(model)]
+    }
     handles = [
         model.get_submodule(name).register_forward_hook(
             lambda _, __, output, kept=kept: kept.append(output.float().clone())
@@ -108,6 +121,103 @@ def test_measure_counts_what_each_layer_puts_out(name: str, dtype: torch.dtype) 
     skipped = ("gate.weight", "experts.gate_up_proj", "experts.down_proj")
     named = ", ".join(re.escape(f"model.layers.0.mlp.{one}") for one in skipped)
     assert all(re.search(rf"\b6 matri.*{named}", warning) for warning in warnings)
+
+
+# Layers that cannot be heard.
+
+
+DEAF = {
+    tiny_mamba: [f"backbone.layers.{block}.mixer.dt_proj" for block in (0, 1)],
+    tiny_llama4: [f"model.layers.{block}.feed_forward.router" for block in (0, 1)],
+}
+
+
+@pytest.mark.parametrize("make", DEAF)
+def test_what_cannot_be_heard_is_left_out_and_said(
+    make: Callable[[], PreTrainedModel], tmp_path: Path
+) -> None:
+    model, windows = make(), windows_of(tokens(6))
+    run = measure(model, windows, out=tmp_path / "run")
+    heard = dict.fromkeys(run["layer"].to_numpy())
+    every = [layer.name for layer in find_layers(model)]
+    assert [*heard] == [name for name in every if name not in DEAF[make]]
+    written = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert [*written["skipped_layers"]] == DEAF[make]
+    assert about(open_run(tmp_path / "run"))["skipped_layers"] == written["skipped_layers"]
+    said = f"{', '.join(DEAF[make])} "
+    assert sum(said in warning for warning in summary(run)["warnings"]) == 1
+    with record(model) as recorder, torch.no_grad():
+        for batch in windows.tokens.split(4):
+            model(batch)
+    recorded = recorder.tree()
+    assert [*about(recorded)["skipped_layers"]] == DEAF[make]
+    for name, values in recorded.to_dataset().items():
+        np.testing.assert_array_equal(values, run[name])
+    with captured(model, [*heard]) as outputs:
+        for batch in windows.tokens.split(4):
+            model(batch)
+    agrees(run.to_dataset(), flat(outputs))
+
+
+@pytest.mark.parametrize("layers", [["*.dt_proj"], ["*", "backbone.layers.1.mixer.dt_proj"]])
+def test_what_cannot_be_heard_is_refused_if_it_is_asked_for(layers: list[str]) -> None:
+    model = tiny_mamba()
+    with pytest.raises(ValueError, match=r"layers\.[01]\.mixer\.dt_proj.*did not run"):
+        measure(model, windows_of(tokens(2)), layers=layers)
+    with pytest.raises(ValueError, match=r"dt_proj.*did not run"), record(model, layers):
+        pass
+
+
+def test_excluded_layers_are_left_out_of_the_run_and_of_its_tables(tmp_path: Path) -> None:
+    model, windows = tiny_model(), windows_of(tokens(4))
+    run = measure(model, windows, layers="*.mlp.*", exclude="*.1.*", out=tmp_path / "run")
+    assert {*run["block"].to_numpy().tolist()} == {0, 2}
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["exclude"] == ["*.1.*"]
+    assert about(run)["exclude"] == ["*.1.*"]
+    assert "exclude" not in measure(model, windows, layers="*.0.*").attrs
+    for table in (
+        rank(run, 999, exclude=["*.up_proj"]),
+        entangle.diff(run, run, exclude=["*.up_proj"]).neurons,
+    ):
+        found = {name.rpartition(":")[0] for name in table["neuron"]}
+        expected = {
+            f"model.layers.{b}.mlp.{role}_proj" for b in (0, 2) for role in ("gate", "down")
+        }
+        assert found == expected
+    with pytest.raises(LookupError, match=r"'\*\.1\.\*'"):
+        rank(run, exclude="*.1.*")
+    with pytest.raises(LookupError, match="no layer is left"):
+        rank(run, layers="*.up_proj", exclude="*.mlp.*")
+
+
+class Twice(torch.nn.Linear):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(input)
+
+
+def test_a_layer_with_a_forward_of_its_own_is_measured_by_its_outputs() -> None:
+    model: Any = tiny_model()
+    model.model.layers[1].mlp.up_proj = Twice(24, 37)
+    windows = windows_of(tokens(4))
+    run = measure(model, windows, layers="*.1.mlp.*")
+    with captured(model, [x.name for x in find_layers(model, "*.1.mlp.*")]) as outputs:
+        model(windows.tokens)
+    agrees(run.to_dataset(), flat(outputs))
+
+
+def test_the_norms_of_codes_are_nan_and_their_outputs_are_measured() -> None:
+    model: Any = tiny_model()
+    windows = windows_of(tokens(4))
+    dense = measure(model, windows, layers="*.1.mlp.*").to_dataset()
+    model.model.layers[1].mlp.up_proj = CodesLinear(model.model.layers[1].mlp.up_proj)
+    run = measure(model, windows, layers="*.1.mlp.*").to_dataset()
+    up = run["role"].to_numpy() == "mlp.up_proj"
+    assert np.isnan(run["weight_norm"].to_numpy()[up]).all()
+    assert np.isfinite(run["weight_norm"].to_numpy()[~up]).all()
+    np.testing.assert_allclose(run["std"][up], dense["std"][up], rtol=0.05)
+    with captured(model, [x.name for x in find_layers(model, "*.1.mlp.*")]) as outputs:
+        model(windows.tokens)
+    agrees(run, flat(outputs))
 
 
 # Padding and positions.

@@ -10,9 +10,15 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from entangle.model.hooks import BatchCounter, recording_outputs, replacing_outputs
+from entangle.model.hooks import (
+    BatchCounter,
+    on_trial,
+    recording_outputs,
+    replacing_outputs,
+    unheard_layers,
+)
 from entangle.model.layers import LinearLayer, find_layers
-from tests.tiny_models import tiny_model, tiny_vision_model
+from tests.tiny_models import tiny_llama4, tiny_mamba, tiny_model, tiny_vision_model
 
 Heard = dict[str, list[torch.Tensor]]
 IDS = torch.arange(3, 27).reshape(2, 12)
@@ -499,3 +505,65 @@ def test_what_is_heard_after_an_intervention_was_set_is_what_it_gave(ear: Listen
         ear.hear()
     name = ear.layers[0].name
     assert torch.equal(ear.heard[name][0], plain[name].flatten(0, 1) * 2)
+
+
+# Layers that cannot be heard.
+
+
+def deaf(model: PreTrainedModel) -> dict[str, str]:
+    return unheard_layers(model, find_layers(model), IDS[:1])
+
+
+def test_a_layer_whose_weight_is_read_and_one_that_returns_a_tuple_are_not_heard() -> None:
+    found = deaf(tiny_mamba())
+    assert [*found] == [f"backbone.layers.{block}.mixer.dt_proj" for block in (0, 1)]
+    assert all("did not run" in reason for reason in found.values())
+    found = deaf(tiny_llama4())
+    assert [*found] == [f"model.layers.{block}.feed_forward.router" for block in (0, 1)]
+    assert all("tuple" in reason for reason in found.values())
+
+
+class Several(nn.Module):
+    """Two layers in the place of one: the first runs three times, the second on some tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.often, self.expert = nn.Linear(24, 24), nn.Linear(24, 37)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = self.often(self.often(self.often(x)))
+        return torch.cat(
+            [self.expert(hidden[:, :3]), hidden.new_zeros(*hidden[:, 3:].shape[:2], 37)], 1
+        )
+
+
+def test_a_layer_that_runs_often_or_on_some_tokens_is_not_heard() -> None:
+    model: Any = tiny_model()
+    model.model.layers[1].mlp.up_proj = Several()
+    found = deaf(model)
+    assert [*found] == [f"model.layers.1.mlp.up_proj.{name}" for name in ("often", "expert")]
+    often, expert = found.values()
+    assert "3 times" in often
+    assert "1 x 3 x 37" in expert
+
+
+def test_other_layers_are_heard_and_no_hook_is_left(ear: Listening) -> None:
+    assert deaf(ear.model) == {}
+    assert all(not module._forward_hooks for module in ear.model.modules())
+
+
+def test_a_trial_is_in_no_recording(ear: Listening) -> None:
+    def trial() -> None:
+        with on_trial(), torch.no_grad():
+            ear.model(IDS)
+
+    with ear.start() as counter:
+        trial()
+        ear.model(IDS)
+        assert deaf(ear.model) == {}
+    assert (counter.batches, counter.tokens) == (1, IDS.numel())
+    assert all(len(rows) == 1 for rows in ear.heard.values())
+    with replacing_outputs(ear.layers, lambda _, __, outputs: outputs) as fired:
+        trial()
+        ear.model(IDS)
+    assert {*fired.values()} == {1}

@@ -7,21 +7,29 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import (
+    ModernBertDecoderConfig,
+    ModernBertDecoderForCausalLM,
+    PreTrainedModel,
+)
 
 from entangle.model.experts import ExpertLinear
 from entangle.model.layers import (
     LinearLayer,
-    check_prunable,
+    decoder_of,
+    dequantised,
+    device_of,
     find_blocks,
     find_layers,
     replace_layer,
     skipped_parameters,
     weight_of,
+    without_skipped,
     write_weight,
 )
+from entangle.model.prunable import check_prunable
 from entangle.numerics.routing import CentroidRouter, random_router
-from tests.tiny_models import ARCHITECTURES, tiny_model, tiny_vision_model
+from tests.tiny_models import ARCHITECTURES, VOCABULARY, tiny_model, tiny_vision_model
 
 LINEARS_IN_A_BLOCK = {
     "bloom": 4,
@@ -128,67 +136,6 @@ def test_a_written_weight_is_what_the_layer_multiplies_by(name: str, dtype: torc
     ]
 
 
-# What can be pruned.
-
-
-@pytest.mark.parametrize("name", ARCHITECTURES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-def test_layers_with_weights_of_their_own_can_be_pruned(name: str, dtype: torch.dtype) -> None:
-    check_prunable(find_layers(tiny_model(name, dtype=dtype)))
-    check_prunable([])
-
-
-class Packed(nn.Parameter):
-    """Floating-point by its dtype, and something else by its making, as in torchao."""
-
-
-@pytest.mark.parametrize(
-    ("weight", "dtype"),
-    [
-        (nn.Parameter(torch.ones(37, 24, dtype=torch.int8), requires_grad=False), "int8"),
-        (nn.Parameter(torch.ones(444, 1, dtype=torch.uint8), requires_grad=False), "uint8"),
-        (nn.Parameter(torch.ones(37, 3, dtype=torch.int32), requires_grad=False), "int32"),
-        (nn.Parameter(torch.ones(37, 24).to(torch.float8_e4m3fn)), "float8_e4m3fn"),
-        (Packed(torch.ones(37, 24)), "float32"),
-    ],
-)
-def test_a_quantised_layer_is_refused(weight: nn.Parameter, dtype: str) -> None:
-    layers = find_layers(tiny_model())
-    up = next(layer for layer in layers if layer.name == "model.layers.1.mlp.up_proj")
-    up.module.weight = weight
-    message = rf"model\.layers\.1\.mlp\.up_proj .*quantised.*Linear, torch\.{dtype}\b"
-    with pytest.raises(ValueError, match=message):
-        check_prunable(layers)
-    check_prunable([layer for layer in layers if layer is not up])
-
-
-def share_a_weight(blocks: Any) -> None:
-    blocks[2].mlp.up_proj.weight = blocks[1].mlp.up_proj.weight
-
-
-def share_a_layer(blocks: Any) -> None:
-    blocks[2].mlp.up_proj = blocks[1].mlp.up_proj
-
-
-@pytest.mark.parametrize("share", [share_a_weight, share_a_layer])
-def test_layers_that_are_one_weight_are_refused_together(share: Callable[[Any], None]) -> None:
-    model = tiny_model()
-    share(find_blocks(model)[1])
-    names = (rf"model\.layers\.{block}\.mlp\.up_proj" for block in (1, 2))
-    message = f"{'.* '.join(names)} .*one weight"
-    for patterns in ("*", "*.1.*"):  # leaving out one of them would change it all the same
-        with pytest.raises(ValueError, match=message):
-            check_prunable(find_layers(model, [patterns]), find_layers(model))
-    check_prunable(find_layers(model, ["*.0.*", "*.down_proj"]), find_layers(model))
-
-
-def test_layers_that_are_equal_by_chance_can_be_pruned() -> None:
-    layers = find_layers(tiny_model(), "*.up_proj")
-    for layer in layers:
-        write_weight(layer, torch.zeros(37, 24))
-    check_prunable(layers)
-
-
 # What else is in a block.
 
 
@@ -252,6 +199,149 @@ def test_the_blocks_are_the_text_decoders_even_if_a_vision_encoder_is_as_deep() 
     model = tiny_vision_model()
     assert find_blocks(model)[0] == "model.language_model.layers"
     assert {layer.inputs for layer in find_layers(model, "*.mlp.up_proj")} == {24}
+
+
+def test_the_blocks_are_found_whatever_get_decoder_says() -> None:
+    sizes = {"hidden_size": 24, "intermediate_size": 37, "num_hidden_layers": 2}
+    config = ModernBertDecoderConfig(
+        vocab_size=VOCABULARY, num_attention_heads=3, pad_token_id=0, **sizes
+    )
+    model: Any = ModernBertDecoderForCausalLM(config)
+    assert model.get_decoder() is model.decoder  # its output layer
+    assert find_blocks(model) == ("model.layers", model.model.layers)
+    assert decoder_of(model) is model.model
+    vision: Any = tiny_vision_model()
+    vision.get_decoder = lambda: vision.lm_head
+    assert decoder_of(vision) is vision.model.language_model
+    assert find_blocks(vision)[0] == "model.language_model.layers"
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_the_decoder_is_what_transformers_calls_so(name: str) -> None:
+    model: Any = tiny_model(name)
+    assert decoder_of(model) is model.get_decoder()
+
+
+def with_lora(model: Any) -> Any:
+    """Wrap a layer as peft does, without peft."""
+    wrapper = nn.Module()
+    wrapper.base_layer = model.model.layers[1].mlp.up_proj
+    wrapper.lora_A = nn.ModuleDict({"default": nn.Linear(24, 4, bias=False)})
+    wrapper.lora_B = nn.ModuleDict({"default": nn.Linear(4, 37, bias=False)})
+    model.model.layers[1].mlp.up_proj = wrapper
+    return model
+
+
+def with_prompt(model: Any) -> Any:
+    """Wrap a model as peft does for learned prompts, without peft."""
+    return type("PeftModel", (nn.Module,), {"__module__": "peft.peft_model", "config": None})()
+
+
+@pytest.mark.parametrize("adapted", [with_lora, with_prompt])
+def test_a_model_with_an_adapter_is_refused_at_once(adapted: Callable[[Any], Any]) -> None:
+    with pytest.raises(ValueError, match=r"adapter.*merge_and_unload"):
+        find_layers(adapted(tiny_model()))
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "ia3", "prompt", "prefix"])
+def test_a_model_of_peft_is_refused_at_once_until_it_is_merged(method: str) -> None:
+    peft = pytest.importorskip("peft")
+    text = {"task_type": "CAUSAL_LM"}
+    config = {
+        "lora": lambda: peft.LoraConfig(target_modules=["up_proj"], **text),
+        "dora": lambda: peft.LoraConfig(target_modules=["up_proj"], use_dora=True, **text),
+        "ia3": lambda: peft.IA3Config(target_modules=["up_proj"], feedforward_modules=[], **text),
+        "prompt": lambda: peft.PromptTuningConfig(num_virtual_tokens=3, **text),
+        "prefix": lambda: peft.PrefixTuningConfig(num_virtual_tokens=3, **text),
+    }[method]()
+    model = peft.get_peft_model(tiny_model(), config)
+    with pytest.raises(ValueError, match=r"adapter.*merge_and_unload"):
+        find_layers(model)
+    if method in {"lora", "dora", "ia3"}:
+        assert len(find_layers(model.merge_and_unload())) == 21
+
+
+class CodesLinear(nn.Module):
+    """A linear layer as quantisations make them: no base class in common, codes for a weight."""
+
+    def __init__(self, dense: Any) -> None:
+        super().__init__()
+        self.in_features, self.out_features = dense.in_features, dense.out_features
+        self.scale = float(dense.weight.detach().abs().max()) / 127
+        self.register_buffer("qweight", (dense.weight.detach().T / self.scale).round().char())
+        self.bias = dense.bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        codes: Any = self.qweight
+        return nn.functional.linear(x, codes.T * self.scale, self.bias)
+
+
+def test_quantised_layers_of_any_class_are_found_with_their_sizes() -> None:
+    model: Any = tiny_model()
+    before = [(x.name, x.neurons, x.inputs) for x in find_layers(model)]
+    for block in model.model.layers:
+        block.mlp.up_proj = CodesLinear(block.mlp.up_proj)
+    found = find_layers(model)
+    assert [(x.name, x.neurons, x.inputs) for x in found] == before
+    with pytest.raises(ValueError, match=r"layers\.0\.mlp\.up_proj .*quantised \(CodesLinear"):
+        check_prunable(found)
+    codes = find_layers(model, "*.up_proj")
+    assert [dequantised(layer) for layer in codes] == [None] * 3
+    assert {device_of(layer) for layer in codes} == {torch.device("cpu")}
+
+
+def test_a_weight_that_knows_its_numbers_is_dequantised() -> None:
+    model: Any = tiny_model()
+    numbers = torch.randn(37, 24)
+    weight = torch.quantize_per_tensor(numbers, 0.05, 0, torch.qint8)
+    (layer,) = find_layers(model, "*.1.mlp.up_proj")
+
+    class Codes(nn.Parameter):
+        def dequantize(self) -> torch.Tensor:
+            return weight.dequantize()
+
+    layer.module.weight = Codes(weight.int_repr(), requires_grad=False)
+    found = dequantised(layer)
+    assert found is not None
+    torch.testing.assert_close(found, numbers, rtol=0, atol=0.026)
+    layer.module.weight = nn.Parameter(weight.int_repr(), requires_grad=False)  # codes alone
+    assert dequantised(layer) is None
+
+
+def test_hooks_of_a_layer_stay_when_it_is_replaced() -> None:
+    model: Any = tiny_model()
+    (layer,) = find_layers(model, "*.1.mlp.up_proj")
+    heard: list[int] = []
+    handle = layer.module.register_forward_hook(lambda *_: heard.append(1))
+    replace_layer(model, layer, mixture_of(layer))
+    model(torch.arange(3, 9)[None])
+    assert heard == [1]
+    handle.remove()
+    model(torch.arange(3, 9)[None])
+    assert heard == [1]
+
+
+def test_excluded_layers_are_left_out() -> None:
+    model = tiny_model()
+    found = [x.role for x in find_layers(model, "*.1.mlp.*", exclude="*.up_proj")]
+    assert found == ["mlp.gate_proj", "mlp.down_proj"]
+    rest = find_layers(model, exclude=["*.0.*", "model.layers.2.mlp.up_proj"])
+    assert len(rest) == 13
+    with pytest.raises(LookupError, match=re.escape("'*.up_prj'")):
+        find_layers(model, "*", exclude=["*.up_proj", "*.up_prj"])
+    with pytest.raises(LookupError, match=r"no layer is left.*\*\.up_proj.*\*\.mlp\.\*"):
+        find_layers(model, "*.up_proj", exclude="*.mlp.*")
+
+
+def test_skipped_layers_may_be_matched_but_not_named() -> None:
+    layers = find_layers(tiny_model(), "*.up_proj")
+    skipped = {layers[1].name: "it is deaf"}
+    assert without_skipped(layers, skipped, ["*.up_proj"]) == [layers[0], layers[2]]
+    message = r"layers\.1\.mlp\.up_proj.*it is deaf"
+    with pytest.raises(ValueError, match=message):
+        without_skipped(layers, skipped, ["*.up_proj", layers[1].name])
+    with pytest.raises(ValueError, match=message):
+        without_skipped(layers[1:2], skipped, ["*.1.*"])
 
 
 def test_a_model_without_such_blocks_is_refused() -> None:

@@ -496,3 +496,15 @@ def test_the_hash_counts_names_and_shapes_and_tied_weights_once() -> None:
     del mlp.up_proj
     digests.append(weights_hash(changed))
     assert len(set(digests)) == 3
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_folder_with_an_adapter_is_refused(whole: bool, tmp_path: Path) -> None:
+    folder = tmp_path / "adapted"
+    save_tiny(folder)
+    if not whole:  # as peft saves an adapter alone
+        (folder / "config.json").unlink()
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    for load in (load_model, load_tokenizer):
+        with pytest.raises(ValueError, match=r"adapted .*adapter.*merge_and_unload"):
+            load(folder)

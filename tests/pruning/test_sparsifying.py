@@ -1,7 +1,7 @@
 """Pruning a model: against the model run as a whole with hooks of the tests' own."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,14 @@ from entangle.numerics.masks import prune
 from entangle.numerics.moments import InputMoments
 from entangle.numerics.sparsity import Mask, Method, Sparsity
 from tests.forking import forked
-from tests.tiny_models import ARCHITECTURES, VOCABULARY, tiny_model, tiny_tokenizer
+from tests.tiny_models import (
+    ARCHITECTURES,
+    VOCABULARY,
+    tiny_llama4,
+    tiny_mamba,
+    tiny_model,
+    tiny_tokenizer,
+)
 
 
 def random_windows(windows: int = 6, length: int = 16, seed: int = 3) -> TokenWindows:
@@ -283,3 +290,71 @@ def test_memory_beyond_the_model_does_not_grow_with_the_blocks() -> None:
         peaks.append(int(done.stdout))
     assert peaks[0] > 4_000  # kB: hidden states and Grams are seen at all
     assert peaks[1] < 1.1 * peaks[0]
+
+
+# Layers that are not pruned.
+
+
+class Twice(torch.nn.Linear):
+    """A linear layer that is more than a product."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(input)
+
+
+def with_twice() -> PreTrainedModel:
+    model: Any = tiny_model()
+    twice = Twice(24, 37)
+    twice.load_state_dict(model.model.layers[1].mlp.up_proj.state_dict())
+    model.model.layers[1].mlp.up_proj = twice
+    return model  # type: ignore[no-any-return]
+
+
+LEFT = {
+    tiny_mamba: ["backbone.layers.0.mixer.dt_proj", "backbone.layers.1.mixer.dt_proj"],
+    tiny_llama4: ["model.layers.0.feed_forward.router", "model.layers.1.feed_forward.router"],
+    with_twice: ["model.layers.1.mlp.up_proj"],
+}
+
+
+@pytest.mark.parametrize("experts", [1, 2])
+@pytest.mark.parametrize("make", LEFT)
+def test_what_cannot_be_pruned_is_left_as_it_is_and_said(
+    make: Callable[[], PreTrainedModel], experts: int
+) -> None:
+    model, dense = make(), make()
+    found = entangle.sparsify(model, random_windows(), sparsity=0.5, experts=experts)
+    every = [layer.name for layer in find_layers(model)]
+    assert [*found.layers["layer"]] == [name for name in every if name not in LEFT[make]]
+    assert [*found.attributes["skipped_layers"]] == LEFT[make]
+    for name in LEFT[make]:
+        one, other = model.get_submodule(name), dense.get_submodule(name)
+        assert type(one) is type(other)
+        assert all(map(torch.equal, one.parameters(), other.parameters()))
+    with torch.no_grad():
+        assert torch.isfinite(model(random_windows().tokens).logits).all()
+
+
+@pytest.mark.parametrize("layers", ["*.1.mlp.up_proj", ["*", "model.layers.1.mlp.up_proj"]])
+def test_what_cannot_be_pruned_is_refused_if_it_is_asked_for(layers: str | list[str]) -> None:
+    model = with_twice()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.up_proj.*Twice"):
+        entangle.sparsify(model, random_windows(), sparsity=0.5, layers=layers)
+    with pytest.raises(LookupError, match="no layer is left"):
+        entangle.sparsify(model, random_windows(), sparsity=0.5, layers=layers, exclude="*")
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_pruned_folder_of_a_router_that_returns_a_tuple_runs(tmp_path: Path) -> None:
+    model, windows = tiny_llama4(), random_windows()
+    entangle.sparsify(
+        model, windows, sparsity=0.5, tokenizer=tiny_tokenizer(), out=tmp_path / "half"
+    )
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "half")
+    with torch.no_grad():
+        logits = plain(windows.tokens).logits[:, :-1].flatten(0, 1)
+    nats = torch.nn.functional.cross_entropy(logits, windows.tokens[:, 1:].flatten())
+    for packed in (True, False):
+        loaded = entangle.load_model(tmp_path / "half", packed=packed, device="cpu")
+        assert entangle.perplexity(loaded, windows).nats == pytest.approx(float(nats), rel=1e-5)
