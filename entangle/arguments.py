@@ -46,6 +46,8 @@ SPREAD = """spread the model over all devices and main memory, by accelerate [th
 device]"""
 OFFLOAD = """leave the model's blocks in files and load one block at a time; FOLDER receives weights that
 transformers has to convert [the whole model is in memory]"""
+VERIFY = """check the SHA-256 sum of each file of a model that sparsify wrote, before it is loaded [sizes and
+headers of the weights' files are always checked]"""
 SHARD = """count only this part of the batches, such as 3/8; entangle merge makes one run of all parts
 [all batches]"""
 AUTO_STRENGTH = """; auto chooses the strength, and the variable if --budget names none, on a fourth of
@@ -160,6 +162,8 @@ def parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
 
     model = argparse.ArgumentParser(add_help=False, parents=[device])
     model.add_argument("model", metavar="MODEL", help="model: a hub id, a folder or a .gguf file")
+    verify = argparse.ArgumentParser(add_help=False)
+    verify.add_argument("--verify", action="store_true", help=VERIFY)
     spread = argparse.ArgumentParser(add_help=False)
     spread.add_argument("--device-map", choices=["auto"], help=SPREAD)
     spread.add_argument("--offload", type=Path, metavar="FOLDER", help=OFFLOAD)
@@ -174,7 +178,7 @@ def parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
         help="number type of the weights in memory [auto: as stored]",
     )
 
-    measured = argparse.ArgumentParser(add_help=False, parents=[device])
+    measured = argparse.ArgumentParser(add_help=False, parents=[device, verify])
     measured.add_argument(
         "run", type=Path, metavar="RUN", help="folder of a measured run; its model is loaded"
     )
@@ -242,7 +246,7 @@ def parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
     bins = "bins of each neuron's histogram [1024]"
     measure = commands.add_parser(
         "measure",
-        parents=[model, spread, text, layers, overwrite, output],
+        parents=[model, verify, spread, text, layers, overwrite, output],
         help="measure the distribution of every neuron over a text",
     )
     measure.add_argument(
@@ -290,13 +294,13 @@ def parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
 
     commands.add_parser(
         "perplexity",
-        parents=[model, spread, text, unpacked, output],
+        parents=[model, verify, spread, text, unpacked, output],
         help="score a model on a text",
     )
 
     generate = commands.add_parser(
         "generate",
-        parents=[model, spread, unpacked, output],
+        parents=[model, verify, spread, unpacked, output],
         help="generate text from a prompt, and time it",
     )
     generate.add_argument("--prompt", required=True, metavar="TEXT", help="text to continue")
@@ -306,7 +310,7 @@ def parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
 
     sparsify = commands.add_parser(
         "sparsify",
-        parents=[model, spread, text, layers, overwrite, output],
+        parents=[model, verify, spread, text, layers, overwrite, output],
         help="prune a model, or expand it to sparse experts, and save it",
     )
     sparsify.add_argument(
@@ -317,7 +321,7 @@ def parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
     tables = "new folder for the tables and figures"
     sweep = commands.add_parser(
         "sweep",
-        parents=[model, text, evaluation, layers, overwrite, output],
+        parents=[model, verify, text, evaluation, layers, overwrite, output],
         help="prune a model in several ways and score each: one table and one figure",
     )
     sweep.add_argument("--out", type=Path, required=True, metavar="RUN", help=tables)

@@ -505,7 +505,7 @@ def _measured(args: argparse.Namespace) -> "tuple[xr.DataTree, argparse.Namespac
 
 
 def _model(args: argparse.Namespace, packed: bool = False) -> "PreTrainedModel":
-    options = {"dtype": args.dtype, "device": args.device, "packed": packed}
+    options = {"dtype": args.dtype, "device": args.device, "packed": packed, "verify": args.verify}
     options |= {name: getattr(args, name, None) for name in ("device_map", "offload")}
     return entangle.load_model(args.model, **options, **_source(args))
 
@@ -527,6 +527,7 @@ def _print(args: argparse.Namespace, result: dict[str, Any], text_of: Any) -> No
 def command_line(args: argparse.Namespace) -> str:
     """Return the command line with only the arguments that determine its result."""
     ignored = {"command", "model", "run", "out", "overwrite", "json", "debug", "shard", "offload"}
+    ignored |= {"verify"}
     line = ["entangle", args.command, str(args.run if "run" in args else args.model)]
     for name, value in sorted(vars(args).items()):
         unset = value is None or value is False or value == []

@@ -18,12 +18,14 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
+from entangle.model.classes import class_of
 from entangle.model.layers import find_blocks, find_layers
 from entangle.model.loading import DTYPES, load_tokenizer, save_model, source_of
 from entangle.model.packing import is_expanded
 from entangle.model.placing import bytes_of_block
+from entangle.model.quantised import forget_format
 from entangle.model.text import token_windows
 from entangle.numerics.histograms import Histograms
 from entangle.pruning.options import Pruning
@@ -112,6 +114,8 @@ def plan(
             f"{model} is an expanded model: plan the dense model that it was made from"
         )
     config = AutoConfig.from_pretrained(source, **options)
+    class_of(config, model)  # raises if there is none
+    forget_format(config)
     stored = getattr(config, "dtype", None) or torch.float32
     kind: torch.dtype = stored if dtype == "auto" else getattr(torch, dtype)
     whole = _empty(config, kind, trust_remote_code)
@@ -131,7 +135,7 @@ def plan(
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         for count in (1, 2):
-            small: Any = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+            small = class_of(config, model).from_config(
                 _cut(config, count), dtype=kind, trust_remote_code=trust_remote_code
             )
             save_model(small, tokenizer, folder / str(count))
@@ -150,7 +154,8 @@ def plan(
     linear = sum(layer.neurons * layer.inputs for layer in first) * kind.itemsize
     held = {
         "measure": (block + histograms, hidden if offload else 0),
-        "sparsify": (block + (experts > 1) * experts * linear, hidden),
+        # Twice: what was written is loaded again and compared with the model in memory.
+        "sparsify": (2 * (block + (experts > 1) * experts * linear), hidden),
     }
     stages = []
     for name, costs in found.items():
@@ -174,7 +179,7 @@ def plan(
 
 def _empty(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> Any:
     with init_empty_weights():
-        model: Any = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+        model = class_of(config, "the model").from_config(
             config, dtype=dtype, trust_remote_code=trust_remote_code
         )
     model.tie_weights()

@@ -10,6 +10,9 @@ from filelock import FileLock, Timeout
 
 RESUMABLE = ".kept"  # the marker of a resumable folder: its unfinished work stays for the next try
 
+FAILS_AGAIN = (ValueError, TypeError, LookupError)
+"""Errors about input: the same command fails again, and another command cannot use its work."""
+
 
 @contextmanager
 def new_folder(
@@ -25,7 +28,7 @@ def new_folder(
 
     With ``can_resume`` the folder is resumable. If it holds unfinished work of a killed process,
     ``can_resume(folder)`` decides whether that is kept or removed. After an error a folder with
-    unfinished work stays.
+    unfinished work stays, for another attempt; but not after one of `FAILS_AGAIN`.
 
     Raises:
         FileExistsError: ``target`` exists, and ``overwrite`` is false or entangle did not write it;
@@ -51,19 +54,23 @@ def new_folder(
             f"{partial} is unfinished: run the command in its run.json again to resume it, or use "
             "--overwrite to delete it"
         )
+    filling = False
     try:
         if can_resume is None or not has_work(partial) or not can_resume(partial):
             _empty(partial)
         if can_resume is not None:
             (partial / RESUMABLE).touch()
+        filling = True
         yield partial
+        filling = False
         check_target(target, overwrite)
         _replace(partial, target)
         (target / ".lock").unlink()
         (target / RESUMABLE).unlink(missing_ok=True)
-    except BaseException:
+    except BaseException as error:
         # Not in `finally`: after the rename a folder of this name belongs to another process.
-        if can_resume is None or not has_work(partial):
+        fails_again = filling and isinstance(error, FAILS_AGAIN)
+        if can_resume is None or not has_work(partial) or fails_again:
             shutil.rmtree(partial, ignore_errors=True)
         raise
     finally:
@@ -208,19 +215,19 @@ def sums(folder: Path, files: Iterable[str]) -> dict[str, str]:
     return found
 
 
-def check_sums(folder: Path, expected: Mapping[str, str]) -> None:
+def check_sums(folder: Path, expected: Mapping[str, str], advice: str) -> None:
     """Check that the files in a folder have the SHA-256 sums that `sums` returned.
+
+    ``advice`` ends the message: what to do about a damaged folder.
 
     Raises:
         ValueError: a file is missing or has another sum; the message names it.
     """
     for name, digest in expected.items():
         if not (folder / name).is_file():
-            raise ValueError(
-                f"{folder} is damaged: {name} is missing. Make or copy the folder again"
-            )
+            raise ValueError(f"{folder} is damaged: {name} is missing. {advice}")
         if sums(folder, [name])[name] != digest:
             raise ValueError(
                 f"{folder} is damaged: {name} does not match the SHA-256 sum of the file that was "
-                "written. Make or copy the folder again"
+                f"written. {advice}"
             )

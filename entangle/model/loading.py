@@ -19,11 +19,14 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GgufConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
 from entangle.model import ranks
+from entangle.model.classes import class_of
+from entangle.model.integrity import check_files, check_weights, has_sums
 from entangle.model.layers import find_layers
 from entangle.model.packing import (
     EXPANSION,
@@ -34,6 +37,7 @@ from entangle.model.packing import (
     save_expanded,
 )
 from entangle.model.placing import blocks_in_files, bytes_of_block, is_offloaded, stored_parameters
+from entangle.model.quantised import dequantised, forget_quantisation, unused_scales
 from entangle.numerics.routing import Router
 from entangle.numerics.torch_settings import with_torch_defaults
 
@@ -59,6 +63,7 @@ def load_model(
     device_map: str | None = None,
     offload: str | Path | None = None,
     packed: bool = False,
+    verify: bool = False,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """Load a causal language model in eval mode from a hub id, a folder or a ``.gguf`` file.
@@ -76,10 +81,14 @@ def load_model(
     CPU, layers with at least half of their weights zero are stored without zeros, which makes a few
     tokens faster; they have no gradients. On other devices it changes nothing.
 
+    In a folder, the sizes and headers of the weights' files are always checked. ``verify`` also
+    checks the SHA-256 sum of every file of a pruned or expanded model.
+
     Raises:
         FileNotFoundError: the path does not exist, or the folder holds no model.
         NotADirectoryError: ``offload`` is a file.
-        ValueError: the dtype or device is unknown; weights are missing; transformers cannot load
+        ValueError: the dtype or device is unknown; weights are missing or damaged; ``verify`` is
+            given for a model without sums; transformers cannot load
             the model (the message quotes it); ``device_map`` or ``offload`` is given for an
             expanded model or a GGUF file; or ``device_map`` is given under torchrun.
     """
@@ -101,28 +110,33 @@ def load_model(
             "device_map spreads a model over all devices, but torchrun started "
             f"{ranks.count()} processes: leave out device_map, or run one process"
         )
+    if verify and not (expanded and not has_sums(Path(source))):  # expansion.json has sums too
+        check_files(Path(source) if Path(name).is_dir() else Path(name))
+    if Path(name).is_dir():
+        check_weights(Path(source))
     if expanded:
         return _load_expanded(Path(source), dtype, target, packed, trust_remote_code)
+    kind, plain = AutoModelForCausalLM, {"quantization_config": GgufConfig(dequantize=True)}
+    if "gguf_file" not in options:
+        with _explained(name):
+            config = AutoConfig.from_pretrained(source, **options)
+            plain = dequantised(config)
+        kind = class_of(config, name)
     with _explained(name):
         if spread:
-            options |= _placement(source, options, device_map, offload, target)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            options |= _placement(kind, source, options, device_map, offload, target)
+        loaded: Any = kind.from_pretrained(
             source,
             dtype=DTYPES[dtype],
             output_loading_info=True,
             ignore_mismatched_sizes=True,
             **options,
+            **plain,
         )
     model, report = loaded
-    wrong = {*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])}
-    if wrong:  # transformers initialises them at random
-        raise ValueError(
-            f"cannot load {name}: {len(wrong)} of the weights of its configuration are missing in "
-            f"its files or have another shape, for example {min(wrong)}"
-        )
-    if "gguf_file" in options:  # dequantised by now; these attributes would save it as quantised
-        vars(model).update(hf_quantizer=None, is_quantized=False)
-        del model.config.quantization_config
+    _check_report(name, report)
+    if plain:
+        forget_quantisation(model)
     on_device: PreTrainedModel = (model if spread else model.to(target)).eval()
     if packed and not spread and target.type == "cpu":
         pack_layers(on_device, find_layers(on_device))
@@ -130,7 +144,29 @@ def load_model(
     return on_device
 
 
+def _check_report(name: str | Path, report: Mapping[str, Any]) -> None:
+    """Check what transformers reports about a model that it loaded.
+
+    Raises:
+        ValueError: weights are missing or have another shape, or their scales were not used.
+    """
+    wrong = {*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])}
+    if wrong:  # transformers initialises them at random
+        raise ValueError(
+            f"cannot load {name}: {len(wrong)} of the weights of its configuration are missing in "
+            f"its files or have another shape, for example {min(wrong)}"
+        )
+    unused = unused_scales(report["unexpected_keys"])
+    if unused:
+        raise ValueError(
+            f"cannot load {name}: its weights are codes of a quantised format, and transformers does "
+            f"not use {len(unused)} of their scales, for example {unused[0]}: give a folder whose "
+            "config.json has the quantization_config of the format, or a model that is not quantised"
+        )
+
+
 def _placement(
+    kind: Any,
     source: str,
     options: dict[str, Any],
     device_map: str | None,
@@ -146,9 +182,7 @@ def _placement(
         return {"device_map": device_map} | folder
     config = AutoConfig.from_pretrained(source, **options)
     with init_empty_weights():
-        empty: Any = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-            config, trust_remote_code=options["trust_remote_code"]
-        )
+        empty = kind.from_config(config, trust_remote_code=options["trust_remote_code"])
     return {"device_map": blocks_in_files(empty, device)} | folder
 
 
@@ -184,7 +218,8 @@ def save_model(
 
     Raises:
         OSError: the folder cannot be written.
-        ValueError: transformers refuses to save the model; the message quotes it.
+        RuntimeError: transformers refuses to save the model; the message quotes it. It is no
+            ValueError, so that the work on a model that was pruned stays (see `folders`).
     """
     folder.mkdir(parents=True, exist_ok=True)  # transformers does not raise if it is a file
     try:
@@ -211,7 +246,7 @@ def save_model(
         # On a full disk safetensors raises SafetensorError, and tokenizers a bare Exception.
         disk = isinstance(error, SafetensorError) or type(error) is Exception
         reason = textwrap.shorten(str(error), 300, placeholder=" ...")
-        kind = OSError if disk else ValueError
+        kind = OSError if disk else RuntimeError
         raise kind(f"cannot save the model to {folder}: {reason}") from error
     # safetensors makes its files readable by their owner only.
     for file in folder.rglob("*.safetensors"):
@@ -300,9 +335,7 @@ def source_of(
             raise FileNotFoundError(f"there is no GGUF file at {path}: check the path")
         return str(path.parent), options | {"gguf_file": path.name}
     if path.is_dir():
-        if (
-            path / "adapter_config.json"
-        ).is_file():  # transformers ignores it where peft is missing
+        if (path / "adapter_config.json").is_file():  # transformers ignores it without peft
             raise ValueError(
                 f"the folder {path} holds an adapter (adapter_config.json): merge it into its model "
                 "first (in peft: model = model.merge_and_unload()), and save that to a folder"

@@ -18,9 +18,11 @@ from accelerate import init_empty_weights
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import AutoConfig, GenerationConfig, PreTrainedModel
+from transformers.dynamic_module_utils import custom_object_save
 
 from entangle.model import folders
+from entangle.model.classes import class_of
 from entangle.model.experts import ExpertLinear, Packed, PackedLinear, pack, unpack
 from entangle.model.layers import LinearLayer, find_layers, is_plain, replace_layer, weight_of
 from entangle.model.placing import stored_parameters
@@ -118,6 +120,8 @@ def save_expanded(
     Raises:
         OSError: a file cannot be written.
     """
+    if model.is_remote_code():  # as in save_pretrained: also the modules that it imports
+        custom_object_save(model, folder, config=model.config)  # type: ignore[arg-type]
     model.config.save_pretrained(folder)
     if model.generation_config is not None:
         model.generation_config.save_pretrained(folder)
@@ -281,7 +285,7 @@ def load_expanded(
             f"{folder} has format {version}, but this version of entangle reads format {_FORMAT}: "
             "expand the model again, or use the version that wrote the folder"
         )
-    folders.check_sums(folder, expected)
+    folders.check_sums(folder, expected, "Make or copy the folder again")
     model = _empty_model(folder, trust_remote_code)
     try:
         blocks = {_file_of(layer["block"]) for layer in described.values()}
@@ -308,9 +312,7 @@ def _empty_model(folder: Path, trust_remote_code: bool) -> PreTrainedModel:
     config = AutoConfig.from_pretrained(folder, **options)
     # Buffers are computed here, since no file holds them.
     with init_empty_weights(include_buffers=False):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-            config, **options
-        )
+        model: PreTrainedModel = class_of(config, folder).from_config(config, **options)
     if (folder / GENERATION).is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     return model

@@ -23,10 +23,12 @@ class FinishedBlocks:
     Under torchrun rank 0 writes them, into a folder that all processes can read.
     """
 
+    name = "blocks"  # of the checkpoint in the folder
+
     def __init__(self, model: PreTrainedModel, folder: Path) -> None:
         self.folder = folder
         self._model = model
-        self._blocks = folder / "blocks"
+        self.blocks = folder / self.name
         self.finished: set[int] = set(ranks.from_rank(0, self._written()))
 
     def save(self, layers: Sequence[LinearLayer], pruned: Sequence[PrunedLayer]) -> None:
@@ -35,13 +37,13 @@ class FinishedBlocks:
         about: dict[str, Any] = {"rows": [one.row for one in pruned]}
         here = {x.name: x for x in find_layers(self._model, [layer.name for layer in layers])}
         expanded = [x for x in here.values() if isinstance(x.module, ExpertLinear)]
-        file = self._blocks / f"{block}.safetensors"
+        file = self.blocks / f"{block}.safetensors"
         if ranks.rank() == 0:
             if expanded:
                 about["described"] = save_experts(self.folder, expanded)
             else:
                 save_tensors(file, {name: _stored(x) for name, x in here.items()})
-            store.write_json(self._blocks / f"{block}.json", about)
+            store.write_json(self.blocks / f"{block}.json", about)
         self.finished.add(block)
         if not expanded:
             ranks.all_gather(block)  # waits until the file is written
@@ -50,8 +52,8 @@ class FinishedBlocks:
     def load(self, layers: Sequence[LinearLayer]) -> list[PrunedLayer]:
         """Restore the layers of a block; their results have no errors by neuron."""
         block = layers[0].block
-        about = store.read_json(self._blocks / f"{block}.json")
-        file = self._blocks / f"{block}.safetensors"
+        about = store.read_json(self.blocks / f"{block}.json")
+        file = self.blocks / f"{block}.safetensors"
         if "described" in about:
             model, weight = self._model, weight_of(layers[0])
             where = input_device(model) if is_offloaded(model) else weight.device
@@ -89,17 +91,17 @@ class FinishedBlocks:
 
     def described(self) -> dict[str, Any]:
         """Return the descriptions of the expanded layers of all blocks, by name."""
-        files = [self._blocks / f"{block}.json" for block in self._written()]
+        files = [self.blocks / f"{block}.json" for block in self._written()]
         parts = [store.read_json(file).get("described", {}) for file in files]
         return {name: about for part in parts for name, about in part.items()}
 
     def _written(self) -> list[int]:
-        files = self._blocks.glob("*.json")
+        files = self.blocks.glob("*.json")
         return sorted(int(file.stem) for file in files if file.stem.isdecimal())
 
     def remove(self) -> None:
         """Remove the checkpoint."""
-        folders.remove_folder(self._blocks)
+        folders.remove_folder(self.blocks)
 
 
 def _stored(layer: LinearLayer) -> torch.Tensor:

@@ -17,10 +17,12 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from entangle.model import ranks
+from entangle.model.integrity import LOG, described_files
 from entangle.model.layers import find_layers, naming
 from entangle.model.loading import save_model
 from entangle.model.placing import is_offloaded
 from entangle.model.prunable import check_prunable
+from entangle.model.reloading import check_saved
 from entangle.model.sampling import sample_inputs
 from entangle.model.text import TokenWindows
 from entangle.numerics.masks import check_group
@@ -189,10 +191,12 @@ def sparsify(
         if checkpoint is not None and ranks.rank() == 0:
             rows: list[Any] = found.layers.to_dict(orient="records")
             save_model(model, tokenizer, checkpoint.folder, checkpoint.described())
+            check_saved(model, checkpoint.folder, windows.tokens[:1], checkpoint.blocks)
             whole = {"sparsity": found.sparsity, "error": found.error}
             whole |= costs.totals(rows, dense) | {"model_bytes": costs.size_of(checkpoint.folder)}
             store.write_json(checkpoint.folder / "sparsity.json", whole | {"layers": rows})
-            store.write_json(checkpoint.folder / "log.json", stopwatch.log())
+            files = described_files(checkpoint.folder, checkpoint.name)
+            store.write_json(checkpoint.folder / LOG, stopwatch.log() | files)
             checkpoint.remove()
     return found
 

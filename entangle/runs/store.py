@@ -118,7 +118,8 @@ def read_json(file: Path) -> dict[str, Any]:
     """Read a JSON file that `write_json` wrote.
 
     Raises:
-        ValueError: the file is damaged.
+        OSError: the file is damaged, and deleting it helps: then the work beside it stays.
+        ValueError: run.json or log.json is damaged.
     """
     try:
         return _parsed(file)
@@ -128,7 +129,8 @@ def read_json(file: Path) -> dict[str, Any]:
         advice = f"delete {file}, and run the command that wrote it again"
         if whole:
             advice = f"run the command that wrote {file.parent} again, with --overwrite"
-        raise ValueError(f"{file} is damaged ({error}): {advice}") from error
+        kind = ValueError if whole else OSError
+        raise kind(f"{file} is damaged ({error}): {advice}") from error
 
 
 def _parsed(file: Path) -> dict[str, Any]:

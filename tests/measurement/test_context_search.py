@@ -584,7 +584,7 @@ def test_contexts_are_added_to_the_run(tmp_path: Path) -> None:
     assert written(names[1]) == whole | {"another": {"neuron": "é"}}
     assert set(out.rglob("*")) - files == {out / "contexts.json"}
     (out / "contexts.json").write_text('{"model.layers')
-    with pytest.raises(ValueError, match=r"contexts\.json.*damaged"):
+    with pytest.raises(OSError, match=r"contexts\.json.*damaged"):
         contexts(model, windows, run=run, neurons=names, tokenizer=TOKENIZER, out=out)
 
 

@@ -3,11 +3,14 @@
 import hashlib
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from entangle.model.folders import check_sums, check_target, new_file, new_folder, sums
+
+AGAIN = "Copy it again"
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -217,6 +220,49 @@ def test_what_is_to_be_gone_on_with_stays_after_an_error(tmp_path: Path) -> None
     assert not partial.exists()
 
 
+@pytest.mark.parametrize(
+    ("error", "stays"),
+    [
+        (OSError(28, "No space left on device"), True),
+        (MemoryError(), True),
+        (KeyboardInterrupt(), True),
+        (SystemExit(143), True),
+        (RuntimeError("CUDA out of memory"), True),
+        (ValueError("the Gram of a layer cannot be factored"), False),
+        (KeyError("no such layer"), False),
+        (TypeError("not a number"), False),
+    ],
+)
+def test_work_stays_only_after_an_error_that_another_attempt_can_get_past(
+    error: BaseException, stays: bool, tmp_path: Path
+) -> None:
+    def fail() -> None:
+        with new_folder(tmp_path / "run", can_resume=lambda _: True) as folder:
+            (folder / "done").touch()
+            raise error
+
+    with pytest.raises(type(error)):
+        fail()
+    assert (tmp_path / "run.partial" / "done").exists() == stays
+    assert stays or not [*tmp_path.iterdir()]
+
+
+def test_an_error_before_a_folder_is_filled_loses_none_of_its_work(tmp_path: Path) -> None:
+    def damaged(folder: Path) -> bool:
+        raise ValueError("run.json is damaged")
+
+    def fail(error: Exception, can_resume: Callable[[Path], bool]) -> None:
+        with new_folder(tmp_path / "run", can_resume=can_resume) as folder:
+            (folder / "done").touch()
+            raise error
+
+    with pytest.raises(RuntimeError):
+        fail(RuntimeError("stop"), lambda _: True)
+    with pytest.raises(ValueError, match="damaged"):
+        fail(ValueError("not reached"), damaged)
+    assert (tmp_path / "run.partial" / "done").exists()
+
+
 def test_another_command_does_not_lose_what_is_to_be_gone_on_with(tmp_path: Path) -> None:
     def break_off() -> None:
         with new_folder(tmp_path / "run", can_resume=lambda _: True) as folder:
@@ -333,8 +379,8 @@ def test_sums_are_those_of_the_bytes(tmp_path: Path, files: dict[str, bytes]) ->
     assert list(sums(tmp_path, reversed(list(files)))) == list(reversed(list(files)))
     assert sums(tmp_path, ["a.json"]) == {"a.json": expected["a.json"]}
     assert sums(tmp_path, []) == {}
-    check_sums(tmp_path, expected)
-    check_sums(tmp_path, {})
+    check_sums(tmp_path, expected, AGAIN)
+    check_sums(tmp_path, {}, AGAIN)
     with pytest.raises(FileNotFoundError, match="nothing"):
         sums(tmp_path, ["nothing"])
 
@@ -349,11 +395,12 @@ def test_a_file_that_is_missing_or_changed_is_named(
     for changed in (flipped, data + b"\0"):
         (tmp_path / name).write_bytes(changed)
         with pytest.raises(ValueError, match=rf"{tmp_path} .*damaged.* {name} .*\bwritten\b"):
-            check_sums(tmp_path, before)
-        check_sums(tmp_path, {other: before[other] for other in files if other != name})
+            check_sums(tmp_path, before, AGAIN)
+        others = {other: before[other] for other in files if other != name}
+        check_sums(tmp_path, others, AGAIN)
     (tmp_path / name).unlink()
     with pytest.raises(ValueError, match=rf"{tmp_path} .*damaged.* {name} .*missing"):
-        check_sums(tmp_path, before)
+        check_sums(tmp_path, before, AGAIN)
     (tmp_path / name).mkdir()
     with pytest.raises(ValueError, match=rf"{tmp_path} .*damaged.* {name} .*missing"):
-        check_sums(tmp_path, before)
+        check_sums(tmp_path, before, AGAIN)

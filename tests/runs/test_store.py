@@ -73,18 +73,22 @@ def test_a_folder_that_holds_no_run_is_refused(tree: xr.DataTree, tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    ("name", "advice"),
-    [("run.json", "--overwrite"), ("log.json", "--overwrite"), ("contexts.json", "delete .*json")],
+    ("name", "advice", "kind"),
+    [
+        ("run.json", "--overwrite", ValueError),
+        ("log.json", "--overwrite", ValueError),
+        ("contexts.json", "delete .*json", OSError),
+    ],
 )
 @pytest.mark.parametrize(
     ("text", "reason"), [("", "empty"), ("[1]", "no JSON object"), ("{", "Expecting")]
 )
 def test_a_damaged_json_file_is_told_with_what_to_delete(
-    name: str, advice: str, text: str, reason: str, tmp_path: Path
+    name: str, advice: str, kind: type[Exception], text: str, reason: str, tmp_path: Path
 ) -> None:
     (tmp_path / name).write_text(text)
     message = rf"{tmp_path}/{name} .*damaged.*{reason}.*{advice}"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(kind, match=message):
         store.read_json(tmp_path / name)
 
 

@@ -1,0 +1,142 @@
+"""Whether a folder that was just written gives back the model in memory.
+
+A model is saved in another form than it has in memory: transformers renames and splits tensors,
+leaves out tied ones, and writes a configuration. So the folder is loaded again.
+"""
+
+import tempfile
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from transformers import PreTrainedModel
+
+from entangle.model.packing import expanded_layers, load_expanded, load_tensors
+from entangle.model.placing import blocks_in_files, is_offloaded, stored_parameters
+
+
+def check_saved(model: PreTrainedModel, folder: Path, tokens: torch.Tensor, scratch: Path) -> None:
+    """Check that the folder that `save_model` wrote holds the tensors of the model, bit for bit.
+
+    If a second model fits into memory, its outputs for ``tokens`` (windows, length) are compared
+    too: equal to rounding. Otherwise the folder's tensors are read one at a time; ``scratch`` is an
+    existing folder for those that transformers has to convert.
+
+    Raises:
+        OSError: the folder cannot be loaded or differs from the model; the message names the tensor.
+    """
+    whole = _fits(model)
+    try:
+        if expanded_layers(model) and not whole:
+            for file in folder.rglob("*.safetensors"):
+                load_tensors(file)  # compares with the sum of the tensors that were in memory
+            return
+        with tempfile.TemporaryDirectory(dir=scratch) as temporary:
+            again = _loaded(model, folder, whole, Path(temporary))
+            _compare_tensors(model, again)
+            if whole:
+                _compare_outputs(model, again, tokens)
+    except (ValueError, LookupError, RuntimeError) as error:
+        raise OSError(
+            f"the model was not saved: {folder} differs from the model in memory ({error})"
+        ) from error
+
+
+def _fits(model: PreTrainedModel) -> bool:
+    """Return whether a second model fits beside this one, on its one device and on the host."""
+    if is_offloaded(model) or len(set(getattr(model, "hf_device_map", {}).values())) > 1:
+        return False
+    tensors = {id(x): x.nbytes for x in (*model.parameters(), *model.buffers())}
+    free = psutil.virtual_memory().available
+    if model.device.type == "cuda":
+        free = min(free, torch.cuda.mem_get_info(model.device)[0])
+    return 1.2 * sum(tensors.values()) < free  # a fifth for what the forward passes need
+
+
+def _loaded(model: PreTrainedModel, folder: Path, whole: bool, temporary: Path) -> PreTrainedModel:
+    """Load the folder: onto the model's device if ``whole``, else with its blocks left in files.
+
+    Raises:
+        ValueError: a key of the model's is not in the files, or one of theirs not in the model.
+    """
+    if expanded_layers(model):
+        expanded: Any = load_expanded(folder, model.is_remote_code())
+        found: PreTrainedModel = expanded.to(model.device).eval()
+        return found
+    place: dict[str, Any] = {"device_map": {"": model.device}}
+    if not whole:
+        device = torch.device("cpu")
+        place = {"device_map": blocks_in_files(model, device), "offload_folder": str(temporary)}
+    # Of the model's own class, since that may be code that only this process knows.
+    kind_of_model: Any = type(model)
+    again, report = kind_of_model.from_pretrained(
+        folder, dtype="auto", output_loading_info=True, **place
+    )
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if report[kind]:
+            raise ValueError(f"{kind.replace('_', ' ')}: {min(map(str, report[kind]))}")
+    loaded: PreTrainedModel = again.eval()
+    return loaded
+
+
+def _compare_tensors(model: PreTrainedModel, again: PreTrainedModel) -> None:
+    """Compare all parameters and saved buffers of two models, one at a time.
+
+    Raises:
+        ValueError: one differs.
+    """
+    none = ("nothing", torch.empty(0))
+    pairs = zip_longest(stored_parameters(model), stored_parameters(again), fillvalue=none)
+    for (name, ours), (other, theirs) in pairs:
+        if name != other:
+            raise ValueError(f"{min(name, other)} is only in one of them")
+        _compare(name, ours, theirs)
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    theirs_by_name = dict(again.named_buffers(remove_duplicate=False))
+    saved = {*model.state_dict()} - parameters
+    for name, buffer in model.named_buffers(remove_duplicate=False):
+        if name in saved:
+            _compare(name, buffer, theirs_by_name[name])
+
+
+def _compare(name: str, ours: torch.Tensor, theirs: torch.Tensor) -> None:
+    """Compare two tensors bit for bit, so NaN with NaN.
+
+    Raises:
+        ValueError: they differ.
+    """
+    bits = [x.detach().to(theirs.dtype).cpu().contiguous().reshape(-1) for x in (ours, theirs)]
+    equal = ours.shape == theirs.shape
+    if not equal or not torch.equal(bits[0].view(torch.uint8), bits[1].view(torch.uint8)):
+        raise ValueError(f"tensor {name} differs")
+
+
+def _compare_outputs(model: PreTrainedModel, again: PreTrainedModel, tokens: torch.Tensor) -> None:
+    """Compare the logits of two models; the norm of the difference must be that of rounding.
+
+    The weights are equal, but not where they lie in memory, on which the order of sums depends. A
+    wrong configuration changes the logits by far more.
+
+    Raises:
+        ValueError: the logits differ.
+    """
+    with torch.no_grad():
+        ours, theirs = (
+            one(input_ids=tokens.to(model.device)).logits.flatten(0, 1) for one in (model, again)
+        )
+    difference = size = 0.0
+    for a, b in zip(ours, theirs, strict=True):  # a token at a time: the vocabulary may be large
+        finite = a.isfinite()
+        if not torch.equal(finite, b.isfinite()):
+            raise ValueError("the outputs are not finite in other places")
+        difference += float((a[finite].double() - b[finite].double()).square().sum())
+        size += float(a[finite].double().square().sum())
+    allowed = max(1e-4, 8 * torch.finfo(ours.dtype).eps)
+    if difference > allowed**2 * size:
+        raise ValueError(
+            f"equal tensors give other outputs, by {(difference / size) ** 0.5:.2g} of their norm"
+            if size
+            else "equal tensors give other outputs"
+        )
