@@ -1,7 +1,9 @@
 """Cases of bad inputs: a command line, its files, what the command did, and what is wrong with that."""
 
 import fcntl
+import itertools
 import json
+import logging
 import os
 import random
 import re
@@ -15,7 +17,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, chdir, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -61,10 +63,22 @@ class Outcome:
     seconds: float
 
 
-def make_case(seed: int, good: Path, folder: Path, command: str | None = None) -> Case:
+def seeds_of(command: str) -> Iterator[int]:
+    """Give the seeds of the cases of a command whose words are wrong, or may be."""
+    for seed in itertools.count():
+        rng = _rng(seed)
+        if lines.command_of(rng) == command and lines.draw(command, rng)[1]:
+            yield seed
+
+
+def _rng(seed: int) -> random.Random:
+    return random.Random(f"inputs {seed}")
+
+
+def make_case(seed: int, good: Path, folder: Path) -> Case:
     """Draw a case and make its folder from the good inputs."""
-    rng = random.Random(f"inputs {seed}")
-    words = lines.draw(rng, command)
+    rng = _rng(seed)
+    words, _ = lines.draw(lines.command_of(rng), rng)
     text = " ".join(words)
     names = {name for name in place.NAMES if any(_begins(word, name) for word in words)}
     if {"run", "run-2"} & names or rng.random() < 0.1:
@@ -223,7 +237,8 @@ def _planned_here() -> Iterator[None]:
             with _caught(out.parent) as said:
                 code = place.run_main([*words, "--out", str(out), "--overwrite"])
             if code:
-                raise RuntimeError(f"{words[0]} failed: {said[1].read_text(encoding='utf-8')}")
+                kind = ValueError if code == 2 else RuntimeError  # as it does itself
+                raise kind(f"{words[0]} failed: {said[1].read_text(encoding='utf-8')}")
             costs[words[0]] = 1.0, 1e9, 0.0, 1e6
         return planning._Cost(blocks, batches, *costs[words[0]])
 
@@ -233,7 +248,12 @@ def _planned_here() -> Iterator[None]:
 
 @contextmanager
 def _warnings() -> Iterator[None]:
-    """Print the warnings that Python prints by itself, each time and not only once."""
+    """Print the warnings that Python prints by itself, each time; of libraries' logs only errors.
+
+    A command asks for the second by environment variables, before it imports the libraries.
+    """
+    loggers = [logging.getLogger(name) for name in ("transformers", "accelerate")]
+    levels = [logger.level for logger in loggers]
     with warnings.catch_warnings():
         warnings.resetwarnings()
         warnings.simplefilter("always")
@@ -244,7 +264,13 @@ def _warnings() -> Iterator[None]:
             ResourceWarning,
         ):
             warnings.simplefilter("ignore", kind)
-        yield
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
 
 
 def run_command(case: Case, folder: Path) -> Outcome:
@@ -368,21 +394,17 @@ class Judge:
         place.make(self.good)
         self.before = place.contents(self.good)
 
-    def judge(
-        self, seed: int, *, command: str | None = None, real: bool = False, keep: bool = False
-    ) -> tuple[Case, Outcome, list[str]]:
+    def judge(self, seed: int, *, real: bool = False) -> tuple[Case, Outcome, list[str]]:
         """Run one case, in this process or as a real command."""
         folder = self.folder / f"case-{seed}"
-        case = make_case(seed, self.good, folder, command)
+        case = make_case(seed, self.good, folder)
         if real:
-            case = Case(
-                seed, [word.replace("\0", "0") for word in case.words], case.done, case.locked
-            )
+            words = [word.replace("\0", "0") for word in case.words]  # no command line has it
+            case = replace(case, words=words)
         before = place.contents(folder)
         done = run_command(case, folder) if real else run_here(case, folder)
         wrong = problems(case, done, before, place.contents(folder))
-        if not keep:
-            shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
         return case, done, wrong
 
     def untouched(self) -> bool:

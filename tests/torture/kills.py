@@ -35,7 +35,7 @@ COMMANDS = {
     "sparsify": f"sparsify {TEXT} --sparsity 0.5",
     "sparsify-experts": f"sparsify {TEXT} --layers *.mlp.* --sparsity 0.5 --experts 2",
     "sweep": f"sweep {TEXT} {HELD} {SOME} --sparsity 0.5,2:4 --method sparsegpt,wanda",
-    "sweep-experts": f"sweep {TEXT} {HELD} {SOME} --sparsity 0.5 --method wanda --experts 1,2",
+    "sweep-experts": f"sweep {TEXT} {HELD} {SOME} --sparsity 0.5 --method sparsegpt --experts 1,2",
     "ablate": f"ablate run --text text.txt {SIZES} {HELD} {SOME} --share 0.2 --seeds 1 "
     "--sets wasserstein,random,std --intervention sparsify,zero",
     "disentangle": f"disentangle run --text text.txt {SIZES} {HELD} {SOME} --experts 2",

@@ -1,6 +1,7 @@
 """Command lines: good ones for each command, and what is wrong with them, drawn by seed."""
 
 import argparse
+import functools
 import random
 from collections.abc import Sequence
 from typing import Any
@@ -36,7 +37,7 @@ LINES: dict[str, Sequence[str]] = {
 # How often each is drawn: those with more arguments and inputs more often.
 WEIGHTS = {"measure": 12, "sparsify": 12, "sweep": 10, "ablate": 10, "disentangle": 7, "merge": 7,
            "perplexity": 9, "generate": 7, "contexts": 7, "plan": 7, "rank": 6, "diff": 6, "plot": 9,
-           "report": 5}  # fmt: skip
+           "report": 3}  # fmt: skip
 assert {*LINES} == {*WEIGHTS} == {*parsers()[1]}
 
 # fmt: off
@@ -99,20 +100,25 @@ GOOD = {  # values that work, so that others are reached
 SLOW = {"seeds": NUMBERS[:5]}  # more would be right, and take long
 
 
-def draw(rng: random.Random, command: str | None = None) -> list[str]:
-    """Return the words of a command line: a good one, and usually with something wrong in it."""
-    name = command or rng.choices(list(WEIGHTS), list(WEIGHTS.values()))[0]
+def command_of(rng: random.Random) -> str:
+    """Draw a command."""
+    return rng.choices(list(WEIGHTS), list(WEIGHTS.values()))[0]
+
+
+def draw(name: str, rng: random.Random) -> tuple[list[str], int]:
+    """Return the words of a command line, and how many things are wrong with it, or may be."""
     groups = grouped(rng.choice(LINES[name]).split(" "))
     for _ in range(rng.choice([0, 0, 1, 1, 2])):
         option = rng.choice(_options(name))
         _put(groups, [option.option_strings[-1], *_good(option, rng)])
-    for _ in range(rng.choices([0, 1, 2, 3], [25, 55, 15, 5])[0]):
+    changes = rng.choices([0, 1, 2, 3], [25, 55, 15, 5])[0]
+    for _ in range(changes):
         change = rng.choices(
             [_value, _positional, _drop, _foreign, _extra, _twice, _shuffle, _short, _equals],
             [60, 14, 8, 5, 4, 4, 3, 2, 2],
         )[0]
         change(groups, name, rng)
-    return [word for group in groups for word in group]
+    return [word for group in groups for word in group], changes
 
 
 Groups = list[list[str]]  # the command, then a positional argument or a flag and its values each
@@ -128,6 +134,7 @@ def grouped(words: Sequence[str]) -> Groups:
     return groups
 
 
+@functools.cache
 def _options(name: str) -> list[Any]:
     """Return argparse's actions of a command's flags."""
     actions = parsers()[1][name]._actions

@@ -4,7 +4,8 @@ import os
 import random
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import chdir
+from contextlib import chdir, redirect_stdout
+from io import StringIO
 from pathlib import Path
 
 from tests.tiny_models import save_tiny
@@ -53,7 +54,7 @@ def make_sources(folder: Path) -> None:
 def make(folder: Path) -> None:
     """Make all good inputs, by the commands themselves."""
     make_sources(folder)
-    with chdir(folder):
+    with chdir(folder), redirect_stdout(StringIO()):
         for words in MADE.values():
             assert run_main(words.split()) == 0, words
 
