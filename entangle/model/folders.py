@@ -177,7 +177,7 @@ def new_file(target: str | Path) -> Iterator[Path]:
     """
     target = Path(target)
     if target.is_dir():
-        raise IsADirectoryError(f"cannot write {target}: it is a folder. Give the name of a file")
+        raise OSError(f"cannot write {target}: it is a folder. Give the name of a file")
     # The suffix stays, since savefig and others choose the format by it.
     partial = target.with_name(f"{target.stem}.partial{target.suffix}")
     try:
