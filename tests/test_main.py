@@ -233,6 +233,24 @@ def test_bad_input_gets_one_message(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["rank", ""],
+        ["rank", "RUN", "--csv", ""],
+        ["plot", "RUN", "heatmap", "--out="],
+        ["report", ""],
+    ],
+)
+def test_an_empty_path_is_refused(
+    place: Path, capsys: pytest.CaptureFixture[str], words: list[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main([str(place / "run") if word == "RUN" else word for word in words])
+    assert stopped.value.code == 2
+    assert re.search(r"argument \S+: expected a path.*empty", capsys.readouterr().err)
+
+
 @pytest.mark.parametrize("kind", ["RUN", "heatmaps"])
 def test_a_kind_of_picture_that_does_not_exist_is_refused(
     place: Path, capsys: pytest.CaptureFixture[str], kind: str

@@ -152,12 +152,15 @@ def _parsed(file: Path) -> dict[str, Any]:
     """Return the content of a JSON file.
 
     Raises:
-        ValueError: the file is empty or has no JSON object.
+        ValueError: the file is empty, is nested too deeply or has no JSON object.
     """
     text = file.read_text(encoding="utf-8")
     if not text.strip():
         raise ValueError(f"{file.name} is empty")
-    content = json.loads(text)
+    try:
+        content = json.loads(text)
+    except RecursionError as error:
+        raise ValueError(f"{file.name} is nested too deeply") from error
     if not isinstance(content, dict):
         raise ValueError(f"{file.name} has no JSON object")
     return content
@@ -265,7 +268,8 @@ def save_figure(figure: "Figure", file: str | Path) -> Path:
         ValueError: matplotlib does not know the suffix.
     """
     file = Path(file)
-    file = file if file.suffix else file.with_suffix(".png")
+    if not file.suffix and file.name not in {"", ".."}:  # those are folders
+        file = file.with_suffix(".png")
     with folders.new_file(file) as partial:
         figure.savefig(partial, dpi=160)
     return file

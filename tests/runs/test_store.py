@@ -88,7 +88,13 @@ def test_a_log_of_other_types_is_damaged(name: str, value: object, tmp_path: Pat
     [("run.json", "--overwrite"), ("log.json", "--overwrite"), ("contexts.json", "delete .*json")],
 )
 @pytest.mark.parametrize(
-    ("text", "reason"), [("", "empty"), ("[1]", "no JSON object"), ("{", "Expecting")]
+    ("text", "reason"),
+    [
+        ("", "empty"),
+        ("[1]", "no JSON object"),
+        ("{", "Expecting"),
+        ("[" * 100_000, "nested too deeply"),
+    ],
 )
 def test_a_damaged_json_file_is_told_with_what_to_delete(
     name: str, advice: str, text: str, reason: str, tmp_path: Path
