@@ -358,7 +358,9 @@ def _of_files(case: Case, done: Outcome, before: place.Content, after: place.Con
             wrong.append(f"{name} was {'changed' if name in after else 'removed'}")
     scratch = {*case.words[1:]} if "--offload" in case.words else set()  # stays there
     for name in {*after} - {*before}:
-        if any(name == word or name.startswith(f"{word.rstrip('/')}/") for word in scratch):
+        if any(
+            f"{name}/".startswith(f"{word}/") or word.startswith(f"{name}/") for word in scratch
+        ):
             continue
         if done.code == 0 and ".partial" not in name:
             continue
