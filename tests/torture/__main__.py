@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+import traceback
 from typing import Any
 
 os.environ |= {"TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1", "NUMBA_THREADING_LAYER": "workqueue"}
@@ -62,7 +63,10 @@ def _run(part: str, args: Any) -> bool:
         record = Record(part, sys.stdout, fresh=args.fresh)
         for seed in record.left(range(args.seed, args.seed + count)):
             begin = time.monotonic()
-            about, wrong = _judged(judge, part, seed)
+            try:
+                about, wrong = _judged(judge, part, seed)
+            except Exception:  # noqa: BLE001  # of the case itself: the others still run
+                about, wrong = {}, [traceback.format_exc()]
             about["seconds"] = round(time.monotonic() - begin, 3)
             record.add(seed, about, wrong, count)
         if isinstance(judge, Judge):

@@ -125,7 +125,7 @@ def _json(file: Path, rng: random.Random) -> str:
     data = file.read_bytes()
     try:
         content = json.loads(data)
-    except ValueError:
+    except (ValueError, RecursionError):  # damaged before
         return _garbage(file, rng)
     if kind in {"value", "key"} and isinstance(content, dict):
         said = _edit(content, rng, delete=kind == "key")
@@ -169,9 +169,9 @@ def _seal(file: Path, rng: random.Random) -> None:
     log = file.with_name("log.json")
     if file.name != "run.json" or not log.is_file() or rng.random() < 0.6:
         return
-    with contextlib.suppress(ValueError):
+    with contextlib.suppress(ValueError, RecursionError):
         content = json.loads(log.read_bytes())
-        if isinstance(content, dict) and "run.json" in content.get("files", {}):
+        if isinstance(content, dict) and isinstance(content.get("files"), dict):
             content["files"] |= folders.sums(file.parent, ["run.json"])
             write(log, json.dumps(content).encode())
 
@@ -179,13 +179,12 @@ def _seal(file: Path, rng: random.Random) -> None:
 def _tensors(file: Path, rng: random.Random) -> str:
     """Damage a file of tensors as such: names, shapes, types, values, places in the file."""
     data = file.read_bytes()
-    size = struct.unpack("<Q", data[:8])[0]
+    size = int.from_bytes(data[:8], "little")
     try:
         header, body = json.loads(data[8 : 8 + size]), bytearray(data[8 + size :])
-    except ValueError:
+        name = rng.choice([name for name in header if name != "__metadata__"])
+    except (ValueError, IndexError):  # damaged before
         return _garbage(file, rng)
-    names = [name for name in header if name != "__metadata__"]
-    name = rng.choice(names)
     one, kind = header[name], rng.choice(
         ["missing", "renamed", "shape", "type", "places", "NaN", "zeros", "huge", "size", "empty"]
     )  # fmt: skip
