@@ -12,8 +12,8 @@ from tests.torture.inputs import Case, Judge, Outcome, problems, seeds_of
 from tests.torture.lines import WEIGHTS
 from tests.torture.record import Record, read
 
-COUNT = {"report": 6, "contexts": 10, "plot": 12, "plan": 12, "diff": 10, "disentangle": 12}  # slow
-COUNT |= {"merge": 14}
+COUNT = {"report": 4, "plot": 8, "diff": 6, "merge": 8, "plan": 10, "contexts": 10}  # slow
+COUNT |= {"disentangle": 9}
 OTHERS = (300 - sum(COUNT.values())) // (len(WEIGHTS) - len(COUNT))
 
 
@@ -62,7 +62,7 @@ def test_what_is_wrong_with_a_command_is_told(
     code: int | None, said: str, expected: str | None
 ) -> None:
     wrong = problems(Case(0, ["rank", "run"], []), Outcome(code, "", said, 0.0), {}, {})
-    assert [expected in one for one in wrong] == [True] if expected else wrong == []
+    assert any(expected in one for one in wrong) if expected else wrong == []
 
 
 @pytest.mark.parametrize(
