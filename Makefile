@@ -16,7 +16,7 @@ EVIDENCE ?= runs/evidence/$(notdir $(MODEL))
 FIGURES ?= figures
 
 .DEFAULT_GOAL := help
-.PHONY: help install data demo reproduce figures test check bench clean
+.PHONY: help install data demo reproduce figures test torture check bench clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -111,6 +111,9 @@ figures: data ## measure again and redraw the figures of README and docs/ (takes
 
 test: check data ## check lint and types, and run the whole test suite
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+torture: .venv/installed ## try 10,000 bad inputs and 1,000 kills; goes on where it was stopped (up to two hours)
+	$(BIN)/python -m tests.torture all
 
 check: .venv/installed ## check lint and types
 	$(BIN)/ruff check .

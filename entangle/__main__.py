@@ -14,9 +14,10 @@ from types import FrameType
 from typing import NoReturn
 
 from entangle.arguments import parsers
-from entangle.commands import COMMANDS, check_numbers, command_line
+from entangle.commands import COMMANDS, check_numbers, check_words, command_line
 from entangle.model import ranks
 
+_LONGEST = 200  # characters of a path in a message
 PARALLEL = ("measure", "perplexity", "sparsify", "sweep", "ablate")
 
 
@@ -53,6 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         if "TORCHELASTIC_RUN_ID" in os.environ:
             _join(args.command)
+        check_words(sys.argv[1:] if argv is None else argv)
         check_numbers(args)
         contextvars.copy_context().run(COMMANDS[args.command], args)
         ranks.leave()
@@ -62,14 +64,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _fail(args, f"interrupted: {_state(args)}", 130)
     except (ValueError, LookupError, OSError) as error:
-        message = error.args[0] if isinstance(error, KeyError) else error
-        return _fail(args, str(message), 2)
+        return _fail(args, _message(error), 2)
     except (RuntimeError, ImportError, MemoryError, OverflowError) as error:
         return _fail(args, f"{error or type(error).__name__}", 1)
     except Exception as error:  # noqa: BLE001  # a bug: print no traceback without --debug
         problem = f"{type(error).__name__}: {error}"
         return _fail(args, f"bug in entangle: {problem}. Report it with what --debug prints", 1)
     return 0
+
+
+def _message(error: Exception) -> str:
+    """Return the message of an error; those of the system get the place, and lose their number."""
+    if isinstance(error, OSError) and error.strerror:
+        place = "" if error.filename is None else os.fsdecode(error.filename)
+        place = f"{place[:_LONGEST]}..." if len(place) > _LONGEST else place
+        return f"cannot use {place}: {error.strerror}" if place else error.strerror
+    return str(error.args[0]) if isinstance(error, KeyError) else str(error)
 
 
 def _join(command: str) -> None:

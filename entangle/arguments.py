@@ -68,6 +68,17 @@ def _kind(text: str) -> str:
     return text
 
 
+def _path(text: str) -> Path:
+    """Read a path; an argparse type.
+
+    Raises:
+        ArgumentTypeError: the text is empty, which `Path` would take for the current folder.
+    """
+    if not text:
+        raise argparse.ArgumentTypeError("expected a path, got an empty text")
+    return Path(text)
+
+
 def _one(read: Callable[[str], Any]) -> Callable[[str], Any]:
     """Return an argparse type that reads one value and reports the message of its ValueError."""
 
@@ -166,7 +177,7 @@ def parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
     verify.add_argument("--verify", action="store_true", help=VERIFY)
     spread = argparse.ArgumentParser(add_help=False)
     spread.add_argument("--device-map", choices=["auto"], help=SPREAD)
-    spread.add_argument("--offload", type=Path, metavar="FOLDER", help=OFFLOAD)
+    spread.add_argument("--offload", type=_path, metavar="FOLDER", help=OFFLOAD)
 
     model.add_argument(
         "--revision", help="branch, tag or commit of a model on the hub [the main branch]"
@@ -180,7 +191,7 @@ def parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
 
     measured = argparse.ArgumentParser(add_help=False, parents=[device, verify])
     measured.add_argument(
-        "run", type=Path, metavar="RUN", help="folder of a measured run; its model is loaded"
+        "run", type=_path, metavar="RUN", help="folder of a measured run; its model is loaded"
     )
 
     evaluation = argparse.ArgumentParser(add_help=False)
@@ -250,7 +261,7 @@ def parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
         help="measure the distribution of every neuron over a text",
     )
     measure.add_argument(
-        "--out", type=Path, required=True, metavar="RUN", help="new folder for the run"
+        "--out", type=_path, required=True, metavar="RUN", help="new folder for the run"
     )
     measure.add_argument("--bins", type=int, default=1024, metavar="N", help=bins)
     measure.add_argument(
@@ -266,10 +277,10 @@ def parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
         "merge", parents=[overwrite, output], help="merge the shards of a run into one run"
     )
     merge.add_argument(
-        "run", type=Path, nargs="+", metavar="RUN", help="folders of all shards of the run"
+        "run", type=_path, nargs="+", metavar="RUN", help="folders of all shards of the run"
     )
     merge.add_argument(
-        "--out", type=Path, required=True, metavar="RUN", help="new folder for the merged run"
+        "--out", type=_path, required=True, metavar="RUN", help="new folder for the merged run"
     )
 
     plan = commands.add_parser(
@@ -281,7 +292,7 @@ def parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
     plan.add_argument("--bins", type=int, default=1024, metavar="N", help=bins)
     plan.add_argument(
         "--offload",
-        type=Path,
+        type=_path,
         metavar="FOLDER",
         help="estimate for commands that are run with --offload [without]",
     )
@@ -314,7 +325,7 @@ def parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
         help="prune a model, or expand it to sparse experts, and save it",
     )
     sparsify.add_argument(
-        "--out", type=Path, required=True, metavar="FOLDER", help="new folder for the pruned model"
+        "--out", type=_path, required=True, metavar="FOLDER", help="new folder for the pruned model"
     )
     _add_options(sparsify, several=False)
 
@@ -324,7 +335,7 @@ def parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
         parents=[model, verify, text, evaluation, layers, overwrite, output],
         help="prune a model in several ways and score each: one table and one figure",
     )
-    sweep.add_argument("--out", type=Path, required=True, metavar="RUN", help=tables)
+    sweep.add_argument("--out", type=_path, required=True, metavar="RUN", help=tables)
     _add_options(sweep, several=True)
 
     ablate = commands.add_parser(
@@ -336,7 +347,7 @@ def parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
     ablate.add_argument(
         "--text", help=f"calibration text, needed for --intervention sparsify: {TEXT} [none]"
     )
-    ablate.add_argument("--out", type=Path, required=True, metavar="NEW", help=tables)
+    ablate.add_argument("--out", type=_path, required=True, metavar="NEW", help=tables)
     names: dict[str, Any] = {"type": _several(), "metavar": "A,B"}
     numbers: dict[str, Any] = {"type": _several(_one(read_number)), "metavar": "X,X"}
     counts: dict[str, Any] = {"type": _several(_one(read_count)), "metavar": "N,N"}
@@ -380,7 +391,7 @@ def parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
         description=DISENTANGLE,
     )
     disentangle.add_argument(
-        "--out", type=Path, required=True, metavar="NEW", help="new folder for the run and tables"
+        "--out", type=_path, required=True, metavar="NEW", help="new folder for the run and tables"
     )
     disentangle.add_argument(
         "--experts", default=(4, 16), help=f"{experts}; one or several [4,16]", **counts
@@ -416,7 +427,7 @@ def parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
         parents=[layers, output],
         help="print the neurons with the largest distance, or largest other variable",
     )
-    rank.add_argument("run", type=Path, metavar="RUN", help="folder of a measured run")
+    rank.add_argument("run", type=_path, metavar="RUN", help="folder of a measured run")
     rank.add_argument(
         "--top", type=int, default=30, metavar="N", help="number of neurons to print [30]"
     )
@@ -429,7 +440,7 @@ def parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
         f"{', '.join(HELD_OUT_VARIABLES)} [wasserstein]",
     )
     rank.add_argument(
-        "--csv", type=Path, metavar="FILE", help="also write the table to FILE, with all digits"
+        "--csv", type=_path, metavar="FILE", help="also write the table to FILE, with all digits"
     )
 
     diff = commands.add_parser(
@@ -437,8 +448,8 @@ def parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
         parents=[layers, output],
         help="compare the neurons' distances in two runs",
     )
-    diff.add_argument("run", type=Path, metavar="RUN", help="folder of the first run")
-    diff.add_argument("other", type=Path, metavar="RUN", help="folder of the second run")
+    diff.add_argument("run", type=_path, metavar="RUN", help="folder of the first run")
+    diff.add_argument("other", type=_path, metavar="RUN", help="folder of the second run")
     diff.add_argument(
         "--top",
         type=int,
@@ -447,10 +458,10 @@ def parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
         help="number of neurons to print, those with the largest change beyond the error bounds [20]",
     )
     diff.add_argument(
-        "--csv", type=Path, metavar="FILE", help="also write all neurons to FILE, with all digits"
+        "--csv", type=_path, metavar="FILE", help="also write all neurons to FILE, with all digits"
     )
     diff.add_argument(
-        "--out", type=Path, metavar="FILE", help="also draw both runs' distances into FILE"
+        "--out", type=_path, metavar="FILE", help="also draw both runs' distances into FILE"
     )
 
     plot = commands.add_parser(
@@ -462,7 +473,7 @@ def parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
     )
     plot.add_argument(
         "run",
-        type=Path,
+        type=_path,
         metavar="RUN",
         help="folder that measure, sweep, ablate or disentangle wrote",
     )
@@ -479,7 +490,7 @@ def parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
     )
     plot.add_argument(
         "--out",
-        type=Path,
+        type=_path,
         metavar="FILE",
         help="file to write, in the format of its suffix, such as .png or .svg [a PNG in RUN/figures]",
     )
@@ -490,9 +501,12 @@ def parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
         help="write runs of any kind into one HTML file that needs no network",
     )
     report.add_argument(
-        "run", type=Path, nargs="+", metavar="RUN", help="folders of runs, in the report's order"
+        "run", type=_path, nargs="+", metavar="RUN", help="folders of runs, in the report's order"
     )
     report.add_argument(
-        "--out", type=Path, metavar="FILE", help="HTML file to write [report.html in the first RUN]"
+        "--out",
+        type=_path,
+        metavar="FILE",
+        help="HTML file to write [report.html in the first RUN]",
     )
     return top, commands.choices

@@ -541,6 +541,19 @@ def command_line(args: argparse.Namespace) -> str:
     return shlex.join(line)
 
 
+def check_words(words: Sequence[str]) -> None:
+    """Check that all words of a command line are text, which run.json and messages can hold.
+
+    Raises:
+        ValueError: a word has bytes that are not UTF-8, or a NUL character.
+    """
+    for word in words:
+        if "\0" in word or word.encode(errors="ignore").decode() != word:
+            raise ValueError(
+                f"{word!r} is not UTF-8 text: if it is the name of a file, rename the file"
+            )
+
+
 def check_numbers(args: argparse.Namespace) -> None:
     """Check --top and --seed before a command runs; nothing else checks them by these names.
 

@@ -242,6 +242,8 @@ def test_plots_are_written_into_the_run(place: Path, capsys: pytest.CaptureFixtu
         (["measure", "MODEL", "--text", "TEXT", "--device", "gpu"], ["gpu"]),
         (["measure", "MODEL", "--text", "TEXT", "--device", "meta"], ["meta", "use cpu"]),
         (["rank", "MODEL"], ["run.json"]),
+        (["rank", "Gr\udcf6\udcdfe"], [r"\udcf6", "not UTF-8", "rename"]),
+        (["measure", "MODEL", "--text", "TEXT\0"], [r"\x00", "not UTF-8"]),
         (["measure", "MODEL", "--text", "TEXT", "--seed", "-1"], ["--seed", "at least 0", "-1"]),
         (["rank", "RUN", "--top", "-3"], ["--top", "at least 1", "-3"]),
         (["rank", "RUN", "--top", "0"], ["--top", "at least 1", "got 0"]),
@@ -281,6 +283,24 @@ def test_bad_input_gets_one_message(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["rank", ""],
+        ["rank", "RUN", "--csv", ""],
+        ["plot", "RUN", "heatmap", "--out="],
+        ["report", ""],
+    ],
+)
+def test_an_empty_path_is_refused(
+    place: Path, capsys: pytest.CaptureFixture[str], words: list[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main([str(place / "run") if word == "RUN" else word for word in words])
+    assert stopped.value.code == 2
+    assert re.search(r"argument \S+: expected a path.*empty", capsys.readouterr().err)
+
+
 @pytest.mark.parametrize("kind", ["RUN", "heatmaps"])
 def test_a_kind_of_picture_that_does_not_exist_is_refused(
     place: Path, capsys: pytest.CaptureFixture[str], kind: str
@@ -309,6 +329,33 @@ def test_rank_lists_the_variables_that_a_run_has(place: Path) -> None:
         *("wasserstein_within", "difficulty_within", "wasserstein_share", "difficulty_share"),
         "distance_to_dense",
     }
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["measure", "MODEL", "--text", "a/" * 3000, "--out", "new"], "File name too long"),
+        (["rank", "RUN", "--csv", ".."], r"it is a folder\..*"),
+        (["diff", "RUN", "RUN", "--out", "."], r"it is a folder\..*"),
+        (["report", "RUN", "--out", "b" * 300 + ".html"], "File name too long"),
+    ],
+)
+def test_an_error_of_the_system_has_its_place_and_no_number(
+    place: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    words: list[str],
+    reason: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = {"MODEL": str(place / "model"), "RUN": str(place / "run")}
+    assert main([names.get(word, word) for word in words]) == 2
+    said = capsys.readouterr().err
+    assert re.fullmatch(rf"entangle: .*\S: {reason}\n", said)
+    assert "Errno" not in said
+    assert len(said) < 500
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_debug_shows_the_traceback(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -175,7 +175,7 @@ def ablate(
             store.save_table(table_of(results), folder / "tables" / "arms.csv")
             store.save_table(table, folder / "tables" / "ablation.csv")
             store.save_text(markdown(table), folder / "tables" / "ablation.md")
-            store.write_json(folder / "log.json", stopwatch.log() | {"arms_run": len(left)})
+            store.write_log(folder, stopwatch.log() | {"arms_run": len(left)}, "ablation")
             folders.remove_folder(rows)
     return table
 

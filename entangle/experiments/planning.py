@@ -26,7 +26,7 @@ from entangle.model.loading import DTYPES, load_tokenizer, save_model, source_of
 from entangle.model.packing import is_expanded
 from entangle.model.placing import bytes_of_block
 from entangle.model.quantised import forget_format
-from entangle.model.text import token_windows
+from entangle.model.text import check_windows, token_windows
 from entangle.numerics.histograms import Histograms
 from entangle.pruning.options import Pruning
 
@@ -102,7 +102,8 @@ def plan(
         FileNotFoundError: the model or the text does not exist.
         LookupError: a pattern matches no layer, or all layers are excluded.
         RuntimeError: a command fails on the small model; the message has its error.
-        ValueError: a number or word is out of range, or the model is expanded.
+        ValueError: a number or word is out of range, the windows do not fit the model, or the
+            model is expanded.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
@@ -122,6 +123,7 @@ def plan(
     chosen = find_layers(whole, layers, exclude)
     tokenizer = load_tokenizer(model, revision=revision, trust_remote_code=trust_remote_code)
     drawn = token_windows(text, tokenizer, windows=windows, length=length)
+    check_windows(whole.eval(), drawn)
     batches = len(drawn.batches(batch_size))
     blocks = 1 + max(layer.block for layer in chosen)
     few, more = (min(count, batches) for count in BATCHES)
@@ -203,6 +205,7 @@ def _run(arguments: Sequence[str], out: Path, blocks: int, batches: int) -> _Cos
 
     Raises:
         RuntimeError: the command fails.
+        ValueError: the command refuses its input.
     """
     begin = time.perf_counter()
     line = [sys.executable, "-m", "entangle", *arguments, "--out", str(out), "--overwrite"]
@@ -210,7 +213,8 @@ def _run(arguments: Sequence[str], out: Path, blocks: int, batches: int) -> _Cos
     seconds = time.perf_counter() - begin
     if done.returncode:
         problem = done.stderr.strip().removeprefix("entangle: ") or f"exit code {done.returncode}"
-        raise RuntimeError(
+        kind = ValueError if done.returncode == 2 else RuntimeError  # 2 is bad input, to plan too
+        raise kind(
             f"{arguments[0]} failed on {blocks} of the model's blocks with random weights: {problem}"
         )
     log = json.loads((out / "log.json").read_text(encoding="utf-8"))

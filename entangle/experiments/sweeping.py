@@ -183,7 +183,7 @@ def sweep_arms(
             store.save_table(table, folder / "tables" / "sweep.csv")
             store.save_table(per_layer, folder / "tables" / "layers.csv")
             store.save_text(markdown(table), folder / "tables" / "sweep.md")
-            store.write_json(folder / "log.json", stopwatch.log() | {"arms_run": len(left)})
+            store.write_log(folder, stopwatch.log() | {"arms_run": len(left)}, "sweep")
             folders.remove_folder(grams)
     return table
 

@@ -183,6 +183,8 @@ def new_file(target: str | Path) -> Iterator[Path]:
         OSError: the target cannot be written; the message names it.
     """
     target = Path(target)
+    if target.is_dir():
+        raise OSError(f"cannot write {target}: it is a folder. Give the name of a file")
     # The suffix stays, since savefig and others choose the format by it.
     partial = target.with_name(f"{target.stem}.partial{target.suffix}")
     try:

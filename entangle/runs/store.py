@@ -100,6 +100,31 @@ def _sum(sums: Mapping[str, str]) -> str:
     return hashlib.sha256(repr(dict(sums)).encode()).hexdigest()
 
 
+def write_log(folder: Path, log: Mapping[str, Any], name: str) -> None:
+    """Write log.json beside tables, with the SHA-256 of run.json and tables/NAME.csv."""
+    files = folders.sums(folder, ["run.json", f"tables/{name}.csv"])
+    write_json(folder / "log.json", {**log, "files": files})
+
+
+def read_log(folder: Path) -> dict[str, Any]:
+    """Return a folder's log.json.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is damaged: what every log has is missing, or of another type.
+    """
+    file = folder / "log.json"
+    log = read_json(file)
+    kinds = {"seconds": int | float, "peak_memory_bytes": int, "machine": str, "started": str}
+    for name, kind in kinds.items():
+        if not isinstance(log.get(name), kind):
+            raise ValueError(
+                f"{file} is damaged ({name} is {str(log.get(name))[:40]!r}): run the command that "
+                f"wrote {folder} again, with --overwrite"
+            )
+    return log
+
+
 def write_json(file: Path, content: Mapping[str, Any]) -> None:
     """Write an indented JSON file, whole or not at all; NaN and infinity become null."""
     save_text(json.dumps(without_nan(content), indent=2, ensure_ascii=False) + "\n", file)
@@ -137,12 +162,15 @@ def _parsed(file: Path) -> dict[str, Any]:
     """Return the content of a JSON file.
 
     Raises:
-        ValueError: the file is empty or has no JSON object.
+        ValueError: the file is empty, is nested too deeply or has no JSON object.
     """
     text = file.read_text(encoding="utf-8")
     if not text.strip():
         raise ValueError(f"{file.name} is empty")
-    content = json.loads(text)
+    try:
+        content = json.loads(text)
+    except RecursionError as error:
+        raise ValueError(f"{file.name} is nested too deeply") from error
     if not isinstance(content, dict):
         raise ValueError(f"{file.name} has no JSON object")
     return content
@@ -203,6 +231,8 @@ def _check_sum(folder: Path) -> None:
         raise ValueError("log.json has no SHA-256 sum: an old version of entangle wrote it")
     sums = folders.sums(folder, _files(folder))
     written = log.get("files", sums)  # 0.1.0 wrote only the sum over all files
+    if not isinstance(written, Mapping):
+        raise ValueError("log.json has no sums of files")
     for name in sorted({*written, *sums}):
         if name not in sums:
             raise ValueError(f"{name} is missing")
@@ -222,6 +252,7 @@ def read_table(folder: str | Path, name: str, text: Collection[str]) -> pd.DataF
 
     Raises:
         FileNotFoundError: the folder has no table of this name.
+        ValueError: the table or run.json is damaged.
     """
     folder = Path(folder)
     file = folder / "tables" / f"{name}.csv"
@@ -230,6 +261,10 @@ def read_table(folder: str | Path, name: str, text: Collection[str]) -> pd.DataF
         raise FileNotFoundError(
             f"{folder} holds no tables/{name}.csv: expected the folder of {article} {name}"
         )
+    sums = read_log(folder).get("files", {})  # 0.1.0 wrote none
+    if not isinstance(sums, Mapping):
+        raise ValueError(f"{folder} is damaged: its log.json has no sums of files. Make it again")
+    folders.check_sums(folder, sums)
     table = pd.read_csv(file, dtype=dict.fromkeys(text, str))
     table = table.fillna({column: "" for column in text if column in table})
     table.attrs.update(read_json(folder / "run.json"))
@@ -245,7 +280,8 @@ def save_figure(figure: "Figure", file: str | Path) -> Path:
         ValueError: matplotlib does not know the suffix.
     """
     file = Path(file)
-    file = file if file.suffix else file.with_suffix(".png")
+    if not file.suffix and file.name not in {"", ".."}:  # those are folders
+        file = file.with_suffix(".png")
     with folders.new_file(file) as partial:
         figure.savefig(partial, dpi=160)
     return file

@@ -173,12 +173,11 @@ def _made_of(about: Mapping[Any, Any], folder: Path) -> dict[str, str]:
             value = " ".join(map(str, value))
         if value is not None:
             texts[name.replace("_", " ")] = f"{value:,}" if name == "tokens" else str(value)
-    log = store.read_json(folder / "log.json")
-    if log:
-        texts["cost"] = (
-            f"{log['seconds']:,.0f} s on {log['cores']} cores ({log['machine']}), peak memory "
-            f"{log['peak_memory_bytes'] / 1e9:.2f} GB, begun {log['started']}"
-        )
+    log = store.read_log(folder)
+    texts["cost"] = (
+        f"{log['seconds']:,.0f} s on {log.get('cores')} cores ({log['machine']}), peak memory "
+        f"{log['peak_memory_bytes'] / 1e9:.2f} GB, begun {log['started']}"
+    )
     return texts
 
 

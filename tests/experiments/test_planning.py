@@ -306,6 +306,7 @@ def test_the_command_line_says_that_a_plan_of_the_first_block_is_not_of_the_larg
         ({"name": "nowhere"}, FileNotFoundError, "model.*nowhere"),
         ({"layers": ["*.up_prj"]}, LookupError, r"layer.*'\*\.up_prj'.*up_proj"),
         ({"length": 9999}, ValueError, "9999"),
+        ({"length": 65}, ValueError, r"windows of 65.*context of 64"),
         ({"windows": 0}, ValueError, r"\b1 window.*\b0 windows of 32\b"),
         ({"sparsity": "1.5"}, ValueError, r"sparsity.*n:m.*\b1\.5"),
         ({"experts": 0}, ValueError, "expert.*0"),
@@ -330,7 +331,7 @@ def test_bad_input_is_refused_before_a_command_runs(
 
 def test_a_command_that_fails_is_an_error_with_what_it_says(place: Path) -> None:
     words = ["measure", str(place / "nowhere"), "--text", str(place / "text.txt")]
-    with pytest.raises(RuntimeError, match=r"^measure.*\b2\b.*blocks.*model.*nowhere"):
+    with pytest.raises(ValueError, match=r"^measure.*\b2\b.*blocks.*model.*nowhere"):
         _run(words, place / "out", 2, 5)
     assert not (place / "out").exists()
 

@@ -126,6 +126,16 @@ def test_tables_are_written_and_read(tmp_path: Path) -> None:
         entangle.open_run(tmp_path / "run")
     with pytest.raises(FileNotFoundError, match=r" tables/sweep\.csv"):
         read_table(tmp_path)
+    for name in ("run.json", "tables/sweep.csv"):
+        file = tmp_path / "run" / name
+        whole = file.read_bytes()
+        file.write_bytes(whole.replace(b"0.5", b"0.6", 1))
+        with pytest.raises(ValueError, match=rf"\brun is damaged: {name}"):
+            read_table(tmp_path / "run")
+        file.write_bytes(whole)
+    log = json.loads((tmp_path / "run" / "log.json").read_text())
+    assert {*log.pop("files")} == {"run.json", "tables/sweep.csv"}
+    (tmp_path / "run" / "log.json").write_text(json.dumps(log))  # as 0.1.0 wrote it
     older = table.rename(columns={"shrinkage": "pull"})
     older.to_csv(tmp_path / "run" / "tables" / "sweep.csv", index=False)
     pd.testing.assert_frame_equal(read_table(tmp_path / "run"), opened, check_exact=True)

@@ -72,6 +72,17 @@ def test_a_folder_that_holds_no_run_is_refused(tree: xr.DataTree, tmp_path: Path
             entangle.open_run(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["seconds", "peak_memory_bytes", "machine", "started"])
+@pytest.mark.parametrize("value", [None, [], {"a": 1}])
+def test_a_log_of_other_types_is_damaged(name: str, value: object, tmp_path: Path) -> None:
+    good = {"seconds": 1.5, "peak_memory_bytes": 2, "machine": "a", "started": "now"}
+    store.write_json(tmp_path / "log.json", good)
+    assert store.read_log(tmp_path) == good
+    store.write_json(tmp_path / "log.json", good | {name: value})
+    with pytest.raises(ValueError, match=rf"log\.json is damaged \({name} is .*--overwrite"):
+        store.read_log(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("name", "advice", "kind"),
     [
@@ -81,7 +92,13 @@ def test_a_folder_that_holds_no_run_is_refused(tree: xr.DataTree, tmp_path: Path
     ],
 )
 @pytest.mark.parametrize(
-    ("text", "reason"), [("", "empty"), ("[1]", "no JSON object"), ("{", "Expecting")]
+    ("text", "reason"),
+    [
+        ("", "empty"),
+        ("[1]", "no JSON object"),
+        ("{", "Expecting"),
+        ("[" * 100_000, "nested too deeply"),
+    ],
 )
 def test_a_damaged_json_file_is_told_with_what_to_delete(
     name: str, advice: str, kind: type[Exception], text: str, reason: str, tmp_path: Path
