@@ -204,7 +204,7 @@ def recording_outputs(
     counter = BatchCounter(layers, skip_first)
 
     def begin(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        if not _ON_TRIAL.get():
+        if not is_on_trial():
             counter.begin(module, args, kwargs)
 
     def end(module: nn.Module, *_: Any) -> None:
@@ -212,7 +212,7 @@ def recording_outputs(
 
     def hook_of(layer: LinearLayer) -> Callable[..., None]:
         def hook(_: nn.Module, __: Any, output: torch.Tensor) -> None:
-            if not _ON_TRIAL.get():
+            if not is_on_trial():
                 on_outputs(layer, counter.rows(layer, output))
 
         return hook
@@ -244,7 +244,7 @@ def replacing_outputs(layers: Sequence[LinearLayer], change: Change) -> Iterator
         def hook(
             _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: torch.Tensor
         ) -> torch.Tensor:
-            fired[layer.name] += not _ON_TRIAL.get()
+            fired[layer.name] += not is_on_trial()
             return change(layer, args[0] if args else next(iter(kwargs.values())), outputs)
 
         return hook
@@ -257,6 +257,11 @@ def replacing_outputs(layers: Sequence[LinearLayer], change: Change) -> Iterator
     finally:
         for handle in handles:
             handle.remove()
+
+
+def is_on_trial() -> bool:
+    """Return whether the model runs on trial."""
+    return _ON_TRIAL.get()
 
 
 @contextmanager
