@@ -59,7 +59,8 @@ def test_there_is_no_limit_to_distances(name: str) -> None:
 def test_a_configuration_may_say_it_otherwise_or_not_at_all(
     name: str, value: int | None, expected: int | None
 ) -> None:
-    config = transformers.PreTrainedConfig(**{name: value})
+    values: dict[str, Any] = {name: value}
+    config = transformers.PreTrainedConfig(**values)
     model: Any = SimpleNamespace(config=config, named_modules=dict)
     assert context_of(model) == expected
 
