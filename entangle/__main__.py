@@ -2,6 +2,7 @@
 
 import argparse
 import contextvars
+import io
 import os
 import signal
 import sys
@@ -117,6 +118,9 @@ def _fail(args: argparse.Namespace, message: str, code: int) -> int:
 
 def run() -> NoReturn:
     """Run one command, and end this process with its exit code."""
+    for stream in (sys.stdout, sys.stderr):  # whatever the locale is, ± can be printed
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
     code = main()
     if ranks.LAUNCHED:  # torch.distributed's threads may abort a normal exit
         sys.stdout.flush()

@@ -103,7 +103,7 @@ def timed(result: dict[str, Any]) -> str:
 def sparsified(result: dict[str, Any]) -> str:
     """Return the text of the result of `sparsify`."""
     from entangle.pruning.options import EXPERT_DEFAULTS, OPTIONS, UNBUDGETED
-    from entangle.runs.dataset import skipped_notes
+    from entangle.runs.dataset import dependence_notes, skipped_notes
 
     every = [name for name, option in OPTIONS.items() if option.scope == "every"]
     settings = _settings(result, [n for n in every if n not in {"method", "experts", "sparsity"}])
@@ -154,6 +154,7 @@ def sparsified(result: dict[str, Any]) -> str:
     damped = [layer["layer"] for layer in result["layers"] if layer["damping"] > 0.01]
     if damped:
         lines.append(f"{len(damped)} layers needed a damping above 0.01, such as {damped[0]}")
+    lines += dependence_notes(result["dependent_on"])
     lines += skipped_notes(result["skipped_parameters"], "pruned")
     log = result["log"]
     lines.append(

@@ -48,16 +48,17 @@ Array = npt.NDArray[Any]
 # A name in these tables is a name's parts, or some of them in a row: files:keys, as
 # "run.json:windows", "tables/sweep.csv:ratio", "neurons.zarr:coord:neuron" or only "windows".
 # All but RENAMED may have wildcards. What base has comes first.
-SHRINKAGE = "the field's word for what pulls a cluster's Gram towards the pooled one"
-RENAMED: list[tuple[str, str, str]] = [  # (in base, here, why)
-    ("pull", "shrinkage", SHRINKAGE),
+RENAMED: list[tuple[str, str, str]] = []  # (in base, here, why)
+OVERLAP = "an evaluation is compared with what was seen by runs of 16 tokens"
+ADDED: list[tuple[str, str]] = [  # (only here, why)
+    ("text.npy", OVERLAP),
+    ("text_hashes", OVERLAP),
+    ("overlap", OVERLAP),
+    ("dependent_on", "models that are not causal are told"),
 ]
-ADDED: list[tuple[str, str]] = []  # (only here, why)
 REMOVED: list[tuple[str, str]] = []  # (only in base, why)
 CHANGED: list[tuple[str, str]] = []  # (another value here, why)
-WORDS: list[tuple[str, str, str]] = [  # of command lines: (in base, here, why)
-    ("--pull", "--shrinkage", SHRINKAGE),
-]
+WORDS: list[tuple[str, str, str]] = []  # of command lines: (in base, here, why)
 
 IGNORED = {  # what no two runs have in common
     "log.json",
@@ -100,7 +101,7 @@ COMMANDS = {
     "sparsify-experts": f"sparsify {LLAMA} --sparsity 0.8 --experts 4 --out mixture --json",
     "sparsify-random": (
         f"sparsify gpt2 {WINDOWS} --sparsity 0.5 --experts 4 --assign random --components 0 "
-        "--pull 0 --propagate dense --out mixture-random --json"
+        "--shrinkage 0 --propagate dense --out mixture-random --json"
     ),
     "sparsify-budget": (
         f"sparsify {MLP} --sparsity 0.5 --budget run:ranks --strength 0.4 --across entanglement "
@@ -117,7 +118,7 @@ COMMANDS = {
     ),
     "sweep-experts": (
         f"sweep {MLP} {SCORED} --sparsity 0.6 --method sparsegpt --experts 1,3 "
-        "--assign kmeans,random --pull 0,0.5 --propagate sparse,dense --out ways-experts"
+        "--assign kmeans,random --shrinkage 0,0.5 --propagate sparse,dense --out ways-experts"
     ),
     "sweep-budgets": (
         f"sweep {MLP} {SCORED} --sparsity 0.5 --method sparsegpt "

@@ -244,7 +244,7 @@ def test_what_a_kill_before_any_work_leaves_is_in_nobodys_way(
         assert open_run(tmp_path / "run").load().identical(run.load())
         assert not partial.exists()
         assert {path.name for path in (tmp_path / "run").iterdir()} == {
-            *("log.json", "neurons.zarr", "run.json"),
+            *("log.json", "neurons.zarr", "run.json", "text.npy"),
         }
         shutil.rmtree(tmp_path / "run")
     _leave(partial)
@@ -368,7 +368,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 FILES = (
-    *("run.json", "neurons.zarr/.zmetadata", "neurons.zarr/.zgroup", "neurons.zarr/.zattrs"),
+    *("run.json", "text.npy", "neurons.zarr/.zmetadata", "neurons.zarr/.zgroup"),
+    "neurons.zarr/.zattrs",
     *("neurons.zarr/wasserstein/0", "neurons.zarr/wasserstein/.zarray", "neurons.zarr/layer/0"),
     *("neurons.zarr/histogram/counts/0.0", "neurons.zarr/histogram/.zgroup"),
 )

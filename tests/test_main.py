@@ -3,10 +3,12 @@
 import errno
 import json
 import os
+import random
 import re
 import shlex
 import shutil
 import signal
+import string
 import subprocess
 import sys
 import time
@@ -29,6 +31,7 @@ from entangle.numerics.gaussian import from_samples
 from entangle.runs import store
 from entangle.runs.dataset import UNITS
 from tests.forking import Forked
+from tests.model.test_ranks import ROOT
 from tests.model.test_text import few
 from tests.tiny_models import ARCHITECTURES, CONTEXT, save_tiny
 
@@ -120,6 +123,53 @@ def test_measure_again_gives_the_same_bytes(place: Path) -> None:
     assert first.pop("log.json") != second.pop("log.json")
     assert first == second
     assert set(first) > {"run.json", "neurons.zarr/.zmetadata", "neurons.zarr/wasserstein/.zarray"}
+
+
+def test_the_users_environment_changes_no_byte(place: Path, tmp_path: Path) -> None:
+    """Hash seed, locale without UTF-8, time zone, current folder, and names that are not UTF-8."""
+    (place / "caf\udce9 $_{$.txt").write_text(
+        "".join(random.Random(0).choices(string.printable, k=600))
+    )
+    sweep = ["sweep", str(place / "model"), "--text", str(place / "text.txt"), "--length", "32"]
+    sweep += [
+        "--evaluation",
+        str(place / "caf\udce9 $_{$.txt"),
+        "--windows",
+        "5",
+        "--sparsity",
+        "0.5",
+    ]
+    commands = [_measure(place, "local"), [*sweep, "--out", str(place / "swept")]]
+    assert [main(command) for command in commands] == [0, 0]
+    folders = [place / "local", place / "swept"]
+    before = [_contents(folder) for folder in folders]
+    for folder in folders:
+        shutil.rmtree(folder)
+    code = "import sys, json, entangle.__main__ as program\n" + "\n".join(
+        f"sys.argv[1:] = json.loads({json.dumps(command)!r})\n"
+        "try: program.run()\n"
+        "except SystemExit as end: assert not end.code, end"
+        for command in commands
+    )
+    environment = {"PYTHONHASHSEED": "7", "TZ": "Asia/Kathmandu", "LC_ALL": "C"}
+    environment |= {"PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | environment,
+        cwd=tmp_path,
+        capture_output=True,
+        encoding="utf-8",
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "±" in done.stdout
+    for folder, expected in zip(folders, before, strict=True):
+        found = _contents(folder)
+        assert found.pop("log.json") != expected.pop("log.json")
+        # Figures are drawn by other libraries, which write no time.
+        assert found == expected
+    evaluation = json.loads((place / "swept" / "run.json").read_text())["evaluation"]
+    assert evaluation == str(place / "caf\udce9 $_{$.txt")
 
 
 def test_run_json_has_the_command_that_repeats_it(place: Path) -> None:

@@ -114,8 +114,8 @@ def ablate(
         LookupError: a pattern matches no layer of the run.
         RuntimeError: a layer did not run once in each batch, the model cannot be run block by
             block, or its dense score is not finite.
-        ValueError: the run was measured on other weights or on evaluation windows, an evaluation
-            window is also a calibration window, or a number or word is out of range.
+        ValueError: the run was measured on other weights; the calibration windows or the run's text
+            have 4% or more of the evaluation's tokens; or a number or word is out of range.
     """
     ablation = Ablation.of(
         intervention=intervention,

@@ -14,7 +14,7 @@ import scipy
 from entangle.experiments.interventions import RANDOM
 from entangle.model.score import Score
 from entangle.runs import store
-from entangle.runs.dataset import skipped_notes
+from entangle.runs.dataset import overlap_notes, skipped_notes
 from entangle.runs.markdown import table_lines, with_error
 
 Array = npt.NDArray[np.float64]
@@ -277,6 +277,7 @@ def markdown(table: pd.DataFrame) -> str:
         "difference, interpolated between the shares that were run. Both have 95% intervals from a "
         "bootstrap of windows and seeds. Realised is the share of zeros in the treated rows, and "
         "model is the share of zeros in all weights of the model, its embedding included.",
+        *overlap_notes(about.get("overlap", {})),
         *skipped_notes(about["skipped_parameters"], "treated"),
     ]
     if about["missing_sets"]:

@@ -9,7 +9,7 @@ import torch
 import xarray as xr
 from transformers import PreTrainedModel
 
-from entangle.experiments.sweeping import sweep
+from entangle.experiments.sweeping import sweep_arms
 from entangle.model.placing import check_in_memory
 from entangle.model.text import TokenWindows
 from entangle.numerics.torch_settings import with_torch_defaults
@@ -21,9 +21,11 @@ from entangle.pruning.options import (
     Budget,
     Pruning,
     PruningOptions,
+    arms_of,
     several,
     with_options,
 )
+from entangle.runs.setup import Setup
 
 STRENGTHS = (0.1, 0.25, 0.4)
 VARIABLES: tuple[Budget, ...] = (DISTANCE, "ranks", "wasserstein")
@@ -90,7 +92,7 @@ def choose_budget(
     )
     candidates = {"method": "sparsegpt", "strength": STRENGTHS} | given
     candidates |= {"budget": [UNIFORM, *budgets], "propagate": "dense"}
-    table = sweep(
+    setup = Setup.of(
         model,
         rest,
         scored,
@@ -99,8 +101,9 @@ def choose_budget(
         batch_size=batch_size,
         skip_first=skip_first,
         progress=progress,
-        **candidates,
+        set_aside=True,
     )
+    table = sweep_arms(setup, arms_of(**candidates))
     arms = table[1:].dropna(subset="nats").sort_values("nats", kind="stable")
     if arms.empty:
         problems = [problem for problem in table["problem"].unique() if problem]

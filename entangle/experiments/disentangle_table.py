@@ -11,7 +11,7 @@ import pandas as pd
 import xarray as xr
 
 from entangle.measurement.ranking import correlation
-from entangle.runs.dataset import dataset_of, skipped_notes, trusted
+from entangle.runs.dataset import dataset_of, overlap_notes, skipped_notes, trusted
 from entangle.runs.markdown import table_lines, with_error
 
 Array = npt.NDArray[np.float64]
@@ -191,6 +191,7 @@ def markdown(about: Mapping[Any, Any], layers: pd.DataFrame, quantiles: pd.DataF
         f"{about['length']}), and the neurons are measured on {about['held_out_tokens']:,} held-out "
         f"tokens of {about['evaluation']}, both with the dense model. Experts are pruned by "
         "SparseGPT with mask row. ± is the standard error over layers.",
+        *overlap_notes(about.get("overlap", {})),
         *skipped_notes(about["skipped_parameters"], "measured"),
         "",
         "The relative improvement of a neuron is the RMSE of its outputs with one expert divided by "

@@ -30,7 +30,7 @@ from entangle.pruning.calibration import HELD_OUT, calibrate
 from entangle.pruning.options import ONE, Clustering, Several, several
 from entangle.pruning.sparsifying import check_layers
 from entangle.runs import store
-from entangle.runs.dataset import about, attributes_of, labelled
+from entangle.runs.dataset import about, attributes_of, labelled, runs_of, with_text
 from entangle.runs.resuming import resumed_run
 from entangle.runs.setup import Setup, Stopwatch
 
@@ -131,7 +131,7 @@ def disentangle(
         found: Tensors = {}
         for block in setup.blocks:
             found |= load_tensors(_file(parts, block))
-        tree = _tree(setup.run, names, kept, arms, parsed, found)
+        tree = with_text(_tree(setup.run, names, kept, arms, parsed, found), runs_of(run))
         # Added to the run's own attributes, which describe the measured text.
         tree.attrs |= attributes_of({"disentangled": attributes})
         per_layer, by_quantile = layers_table(tree), quantiles_table(tree)
@@ -139,7 +139,7 @@ def disentangle(
         store.save_table(by_quantile, folder / "tables" / "quantiles.csv")
         text = markdown(attributes, per_layer, by_quantile)
         store.save_text(text, folder / "tables" / "disentangle.md")
-        store.write_run(folder, [tree], attributes, stopwatch.log)
+        store.write_run(folder, [tree], attributes, stopwatch.log, runs_of(tree))
         folders.remove_folder(parts)
     return tree
 

@@ -12,7 +12,7 @@ import pandas as pd
 from entangle.model.score import Score
 from entangle.pruning.options import EXPERT_DEFAULTS, OPTIONS, UNBUDGETED
 from entangle.runs import store
-from entangle.runs.dataset import skipped_notes
+from entangle.runs.dataset import overlap_notes, skipped_notes
 from entangle.runs.markdown import table_lines, with_error
 
 COSTS = (
@@ -185,6 +185,7 @@ def markdown(table: pd.DataFrame) -> str:
         "layers and their routers, divided by those of the dense layers. Stored is the number of "
         "non-zero weights of all experts, divided by the number of weights of the dense layers. Disk "
         "and memory are the sizes of the pruned layers.",
+        *overlap_notes(attributes.get("overlap", {})),
         *skipped_notes(attributes["skipped_parameters"], "pruned"),
         "",
     ]

@@ -121,8 +121,8 @@ def sweep(
             ``overwrite`` is false.
         LookupError: a pattern matches no layer, or the run lacks a layer.
         RuntimeError: the model cannot be run block by block, or its dense score is not finite.
-        ValueError: as `sparsify`; the run was measured on other weights; or an evaluation window
-            is also a calibration window.
+        ValueError: as `sparsify`; the run was measured on other weights; or the calibration
+            windows or the run's text have 4% or more of the evaluation's tokens.
     """
     all_options: PruningOptions = {"method": METHODS, **options}
     prunings = arms_of(**all_options)
@@ -137,6 +137,21 @@ def sweep(
         skip_first=skip_first,
         progress=progress,
     )
+    return sweep_arms(setup, prunings, out=out, overwrite=overwrite)
+
+
+def sweep_arms(
+    setup: Setup,
+    prunings: Sequence[Pruning],
+    *,
+    out: str | Path | None = None,
+    overwrite: bool = False,
+) -> pd.DataFrame:
+    """Score the model of a setup pruned in several ways; return the table of `sweep`.
+
+    Raises:
+        FileExistsError, LookupError, RuntimeError, ValueError: as `sweep`.
+    """
     check_layers(setup, [pruning.sparsity for pruning in prunings])
     attributes = setup.provenance() | budget_run(setup)
     attributes |= {"arms": [pruning.settings() for pruning in prunings]}
@@ -151,7 +166,7 @@ def sweep(
         arms: dict[Path, Pruning | None] = dict(zip(files, (None, *prunings), strict=True))
         left = unwritten(arms)
         grams = folder / "grams"
-        for file, pruning in tqdm(left.items(), unit="arm", disable=not progress):
+        for file, pruning in tqdm(left.items(), unit="arm", disable=not setup.progress):
             if pruning and pruning.propagate == "dense":
                 _calibrate_dense(setup, clusterings, grams)  # only the first call computes
             found, losses = _run_arm(setup, pruning, grams, outliers)

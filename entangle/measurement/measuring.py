@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import hashlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -21,6 +22,7 @@ from entangle.model import folders, ranks
 from entangle.model.blocks import BlockWalk
 from entangle.model.hooks import backbone_of, recording_outputs
 from entangle.model.layers import LinearLayer
+from entangle.model.overlap import run_hashes
 from entangle.model.packing import load_tensors, save_tensors
 from entangle.model.placing import input_device, is_offloaded
 from entangle.model.ranks import Shard
@@ -30,6 +32,7 @@ from entangle.numerics.difficulty import Difficulty, mapping_difficulty
 from entangle.numerics.histograms import Histograms
 from entangle.numerics.torch_settings import with_torch_defaults
 from entangle.runs import labelling, store
+from entangle.runs.dataset import with_text
 from entangle.runs.resuming import resumed_run
 from entangle.runs.setup import Setup, Stopwatch
 
@@ -100,7 +103,9 @@ def measure(
             f"shard {shard} has no batch: the text has {recording.count} batches of {batch_size} "
             "windows. Use fewer shards, or smaller batches"
         )
+    hashes = run_hashes(windows)
     attributes = setup.provenance() | {"bins": bins, "window_hashes": windows.hashes}
+    attributes |= {"text_hashes": hashlib.sha256(hashes.tobytes()).hexdigest()}
     attributes |= {"difficulty": difficulty} if difficulty else {}
     if shard is not None:
         attributes |= {"shard": shard, "tokens": recording.tokens}
@@ -114,10 +119,10 @@ def measure(
         parts = recording.blocks(state) if is_offloaded(model) else recording.whole(state)
         trees = (_tree(setup.layers, *one, attributes, difficulties) for one in parts)
         if not streamed:
-            tree = _joined(list(trees))
+            tree = with_text(_joined(list(trees)), hashes)
             trees = (one for one in [tree])
         if folder is not None and ranks.rank() == 0:
-            store.write_run(folder, trees, attributes, stopwatch.log)
+            store.write_run(folder, trees, attributes, stopwatch.log, hashes)
             folders.remove_folder(folder / "state")
             if difficulty:
                 table = rank_correlations(store.open_run(folder), "wasserstein", ["difficulty"])

@@ -4,6 +4,7 @@ import dataclasses
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from entangle.model.placing import is_whole
 
 OnRows = Callable[[LinearLayer, torch.Tensor], None]
 Change = Callable[[LinearLayer, torch.Tensor, torch.Tensor], torch.Tensor]
+
+_COUNTED: ContextVar[bool] = ContextVar("counted", default=True)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -180,6 +183,16 @@ def _real_tokens(
 
 
 @contextmanager
+def uncounted() -> Iterator[None]:
+    """Let forward passes run that no recording counts, such as those of a check."""
+    token = _COUNTED.set(False)
+    try:
+        yield
+    finally:
+        _COUNTED.reset(token)
+
+
+@contextmanager
 def recording_outputs(
     model: PreTrainedModel,
     layers: Sequence[LinearLayer],
@@ -201,14 +214,16 @@ def recording_outputs(
     counter = BatchCounter(layers, skip_first)
 
     def begin(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        counter.begin(module, args, kwargs)
+        if _COUNTED.get():
+            counter.begin(module, args, kwargs)
 
     def end(module: nn.Module, *_: Any) -> None:
         counter.end(module)
 
     def hook_of(layer: LinearLayer) -> Callable[..., None]:
         def hook(_: nn.Module, __: Any, output: torch.Tensor) -> None:
-            on_outputs(layer, counter.rows(layer, output))
+            if _COUNTED.get():
+                on_outputs(layer, counter.rows(layer, output))
 
         return hook
 

@@ -7,6 +7,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from entangle.model import ranks
+from entangle.model.causality import check_causal
 from entangle.model.placing import input_device
 from entangle.model.score import Score
 from entangle.model.text import TokenWindows, check_windows
@@ -33,9 +34,27 @@ def perplexity(
 
     Raises:
         NotFiniteError: the log-likelihood of a window is not finite.
-        ValueError: the windows or ``skip_first`` do not fit the model (see `check_windows`).
+        ValueError: the windows or ``skip_first`` do not fit the model (see `check_windows`), or the
+            model is not causal (see `check_causal`).
     """
     check_windows(model, windows, skip_first)
+    check_causal(model, windows)
+    return scored(model, windows, batch_size=batch_size, skip_first=skip_first, progress=progress)
+
+
+def scored(
+    model: PreTrainedModel,
+    windows: TokenWindows,
+    *,
+    batch_size: int,
+    skip_first: int,
+    progress: bool,
+) -> Score:
+    """Return the score of a model that was checked, as `perplexity` does.
+
+    Raises:
+        NotFiniteError: the log-likelihood of a window is not finite.
+    """
     first = max(skip_first, 1)
     batches = windows.batches(batch_size)
     found = torch.zeros(len(windows), dtype=torch.float64)

@@ -57,7 +57,7 @@ NAMED_ERROR = 0.02  # neurons with a larger error bound are named in the summary
 
 
 _MAPPINGS = ("versions", "disentangled")  # attributes that are mappings
-_LISTS = ("layers", "skipped_parameters", "window_hashes")  # attributes that are lists
+_LISTS = ("layers", "skipped_parameters", "dependent_on", "window_hashes")  # that are lists
 
 
 def labelled(name: str, values: npt.NDArray[Any]) -> tuple[str, npt.NDArray[Any], dict[str, str]]:
@@ -170,6 +170,7 @@ def _warnings(dataset: xr.Dataset, distance: Array, error: Array) -> list[str]:
             count = int(mask.sum())
             plural, more = "s" * (count > 1), ", ..." * (count > len(first))
             warnings.append(f"{count:,} {text.format(plural)}: {', '.join(first)}{more}")
+    warnings += dependence_notes(dataset.attrs.get("dependent_on", []))
     warnings += skipped_notes(dataset.attrs.get("skipped_parameters", []), "measured")
     return warnings
 
@@ -244,6 +245,47 @@ def rows_by_layer(
     chosen = np.flatnonzero(matching(names, patterns))
     groups = pd.Series(chosen).groupby(names[chosen], sort=False)
     return {str(name): rows.to_numpy() for name, rows in groups}
+
+
+def with_text(run: xr.DataTree, hashes: npt.NDArray[np.uint64] | None) -> xr.DataTree:
+    """Return the run with the hashes (runs,) of its text (see `model.overlap`) as child ``text``."""
+    if hashes is not None:
+        run["text"] = xr.DataTree(xr.Dataset({"hashes": ("run", hashes)}))
+    return run
+
+
+def runs_of(run: xr.DataTree | xr.Dataset) -> npt.NDArray[np.uint64] | None:
+    """Return the hashes (runs,) of the run's text, or None.
+
+    A dataset without its tree has none, nor has a run of a version before 0.2.0.
+    """
+    if isinstance(run, xr.Dataset) or "text" not in run.children:
+        return None
+    hashes: npt.NDArray[np.uint64] = run["text"]["hashes"].to_numpy()
+    return hashes
+
+
+def overlap_notes(shares: Mapping[str, float | None]) -> list[str]:
+    """Return a line for each text that may have tokens of the evaluation (see `Setup.overlaps`)."""
+    texts = {"windows": "calibration windows", "run": "text of the measured run"}
+    return [
+        "The measured run has no hashes of its text, as it is only a dataset or of a version before "
+        "0.2.0: the evaluation was only searched for equal windows."
+        if share is None
+        else f"{share:.2%} of the evaluation's tokens are in a run of 16 tokens that the "
+        f"{texts[name]} {'have' if name == 'windows' else 'has'} too."
+        for name, share in shares.items()
+    ]
+
+
+def dependence_notes(dependent_on: Sequence[str]) -> list[str]:
+    """Return one line, or none, on what the outputs depend on (see `model.causality`)."""
+    if not dependent_on:
+        return []
+    return [
+        f"the model is not causal: its outputs at a token depend {' and '.join(dependent_on)}, so "
+        "its distributions depend on how the text is cut and batched"
+    ]
 
 
 def skipped_notes(names: Sequence[str], action: str) -> list[str]:

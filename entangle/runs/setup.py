@@ -8,26 +8,29 @@ import dataclasses
 import functools
 import platform
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextvars import ContextVar
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Self
 
+import numba
 import psutil
 import torch
 import xarray as xr
 from transformers import PreTrainedModel
 
 from entangle.model.blocks import BlockWalk
+from entangle.model.causality import check_causal, dependences
 from entangle.model.hooks import check_hooks
 from entangle.model.layers import LinearLayer, find_layers, skipped_parameters
 from entangle.model.loading import weights_hash
+from entangle.model.overlap import SeenText, overlap
 from entangle.model.sampling import walk_blocks
 from entangle.model.score import Score
-from entangle.model.scoring import perplexity
-from entangle.model.text import TokenWindows, check_disjoint, check_windows
-from entangle.runs.dataset import TRUSTED_ERROR, about, dataset_of, matching, trusted
+from entangle.model.scoring import scored
+from entangle.model.text import TokenWindows, check_windows
+from entangle.runs.dataset import TRUSTED_ERROR, about, dataset_of, matching, runs_of, trusted
 
 COMMAND: ContextVar[str | None] = ContextVar("command", default=None)
 """The command line, which is written to run.json; None in Python."""
@@ -49,6 +52,7 @@ class Setup:
     skip_first: int
     progress: bool
     ranked: bool  # use only layers with a neuron that the run ranks
+    seen: SeenText | None  # the run's text, unless the evaluation was set aside from it
 
     @classmethod
     def of(
@@ -63,19 +67,21 @@ class Setup:
         skip_first: int = 0,
         progress: bool = False,
         ranked: bool = False,
+        set_aside: bool = False,
     ) -> Self:
         """Return a checked setup, before any long computation.
 
         With ``ranked``, the layers are those in which the run ranks a neuron (see
-        `runs.dataset.trusted`), and the run must not have been measured on the evaluation.
+        `runs.dataset.trusted`). With ``set_aside``, the evaluation was set aside from the
+        calibration windows, so that the run may have been measured on it.
 
         Raises:
             LookupError: a pattern matches no layer.
             TypeError: the windows or the evaluation are not windows of a text.
             ValueError: the windows do not fit the model; the model is compiled, not loaded or in
-                training mode; calibration and evaluation share a window; the run was measured on
-                other weights or is a shard; a number is out of range; or, with ``ranked``, the run
-                was measured on the evaluation or ranks no neuron of the layers.
+                training mode; there is an evaluation and the model is not causal; the windows or the run's text have 4% or more of the evaluation's
+                tokens; the run was measured on other weights or is a shard; a number is out of
+                range; or, with ``ranked``, the run ranks no neuron of the layers.
         """
         setup = cls(
             model,
@@ -87,6 +93,7 @@ class Setup:
             skip_first,
             progress,
             ranked,
+            None if run is None or set_aside else seen_text(run),
         )
         if batch_size < 1:
             raise ValueError(f"a batch needs at least one window, got batch size {batch_size}")
@@ -99,19 +106,16 @@ class Setup:
             if text is not None:
                 check_windows(model, text, skip_first)
         check_hooks(model, skip_first)
-        if windows is not None and evaluation is not None:
-            check_disjoint(windows, evaluation)
         setup._check_run()
-        assert setup.layers or not setup.patterns  # raises now if a pattern matches none
+        # Their errors are raised now, and not after hours.
+        _ = setup.layers, setup.overlaps, setup.dependent_on
         return setup
 
     def _check_run(self) -> None:
         """Check that the run was measured on this model and is not a shard.
 
-        With ``ranked``, also check that it was not measured on the evaluation.
-
         Raises:
-            ValueError: it was measured on other weights or on the evaluation, or it is a shard.
+            ValueError: it was measured on other weights, or it is a shard.
         """
         if self.run is None:
             return
@@ -128,8 +132,6 @@ class Setup:
                 f"({self.model.name_or_path}, {self.weights[:12]}): measure this model, or load "
                 "the measured one"
             )
-        if self.ranked and self.evaluation is not None:
-            _check_unseen(attributes, self.evaluation)
 
     @functools.cached_property
     def layers(self) -> list[LinearLayer]:
@@ -144,6 +146,37 @@ class Setup:
         if self.ranked and self.run is not None:
             return _ranked_layers(self.model, self.run, self.patterns)
         return find_layers(self.model, self.patterns)
+
+    @functools.cached_property
+    def overlaps(self) -> dict[str, float | None]:
+        """Return the shares of the evaluation's tokens that the windows and the run's text have.
+
+        The share of the run's text is None if the run has no hashes of its runs of tokens.
+
+        Raises:
+            ValueError: a share is 4% or more.
+        """
+        shares: dict[str, float | None] = {}
+        if self.evaluation is None:
+            return shares
+        if self.windows is not None:
+            shares["windows"] = overlap(SeenText.of(self.windows), self.evaluation)
+        if self.seen is not None:
+            share = overlap(self.seen, self.evaluation)
+            shares["run"] = None if self.seen.runs is None else share
+        return shares
+
+    @functools.cached_property
+    def dependent_on(self) -> list[str]:
+        """Return what the outputs at a token depend on besides a token and those before it.
+
+        Raises:
+            ValueError: there is an evaluation, and the outputs depend on something else.
+        """
+        if self.evaluation is not None:
+            check_causal(self.model, self.evaluation)
+            return []
+        return [] if self.windows is None else dependences(self.model, self.windows)
 
     @functools.cached_property
     def weights(self) -> str:
@@ -197,7 +230,7 @@ class Setup:
             NotFiniteError: the model's outputs are not finite.
         """
         assert self.evaluation is not None
-        return perplexity(
+        return scored(
             self.model,
             self.evaluation,
             batch_size=self.batch_size,
@@ -229,6 +262,7 @@ class Setup:
             "batch_size": self.batch_size,
             "layers": self.patterns,
             "skipped_parameters": skipped_parameters(model),
+            "dependent_on": self.dependent_on,
             "versions": versions(),
             "tokens": self.tokens,
         }
@@ -241,6 +275,7 @@ class Setup:
                 "evaluation_fingerprint": scored.fingerprint,
                 "evaluation_windows": len(scored),
                 "evaluation_length": scored.length,
+                "overlap": self.overlaps,
             }
         return about
 
@@ -265,20 +300,10 @@ def _ranked_layers(
     return chosen
 
 
-def _check_unseen(attributes: Mapping[str, Any], evaluation: TokenWindows) -> None:
-    """Check that a run with these attributes was not measured on windows of the evaluation.
-
-    Raises:
-        ValueError: it was measured on some of them.
-    """
-    known = set(attributes.get("window_hashes", []))
-    shared = sum(one in known for one in evaluation.hashes)
-    if shared or attributes.get("fingerprint") == evaluation.fingerprint:
-        raise ValueError(
-            f"the run was measured on {shared or len(evaluation)} of the {len(evaluation)} windows "
-            f"to be scored ({evaluation.text}), so neurons would be chosen by the text that is "
-            "scored: evaluate on another text"
-        )
+def seen_text(run: xr.DataTree | xr.Dataset) -> SeenText:
+    """Return the hashes of the text that a run was measured on."""
+    attributes = about(run)
+    return SeenText(attributes.get("text", "?"), attributes.get("window_hashes", []), runs_of(run))
 
 
 PACKAGES = ("entangle", "torch", "transformers", "numpy", "numba", "scikit-learn")
@@ -307,6 +332,7 @@ class Stopwatch:
             "processor": platform.processor() or platform.machine(),
             "cores": psutil.cpu_count(),
             "threads": torch.get_num_threads(),
+            "kernel_threads": numba.get_num_threads(),
             "memory_bytes": psutil.virtual_memory().total,
         }
 

@@ -9,19 +9,22 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import numpy.typing as npt
 import pandas as pd
 import xarray as xr
 import zarr
 from numcodecs import Blosc
 
 from entangle.model import folders
-from entangle.runs.dataset import upgraded
+from entangle.runs.dataset import upgraded, with_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 CHUNK = 4096  # neurons
 DATASET = "neurons.zarr"
+TEXT = "text.npy"  # hashes of the text that the run was measured on
 _ZARR = {".zarray", ".zattrs", ".zgroup", ".zmetadata"}
 
 
@@ -30,24 +33,28 @@ def write_run(
     trees: Iterable[xr.DataTree],
     attributes: Mapping[str, Any],
     log: Callable[[], Mapping[str, Any]],
+    text: npt.NDArray[np.uint64] | None = None,
 ) -> None:
     """Write a run into a folder that `folders.new_folder` made.
 
     Each of ``trees`` holds some of the neurons and is appended to the dataset. ``attributes`` are
-    the content of run.json. ``log`` is called last; log.json has what it returns, and the SHA-256
-    sums of run.json and of the dataset's files.
+    the content of run.json, ``text`` the hashes (runs,) of the measured text. ``log`` is called last; log.json has what it returns, and the SHA-256
+    sums of the other files.
 
     Raises:
         OSError: the run cannot be written.
     """
     for number, tree in enumerate(trees):
         try:
-            for node in tree.subtree:
+            for node in (node for node in tree.subtree if node.name != "text"):
                 _append(node, folder / DATASET, begin=number == 0)
         except OSError as error:  # such as a full disk; name the folder
             raise OSError(f"cannot write {folder / DATASET}: {error.strerror or error}") from error
         del node, tree  # they are in reference cycles: collect, to free their memory now
         gc.collect()
+    if text is not None:
+        with folders.new_file(folder / TEXT) as partial:
+            np.save(partial, text)
     zarr.consolidate_metadata(folder / DATASET, zarr_format=2)
     write_json(folder / "run.json", attributes)
     sums = folders.sums(folder, _files(folder))
@@ -73,7 +80,7 @@ def _append(node: xr.DataTree, store: Path, *, begin: bool) -> None:
 
 
 def _files(folder: Path) -> list[str]:
-    """Return the names of run.json and of the dataset's files.
+    """Return the names of run.json, of the text's hashes and of the dataset's files.
 
     Names that begin with a dot are not the run's but for zarr's own: file managers write such files.
     """
@@ -84,7 +91,8 @@ def _files(folder: Path) -> list[str]:
         for name in names
         if not any(part.startswith(".") and part not in _ZARR for part in name.parts)
     )
-    return ["run.json", *(name.as_posix() for name in own)]
+    text = [TEXT] if (folder / TEXT).is_file() else []
+    return ["run.json", *text, *(name.as_posix() for name in own)]
 
 
 def _sum(sums: Mapping[str, str]) -> str:
@@ -141,7 +149,7 @@ def _parsed(file: Path) -> dict[str, Any]:
 def open_run(folder: str | Path) -> xr.DataTree:
     """Open a run: its root is the dataset, its child ``histogram`` the mergeable state.
 
-    Both are read lazily. The files are checked against the SHA-256 in log.json.
+    Both are read lazily. Its child ``text`` has the hashes of the measured text. The files are checked against the SHA-256 in log.json.
 
     Raises:
         FileNotFoundError: there is no folder, or it holds no finished run.
@@ -169,6 +177,8 @@ def open_run(folder: str | Path) -> xr.DataTree:
         _check_sum(folder)
         tree = xr.open_datatree(folder / DATASET, engine="zarr", chunks=None)
         tree.dataset = upgraded(tree.to_dataset())
+        if (folder / TEXT).is_file():
+            with_text(tree, np.load(folder / TEXT))
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(
             f"the run {folder} is damaged ({error}): run the command that wrote it again, with "
@@ -251,5 +261,6 @@ def save_text(text: str, file: str | Path) -> Path:
     """Write a text, such as a table in Markdown; return the path."""
     file = Path(file)
     with folders.new_file(file) as partial:
-        partial.write_text(text, encoding="utf-8")
+        # Names of files may not be UTF-8. What stands for their bytes is escaped, as JSON does it.
+        partial.write_text(text, encoding="utf-8", errors="backslashreplace")
     return file

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from entangle.experiments.ablation_table import display_name
 from entangle.experiments.interventions import RANDOM
 from entangle.pruning.options import EXPERT_DEFAULTS, OPTIONS, UNBUDGETED
-from entangle.show.panels import DASHES, STYLE, Picture
+from entangle.show.panels import DASHES, STYLE, Picture, drawable
 
 _MARKS = {"sparsegpt": "o", "wanda": "s", "magnitude": "^"}
 _RIVALS = ("#b8306b", "#8c6d31")
@@ -320,4 +320,4 @@ def _subject(table: pd.DataFrame) -> str:
     about = table.attrs
     paths = [PurePath(str(about.get(key, ""))).parts for key in ("model", "evaluation")]
     model, text = ("/".join(path[-2:]).removesuffix(".txt") for path in paths)
-    return " · ".join(filter(None, [model, " ".join(about.get("layers", [])), text]))
+    return drawable(" · ".join(filter(None, [model, " ".join(about.get("layers", [])), text])))

@@ -1,7 +1,6 @@
 """Accessor for notebooks: ``run.entangle.neuron("LAYER:INDEX")`` on the tree of a run."""
 
 import html
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from entangle.numerics.gaussian import from_samples, noise_floor
+from entangle.runs import store
 from entangle.runs.dataset import check_neuron, dataset_of
 from entangle.show import plots
 from entangle.show.panels import subject_of
@@ -70,7 +70,7 @@ class Neuron:
         """
         source = self._run.encoding.get("source")
         file = Path(source).parent / "contexts.json" if source else None
-        kept: dict[str, Any] = json.loads(file.read_text()) if file and file.is_file() else {}
+        kept: dict[str, Any] = store.read_json(file) if file and file.is_file() else {}
         if self.name not in kept:
             folder = file.parent if file else "RUN"
             raise LookupError(

@@ -8,7 +8,17 @@ import seaborn as sns
 import xarray as xr
 from matplotlib.figure import Figure
 
-from entangle.show.panels import BAND, FIT, INK, STYLE, Floats, Picture, held_out_subject, place_of
+from entangle.show.panels import (
+    BAND,
+    FIT,
+    INK,
+    STYLE,
+    Floats,
+    Picture,
+    drawable,
+    held_out_subject,
+    place_of,
+)
 
 _BARS = 80
 _MASSIVE = 20  # excess kurtosis above which a few tokens cause the whole distance
@@ -46,7 +56,7 @@ def clusters(run: xr.DataTree, name: str | None = None) -> Figure:
             f"{len(parts)} clusters: W1 within {within:.3f}, within random ones {random:.3f}"
         )
     whole = float(row["held_out_wasserstein"])
-    title = f"{name}, W1 {whole:.3f}\n{held_out_subject(data)}"
+    title = f"{name}, W1 {whole:.3f}\n{drawable(held_out_subject(data))}"
     figure.suptitle(title, x=0.01, ha="left")
     figure.supxlabel(f"output of the neuron (output units){_beyond(dense, edges)}")
     figure.supylabel("density, a colour for each cluster")
@@ -88,7 +98,7 @@ def sparse(run: xr.DataTree, name: str | None = None, *, sparsity: str | None = 
         if arm:
             facts += f"\n(at random {distance[arm + 1]:.3f}, {gain[arm + 1]:.2f})"
         ax.set_title(f"{experts[arm]} expert{'s' if arm else ''}\n{facts}")
-    figure.suptitle(f"{name}\n{held_out_subject(data)}", x=0.01, ha="left")
+    figure.suptitle(f"{name}\n{drawable(held_out_subject(data))}", x=0.01, ha="left")
     figure.supxlabel(f"output of the neuron (output units){_beyond(dense, edges)}")
     figure.supylabel("density")
     figure.legend(*grid[0].get_legend_handles_labels(), loc="outside upper right", ncols=2)

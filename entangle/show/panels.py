@@ -60,6 +60,11 @@ def subject_of(data: xr.Dataset) -> str:
     return " · ".join(filter(None, [*names, tokens]))
 
 
+def drawable(text: str) -> str:
+    """Return a text that matplotlib draws as it is: $ begins no formula, and all of it is UTF-8."""
+    return text.encode(errors="backslashreplace").decode().replace("$", r"\$")
+
+
 def held_out_subject(data: xr.Dataset) -> str:
     """Return the model and the held-out tokens that `disentangle` measured on."""
     about = disentangled(data)
@@ -113,7 +118,7 @@ def frame_of(run: Run, variable: str, layers: Names) -> tuple[pd.DataFrame, Coun
     notes = ", ".join(f"{which.sum():,} {what}" for what, which in parts.items() if which.any())
     if frame["value"].isna().all():
         raise ValueError(f"no neuron of {len(frame):,} has a value of {variable} to draw: {notes}")
-    frame.attrs = {"notes": notes, "subject": subject_of(data)}
+    frame.attrs = {"notes": notes, "subject": drawable(subject_of(data))}
     return frame, np.arange(frame["block"].min(), frame["block"].max() + 1)
 
 

@@ -38,6 +38,7 @@ from entangle.show.panels import (
     Run,
     Sheet,
     colours_of,
+    drawable,
     frame_of,
     histogram_of,
     label_of,
@@ -208,7 +209,7 @@ def neuron(run: xr.DataTree, name: str, *, ax: Axes | None = None) -> Figure | A
         note += f"{below[0] + below[-1] - below[-2]:,} of them beyond the histogram"
     across = f"output of the neuron (output units)\n{note}"
     panel.set(xlabel=across, ylabel="density (share of tokens per output unit)")
-    panel.set_title(f"{name}\n{subject_of(data)}".strip(), loc="left")
+    panel.set_title(f"{name}\n{drawable(subject_of(data))}".strip(), loc="left")
     both = (lambda x: np.subtract(x, mean) / std), (lambda z: np.multiply(z, std) + mean)
     top = panel.secondary_xaxis("top", functions=both)
     top.set_xlabel("standard deviations from the mean")
@@ -254,7 +255,7 @@ def neurons(run: xr.DataTree, names: Sequence[str]) -> Figure:
     grid[0].set_xlim(max(low, -8), min(high, 8))
     figure.supxlabel("output of the neuron, in its std from its mean")
     figure.supylabel("density (share of tokens per std)")
-    figure.suptitle(subject_of(data), x=0.01, ha="left")
+    figure.suptitle(drawable(subject_of(data)), x=0.01, ha="left")
     figure.legend(*grid[0].get_legend_handles_labels(), loc="outside upper right", ncols=2)
     return figure
 

@@ -23,6 +23,7 @@ from entangle.show.panels import (
     Picture,
     Run,
     Sheet,
+    drawable,
     frame_of,
     held_out_subject,
     panels_of,
@@ -119,7 +120,7 @@ def improvement(
         ax.xaxis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
         ax.xaxis.set_minor_locator(ticker.NullLocator())
     sparsity = str(data["sparsity"].to_numpy()[place])
-    sheet.suptitle(f"{held_out_subject(data)}\n{sparsity} sparse", x=0.01, ha="left")
+    sheet.suptitle(f"{drawable(held_out_subject(data))}\n{sparsity} sparse", x=0.01, ha="left")
     sheet.supxlabel(DISTANCE.replace("\n", " "))
     sheet.supylabel("relative improvement")
     sheet.legend(*grid[0].get_legend_handles_labels(), loc="outside upper right", ncols=3)
@@ -142,7 +143,7 @@ def comparison(run: Run, other: Run, *, layers: Names = None, figure: Sheet = No
     frame = neurons.join(place[["block", "role"]], on="layer")
     order = frame["layer"].map({layer: number for number, layer in enumerate(place.index)})
     frame = frame.iloc[np.argsort(order.to_numpy(), kind="stable")]
-    first, second = subject_of(data), subject_of(dataset_of(other))
+    first, second = (drawable(subject_of(one)) for one in (data, dataset_of(other)))
     frame.attrs = {"notes": f"horizontal: {first}; vertical: {second}", "subject": first}
     panels, sheet = panels_of(frame, figure, most=4, height=2.0, labels=(DISTANCE, DISTANCE))
     sheet.suptitle("")

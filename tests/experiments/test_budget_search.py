@@ -8,6 +8,7 @@ import torch
 
 import entangle
 from entangle.experiments import budget_search
+from entangle.experiments.sweeping import sweep_arms
 from tests.pruning.test_sparsifying import random_windows
 from tests.tiny_models import tiny_model
 
@@ -59,14 +60,14 @@ def test_a_named_variable_is_kept() -> None:
 def test_uniform_rows_win_where_grading_only_hurts(monkeypatch: pytest.MonkeyPatch) -> None:
     model, windows = tiny_model("llama"), random_windows(8)
     run = entangle.measure(model, windows)
-    swept = entangle.sweep
+    swept = sweep_arms
 
     def worse(*args: Any, **words: Any) -> Any:
         table = swept(*args, **words)
         table.loc[table["budget"] != "uniform", "nats"] += 100
         return table
 
-    monkeypatch.setattr(budget_search, "sweep", worse)
+    monkeypatch.setattr(budget_search, "sweep_arms", worse)
     found = entangle.choose_budget(
         model, windows, sparsity=0.6, run=run, layers="*.mlp.*", budget=["std"]
     )

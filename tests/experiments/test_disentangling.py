@@ -227,7 +227,7 @@ def test_a_folder_is_a_run_with_tables_and_opens_as_what_was_returned(tmp_path: 
     tree = disentangle(tiny_model("gpt2"), out=out)
     COMMAND.reset(token)
     assert {path.name for path in out.iterdir()} == {
-        *("run.json", "log.json", "neurons.zarr", "tables")
+        *("run.json", "log.json", "neurons.zarr", "tables", "text.npy")
     }
     opened = entangle.open_run(out)
     xr.testing.assert_identical(opened.to_dataset().load(), tree.to_dataset())
@@ -330,8 +330,8 @@ def test_what_cannot_be_disentangled_is_refused_before_anything_runs(
 
     hashes = [run.attrs["weights"][:8] for run in (other, on_evaluation)]
     refused(ValueError, "weights.*{}.*{}".format(*hashes), run=other)
-    refused(ValueError, r"\b5 of .*\b5 windows.*scored", run=on_evaluation)
-    refused(ValueError, r"\b12 of 12 evaluation windows.*calibration", evaluation=windows())
+    refused(ValueError, r"\b100\.0% .*evaluation", run=on_evaluation)
+    refused(ValueError, r"\b100\.0% .*evaluation", evaluation=windows())
     refused(ValueError, r"\b65 tokens.*context.*\b64\b", evaluation=random_windows(2, 65))
     refused(ValueError, r"c_attn.*\b3:5\b.*groups.*\b24\b", sparsity=["3:5"])
     refused(ValueError, rf"experts.*\b{SPARSITIES[-1]}\D+1\b", experts=[1])

@@ -76,13 +76,14 @@ def kill_all(process: subprocess.Popen[Any]) -> None:
 
 
 def datasets(tree: xr.DataTree) -> list[xr.Dataset]:
-    """Return a run's neurons and its histograms."""
-    return [node.to_dataset(inherit=False) for node in (tree, tree.children["histogram"])]
+    """Return a run's neurons, its histograms and its text."""
+    nodes = (tree, tree.children["histogram"], tree.children["text"])
+    return [node.to_dataset(inherit=False) for node in nodes]
 
 
 def assert_same_run(found: xr.DataTree, whole: xr.DataTree) -> None:
     """Assert that two runs are the same bits, but for what is loose, which agrees to 1e-9."""
-    assert set(found.children) == set(whole.children) == {"histogram"}
+    assert set(found.children) == set(whole.children) == {"histogram", "text"}
     for one, other in zip(datasets(found), datasets(whole), strict=True):
         assert set(one.variables) == set(other.variables)
         for name in map(str, other.variables):

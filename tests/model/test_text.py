@@ -16,7 +16,7 @@ import transformers
 from tokenizers import Tokenizer, models
 
 from entangle.model import text as module
-from entangle.model.text import Bos, TokenWindows, check_disjoint, token_windows
+from entangle.model.text import Bos, TokenWindows, token_windows
 from tests.tiny_models import tiny_tokenizer
 
 LENGTH = 16
@@ -152,16 +152,6 @@ def test_less_than_one_window_of_two_tokens_is_an_error(windows: int, length: in
     message = rf"\b1 window .*\b2 tokens.* {windows} windows of {length} tokens$"
     with pytest.raises(ValueError, match=message):
         windows_of(windows=windows, length=length)
-
-
-def test_windows_of_two_texts_are_compared_by_their_tokens() -> None:
-    calibration, other = windows_of(windows=None), windows_of(TEXT[1:], windows=None)
-    check_disjoint(calibration, other)  # shifted by a letter: no window is the same
-    mixed = windows_of(TEXT[: 3 * LENGTH] + "x" * 40, windows=None)
-    with pytest.raises(ValueError, match=r"\b3 of 5 evaluation windows.*calibration"):
-        check_disjoint(calibration, mixed)
-    with pytest.raises(ValueError, match=r"\b1 of 1 evaluation windows.*calibration"):
-        check_disjoint(mixed, windows_of("x" * LENGTH))
 
 
 def test_a_text_longer_than_the_models_context_raises_no_warning() -> None:

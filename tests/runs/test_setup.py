@@ -1,13 +1,19 @@
 """What a command runs on: checked before anything is spent, hashed once."""
 
-from collections.abc import Iterator
+import dataclasses
+import json
+import random
+import string
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import entangle
 from entangle.model.loading import weights_hash
+from entangle.model.text import TokenWindows, token_windows
 from entangle.runs import setup
 from entangle.runs.setup import COMMAND, Setup
 from tests.pruning.test_sparsifying import random_windows
@@ -49,6 +55,72 @@ def test_what_are_no_windows_is_told_with_the_order() -> None:
             entangle.measure(model, one)
         with pytest.raises(TypeError, match=f"{type(one).__name__}.*model, windows, evaluation"):
             entangle.sweep(model, windows, one, sparsity=0.5)
+
+
+def letters(size: int, length: int = 16, seed: int = 0) -> TokenWindows:
+    """All windows of a random text: the same text for the same size and seed, however it is cut."""
+    text = "".join(random.Random(seed).choices(string.ascii_letters, k=size))
+    return token_windows([text], tiny_tokenizer(), windows=None, length=length, bos="never")
+
+
+Texts = dict[str, Any]
+SEEN: dict[str, Callable[[Any, Texts], object]] = {
+    "sweep": lambda model, of: entangle.sweep(model, of["seen"], of["again"], sparsity=0.5),
+    # A budget chooses how many weights each row keeps by the text of its run.
+    "budget": lambda model, of: entangle.sweep(
+        model, of["other"], of["again"], sparsity=0.5, budget="std", run=of["run"]
+    ),
+    "ablate": lambda model, of: entangle.ablate(model, of["seen"], of["again"], run=of["innocent"]),
+    "ablated run": lambda model, of: entangle.ablate(
+        model, None, of["again"], run=of["run"], intervention="zero"
+    ),
+    "disentangle": lambda model, of: entangle.disentangle(
+        model, of["seen"], of["again"], run=of["innocent"]
+    ),
+}
+
+
+@pytest.mark.parametrize("how", SEEN)
+def test_text_that_was_seen_is_refused_however_it_is_cut(how: str) -> None:
+    model = tiny_model()
+    texts = {"seen": letters(640), "again": letters(640, 21), "other": letters(640, seed=1)}
+    runs = {
+        name: entangle.measure(model, texts[text])
+        for name, text in (("run", "seen"), ("innocent", "other"))
+    }
+    with pytest.raises(ValueError, match=r"\b(100|9\d)\.\d% of the tokens of the evaluation"):
+        SEEN[how](model, texts | runs)
+
+
+def test_shares_below_the_limit_are_stated(tmp_path: Path) -> None:
+    model = tiny_model()
+    seen, other = letters(640), letters(1_600, seed=1)
+    held_out = dataclasses.replace(other, tokens=torch.cat([other.tokens[:79], seen.tokens[:1]]))
+    run, innocent = (entangle.measure(model, text) for text in (seen, letters(640, seed=2)))
+    words: dict[str, Any] = {"sets": "wasserstein", "intervention": "zero", "out": tmp_path / "run"}
+    table = entangle.ablate(model, None, held_out, run=run, **words)
+    assert table.attrs["overlap"] == {"run": 1 / 80}
+    assert "1.25% of the evaluation" in (tmp_path / "run" / "tables" / "ablation.md").read_text()
+    words |= {"overwrite": True}
+    table = entangle.ablate(model, None, held_out, run=innocent.to_dataset(), **words)
+    assert table.attrs["overlap"] == {"run": None}  # a dataset has no hashes of its text's runs
+    assert "no hashes" in (tmp_path / "run" / "tables" / "ablation.md").read_text()
+    words |= {"intervention": "sparsify"}
+    table = entangle.ablate(model, seen, held_out, run=innocent, **words)
+    assert table.attrs["overlap"] == {"windows": 1 / 80, "run": 0}
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["overlap"] == {
+        "windows": 1 / 80,
+        "run": 0,
+    }
+
+
+def test_windows_set_aside_may_be_the_runs_own() -> None:
+    model, windows = tiny_model(), letters(640)
+    run = entangle.measure(model, windows)
+    found = entangle.choose_budget(
+        model, windows, run=run, sparsity=0.5, budget="std", strength=0.1
+    )
+    assert found.table.attrs["overlap"] == {"windows": 0}
 
 
 def test_weights_are_hashed_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.patches import StepPatch
+from matplotlib.text import Text
 
 from entangle import plots
 from entangle.runs.dataset import attributes_of
@@ -194,3 +195,13 @@ def test_what_was_not_kept_is_told(draw: Callable[..., Figure]) -> None:
     before = dict(mpl.rcParams)
     draw(tree)
     assert dict(mpl.rcParams) == before
+
+
+@pytest.mark.parametrize("draw", [plots.clusters, plots.sparse, plots.improvement])
+def test_names_are_drawn_as_they_are(draw: Callable[..., Figure]) -> None:
+    tree = made_up()
+    about = {"model": "data/$_{$", "evaluation": "\udce9.txt", "held_out_tokens": TOKENS}
+    tree.attrs |= attributes_of({"disentangled": about})
+    figure = saved(draw(tree))
+    texts = [text.get_text() for text in figure.findobj(Text)]
+    assert any(r"data/\$_{\$ · \udce9 ·" in text for text in texts)

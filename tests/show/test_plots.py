@@ -679,3 +679,15 @@ def test_pictures_are_drawn_into_a_given_figure_or_part_of_one(draw: Callable[..
     plain = Figure()
     assert draw(run, figure=plain) is plain
     assert plain.get_layout_engine() is not None
+
+
+ODD = "docs/$_{$ \udce9.txt"  # no formula of matplotlib, and no UTF-8
+
+
+@pytest.mark.parametrize("draw", [plots.heatmap, plots.layers, plots.ranks])
+def test_names_are_drawn_as_they_are(draw: Any) -> None:
+    run = make_run({(0, "up"): [0.1, 0.2, 0.4]})
+    run.attrs = run.attrs | {"text": ODD}
+    figure = draw(run)
+    figure.savefig(BytesIO(), format="png")
+    assert r"docs/\$_{\$ \udce9" in words(figure)

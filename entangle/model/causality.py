@@ -1,0 +1,72 @@
+"""Whether a model's outputs at a token depend on later tokens, or on other windows of the batch.
+
+The perplexity of such a model has no meaning, and nothing in its files tells it.
+"""
+
+import torch
+from transformers import PreTrainedModel
+
+from entangle.model.hooks import uncounted
+from entangle.model.placing import input_device
+from entangle.model.text import TokenWindows
+
+TOKENS = 8  # of a window; in a longer one, a single token changes less
+# Causal models gave the same bits, or with experts, which multiply as many rows as they get, changes
+# of 1e-7 in float32. Encoders gave 0.004 and more.
+SMALLEST = 1e-4
+ROUNDING = {torch.float32: 1e-4, torch.float64: 1e-4}
+HALF = 0.05  # rounding of 16-bit floats
+
+
+def dependences(model: PreTrainedModel, windows: TokenWindows) -> list[str]:
+    """Return what the outputs depend on besides a token and those before it; empty if nothing.
+
+    Two batches of two short windows run through the model; they differ only in the last token of
+    the first window. A change of the outputs at other tokens is compared with that at the last one.
+    No recording counts them. Parameters, buffers and random numbers stay as they are.
+    """
+    first, other = windows.tokens[0, :TOKENS], windows.tokens[-1, :TOKENS]
+    changed = first.clone()
+    changed[-1] = next(token for token in (*other.tolist(), 0, 1) if token != first[-1])
+    outputs = []
+    kept = [
+        (module, name, buffer, buffer.clone())
+        for module in model.modules()
+        for name, buffer in module.named_buffers(recurse=False)
+        if not buffer.is_meta
+    ]
+    with torch.inference_mode(), uncounted(), torch.random.fork_rng(_devices(model)):
+        for window in (first, changed):
+            tokens = torch.stack([window, other]).to(input_device(model))
+            outputs.append(model(input_ids=tokens, use_cache=False).logits.float())
+        for module, name, buffer, before in kept:
+            buffer.copy_(before)
+            setattr(module, name, buffer)
+    # (2 windows, tokens)
+    change = (outputs[0] - outputs[1]).square().mean(dim=-1).sqrt()
+    changed_token, before, beside = change[0, -1], change[0, :-1].max(), change[1].max()
+    found = []
+    if before > max(SMALLEST * changed_token, 10 * beside):
+        found.append("on later tokens of the window")
+    if beside > ROUNDING.get(model.dtype, HALF) * changed_token:
+        found.append("on the other windows of the batch")
+    return found
+
+
+def check_causal(model: PreTrainedModel, windows: TokenWindows) -> None:
+    """Check that a score of the model has a meaning (see `dependences`).
+
+    Raises:
+        ValueError: the model's outputs depend on later tokens or on other windows.
+    """
+    found = dependences(model, windows)
+    if found:
+        raise ValueError(
+            f"the outputs of {model.name_or_path or type(model).__name__} "
+            f"({type(model).__name__}) at a token depend {' and '.join(found)}, so its perplexity "
+            "has no meaning: give a causal language model"
+        )
+
+
+def _devices(model: PreTrainedModel) -> list[torch.device]:
+    return [model.device] if model.device.type == "cuda" else []
