@@ -32,6 +32,7 @@ from entangle.runs import store
 from entangle.runs.dataset import UNITS
 from tests.forking import Forked
 from tests.model.test_ranks import ROOT
+from tests.model.test_text import few
 from tests.tiny_models import ARCHITECTURES, CONTEXT, save_tiny
 
 WORDS = "The quick brown fox jumps over the lazy dog; a wizard's job is to vex chumps quickly. "
@@ -87,6 +88,23 @@ def test_measure_says_what_it_measured_and_found_and_no_more(place: Path) -> Non
     assert f"{float(run['wasserstein'].max()):.4f}" in said.stdout
     assert "noise floor 0.0329" in said.stdout  # 0.833 / √640
     assert said.stderr == ""
+
+
+def test_unknown_tokens_are_said_and_noted(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = place / "few"
+    save_tiny(folder)
+    few().save_pretrained(folder)
+    text = place / "few.txt"
+    text.write_text(("a" * 15 + "é") * 20, encoding="utf-8")
+    words = ["measure", str(folder), "--text", str(text), "--length", "32"]
+    assert main([*words, "--out", str(place / "few.run")]) == 0
+    said = capsys.readouterr().err
+    assert re.fullmatch(rf"entangle: 6\.2% .*{text}.* unknown token <unk>\n", said)
+    noted = json.loads((place / "few.run" / "run.json").read_text())["notes"]
+    assert [f"entangle: {note}\n" for note in noted] == [said]
+    text.write_text("é" * 999, encoding="utf-8")
+    assert main([*words, "--out", str(place / "none.run")]) == 2
+    assert "100.0% of the tokens" in capsys.readouterr().err
 
 
 def test_a_command_is_over_when_it_has_run(place: Path) -> None:

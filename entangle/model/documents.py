@@ -15,7 +15,7 @@ Chat = Callable[[list[dict[str, Any]]], str]  # makes a text of the messages of 
 
 BLANK = "\n\n"  # joins documents
 REACH = 2**14  # bytes after a place in which a good place to cut is looked for
-ROWS = 1000  # documents that are read at once from a list or a table
+PART = 2**20  # bytes of documents, about, that are read at once from a list or a table
 
 
 class _Part(Protocol):
@@ -116,6 +116,11 @@ def _joined(documents: Callable[[], Sequence[str]]) -> bytes:
     return BLANK.join(documents()).encode()
 
 
+def _rows_at_once(rows: int, size: int) -> int:
+    """Return how many rows of a list or table have about the size of a part, and at most 1000."""
+    return max(1, min(1000, PART * rows // max(size, 1)))
+
+
 def read_documents(
     text: str | Path | Sequence[str], purpose: Purpose = "calibration", chat: Chat | None = None
 ) -> Documents:
@@ -130,11 +135,10 @@ def read_documents(
     """
     if not isinstance(text, str | Path):
         given = list(text)
-        starts = range(0, len(given), ROWS)
-        return Documents(
-            "documents given in Python",
-            [_Rows(functools.partial(given.__getitem__, slice(i, i + ROWS))) for i in starts],
-        )
+        step = _rows_at_once(len(given), sum(map(len, given)))
+        slices = (slice(start, start + step) for start in range(0, len(given), step))
+        parts = [_Rows(functools.partial(given.__getitem__, one)) for one in slices]
+        return Documents("documents given in Python", parts)
     if str(text).startswith("hub:"):
         return _read_hub(str(text), chat)
     path = Path(text)
@@ -177,7 +181,8 @@ def _read_hub(source: str, chat: Chat | None) -> Documents:
         return rows if strings else [_written(row, chat, where) for row in rows]
 
     parts, nulls, start = [], 0, 0
-    for batch in table.with_format("arrow")[:].to_batches(max_chunksize=ROWS):  # memory-mapped
+    mapped = table.with_format("arrow")[:]  # not yet read
+    for batch in mapped.to_batches(max_chunksize=_rows_at_once(len(mapped), mapped.nbytes)):
         rows, end = batch.column(0), start + len(batch)
         known = len(rows) - rows.null_count
         if known:

@@ -59,8 +59,8 @@ def test_there_is_no_limit_to_distances(name: str) -> None:
 def test_a_configuration_may_say_it_otherwise_or_not_at_all(
     name: str, value: int | None, expected: int | None
 ) -> None:
-    made: dict[str, Any] = {name: value}
-    config = transformers.PreTrainedConfig(**made)
+    values: dict[str, Any] = {name: value}
+    config = transformers.PreTrainedConfig(**values)
     model: Any = SimpleNamespace(config=config, named_modules=dict)
     assert context_of(model) == expected
 
