@@ -280,7 +280,9 @@ def source_of(
             raise FileNotFoundError(f"there is no GGUF file at {path}: check the path")
         return str(path.parent), options | {"gguf_file": path.name}
     if path.is_dir():
-        if (path / "adapter_config.json").is_file():  # transformers ignores it where peft is missing
+        if (
+            path / "adapter_config.json"
+        ).is_file():  # transformers ignores it where peft is missing
             raise ValueError(
                 f"the folder {path} holds an adapter (adapter_config.json): merge it into its model "
                 "first (in peft: model = model.merge_and_unload()), and save that to a folder"
