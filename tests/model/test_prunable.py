@@ -158,7 +158,7 @@ def test_packing_leaves_a_layer_with_a_forward_of_its_own_as_it_is() -> None:
     model: Any = tiny_model()
     twice = model.model.layers[1].mlp.up_proj = Twice(24, 37)
     for layer in find_layers(model):
-        write_weight(layer, torch.randn(layer.neurons, layer.inputs).relu())
+        write_weight(layer, (torch.randn(layer.neurons, layer.inputs) - 1).relu())
     tokens = torch.arange(3, 20)[None]
     with torch.no_grad():
         expected = model(tokens).logits
