@@ -219,9 +219,9 @@ def test_all_files_may_be_read_by_the_same_people(tmp_path: Path, umask: int, mo
     [
         (SafetensorError("I/O error: No space left on device (os error 28)"), OSError),
         (Exception("No space left on device (os error 28)"), OSError),  # as tokenizers says it
-        (ValueError("The generation config " + "is invalid\n" * 100), ValueError),
-        (RuntimeError("The weights share memory"), ValueError),
-        (TypeError("Object of type set is not JSON serializable"), ValueError),
+        (ValueError("The generation config " + "is invalid\n" * 100), RuntimeError),
+        (RuntimeError("The weights share memory"), RuntimeError),
+        (TypeError("Object of type set is not JSON serializable"), RuntimeError),
     ],
 )
 @pytest.mark.parametrize("of", ["model", "tokenizer"])
@@ -278,7 +278,7 @@ def test_a_folder_that_is_a_file_is_refused(tmp_path: Path) -> None:
 def test_a_model_that_transformers_does_not_save_is_refused(tmp_path: Path) -> None:
     model = tiny_model()
     model.generation_config.temperature = 0.3
-    with pytest.raises(ValueError, match=f"save .*{tmp_path}: .*GenerationConfig"):
+    with pytest.raises(RuntimeError, match=f"save .*{tmp_path}: .*GenerationConfig"):
         save_model(model, None, tmp_path)
 
 
@@ -328,7 +328,7 @@ def cut(file: Path, size: int) -> None:
     [
         (lambda at: (at / "config.json").write_text("{not"), "config.json' is not a valid JSON"),
         (lambda at: change(at, model_type="martian"), "model type `martian` but Transformers does"),
-        (lambda at: change(at, model_type="t5"), "T5Config'> for this kind of AutoModel"),
+        (lambda at: change(at, model_type="t5"), "encoder-decoder"),
         (lambda at: (at / "model.safetensors").unlink(), "no file named model.safetensors"),
         (lambda at: cut(at / "model.safetensors", 100), "incomplete metadata, file not fully"),
         (lambda at: (at / "model.safetensors").write_text("{"), "header"),
@@ -346,7 +346,7 @@ def test_a_damaged_model_is_refused(
     folder: Path, damage: Callable[[Path], Any], message: str
 ) -> None:
     damage(folder)
-    with pytest.raises(ValueError, match=f"load {folder}: .*{message}") as caught:
+    with pytest.raises(ValueError, match=f"{folder}.*{message}") as caught:
         load_model(folder)
     assert len(str(caught.value)) < 500
     assert "\n" not in str(caught.value)
