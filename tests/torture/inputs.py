@@ -358,10 +358,12 @@ def _of_files(case: Case, done: Outcome, before: place.Content, after: place.Con
             wrong.append(f"{name} was {'changed' if name in after else 'removed'}")
     named = {Path(part) for word in case.words[1:] for part in word.split("=", 1)}
     # The folder of --offload is the user's scratch; parents of a result that was not made stay too.
-    scratch = {str(path) for path in named} if "--offload" in case.words else set()
+    scratch = {str(path) for path in named} if {"--offload", "--csv"} & {*case.words} else set()
     above = {str(parent) for path in named for parent in path.parents}
     for name in {*after} - {*before}:
         if name in above and after[name] is None:
+            continue
+        if case.words[0] == "diff" and name in scratch:  # its table is whole, its figure failed
             continue
         if any(f"{name}/".startswith(f"{word}/") for word in scratch):
             continue
