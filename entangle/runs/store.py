@@ -265,7 +265,7 @@ def read_table(folder: str | Path, name: str, text: Collection[str]) -> pd.DataF
     if not isinstance(sums, Mapping):
         raise ValueError(f"{folder} is damaged: its log.json has no sums of files. Make it again")
     folders.check_sums(folder, sums)
-    table = pd.read_csv(file, dtype=dict.fromkeys(text, str))
+    table = pd.read_csv(file.absolute(), dtype=dict.fromkeys(text, str))
     table = table.fillna({column: "" for column in text if column in table})
     table.attrs.update(read_json(folder / "run.json"))
     return table
@@ -291,7 +291,7 @@ def save_table(table: pd.DataFrame, file: str | Path) -> Path:
     """Write a table as CSV, with numbers in full precision; return the path."""
     file = Path(file)
     with folders.new_file(file) as partial:
-        table.to_csv(partial, index=False)
+        table.to_csv(partial.absolute(), index=False)  # or pandas takes http:/a/b for an address
     return file
 
 

@@ -115,6 +115,12 @@ def test_the_log_has_time_and_memory() -> None:
     assert 5e7 < log["peak_memory_bytes"] < log["memory_bytes"]
 
 
+def test_the_name_of_a_table_is_no_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    file = store.save_table(pd.DataFrame({"a": [1]}), "http://127.0.0.1:1/a.csv")
+    assert (tmp_path / file).read_text() == "a\n1\n"
+
+
 def test_tables_keep_numbers_in_full(tmp_path: Path) -> None:
     table = pd.DataFrame({"neuron": ["a:1", "b:2"], "wasserstein": [1 / 3, 1e-17]})
     file = store.save_table(table, tmp_path / "deep" / "table.csv")

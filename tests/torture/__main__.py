@@ -3,6 +3,7 @@
 import argparse
 import gc
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -35,6 +36,7 @@ def main() -> int:
     parser.add_argument("--fresh", action="store_true", help="begin anew [go on]")
     args = parser.parse_args()
     stream = sys.stdout
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     if args.parts == ["last"]:
         stream.write(summary() + "\n")
         return 0

@@ -196,6 +196,8 @@ def run_here(case: Case, folder: Path) -> Outcome:
             signal.alarm(0)
             signal.signal(signal.SIGALRM, old)
             signal.signal(signal.SIGTERM, ends)
+    if code in {130, 143}:  # it is the torture that is to stop
+        sys.exit(code)
     out, err = (file.read_text(encoding="utf-8", errors="replace") for file in said)
     return Outcome(code, out, err + extra, time.monotonic() - begin)
 
@@ -356,13 +358,18 @@ def _of_files(case: Case, done: Outcome, before: place.Content, after: place.Con
         changed = name not in after or after[name] != content
         if changed and not _may_change(name, case, done):
             wrong.append(f"{name} was {'changed' if name in after else 'removed'}")
-    scratch = {*case.words[1:]} if "--offload" in case.words else set()  # stays there
+    named = {Path(part) for word in case.words[1:] for part in word.split("=", 1)}
+    # The folder of --offload is the user's scratch; parents of a result that was not made stay too.
+    scratch = {str(path) for path in named} if {"--offload", "--csv"} & {*case.words} else set()
+    above = {str(parent) for path in named for parent in path.parents}
     for name in {*after} - {*before}:
-        if any(
-            f"{name}/".startswith(f"{word}/") or word.startswith(f"{name}/") for word in scratch
-        ):
+        if name in above and after[name] is None:
             continue
-        if done.code == 0 and ".partial" not in name:
+        if case.words[0] == "diff" and name in scratch:  # its table is whole, its figure failed
+            continue
+        if any(f"{name}/".startswith(f"{word}/") for word in scratch):
+            continue
+        if done.code == 0 and (".partial" not in name or name.split("/")[0] in case.words):
             continue
         if done.code == 2 and not re.search(r"(^|/)[^/]*\.partial(/|$)", name):
             wrong.append(f"{name} was left behind")
