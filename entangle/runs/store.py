@@ -264,7 +264,7 @@ def read_table(folder: str | Path, name: str, text: Collection[str]) -> pd.DataF
     sums = read_log(folder).get("files", {})  # 0.1.0 wrote none
     if not isinstance(sums, Mapping):
         raise ValueError(f"{folder} is damaged: its log.json has no sums of files. Make it again")
-    folders.check_sums(folder, sums)
+    folders.check_sums(folder, sums, "Run the command that wrote it again, with --overwrite")
     table = pd.read_csv(file.absolute(), dtype=dict.fromkeys(text, str))
     table = table.fillna({column: "" for column in text if column in table})
     table.attrs.update(read_json(folder / "run.json"))
