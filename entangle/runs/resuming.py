@@ -34,6 +34,7 @@ def resumed_run(
     """
     if target is None:
         with tempfile.TemporaryDirectory() as temporary:
+            store.write_json(Path(temporary) / "run.json", attributes)
             yield Path(ranks.from_rank(0, temporary))
             ranks.all_gather(None)
         return

@@ -557,7 +557,7 @@ def test_ranks_measure_what_one_process_does_and_all_return_it(
     for rank in range(3):
         assert said[rank][name]["written"]
         assert said[rank][name]["attributes"] == whole.attrs
-        for key, expected in zip(("sums", "histogram"), datasets(whole), strict=True):
+        for key, expected in zip(("sums", "histogram"), datasets(whole)[:2], strict=True):
             exact = {
                 n
                 for n in map(str, expected.variables)
