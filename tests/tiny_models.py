@@ -27,7 +27,7 @@ SPECIAL = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
 CONTEXT = 64
 
 # Sizes that differ from each other wherever the architecture lets them.
-_LLAMA_LIKE = {
+_LLAMA_LIKE: dict[str, Any] = {
     "hidden_size": 24,
     "intermediate_size": 37,
     "num_hidden_layers": 2,

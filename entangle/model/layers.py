@@ -139,14 +139,17 @@ def find_blocks(model: "PreTrainedModel") -> tuple[str, nn.ModuleList]:
     count = _depth(model)
     inside = decoder_of(model)
     within = {id(module) for module in inside.modules()}
-    for name, module in model.named_modules():
-        if id(module) in within and _are_blocks(module, count):
-            assert isinstance(module, nn.ModuleList)
-            return name, module
-    raise ValueError(
-        f"found no list of {count} transformer blocks (num_hidden_layers) in "
-        f"{type(model).__name__}: give a causal language model of transformers"
-    )
+    lists = [
+        (name, module)
+        for name, module in model.named_modules()
+        if id(module) in within and isinstance(module, nn.ModuleList) and _are_blocks(module, count)
+    ]
+    if not lists:
+        raise ValueError(
+            f"found no list of {count} transformer blocks (num_hidden_layers) in "
+            f"{type(model).__name__}: give a causal language model of transformers"
+        )
+    return min(lists, key=lambda one: one[0].count("."))
 
 
 def _has_adapter(model: "PreTrainedModel") -> bool:
@@ -256,11 +259,17 @@ def without_skipped(
         ValueError: all are skipped, or the patterns name one that is.
     """
     left = [layer for layer in layers if layer.name not in skipped]
-    named = [name for name in skipped if name in patterns]
-    if named or not left:
-        name = next(iter(named or skipped))
+    for name in skipped:
+        if name in patterns:
+            raise ValueError(
+                f"{name} cannot be used: {skipped[name]}. Leave it out with exclude, or name other "
+                "layers"
+            )
+    if not left:
+        name = layers[0].name
         raise ValueError(
-            f"{name} cannot be used: {skipped[name]}. Leave it out with exclude, or name other layers"
+            f"none of the {len(layers)} layers that match can be used, for example {name}: "
+            f"{skipped[name]}"
         )
     return left
 

@@ -153,7 +153,7 @@ def test_what_cannot_be_heard_is_left_out_and_said(
     recorded = recorder.tree()
     assert [*about(recorded)["skipped_layers"]] == DEAF[make]
     for name, values in recorded.to_dataset().items():
-        np.testing.assert_array_equal(values, run[name])
+        np.testing.assert_array_equal(values, run[str(name)])
     with captured(model, [*heard]) as outputs:
         for batch in windows.tokens.split(4):
             model(batch)

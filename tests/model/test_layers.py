@@ -202,7 +202,7 @@ def test_the_blocks_are_the_text_decoders_even_if_a_vision_encoder_is_as_deep() 
 
 
 def test_the_blocks_are_found_whatever_get_decoder_says() -> None:
-    sizes = {"hidden_size": 24, "intermediate_size": 37, "num_hidden_layers": 2}
+    sizes: dict[str, Any] = {"hidden_size": 24, "intermediate_size": 37, "num_hidden_layers": 2}
     config = ModernBertDecoderConfig(
         vocab_size=VOCABULARY, num_attention_heads=3, pad_token_id=0, **sizes
     )
@@ -214,6 +214,15 @@ def test_the_blocks_are_found_whatever_get_decoder_says() -> None:
     vision.get_decoder = lambda: vision.lm_head
     assert decoder_of(vision) is vision.model.language_model
     assert find_blocks(vision)[0] == "model.language_model.layers"
+
+
+def test_of_several_lists_the_one_nearest_to_the_embedding_is_the_blocks() -> None:
+    model: Any = tiny_model()
+    images = nn.ModuleDict({"encoder": nn.ModuleList([nn.Linear(3, 3) for _ in range(3)])})
+    model.model.images = images  # an image encoder in the same module, as in GIT
+    model.model._modules = {"images": images} | model.model._modules
+    assert next(iter(dict(model.model.named_children()))) == "images"
+    assert find_blocks(model)[0] == "model.layers"
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -339,7 +348,7 @@ def test_skipped_layers_may_be_matched_but_not_named() -> None:
     message = r"layers\.1\.mlp\.up_proj.*it is deaf"
     with pytest.raises(ValueError, match=message):
         without_skipped(layers, skipped, ["*.up_proj", layers[1].name])
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=f"none of the 1 layers.*{message}"):
         without_skipped(layers[1:2], skipped, ["*.1.*"])
 
 

@@ -103,7 +103,7 @@ def test_the_layers_of_these_architectures_are_products(name: str) -> None:
         nn.Linear(24, 37),
         nn.Linear(24, 37, bias=False, dtype=torch.bfloat16),
         nn.Linear(24, 37, device="meta"),
-        Conv1D(37, 24),
+        Conv1D(37, 24),  # type: ignore[no-untyped-call]
         Renamed(24, 37),
         FalconLinear(24, 37),  # its forward is written out, and rounds otherwise
         FalconLinear(24, 37, bias=False, device="meta"),
@@ -129,7 +129,7 @@ def with_own_forward() -> nn.Module:
     [
         lambda: Twice(24, 37),
         lambda: Twice(24, 37, bias=False, device="meta"),
-        lambda: Llama4Router(types.SimpleNamespace(hidden_size=24, num_local_experts=4, num_experts_per_tok=1)),
+        lambda: Llama4Router(types.SimpleNamespace(hidden_size=24, num_local_experts=4, num_experts_per_tok=1)),  # type: ignore[no-untyped-call]
         lambda: parametrizations.weight_norm(nn.Linear(24, 37)),
         lambda: parametrizations.orthogonal(nn.Linear(24, 24)),
         with_own_forward,
@@ -146,7 +146,7 @@ def test_a_weight_that_a_hook_computes_is_none_of_the_layers_own() -> None:
 
 def test_a_product_that_is_quantised_stays_refused() -> None:
     model = tiny_model()
-    up = find_blocks(model)[1][1].mlp
+    up: Any = find_blocks(model)[1][1].mlp
     up.up_proj = FP8Linear(24, 37, has_bias=True)
     layers = find_layers(model)
     assert unprunable_layers(layers) == {}
