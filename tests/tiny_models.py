@@ -20,8 +20,6 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from entangle.model.hooks import is_on_trial
-
 VOCABULARY = 260  # the 256 bytes and the special tokens below, and one that no text has
 SPECIAL = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
 CONTEXT = 64
@@ -142,18 +140,6 @@ def _filled(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
             parameter.copy_(0.2 * noise + (parameter if parameter.ndim == 1 else 0))
     model.eval()  # type: ignore[no-untyped-call]
     return model
-
-
-def passes_of(module: torch.nn.Module) -> list[int]:
-    """Return a list that gets an item for each forward pass of a module, but none on trial."""
-    passes: list[int] = []
-
-    def count(*_: Any) -> None:
-        if not is_on_trial():
-            passes.append(1)
-
-    module.register_forward_hook(count)
-    return passes
 
 
 def tiny_vision_model() -> PreTrainedModel:

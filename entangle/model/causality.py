@@ -6,7 +6,7 @@ The perplexity of such a model has no meaning, and nothing in its files tells it
 import torch
 from transformers import PreTrainedModel
 
-from entangle.model.hooks import on_trial
+from entangle.model.hooks import without_hooks
 from entangle.model.placing import input_device
 from entangle.model.text import TokenWindows
 
@@ -35,7 +35,7 @@ def dependences(model: PreTrainedModel, windows: TokenWindows) -> list[str]:
         for name, buffer in module.named_buffers(recurse=False)
         if not buffer.is_meta
     ]
-    with torch.inference_mode(), on_trial(), torch.random.fork_rng(_devices(model)):
+    with torch.inference_mode(), without_hooks(model), torch.random.fork_rng(_devices(model)):
         for window in (first, changed):
             tokens = torch.stack([window, other]).to(input_device(model))
             outputs.append(model(input_ids=tokens, use_cache=False).logits.float())

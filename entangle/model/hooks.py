@@ -2,9 +2,9 @@
 
 import dataclasses
 import inspect
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -16,8 +16,6 @@ from entangle.model.placing import input_device, is_whole
 
 OnRows = Callable[[LinearLayer, torch.Tensor], None]
 Change = Callable[[LinearLayer, torch.Tensor, torch.Tensor], torch.Tensor]
-
-_ON_TRIAL: ContextVar[bool] = ContextVar("on_trial", default=False)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -204,16 +202,14 @@ def recording_outputs(
     counter = BatchCounter(layers, skip_first)
 
     def begin(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        if not is_on_trial():
-            counter.begin(module, args, kwargs)
+        counter.begin(module, args, kwargs)
 
     def end(module: nn.Module, *_: Any) -> None:
         counter.end(module)
 
     def hook_of(layer: LinearLayer) -> Callable[..., None]:
         def hook(_: nn.Module, __: Any, output: torch.Tensor) -> None:
-            if not is_on_trial():
-                on_outputs(layer, counter.rows(layer, output))
+            on_outputs(layer, counter.rows(layer, output))
 
         return hook
 
@@ -244,7 +240,7 @@ def replacing_outputs(layers: Sequence[LinearLayer], change: Change) -> Iterator
         def hook(
             _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: torch.Tensor
         ) -> torch.Tensor:
-            fired[layer.name] += not is_on_trial()
+            fired[layer.name] += 1
             return change(layer, args[0] if args else next(iter(kwargs.values())), outputs)
 
         return hook
@@ -259,19 +255,18 @@ def replacing_outputs(layers: Sequence[LinearLayer], change: Change) -> Iterator
             handle.remove()
 
 
-def is_on_trial() -> bool:
-    """Return whether the model runs on trial."""
-    return _ON_TRIAL.get()
-
-
 @contextmanager
-def on_trial() -> Iterator[None]:
-    """Run the model on trial: no recorder counts its forward passes in the body."""
-    token = _ON_TRIAL.set(True)
+def without_hooks(model: PreTrainedModel) -> Iterator[None]:
+    """Let a model run on trial: without the hooks that it has, so that no recording counts it."""
+    names = ("_forward_hooks", "_forward_pre_hooks")
+    kept = [(module, {name: vars(module)[name] for name in names}) for module in model.modules()]
     try:
+        for module, _ in kept:
+            vars(module).update({name: OrderedDict() for name in names})
         yield
     finally:
-        _ON_TRIAL.reset(token)
+        for module, hooks in kept:
+            vars(module).update(hooks)
 
 
 def unheard_layers(
@@ -291,13 +286,10 @@ def unheard_layers(
 
         return hook
 
-    handles = [layer.module.register_forward_hook(hook_of(layer)) for layer in layers]
-    try:
-        with on_trial(), torch.no_grad():
-            backbone_of(model)(input_ids=tokens.to(input_device(model)), use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with without_hooks(model), torch.no_grad():
+        for layer in layers:
+            layer.module.register_forward_hook(hook_of(layer))  # gone with the others at the end
+        backbone_of(model)(input_ids=tokens.to(input_device(model)), use_cache=False)
     found = {layer.name: _deafness(layer, outputs[layer.name], tokens.numel()) for layer in layers}
     return {name: reason for name, reason in found.items() if reason}
 

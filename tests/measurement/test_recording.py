@@ -34,7 +34,6 @@ from tests.tiny_models import (
     ARCHITECTURES,
     CONTEXT,
     VOCABULARY,
-    passes_of,
     tiny_llama4,
     tiny_mamba,
     tiny_model,
@@ -501,7 +500,9 @@ def test_the_same_measurement_is_the_same_in_every_bit_on_disk_too(tmp_path: Pat
 def test_a_run_that_exists_is_refused_before_the_model_runs(tmp_path: Path) -> None:
     model, windows = tiny_model(), windows_of(tokens(4))
     measure(model, windows, layers="*.0.*", out=tmp_path / "run")
-    passes = passes_of(model.base_model)
+    passes = []
+    model.register_forward_pre_hook(lambda *_: passes.append(1))
+    model.base_model.register_forward_pre_hook(lambda *_: passes.append(1))
     with pytest.raises(FileExistsError, match=r"run exists.*--overwrite"):
         measure(model, windows, out=tmp_path / "run")
     assert passes == []

@@ -12,10 +12,10 @@ from transformers import PreTrainedModel
 
 from entangle.model.hooks import (
     BatchCounter,
-    on_trial,
     recording_outputs,
     replacing_outputs,
     unheard_layers,
+    without_hooks,
 )
 from entangle.model.layers import LinearLayer, find_layers
 from tests.tiny_models import tiny_llama4, tiny_mamba, tiny_model, tiny_vision_model
@@ -554,7 +554,7 @@ def test_other_layers_are_heard_and_no_hook_is_left(ear: Listening) -> None:
 
 def test_a_trial_is_in_no_recording(ear: Listening) -> None:
     def trial() -> None:
-        with on_trial(), torch.no_grad():
+        with without_hooks(ear.model), torch.no_grad():
             ear.model(IDS)
 
     with ear.start() as counter:

@@ -25,7 +25,6 @@ from entangle.__main__ import main
 from entangle.measurement import measuring
 from entangle.measurement.measuring import measure
 from entangle.model import ranks
-from entangle.model.hooks import is_on_trial
 from entangle.model.ranks import Shard
 from entangle.model.sampling import walk_blocks
 from entangle.numerics.histograms import MAX_TOKENS, Histograms
@@ -34,7 +33,7 @@ from entangle.runs.store import open_run
 from tests.command_lines import running
 from tests.forking import forked, forked_ranks
 from tests.measurement.test_recording import LATTICE, captured, flat, tokens, windows_of
-from tests.tiny_models import passes_of, save_tiny, tiny_model
+from tests.tiny_models import save_tiny, tiny_model
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}
@@ -191,8 +190,8 @@ def test_a_shard_says_of_what_it_is_one() -> None:
 def test_shards_that_cannot_be_are_refused_before_the_model_runs(
     options: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
-    model = tiny_model()
-    passes = passes_of(model.base_model)
+    model, passes = tiny_model(), []
+    model.base_model.register_forward_pre_hook(lambda *_: passes.append(1))
     with pytest.raises(ValueError, match=message):
         measure(model, windows_of(tokens(7)), batch_size=2, out=tmp_path / "run", **options)
     assert passes == []
@@ -208,7 +207,8 @@ class HaltError(Exception):
 
 def save_after_each_batch(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let time stand still but for the model's passes, so that to save costs none."""
-    passes = passes_of(model.base_model)
+    passes: list[int] = []
+    model.base_model.register_forward_hook(lambda *_: passes.append(1))
     monkeypatch.setattr(measuring, "time", SimpleNamespace(monotonic=lambda: len(passes)))
     monkeypatch.setattr(measuring, "SECONDS", 0.0)
 
@@ -218,7 +218,7 @@ def stopping(model: Any, passes: int) -> Callable[[], None]:
     left = iter(range(passes))
 
     def stop(*_: Any) -> None:
-        if not is_on_trial() and next(left, None) is None:
+        if next(left, None) is None:
             raise HaltError
 
     return model.base_model.register_forward_pre_hook(stop).remove  # type: ignore[no-any-return]
@@ -237,8 +237,10 @@ def test_a_run_that_was_stopped_goes_on_where_it_was(
         with pytest.raises(HaltError):
             measure(model, windows, **words, out=tmp_path / "run")
         undo()
-    passes = passes_of(model.base_model)
+    passes: list[int] = []
+    count = model.base_model.register_forward_pre_hook(lambda *_: passes.append(1))
     run = measure(model, windows, **words, out=tmp_path / "run")
+    count.remove()
     # Of 13 batches, or 7, or 6 and the first, which places the bins, four were saved.
     assert len(passes) == (13 if shard is None else 7) - 4
     assert run.identical(unbroken)
@@ -723,7 +725,6 @@ from types import SimpleNamespace
 import entangle
 from entangle.__main__ import main
 from entangle.measurement import measuring
-from entangle.model.hooks import is_on_trial
 from entangle.model.sampling import walk_blocks
 
 load, left, passes = entangle.load_model, int(sys.argv[1]), []
@@ -733,8 +734,6 @@ measuring.SECONDS = 0.0
 def load_model(*args, **options):
     model = load(*args, **options)
     def stop(*_):
-        if is_on_trial():
-            return
         if len(passes) == left:
             raise RuntimeError("stopped here")
         passes.append(1)
