@@ -508,3 +508,35 @@ def test_a_folder_with_an_adapter_is_refused(whole: bool, tmp_path: Path) -> Non
     for load in (load_model, load_tokenizer):
         with pytest.raises(ValueError, match=r"adapted .*adapter.*merge_and_unload"):
             load(folder)
+
+
+class Codes(torch.Tensor):
+    """A tensor of codes and a scale, as those of torchao, which has no bytes of its own."""
+
+    @staticmethod
+    def __new__(cls, codes: torch.Tensor, scale: torch.Tensor) -> "Codes":
+        made: Codes = torch.Tensor._make_wrapper_subclass(cls, codes.shape, dtype=torch.float32)
+        return made
+
+    def __init__(self, codes: torch.Tensor, scale: torch.Tensor) -> None:
+        self.codes, self.scale = codes, scale
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        return ["codes", "scale"], None
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        if func is torch.ops.aten.detach.default:
+            return cls(args[0].codes, args[0].scale)
+        raise NotImplementedError(func)
+
+
+def test_the_hash_of_quantised_tensors_is_that_of_their_codes_and_scales() -> None:
+    def hashed(codes: int, scale: float) -> str:
+        model: Any = tiny_model()
+        tensor = Codes(torch.full((37, 24), codes, dtype=torch.int8), torch.tensor(scale))
+        model.model.layers[1].mlp.up_proj.weight = nn.Parameter(tensor, requires_grad=False)
+        return weights_hash(model)
+
+    assert hashed(3, 0.5) == hashed(3, 0.5)
+    assert len({hashed(3, 0.5), hashed(4, 0.5), hashed(3, 0.25)}) == 3
