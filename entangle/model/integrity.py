@@ -86,7 +86,7 @@ def _written(folder: Path, kind: str) -> dict[str, Any]:
     """Return the sums or the sizes of the files of a model in log.json; empty if it has none."""
     try:
         log = json.loads((folder / LOG).read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # of another program, or damaged: there is nothing to compare
+    except (OSError, ValueError, RecursionError):  # of another program, or damaged: there is nothing to compare
         return {}
     found = log.get(kind) if isinstance(log, dict) else None
     return found if isinstance(found, dict) else {}
@@ -104,7 +104,7 @@ def _weights(folder: Path) -> Iterator[str]:
         return
     try:
         yield from sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(
             f"{folder} is damaged: {index.name} cannot be read ({error!r}). {_AGAIN}"
         ) from error

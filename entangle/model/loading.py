@@ -86,7 +86,7 @@ def load_model(
 
     Raises:
         FileNotFoundError: the path does not exist, or the folder holds no model.
-        NotADirectoryError: ``offload`` is a file.
+        NotADirectoryError: ``offload`` or a folder above it is a file.
         ValueError: the dtype or device is unknown; weights are missing or damaged; ``verify`` is
             given for a model without sums; transformers cannot load
             the model (the message quotes it); ``device_map`` or ``offload`` is given for an
@@ -103,8 +103,9 @@ def load_model(
         raise ValueError(
             f"{name} is {what}, which can only be loaded whole: leave out device_map and offload"
         )
-    if offload is not None and Path(offload).exists() and not Path(offload).is_dir():
-        raise NotADirectoryError(f"offload needs a folder, but {offload} is a file")
+    for path in () if offload is None else (Path(offload), *Path(offload).parents):
+        if path.exists() and not path.is_dir():
+            raise NotADirectoryError(f"offload needs a folder, but {path} is a file")
     if device_map is not None and ranks.count() > 1:
         raise ValueError(
             "device_map spreads a model over all devices, but torchrun started "

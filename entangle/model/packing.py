@@ -275,7 +275,7 @@ def load_expanded(
     try:
         about = json.loads((folder / EXPANSION).read_text(encoding="utf-8"))
         version, described, expected = about["format"], about["layers"], dict(about["sha256"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(
             f"{folder} is damaged: {EXPANSION} cannot be read ({error!r}). Make or copy the folder "
             "again"

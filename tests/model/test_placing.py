@@ -343,8 +343,9 @@ def test_each_of_several_processes_has_its_own_device(
 
 def test_a_file_is_no_place_for_weights(models: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(NotADirectoryError, match=r"offload .*folder.*/file\b"):
-        load_model(models / "llama", offload=tmp_path / "file")
+    for folder in ("file", "file/below/it"):
+        with pytest.raises(NotADirectoryError, match=r"offload .*folder.*/file is a file"):
+            load_model(models / "llama", offload=tmp_path / folder)
 
 
 @pytest.mark.parametrize("name", NAMES)
