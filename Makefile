@@ -112,7 +112,7 @@ figures: data ## measure again and redraw the figures of README and docs/ (takes
 test: check data ## check lint and types, and run the whole test suite
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-torture: .venv/installed ## try 10,000 bad inputs and 1,000 kills; goes on where it was stopped (up to two hours)
+torture: .venv/installed ## try 10,000 inputs, most of them bad, and 1,000 kills; goes on where it was stopped (up to two hours)
 	$(BIN)/python -m tests.torture all
 
 check: .venv/installed ## check lint and types

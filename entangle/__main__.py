@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _message(error: Exception) -> str:
-    """Return the message of an error; those of the system get the place, and lose their number."""
+    """Return the message of an error; one of the system has its path and no error number."""
     if isinstance(error, OSError) and error.strerror:
         place = "" if error.filename is None else os.fsdecode(error.filename)
         place = f"{place[:_LONGEST]}..." if len(place) > _LONGEST else place

@@ -550,7 +550,8 @@ def check_words(words: Sequence[str]) -> None:
     for word in words:
         if "\0" in word or word.encode(errors="ignore").decode() != word:
             raise ValueError(
-                f"{word!r} is not UTF-8 text: if it is the name of a file, rename the file"
+                f"{word!r} is not UTF-8 text, or has a NUL character: if it is the name of a file, "
+                "rename the file"
             )
 
 

@@ -213,7 +213,7 @@ def _run(arguments: Sequence[str], out: Path, blocks: int, batches: int) -> _Cos
     seconds = time.perf_counter() - begin
     if done.returncode:
         problem = done.stderr.strip().removeprefix("entangle: ") or f"exit code {done.returncode}"
-        kind = ValueError if done.returncode == 2 else RuntimeError  # 2 is bad input, to plan too
+        kind = ValueError if done.returncode == 2 else RuntimeError  # 2: bad input, also of plan
         raise kind(
             f"{arguments[0]} failed on {blocks} of the model's blocks with random weights: {problem}"
         )

@@ -60,8 +60,8 @@ def measure(
 ) -> xr.DataTree:
     """Measure the distribution of every neuron in the matching layers over windows of a text.
 
-    Layers that match a pattern in ``exclude`` are left out, and so are those that cannot be heard (see
-    `hooks.unheard_layers`), unless ``layers`` names them.
+    Layers that match a pattern in ``exclude`` are left out, and so are those that cannot be heard
+    (see `hooks.unheard_layers`). It is an error if ``layers`` has the exact name of one of these.
 
     Return the run: its root has a row per neuron (the variables and units are in
     `runs.dataset.UNITS`), its child ``histogram`` the mergeable state. With ``out`` the run is also

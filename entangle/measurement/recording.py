@@ -105,8 +105,9 @@ def record(
 ) -> Iterator[Recorder]:
     """Record the layers that match any pattern or name while ``model`` runs in the with block.
 
-    Layers that match a pattern in ``exclude`` are left out, and so are those that cannot be heard (see
-    `unheard_layers`), unless ``layers`` names them. To tell these, the model runs once on 16 tokens.
+    Layers that match a pattern in ``exclude`` are left out, and so are those that cannot be heard
+    (see `unheard_layers`): the model runs once on 16 tokens to find them. It is an error if ``layers``
+    has the exact name of one of them.
     The first batch is the pilot that places the histograms' bins, so it should be a typical one.
     Tokens that the model's ``attention_mask`` marks as padding are not counted, nor are the first
     ``skip_first`` tokens of each window.
@@ -114,7 +115,8 @@ def record(
     Raises:
         LookupError: a pattern matches no layer, or all layers are excluded.
         RuntimeError: at the end of the block, a layer had not run once in each batch.
-        ValueError: the model is compiled, or ``bins`` or ``skip_first`` is out of range.
+        ValueError: the model is compiled, ``bins`` or ``skip_first`` is out of range, or a layer
+            that ``layers`` names cannot be heard, or none can.
     """
     matched = find_layers(model, layers, exclude)
     skipped = unheard_layers(model, matched, _some_tokens(model))

@@ -1,6 +1,6 @@
 """Whether a model's outputs at a token depend on later tokens, or on other windows of the batch.
 
-The perplexity of such a model has no meaning, and nothing in its files tells it.
+The perplexity of such a model has no meaning, and its files do not say so.
 """
 
 import torch
@@ -10,20 +10,22 @@ from entangle.model.hooks import without_hooks
 from entangle.model.placing import input_device
 from entangle.model.text import TokenWindows
 
-TOKENS = 8  # of a window; in a longer one, a single token changes less
-# Causal models gave the same bits, or with experts, which multiply as many rows as they get, changes
-# of 1e-7 in float32. Encoders gave 0.004 and more.
+TOKENS = 8  # of each window; in a longer window one token changes the other outputs less
+# Shares of the change at the last token. Outputs of causal models did not change. Mixtures of
+# experts changed by 1e-7 in float32, since an expert sums otherwise for another number of rows.
+# Encoders changed by 0.004 and more.
 SMALLEST = 1e-4
 ROUNDING = {torch.float32: 1e-4, torch.float64: 1e-4}
 HALF = 0.05  # rounding of 16-bit floats
 
 
 def dependences(model: PreTrainedModel, windows: TokenWindows) -> list[str]:
-    """Return what the outputs depend on besides a token and those before it; empty if nothing.
+    """Return what a token's outputs depend on besides this token and those before it.
 
-    Two batches of two short windows run through the model; they differ only in the last token of
-    the first window. A change of the outputs at other tokens is compared with that at the last one.
-    No recording counts them. Parameters, buffers and random numbers stay as they are.
+    The list is empty if there is nothing. Two batches of two short windows run through the model.
+    They differ only in the last token of the first window. The change of the outputs at the other
+    tokens is compared with the change at this token. No recording counts these batches. Parameters,
+    buffers and the state of random numbers stay as they are.
     """
     first, other = windows.tokens[0, :TOKENS], windows.tokens[-1, :TOKENS]
     changed = first.clone()

@@ -13,7 +13,7 @@ from transformers import (
 def class_of(config: Any, name: object) -> Any:
     """Return the automatic class of transformers that loads the model of a configuration.
 
-    ``name`` is the model's in the message.
+    Messages call the model ``name``.
 
     Raises:
         ValueError: the model is an encoder-decoder, or has no class for generating text.

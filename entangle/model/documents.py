@@ -14,8 +14,8 @@ Purpose = Literal["calibration", "evaluation"]
 Chat = Callable[[list[dict[str, Any]]], str]  # makes a text of the messages of a conversation
 
 BLANK = "\n\n"  # joins documents
-REACH = 2**14  # bytes after a place in which a good place to cut is looked for
-PART = 2**20  # bytes of documents, about, that are read at once from a list or a table
+REACH = 2**14  # bytes: a good place to cut is searched at most so far after a given place
+PART = 2**20  # bytes: about so much of a list or a table is read at once
 
 
 class _Part(Protocol):
@@ -55,8 +55,8 @@ class Documents:
     def cut(self, place: int) -> int:
         """Return a good place to cut, at or soon after a place.
 
-        It is after a blank line, after a line, before white space or between characters: the first
-        of these that is near.
+        A good place is after a blank line; if none is near, after a line; else before white space;
+        else between two characters.
         """
         if not 0 < place < self.size:
             return min(max(place, 0), self.size)
@@ -68,7 +68,11 @@ class Documents:
         return place - 1 + len(near)
 
     def _spans(self, start: int, end: int) -> Iterator[tuple[_Part, int, bytes, str]]:
-        """Give each part between two places: itself, the place in it, its bytes, what follows."""
+        """Give the parts between two places.
+
+        For each: the part, the place in it where the bytes begin, the bytes, and what is needed of
+        the blank line after it.
+        """
         for which in range(int(np.searchsorted(self.ends, start, side="right")), len(self.parts)):
             part, stop = self.parts[which], int(self.ends[which]) - len(BLANK)
             first = stop - part.size
@@ -196,7 +200,7 @@ def _read_hub(source: str, chat: Chat | None) -> Documents:
 
 def _bytes(strings: Any) -> int:
     """Return the total length of an Arrow array of strings, from its offsets only."""
-    import pyarrow.compute  # which datasets needs
+    import pyarrow.compute  # installed, since datasets needs it
 
     return int(pyarrow.compute.sum(pyarrow.compute.binary_length(strings)).as_py())
 
@@ -227,7 +231,7 @@ def _check_chat(table: Any, column: str, where: str, chat: Chat | None) -> None:
 
 def _written(messages: list[dict[str, Any]], chat: Chat | None, where: str) -> str:
     assert chat is not None
-    # Arrow adds to each message, as None, what other messages have.
+    # Arrow gives each message all keys of the other messages, with None as value.
     known = [{name: value for name, value in m.items() if value is not None} for m in messages]
     try:
         return chat(known)

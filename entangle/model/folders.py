@@ -27,8 +27,8 @@ def new_folder(
     is as before.
 
     With ``can_resume`` the folder is resumable. If it holds unfinished work of a killed process,
-    ``can_resume(folder)`` decides whether that is kept or removed. After an error a folder with
-    unfinished work stays, for another attempt; but not after one of `FAILS_AGAIN`.
+    ``can_resume(folder)`` decides whether that is kept or removed. After an error, unfinished
+    work stays for another attempt. After one of `FAILS_AGAIN` it is removed.
 
     Raises:
         FileExistsError: ``target`` exists, and ``overwrite`` is false or entangle did not write it;

@@ -90,7 +90,7 @@ def generate(
             the model's context.
     """
     prompt.encode()  # raises ValueError on bytes from the shell that are not UTF-8
-    # Without what the tokenizer puts after a text: after an end of sequence nothing is continued.
+    # Tokens that the tokenizer puts after a text are left out: no model continues after an end.
     body = tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
     ids = torch.tensor([[*start_tokens(tokenizer, "auto"), *body]], dtype=torch.int64)
     ids = ids.to(input_device(model))

@@ -257,7 +257,7 @@ def replacing_outputs(layers: Sequence[LinearLayer], change: Change) -> Iterator
 
 @contextmanager
 def without_hooks(model: PreTrainedModel) -> Iterator[None]:
-    """Let a model run on trial: without the hooks that it has, so that no recording counts it."""
+    """Take away a model's hooks while it runs on trial, so that no recording counts the trial."""
     names = ("_forward_hooks", "_forward_pre_hooks")
     kept = [(module, {name: vars(module)[name] for name in names}) for module in model.modules()]
     try:
@@ -275,7 +275,8 @@ def unheard_layers(
     """Run the model once on tokens (windows, length); return why layers cannot be heard, by name.
 
     A layer is heard if its module runs once in a forward pass and returns one row for each token.
-    Some models read a layer's weight without running it, and a mixture sends it some tokens only.
+    Some models read a layer's weight without running the layer, and a mixture of experts sends only
+    some of the tokens to a layer.
     """
     outputs: dict[str, list[Any]] = {layer.name: [] for layer in layers}
 
@@ -288,7 +289,7 @@ def unheard_layers(
 
     with without_hooks(model), torch.no_grad():
         for layer in layers:
-            layer.module.register_forward_hook(hook_of(layer))  # gone with the others at the end
+            layer.module.register_forward_hook(hook_of(layer))  # removed by without_hooks
         backbone_of(model)(input_ids=tokens.to(input_device(model)), use_cache=False)
     found = {layer.name: _deafness(layer, outputs[layer.name], tokens.numel()) for layer in layers}
     return {name: reason for name, reason in found.items() if reason}
@@ -299,12 +300,12 @@ def _deafness(layer: LinearLayer, outputs: Sequence[Any], tokens: int) -> str:
     if len(outputs) != 1:
         if not outputs:
             return "the model did not run it in a trial"
-        return f"the model ran it {len(outputs)} times in a trial, and not once"
+        return f"the model ran it {len(outputs)} times in a trial, but a layer has to run once"
     (shape,) = outputs
     if isinstance(shape, str):
-        return f"its output is a {shape} and no tensor"
+        return f"its output is a {shape}, not a tensor"
     if not shape or shape[-1] != layer.neurons or shape.numel() != tokens * layer.neurons:
-        return f"its output is {' x '.join(map(str, shape))}, and not one row for each token"
+        return f"its output has shape {' x '.join(map(str, shape))}, not one row for each token"
     return ""
 
 

@@ -71,7 +71,7 @@ def check_files(folder: Path) -> None:
     if not sums:
         raise ValueError(
             f"cannot verify {folder}: it has no SHA-256 sums, which entangle writes to the {LOG} of "
-            "a pruned model. Load it without verifying (--verify)"
+            "a pruned model. Leave out --verify (verify=True)"
         )
     advice = f"{_AGAIN}, or leave out --verify if you changed the file on purpose"
     folders.check_sums(folder, sums, advice)

@@ -70,11 +70,11 @@ def weight_of(layer: LinearLayer) -> torch.Tensor:
 
 
 def dequantised(layer: LinearLayer) -> torch.Tensor | None:
-    """Return the layer's weight as numbers, as `weight_of` does, or None if it only has codes."""
+    """Return the layer's weight as floats (see `weight_of`), or None if torch cannot decode it."""
     weight = getattr(layer.module, "weight", None)
     if is_plain(layer.module):
         return weight_of(layer)
-    # Every tensor has the method, but only the classes that define it know their codes.
+    # Every tensor has this method, but only classes with a method of their own decode their codes.
     if getattr(type(weight), "dequantize", None) in {None, torch.Tensor.dequantize}:
         return None
     assert isinstance(weight, torch.Tensor)
@@ -198,7 +198,7 @@ def _are_blocks(module: nn.Module, count: int | None) -> bool:
 def _is_linear(module: nn.Module) -> bool:
     """Return whether a module is a linear layer: of our classes, or of a quantisation's.
 
-    The latter need no base class in common, but they have these names and sizes.
+    Quantised classes have no base class in common, but "Linear" in their names, and both sizes.
     """
     if isinstance(module, _LINEAR):
         return True

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-# Names of the context length in configurations; of several the first counts.
+# Names of the context length in configurations. If a configuration has several, the first counts.
 NAMES = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length")
 TABLE = re.compile(r"(^|[._])(wpe|embed_positions?|pos(ition)?_embed(ding)?s?)$")
 OTHER = re.compile(r"vision|visual|image|audio|speech|encoder")  # positions of what is no text
@@ -15,8 +15,8 @@ OTHER = re.compile(r"vision|visual|image|audio|speech|encoder")  # positions of 
 def context_of(model: PreTrainedModel) -> int | None:
     """Return the longest sequence of tokens that a model can run; None if there is no limit.
 
-    It is the smaller of what the configuration says, times the factor of scaled rotary embeddings,
-    and the number of learned positions.
+    There are two limits, and the smaller counts: the length in the configuration (scaled, if its
+    rotary embeddings are), and the number of learned positions.
     """
     limits = [_configured(model.config.get_text_config(decoder=True))]
     limits += [
@@ -28,8 +28,8 @@ def context_of(model: PreTrainedModel) -> int | None:
 
 
 def _configured(config: Any) -> int | None:
-    """Return the context length of a configuration; those that are no length do not count."""
-    # Of Bloom, seq_length is what it was trained on. Its ALiBi, and Falcon's, have no limit.
+    """Return the context length of a configuration; values such as -1 and None are no length."""
+    # Bloom's seq_length is the length that it was trained on. ALiBi (Bloom, Falcon) has no limit.
     bloom = config.model_type == "bloom"
     names = NAMES if bloom else (*NAMES, "seq_length")
     values = (getattr(config, name, None) for name in names)
@@ -40,14 +40,14 @@ def _configured(config: Any) -> int | None:
     kinds = [kind for kind in rope.values() if isinstance(kind, dict)]  # one per kind of layer
     lengths = [length]
     for kind in kinds or [rope]:
-        # Where the length is the scaled one, the unscaled one is given too.
+        # If the length is already scaled, the configuration also has the unscaled length.
         unscaled = kind.get("original_max_position_embeddings") or length
         lengths.append(int((kind.get("factor") or 1) * unscaled))
     return max(lengths)
 
 
 def _positions(table: torch.nn.Embedding) -> int:
-    """Return how many positions a table of learned embeddings has; some rows stand for none."""
+    """Return how many positions a table of learned embeddings has; some rows are no positions."""
     unused = getattr(table, "offset", None)  # as in OPT
     if unused is None:  # as in RoBERTa
         unused = 0 if table.padding_idx is None else table.padding_idx + 1

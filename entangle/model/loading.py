@@ -219,8 +219,8 @@ def save_model(
 
     Raises:
         OSError: the folder cannot be written.
-        RuntimeError: transformers refuses to save the model; the message quotes it. It is no
-            ValueError, so that the work on a model that was pruned stays (see `folders`).
+        RuntimeError: transformers refuses to save the model; the message quotes it. After a
+            ValueError the pruned blocks would be removed (see `folders`).
     """
     folder.mkdir(parents=True, exist_ok=True)  # transformers does not raise if it is a file
     try:

@@ -1,8 +1,8 @@
 """The share of an evaluation text that is also in a calibration text, however both are cut.
 
-Of a text that a model or a measurement has seen, the hashes of runs of 16 tokens are kept, one at
-every sixteenth token of each window. The evaluation is hashed at every token. So a stretch of 31
-shared tokens is always found, and other window lengths or another beginning hide nothing.
+Of a text that a model or a measurement has seen, hashes of sequences of 16 tokens are kept: those
+that begin at every sixteenth token of each window. Of the evaluation all sequences are hashed. So a
+shared stretch of 31 tokens is always found, whatever the window lengths and beginnings are.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ import numpy.typing as npt
 from entangle.model.text import TokenWindows
 
 RUN = 16  # tokens in a run, and from one kept run to the next
-LARGEST = 0.04  # a leak of 5%, of which the ends of shared stretches may hide a part
+LARGEST = 0.04  # finds a leak of 5%: some tokens at the ends of shared stretches are not found
 Hashes = npt.NDArray[np.uint64]
 
 
@@ -45,10 +45,10 @@ def run_hashes(windows: TokenWindows) -> Hashes:
 
 
 def shared_share(seen: SeenText, evaluation: TokenWindows) -> float:
-    """Return the share of the evaluation's tokens in a run that the seen text has too.
+    """Return the share of the evaluation's tokens that are in 16 tokens of the seen text.
 
-    Windows with fewer than 16 tokens of the text, and those of a run without hashes of runs, are
-    compared as whole windows.
+    Whole windows are compared if a window has fewer than 16 tokens of the text, or if the measured
+    run has no hashes of its text.
 
     Raises:
         ValueError: the share is 4% or more; or the seen text has only hashes of windows, and some

@@ -29,7 +29,7 @@ def multiplies(module: nn.Module) -> bool:
 
 
 def _tried(module: nn.Linear) -> bool:
-    """Return whether the forward of a class of linear layers is a product with a small weight."""
+    """Return whether a class's forward multiplies by its weight; it is tried on a small weight."""
     weight = torch.arange(15.0).sin().view(5, 3)
     bias = None if module.bias is None else torch.arange(5.0).cos()
     inputs = torch.tensor([1e-3, 1.0, 1e3])[:, None, None] * torch.arange(6.0).cos().view(2, 3)
@@ -56,7 +56,7 @@ def unprunable_layers(layers: Sequence[LinearLayer]) -> dict[str, str]:
     Quantised layers are not among them: `check_prunable` refuses these.
     """
     return {
-        layer.name: f"its class, {type(layer.module).__name__}, does more than multiply by a weight"
+        layer.name: f"its module, {type(layer.module).__name__}, does more than multiply by a weight"
         for layer in layers
         if is_plain(layer.module) and not multiplies(layer.module)
     }

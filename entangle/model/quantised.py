@@ -19,7 +19,7 @@ _SCALE = re.compile(
 def dequantised(config: Any) -> dict[str, Any]:
     """Return options of ``from_pretrained`` that turn quantised weights into plain floats.
 
-    They are empty if the weights are plain already, or if transformers cannot turn their format.
+    They are empty if the weights are plain already, or if transformers cannot dequantise them.
     """
     for part in (config, config.get_text_config(decoder=True)):
         about = getattr(part, "quantization_config", None)
@@ -33,8 +33,8 @@ def forget_quantisation(model: PreTrainedModel) -> None:
     """Remove from a model with plain floats what would save it in its stored, packed format."""
     vars(model).pop("hf_quantizer", None)
     forget_format(model.config)
-    # They would be reversed while it is saved. Without them transformers takes those that belong
-    # to the model's class.
+    # Saving would reverse these conversions. Without them transformers takes the conversions of the
+    # model's class.
     vars(model).pop("_weight_conversions", None)
 
 
@@ -45,9 +45,9 @@ def forget_format(config: Any) -> None:
 
 
 def unused_scales(unexpected: Collection[str]) -> list[str]:
-    """Return the scales of weights among the keys of a file that the model does not have.
+    """Return which of the unexpected keys of a file are scales whose weights the model has.
 
-    Scales whose weight the model does not have either are harmless: of a part that is left out.
+    If the model lacks the weight too, the scale is harmless: this part of the model is left out.
     """
     names = {*unexpected}
     scales = sorted(name for name in names if _SCALE.search(name))
@@ -55,7 +55,7 @@ def unused_scales(unexpected: Collection[str]) -> list[str]:
 
 
 def _weights_of(scale: str) -> set[str]:
-    """Return the names that the weight of a scale may have."""
+    """Return the names that the weight may have to which a scale belongs."""
     parent = scale.rpartition(".")[0]
     stem = re.sub(r"_(scale_inv|scales?)$", "", scale)
     return {parent, f"{parent}.weight", stem, f"{stem}_blocks"} - {scale}

@@ -20,8 +20,8 @@ from entangle.model.placing import blocks_in_files, is_offloaded, stored_paramet
 def check_saved(model: PreTrainedModel, folder: Path, tokens: torch.Tensor, scratch: Path) -> None:
     """Check that the folder that `save_model` wrote holds the tensors of the model, bit for bit.
 
-    If a second model fits into memory, its outputs for ``tokens`` (windows, length) are compared
-    too: equal to rounding. Otherwise the folder's tensors are read one at a time; ``scratch`` is an
+    If a second model fits into memory, its outputs for ``tokens`` (windows, length) must agree too,
+    to rounding. Otherwise the folder's tensors are read one at a time; ``scratch`` is an
     existing folder for those that transformers has to convert.
 
     Raises:
@@ -59,7 +59,7 @@ def _loaded(model: PreTrainedModel, folder: Path, whole: bool, temporary: Path) 
     """Load the folder: onto the model's device if ``whole``, else with its blocks left in files.
 
     Raises:
-        ValueError: a key of the model's is not in the files, or one of theirs not in the model.
+        ValueError: the files lack a key of the model, or the model lacks a key of the files.
     """
     if expanded_layers(model):
         expanded: Any = load_expanded(folder, model.is_remote_code())
@@ -91,7 +91,8 @@ def _compare_tensors(model: PreTrainedModel, again: PreTrainedModel) -> None:
     pairs = zip_longest(stored_parameters(model), stored_parameters(again), fillvalue=none)
     for (name, ours), (other, theirs) in pairs:
         if name != other:
-            raise ValueError(f"{min(name, other)} is only in one of them")
+            only = min({name, other} - {none[0]})
+            raise ValueError(f"{only} is in only one of the two models")
         _compare(name, ours, theirs)
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     theirs_by_name = dict(again.named_buffers(remove_duplicate=False))
@@ -102,7 +103,7 @@ def _compare_tensors(model: PreTrainedModel, again: PreTrainedModel) -> None:
 
 
 def _compare(name: str, ours: torch.Tensor, theirs: torch.Tensor) -> None:
-    """Compare two tensors bit for bit, so NaN with NaN.
+    """Compare two tensors bit for bit, so that NaN equals itself.
 
     Raises:
         ValueError: they differ.
@@ -116,8 +117,8 @@ def _compare(name: str, ours: torch.Tensor, theirs: torch.Tensor) -> None:
 def _compare_outputs(model: PreTrainedModel, again: PreTrainedModel, tokens: torch.Tensor) -> None:
     """Compare the logits of two models; the norm of the difference must be that of rounding.
 
-    The weights are equal, but not where they lie in memory, on which the order of sums depends. A
-    wrong configuration changes the logits by far more.
+    The weights are equal, but they are at other places in memory, and the order of sums depends on
+    the place. A wrong configuration changes the logits by far more.
 
     Raises:
         ValueError: the logits differ.
@@ -130,7 +131,7 @@ def _compare_outputs(model: PreTrainedModel, again: PreTrainedModel, tokens: tor
     for a, b in zip(ours, theirs, strict=True):  # a token at a time: the vocabulary may be large
         finite = a.isfinite()
         if not torch.equal(finite, b.isfinite()):
-            raise ValueError("the outputs are not finite in other places")
+            raise ValueError("NaN and infinity are at other places of the outputs")
         difference += float((a[finite].double() - b[finite].double()).square().sum())
         size += float(a[finite].double().square().sum())
     allowed = max(1e-4, 8 * torch.finfo(ours.dtype).eps)

@@ -18,10 +18,10 @@ from entangle.model.limits import context_of
 Bos = Literal["auto", "always", "never"]
 Ids = npt.NDArray[np.int32]
 
-WHOLE = 2**24  # bytes; up to this a text is tokenised at once, with 160 times its size of memory
+WHOLE = 2**24  # bytes; a text of at most this size is tokenised at once: 160 times its size
 PIECE = 2**16  # bytes of a piece in which windows are drawn, or more for long windows
-ROUNDS = 16  # of draws, in which the places drawn twice are replaced
-UNKNOWN = 0.01, 0.5  # shares of unknown tokens above which they are stated, and refused
+ROUNDS = 16  # of draws: each round replaces the windows that were drawn twice
+UNKNOWN = 0.01, 0.5  # shares of unknown tokens: above the first a note, above the second an error
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -126,8 +126,8 @@ def token_windows(
 
     documents = read_documents(text, purpose, _chat(tokenizer))
     large, drawn, available = documents.size > WHOLE, None, None
-    # Of a large text few windows are drawn without reading the rest: at most a quarter of those it
-    # has, if a token has 4 bytes.
+    # A few windows of a large text are drawn without reading the rest. A few means at most a
+    # quarter of all, if a token has 4 bytes.
     if large and windows is not None and 16 * windows * body <= documents.size:
         drawn = _draw(documents, encode, windows, body, seed)
     if drawn is None:
@@ -167,7 +167,7 @@ def _draw(
     """Draw windows (windows, body) at places that are uniform over the bytes of a text.
 
     The text is divided into pieces. A place chooses a piece and one of its windows, and only pieces
-    with a place are tokenised. Return None if so many windows were not found.
+    with a place are tokenised. Return None if this finds too few windows.
     """
     generator = np.random.default_rng(seed)
     step = max(PIECE, 32 * body)
@@ -194,7 +194,7 @@ def _unknown(ids: Ids, tokenizer: PreTrainedTokenizerBase, source: str) -> list[
     """
     token: Any = tokenizer.unk_token_id
     others = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
-    if token is None or token in others:  # as in GPT-2: it stands for other things
+    if token is None or token in others:  # as in GPT-2: this token has another use
         return []
     share = float((ids == token).mean())
     if share > UNKNOWN[1]:
@@ -208,7 +208,7 @@ def _unknown(ids: Ids, tokenizer: PreTrainedTokenizerBase, source: str) -> list[
 
 
 def _chat(tokenizer: PreTrainedTokenizerBase) -> Chat | None:
-    """Return what writes conversations as texts, if the tokenizer has a template for it."""
+    """Return a function that writes a conversation as text; None without a chat template."""
     if not getattr(tokenizer, "chat_template", None):
         return None
     return lambda messages: str(tokenizer.apply_chat_template(messages, tokenize=False))

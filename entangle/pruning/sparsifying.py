@@ -118,8 +118,9 @@ def sparsify(
 ) -> Sparsified:
     """Prune the matching layers of a model in place, block by block, from windows of a text.
 
-    Layers that match a pattern in ``exclude`` are left out, and so are those that do more than
-    multiply their inputs by a weight, unless ``layers`` names them.
+    Layers that match a pattern in ``exclude`` are left out, and so are those that cannot be heard
+    or that do more than multiply their inputs by a weight. It is an error if ``layers`` has the
+    exact name of one of these.
 
     Options:
 

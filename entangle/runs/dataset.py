@@ -283,11 +283,11 @@ def overlap_notes(shares: Mapping[str, float | None]) -> list[str]:
     """Return a line for each text that may have tokens of the evaluation (see `Setup.overlaps`)."""
     texts = {"windows": "calibration windows", "run": "text of the measured run"}
     return [
-        "The measured run has no hashes of its text, as it is only a dataset or of a version before "
-        "0.2.0: the evaluation was only searched for equal windows."
+        "The measured run has no hashes of its text: it is only a dataset, or a version before "
+        "0.2.0 wrote it. So the evaluation was compared with whole windows only."
         if share is None
-        else f"{share:.2%} of the evaluation's tokens are in a run of 16 tokens that the "
-        f"{texts[name]} {'have' if name == 'windows' else 'has'} too."
+        else f"{share:.2%} of the evaluation's tokens are in a sequence of 16 tokens that is also "
+        f"in the {texts[name]}."
         for name, share in shares.items()
     ]
 
@@ -297,13 +297,16 @@ def dependence_notes(dependent_on: Sequence[str]) -> list[str]:
     if not dependent_on:
         return []
     return [
-        f"the model is not causal: its outputs at a token depend {' and '.join(dependent_on)}, so "
-        "its distributions depend on how the text is cut and batched"
+        f"the model's outputs at a token depend {' and '.join(dependent_on)}, so its distributions "
+        "depend on how the text is cut and batched"
     ]
 
 
 def skipped_notes(attributes: Mapping[Any, Any], action: str) -> list[str]:
-    """Return lines on what was not ``action``, from run.json: matrices that are no layers, layers."""
+    """Return lines on what was not ``action``: matrices that are not layers, and skipped layers.
+
+    ``attributes`` are those of run.json.
+    """
     names, layers = attributes.get("skipped_parameters", []), attributes.get("skipped_layers", {})
     lines = []
     if names:

@@ -83,7 +83,8 @@ class Setup:
     ) -> Self:
         """Return a checked setup, before any long computation.
 
-        One window runs through the model on trial, to tell which layers can be heard.
+        Without ``ranked``, one window runs through the model on trial, to find layers that cannot
+        be heard. Then the model is checked to be causal.
 
         With ``ranked``, the layers are those in which the run ranks a neuron (see
         `runs.dataset.trusted`). With ``set_aside``, the evaluation was set aside from the
@@ -175,7 +176,7 @@ class Setup:
     def skipped(self) -> dict[str, str]:
         """Return, by name, why layers that match a pattern are not used.
 
-        Layers of a measured run have been heard, so only the others are tried.
+        With ``ranked`` no trial is needed: the run heard these layers.
         """
         found = {}
         if self.windows is not None and self._matched and not self.ranked:
@@ -204,7 +205,7 @@ class Setup:
 
     @functools.cached_property
     def dependent_on(self) -> list[str]:
-        """Return what the outputs at a token depend on besides a token and those before it.
+        """Return what a token's outputs depend on besides this token and those before it.
 
         Raises:
             ValueError: there is an evaluation, and the outputs depend on something else.

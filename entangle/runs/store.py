@@ -143,7 +143,7 @@ def read_json(file: Path) -> dict[str, Any]:
     """Read a JSON file that `write_json` wrote.
 
     Raises:
-        OSError: the file is damaged, and deleting it helps: then the work beside it stays.
+        OSError: another file is damaged. The message says to delete it; the work beside it stays.
         ValueError: run.json or log.json is damaged.
     """
     try:
@@ -291,7 +291,7 @@ def save_table(table: pd.DataFrame, file: str | Path) -> Path:
     """Write a table as CSV, with numbers in full precision; return the path."""
     file = Path(file)
     with folders.new_file(file) as partial:
-        table.to_csv(partial.absolute(), index=False)  # or pandas takes http:/a/b for an address
+        table.to_csv(partial.absolute(), index=False)  # pandas takes a relative http:/a/b for an address
     return file
 
 

@@ -1,4 +1,4 @@
-"""Models that are not causal, or that mix the windows of a batch, are told before a number is."""
+"""Models that are not causal, or that mix the windows of a batch, get no score."""
 
 from collections.abc import Callable
 from pathlib import Path

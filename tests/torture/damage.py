@@ -1,4 +1,4 @@
-"""Damage to files and folders: each makes a file anew, since the file may be a link of a good one."""
+"""Damage to files and folders. It writes new files, since old ones may be links to good ones."""
 
 import contextlib
 import json

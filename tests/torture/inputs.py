@@ -1,4 +1,4 @@
-"""Cases of bad inputs: a command line, its files, what the command did, and what is wrong with that."""
+"""Cases of bad inputs: make a command line and its files, run it, and judge what it did."""
 
 import fcntl
 import itertools
@@ -250,9 +250,9 @@ def _planned_here() -> Iterator[None]:
 
 @contextmanager
 def _warnings() -> Iterator[None]:
-    """Print the warnings that Python prints by itself, each time; of libraries' logs only errors.
+    """Print each warning that Python itself would print, and only errors of the libraries' logs.
 
-    A command asks for the second by environment variables, before it imports the libraries.
+    A real command sets the second by environment variables before it imports the libraries.
     """
     loggers = [logging.getLogger(name) for name in ("transformers", "accelerate")]
     levels = [logger.level for logger in loggers]

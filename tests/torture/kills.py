@@ -1,4 +1,4 @@
-"""Kills at random moments, and whether the same command then makes what an unbroken one makes.
+"""Kill commands at random moments; given again, they must make what unbroken commands make.
 
 The commands run in forks of this process, which has imported all and runs nothing itself. Under
 torchrun its agent is a fork too, and it forks the ranks.

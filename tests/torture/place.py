@@ -32,7 +32,7 @@ NAMES = ("model", "gpt2", "texts", "text.txt", "evaluation.txt", "short.txt", *M
 
 
 def run_main(words: Sequence[str]) -> int:
-    """Run a command in this process, as `entangle.__main__.main` is imported by who calls this."""
+    """Run a command in this process. The import is here, so that a fork makes it and not its parent."""
     from entangle.__main__ import main
 
     return main(words)
@@ -68,7 +68,7 @@ def prose(*, seed: int, words: int) -> str:
 
 
 def copy(place: Path, folder: Path, names: Iterable[str]) -> None:
-    """Copy some of the inputs as links of their files: who changes a file has to make it anew."""
+    """Copy some of the inputs as hard links: to change a file, write a new one in its place."""
     folder.mkdir(parents=True)
     for name in names:
         source, target = place / name, folder / name

@@ -52,7 +52,7 @@ class Record:
 
 
 def read(file: Path) -> dict[int, dict[str, Any]]:
-    """Return the cases of a file by seed; the last line of a seed counts, a line cut by a kill not."""
+    """Return the cases of a file by seed: the last line of each. A line that a kill cut is ignored."""
     cases: dict[int, dict[str, Any]] = {}
     for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
         try:
