@@ -45,7 +45,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"entangle: terminated: {_state(args)}\n")
         raise SystemExit(143)
 
+    def interrupt(signum: int, frame: FrameType | None) -> None:
+        if _ignores_exit(frame):
+            threading.Timer(0.05, signal.raise_signal, [signum]).start()
+            return
+        signal.default_int_handler(signum, frame)
+
     signal.signal(signal.SIGTERM, terminate)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, interrupt)
     try:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         os.environ.setdefault("ACCELERATE_LOG_LEVEL", "error")
@@ -76,7 +84,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _message(error: Exception) -> str:
     """Return the message of an error; one of the system has its path and no error number."""
     if isinstance(error, OSError) and error.strerror:
-        place = "" if error.filename is None else os.fsdecode(error.filename)
+        name = error.filename  # of some errors a number
+        place = os.fsdecode(name) if isinstance(name, str | bytes | os.PathLike) else ""
         place = f"{place[:_LONGEST]}..." if len(place) > _LONGEST else place
         return f"cannot use {place}: {error.strerror}" if place else error.strerror
     return str(error.args[0]) if isinstance(error, KeyError) else str(error)

@@ -40,9 +40,10 @@ WORDS = "The quick brown fox jumps over the lazy dog; a wizard's job is to vex c
 
 @pytest.fixture(autouse=True)
 def _signals() -> Iterator[None]:
-    handler = signal.getsignal(signal.SIGTERM)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     yield
-    signal.signal(signal.SIGTERM, handler)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="module")

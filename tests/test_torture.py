@@ -5,6 +5,7 @@ import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -28,13 +29,14 @@ def judge() -> Iterator[Judge]:
 
 @pytest.mark.parametrize("command", WEIGHTS)
 def test_a_bad_input_gets_one_message_and_loses_nothing(command: str, judge: Judge) -> None:
-    failed = {}
+    failed, codes = {}, set()
     for seed in itertools.islice(seeds_of(command), COUNT.get(command, OTHERS)):
-        case, _, wrong = judge.judge(seed)
-        assert case.seed == seed
+        _, outcome, wrong = judge.judge(seed)
+        codes.add(outcome.code)
         if wrong:
             failed[seed] = wrong
     assert failed == {}, "repeat one: python -m tests.torture inputs --only SEED"
+    assert 2 in codes  # something was refused
 
 
 @pytest.mark.parametrize(
@@ -84,6 +86,17 @@ def test_a_lost_result_is_told(
     said = "entangle: this is a clear message\n" if code else ""
     case = Case(0, ["measure", "model", "--out", "new"], [])
     assert problems(case, Outcome(code, "", said, 0.0), {**before}, {**after}) == wrong
+
+
+def test_overwrite_lets_only_the_target_change() -> None:
+    case = Case(0, ["sweep", "model", "--overwrite", "--out", "new"], [])
+    before: dict[str, Any] = {"model": None, "model/a": b"1", "new": None, "new/a": b"1"}
+    done = Outcome(0, "", "", 0.0)
+    assert problems(case, done, {**before}, before | {"new/a": b"2"}) == []
+    assert problems(case, done, {**before}, before | {"model/a": b"2"}) == ["model/a was changed"]
+    ranked = Case(0, ["rank", "run"], [])
+    changed = problems(ranked, done, {"text.txt": b"1"}, {"text.txt": b"2"})
+    assert changed == ["text.txt was changed"]
 
 
 def test_a_stopped_torture_goes_on_and_repeats_what_failed(

@@ -114,7 +114,7 @@ def ablate(
             ``overwrite`` is false.
         LookupError: a pattern matches no layer of the run.
         RuntimeError: a layer did not run once in each batch, the model cannot be run block by
-            block, or its dense score is not finite.
+            block.
         ValueError: the run was measured on other weights; the calibration windows or the run's text
             have 4% or more of the evaluation's tokens; or a number or word is out of range.
     """

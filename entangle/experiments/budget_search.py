@@ -104,6 +104,7 @@ def choose_budget(
         skip_first=skip_first,
         progress=progress,
         set_aside=True,
+        pruned=True,
     )
     table = sweep_arms(setup, arms_of(**candidates))
     arms = table[1:].dropna(subset="nats").sort_values("nats", kind="stable")

@@ -11,7 +11,13 @@ import pandas as pd
 import xarray as xr
 
 from entangle.measurement.ranking import correlation
-from entangle.runs.dataset import dataset_of, overlap_notes, skipped_notes, trusted
+from entangle.runs.dataset import (
+    dataset_of,
+    dependence_notes,
+    overlap_notes,
+    skipped_notes,
+    trusted,
+)
 from entangle.runs.markdown import table_lines, with_error
 
 Array = npt.NDArray[np.float64]
@@ -192,6 +198,7 @@ def markdown(about: Mapping[Any, Any], layers: pd.DataFrame, quantiles: pd.DataF
         f"tokens of {about['evaluation']}, both with the dense model. Experts are pruned by "
         "SparseGPT with mask row. ± is the standard error over layers.",
         *overlap_notes(about.get("overlap", {})),
+        *dependence_notes(about.get("dependent_on", [])),
         *skipped_notes(about, "measured"),
         "",
         "The relative improvement of a neuron is the RMSE of its outputs with one expert divided by "

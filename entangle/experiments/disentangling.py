@@ -115,6 +115,7 @@ def disentangle(
         progress=progress,
         ranked=True,
         pruned=True,
+        scored=False,
     )
     assert setup.run is not None
     assert setup.evaluation is not None

@@ -22,7 +22,7 @@ from transformers import AutoConfig
 
 from entangle.model.classes import class_of
 from entangle.model.layers import find_blocks, find_layers
-from entangle.model.loading import DTYPES, load_tokenizer, save_model, source_of
+from entangle.model.loading import DTYPES, explained, load_tokenizer, save_model, source_of
 from entangle.model.packing import is_expanded
 from entangle.model.placing import bytes_of_block
 from entangle.model.quantised import forget_format
@@ -119,7 +119,8 @@ def plan(
     forget_format(config)
     stored = getattr(config, "dtype", None) or torch.float32
     kind: torch.dtype = stored if dtype == "auto" else getattr(torch, dtype)
-    whole = _empty(config, kind, trust_remote_code)
+    with explained(model):
+        whole = _empty(config, kind, trust_remote_code)
     chosen = find_layers(whole, layers, exclude)
     tokenizer = load_tokenizer(model, revision=revision, trust_remote_code=trust_remote_code)
     drawn = token_windows(text, tokenizer, windows=windows, length=length)

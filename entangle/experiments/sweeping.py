@@ -121,7 +121,7 @@ def sweep(
         FileExistsError: ``out`` exists or holds an unfinished sweep with other settings, and
             ``overwrite`` is false.
         LookupError: a pattern matches no layer, or the run lacks a layer.
-        RuntimeError: the model cannot be run block by block, or its dense score is not finite.
+        RuntimeError: the model cannot be run block by block.
         ValueError: as `sparsify`; the run was measured on other weights; or the calibration
             windows or the run's text have 4% or more of the evaluation's tokens.
     """

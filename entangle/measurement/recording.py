@@ -8,7 +8,7 @@ import torch
 import xarray as xr
 from transformers import PreTrainedModel
 
-from entangle.model.hooks import BatchCounter, recording_outputs, unheard_layers
+from entangle.model.hooks import BatchCounter, check_hooks, recording_outputs, unheard_layers
 from entangle.model.layers import LinearLayer, as_list, device_of, find_layers, without_skipped
 from entangle.numerics.histograms import Histograms
 from entangle.runs import labelling
@@ -118,6 +118,7 @@ def record(
         ValueError: the model is compiled, ``bins`` or ``skip_first`` is out of range, or a layer
             that ``layers`` names cannot be heard, or none can.
     """
+    check_hooks(model, skip_first)
     matched = find_layers(model, layers, exclude)
     skipped = unheard_layers(model, matched, _some_tokens(model))
     recorder = Recorder(without_skipped(matched, skipped, as_list(layers)), bins, skipped=skipped)

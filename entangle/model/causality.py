@@ -6,17 +6,16 @@ The perplexity of such a model has no meaning, and its files do not say so.
 import torch
 from transformers import PreTrainedModel
 
-from entangle.model.hooks import without_hooks
+from entangle.model.hooks import on_trial
 from entangle.model.placing import input_device
 from entangle.model.text import TokenWindows
 
 TOKENS = 8  # of each window; in a longer window one token changes the other outputs less
-# Shares of the change at the last token. Outputs of causal models did not change. Mixtures of
-# experts changed by 1e-7 in float32, since an expert sums otherwise for another number of rows.
-# Encoders changed by 0.004 and more.
-SMALLEST = 1e-4
-ROUNDING = {torch.float32: 1e-4, torch.float64: 1e-4}
-HALF = 0.05  # rounding of 16-bit floats
+# Shares of the change at the last token that are too large before it, and in the other window.
+# Outputs of causal models did not change. Mixtures of experts changed by 1e-7 in float32, since an
+# expert sums otherwise for another number of rows. Encoders changed by 0.004 and more.
+LIMITS = {torch.float32: (1e-4, 1e-4), torch.float64: (1e-4, 1e-4)}
+HALF = 2e-3, 0.05  # of 16-bit floats
 
 
 def dependences(model: PreTrainedModel, windows: TokenWindows) -> list[str]:
@@ -31,26 +30,20 @@ def dependences(model: PreTrainedModel, windows: TokenWindows) -> list[str]:
     changed = first.clone()
     changed[-1] = next(token for token in (*other.tolist(), 0, 1) if token != first[-1])
     outputs = []
-    kept = [
-        (module, name, buffer, buffer.clone())
-        for module in model.modules()
-        for name, buffer in module.named_buffers(recurse=False)
-        if not buffer.is_meta
-    ]
-    with torch.inference_mode(), without_hooks(model), torch.random.fork_rng(_devices(model)):
+    with on_trial(model), torch.inference_mode():
         for window in (first, changed):
             tokens = torch.stack([window, other]).to(input_device(model))
-            outputs.append(model(input_ids=tokens, use_cache=False).logits.float())
-        for module, name, buffer, before in kept:
-            buffer.copy_(before)
-            setattr(module, name, buffer)
+            output = model(input_ids=tokens, use_cache=False)
+            values = output.logits if "logits" in output else output.last_hidden_state
+            outputs.append(values.float())
     # (2 windows, tokens)
     change = (outputs[0] - outputs[1]).square().mean(dim=-1).sqrt()
     changed_token, before, beside = change[0, -1], change[0, :-1].max(), change[1].max()
     found = []
-    if before > max(SMALLEST * changed_token, 10 * beside):
+    small, rounding = LIMITS.get(model.dtype, HALF)
+    if before > max(small * changed_token, 10 * beside):
         found.append("on later tokens of the window")
-    if beside > ROUNDING.get(model.dtype, HALF) * changed_token:
+    if beside > rounding * changed_token:
         found.append("on the other windows of the batch")
     return found
 
@@ -68,7 +61,3 @@ def check_causal(model: PreTrainedModel, windows: TokenWindows) -> None:
             f"({type(model).__name__}) at a token depend {' and '.join(found)}, so its perplexity "
             "has no meaning: give a causal language model"
         )
-
-
-def _devices(model: PreTrainedModel) -> list[torch.device]:
-    return [model.device] if model.device.type == "cuda" else []

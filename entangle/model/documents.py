@@ -256,6 +256,8 @@ def _open_hub(name: str) -> tuple[Any, str]:
         ) from error
     name, _, column = name.partition("#")
     name, _, split = name.partition(":")
+    if not name:
+        raise ValueError("hub: names no data set: expected hub:NAME[/CONFIG][:SPLIT][#COLUMN]")
     parts = name.split("/")
     # "a/b" is data set b of owner a, or configuration b of data set a, or a folder: try all.
     short = len(parts) < 3 or Path(name).is_dir()
@@ -265,7 +267,10 @@ def _open_hub(name: str) -> tuple[Any, str]:
     for path, config in attempts:
         try:
             table = datasets.load_dataset(path, config, split=split or "train")
-        except (OSError, ValueError, LookupError, RuntimeError) as error:
+        except (
+            *(OSError, ValueError, LookupError, RuntimeError),
+            datasets.exceptions.DatasetsError,
+        ) as error:
             problems.append(f"  {path}, configuration {config}: {error}".rstrip())
             continue
         if (column or "text") not in table.column_names:

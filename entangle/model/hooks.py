@@ -17,6 +17,8 @@ from entangle.model.placing import input_device, is_whole
 OnRows = Callable[[LinearLayer, torch.Tensor], None]
 Change = Callable[[LinearLayer, torch.Tensor, torch.Tensor], torch.Tensor]
 
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class CountedTokens:
@@ -256,17 +258,35 @@ def replacing_outputs(layers: Sequence[LinearLayer], change: Change) -> Iterator
 
 
 @contextmanager
-def without_hooks(model: PreTrainedModel) -> Iterator[None]:
-    """Take away a model's hooks while it runs on trial, so that no recording counts the trial."""
-    names = ("_forward_hooks", "_forward_pre_hooks")
-    kept = [(module, {name: vars(module)[name] for name in names}) for module in model.modules()]
-    try:
-        for module, _ in kept:
-            vars(module).update({name: OrderedDict() for name in names})
-        yield
-    finally:
-        for module, hooks in kept:
-            vars(module).update(hooks)
+def on_trial(model: PreTrainedModel) -> Iterator[None]:
+    """Let a model run without its hooks, so that no recording counts it.
+
+    At the end the modules' attributes and buffers, and the random numbers, are as before.
+    """
+    kept = [(module, dict(vars(module)), _buffers(module)) for module in model.modules()]
+    devices = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        try:
+            for module, *_ in kept:
+                vars(module).update({name: OrderedDict() for name in _HOOKS})
+                # transformers installs hooks of its own at the first pass that needs them.
+                vars(module).pop("_output_capturing_hooks_installed", None)
+            yield
+        finally:
+            for module, attributes, buffers in kept:
+                vars(module).clear()
+                vars(module).update(attributes)
+                for name, (buffer, before) in buffers.items():
+                    buffer.copy_(before)
+                    module._buffers[name] = buffer
+
+
+def _buffers(module: nn.Module) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Return a module's buffers, each with a copy; those of a linear layer are its weights."""
+    if hasattr(module, "in_features"):
+        return {}
+    own = module.named_buffers(recurse=False)
+    return {name: (buffer, buffer.clone()) for name, buffer in own if not buffer.is_meta}
 
 
 def unheard_layers(
@@ -287,9 +307,9 @@ def unheard_layers(
 
         return hook
 
-    with without_hooks(model), torch.no_grad():
+    with on_trial(model), torch.inference_mode():
         for layer in layers:
-            layer.module.register_forward_hook(hook_of(layer))  # removed by without_hooks
+            layer.module.register_forward_hook(hook_of(layer))  # removed by on_trial
         backbone_of(model)(input_ids=tokens.to(input_device(model)), use_cache=False)
     found = {layer.name: _deafness(layer, outputs[layer.name], tokens.numel()) for layer in layers}
     return {name: reason for name, reason in found.items() if reason}

@@ -86,7 +86,11 @@ def _written(folder: Path, kind: str) -> dict[str, Any]:
     """Return the sums or the sizes of the files of a model in log.json; empty if it has none."""
     try:
         log = json.loads((folder / LOG).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):  # of another program, or damaged: there is nothing to compare
+    except (
+        OSError,
+        ValueError,
+        RecursionError,
+    ):  # of another program, or damaged: there is nothing to compare
         return {}
     found = log.get(kind) if isinstance(log, dict) else None
     return found if isinstance(found, dict) else {}
@@ -103,7 +107,8 @@ def _weights(folder: Path) -> Iterator[str]:
         yield from [single] if (folder / single).is_file() else []
         return
     try:
-        yield from sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        names = {*json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
+        yield from sorted(str(Path(name)) for name in names)  # raises if one is no text
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(
             f"{folder} is damaged: {index.name} cannot be read ({error!r}). {_AGAIN}"

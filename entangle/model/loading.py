@@ -119,11 +119,11 @@ def load_model(
         return _load_expanded(Path(source), dtype, target, packed, trust_remote_code)
     kind, plain = AutoModelForCausalLM, {"quantization_config": GgufConfig(dequantize=True)}
     if "gguf_file" not in options:
-        with _explained(name):
+        with explained(name):
             config = AutoConfig.from_pretrained(source, **options)
             plain = dequantised(config)
         kind = class_of(config, name)
-    with _explained(name):
+    with explained(name):
         if spread:
             options |= _placement(kind, source, options, device_map, offload, target)
         loaded: Any = kind.from_pretrained(
@@ -266,7 +266,7 @@ def load_tokenizer(
     source, options = source_of(name, revision, trust_remote_code)
     words: set[str] | None = None
     try:
-        with _explained(name):
+        with explained(name):
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, **options)
             added: dict[str, int] = getattr(tokenizer, "get_added_vocab", dict)()
             words = {*tokenizer.get_vocab()} - {*tokenizer.all_special_tokens} - {*added}
@@ -351,7 +351,7 @@ def source_of(
 
 
 @contextmanager
-def _explained(name: str | Path) -> Iterator[None]:
+def explained(name: str | Path) -> Iterator[None]:
     """Turn any error of transformers into one message.
 
     Raises:

@@ -4,6 +4,7 @@ A model is saved in another form than it has in memory: transformers renames and
 leaves out tied ones, and writes a configuration. So the folder is loaded again.
 """
 
+import math
 import tempfile
 from itertools import zip_longest
 from pathlib import Path
@@ -27,7 +28,22 @@ def check_saved(model: PreTrainedModel, folder: Path, tokens: torch.Tensor, scra
     Raises:
         OSError: the folder cannot be loaded or differs from the model; the message names the tensor.
     """
-    whole = _fits(model)
+    try:
+        _check(model, folder, tokens, scratch, whole=_fits(model))
+    except (MemoryError, torch.OutOfMemoryError):
+        _check(model, folder, tokens, scratch, whole=False)
+
+
+def _check(
+    model: PreTrainedModel, folder: Path, tokens: torch.Tensor, scratch: Path, *, whole: bool
+) -> None:
+    """Check the folder, with a second model in memory if ``whole``.
+
+    Raises:
+        MemoryError: there is not enough memory; of a GPU it is an OutOfMemoryError.
+        OSError: the folder cannot be loaded or differs from the model.
+        OutOfMemoryError: as MemoryError.
+    """
     try:
         if expanded_layers(model) and not whole:
             for file in folder.rglob("*.safetensors"):
@@ -38,7 +54,9 @@ def check_saved(model: PreTrainedModel, folder: Path, tokens: torch.Tensor, scra
             _compare_tensors(model, again)
             if whole:
                 _compare_outputs(model, again, tokens)
-    except (ValueError, LookupError, RuntimeError) as error:
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # whatever it is, what was pruned is kept
         raise OSError(
             f"the model was not saved: {folder} differs from the model in memory ({error})"
         ) from error
@@ -49,10 +67,20 @@ def _fits(model: PreTrainedModel) -> bool:
     if is_offloaded(model) or len(set(getattr(model, "hf_device_map", {}).values())) > 1:
         return False
     tensors = {id(x): x.nbytes for x in (*model.parameters(), *model.buffers())}
-    free = psutil.virtual_memory().available
+    free = min(psutil.virtual_memory().available, _free_in_container())
     if model.device.type == "cuda":
         free = min(free, torch.cuda.mem_get_info(model.device)[0])
     return 1.2 * sum(tensors.values()) < free  # a fifth for what the forward passes need
+
+
+def _free_in_container() -> float:
+    """Return the bytes that the control group of a container leaves free; infinite without one."""
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
+    except (OSError, ValueError):  # no container, or no limit
+        return math.inf
+    return limit - used
 
 
 def _loaded(model: PreTrainedModel, folder: Path, whole: bool, temporary: Path) -> PreTrainedModel:

@@ -14,7 +14,7 @@ from entangle.model.text import TokenWindows, check_windows
 from entangle.numerics.torch_settings import with_torch_defaults
 
 
-class NotFiniteError(RuntimeError):
+class NotFiniteError(ValueError):
     """A log-likelihood that is NaN or infinite."""
 
 

@@ -57,7 +57,14 @@ NAMED_ERROR = 0.02  # neurons with a larger error bound are named in the summary
 
 
 _MAPPINGS = ("versions", "disentangled", "skipped_layers")  # attributes that are mappings
-_LISTS = ("layers", "exclude", "skipped_parameters", "dependent_on", "window_hashes")  # lists
+_LISTS = (
+    "layers",
+    "exclude",
+    "skipped_parameters",
+    "dependent_on",
+    "window_hashes",
+    "notes",
+)  # lists
 
 
 def labelled(name: str, values: npt.NDArray[Any]) -> tuple[str, npt.NDArray[Any], dict[str, str]]:
@@ -170,7 +177,7 @@ def _warnings(dataset: xr.Dataset, distance: Array, error: Array) -> list[str]:
             count = int(mask.sum())
             plural, more = "s" * (count > 1), ", ..." * (count > len(first))
             warnings.append(f"{count:,} {text.format(plural)}: {', '.join(first)}{more}")
-    warnings += dependence_notes(dataset.attrs.get("dependent_on", []))
+    warnings += dependence_notes(about(dataset).get("dependent_on", []))
     warnings += skipped_notes(about(dataset), "measured")
     return warnings
 

@@ -63,6 +63,8 @@ class Setup:
     ranked: bool  # use only layers with a neuron that the run ranks
     pruned: bool  # use only layers that can be pruned
     seen: SeenText | None  # the run's text, unless the evaluation was set aside from it
+    set_aside: bool  # the evaluation was set aside from the windows
+    scored: bool  # the model is to be scored on the evaluation
 
     @classmethod
     def of(
@@ -80,6 +82,7 @@ class Setup:
         ranked: bool = False,
         pruned: bool = False,
         set_aside: bool = False,
+        scored: bool = True,
     ) -> Self:
         """Return a checked setup, before any long computation.
 
@@ -113,6 +116,8 @@ class Setup:
             ranked,
             pruned,
             None if run is None or set_aside else seen_text(run),
+            set_aside,
+            scored,
         )
         if batch_size < 1:
             raise ValueError(f"a batch needs at least one window, got batch size {batch_size}")
@@ -197,7 +202,10 @@ class Setup:
         if self.evaluation is None:
             return shares
         if self.windows is not None:
-            shares["windows"] = shared_share(SeenText.of(self.windows), self.evaluation)
+            text = SeenText.of(self.windows)
+            # Windows set aside are other windows of the same text, which may repeat itself.
+            text = dataclasses.replace(text, runs=None) if self.set_aside else text
+            shares["windows"] = shared_share(text, self.evaluation)
         if self.seen is not None:
             share = shared_share(self.seen, self.evaluation)
             shares["run"] = None if self.seen.runs is None else share
@@ -208,9 +216,9 @@ class Setup:
         """Return what a token's outputs depend on besides this token and those before it.
 
         Raises:
-            ValueError: there is an evaluation, and the outputs depend on something else.
+            ValueError: the model is to be scored, and the outputs depend on something else.
         """
-        if self.evaluation is not None:
+        if self.evaluation is not None and self.scored:
             check_causal(self.model, self.evaluation)
             return []
         return [] if self.windows is None else dependences(self.model, self.windows)

@@ -291,7 +291,9 @@ def save_table(table: pd.DataFrame, file: str | Path) -> Path:
     """Write a table as CSV, with numbers in full precision; return the path."""
     file = Path(file)
     with folders.new_file(file) as partial:
-        table.to_csv(partial.absolute(), index=False)  # pandas takes a relative http:/a/b for an address
+        table.to_csv(
+            partial.absolute(), index=False
+        )  # pandas takes a relative http:/a/b for an address
     return file
 
 

@@ -77,6 +77,7 @@ class Hub(ModuleType):
 
     def __init__(self) -> None:
         super().__init__("datasets")
+        self.exceptions = SimpleNamespace(DatasetsError=LookupError)
         self.asked: list[tuple[str, str | None, str]] = []
 
     def load_dataset(self, path: str, config: str | None, *, split: str) -> SimpleNamespace:
@@ -257,3 +258,12 @@ def test_what_is_not_text_is_found_where_it_is_read(tmp_path: Path) -> None:
     assert documents.read(0, 150) == "a" * 100 + "\n\n" + "b" * 48
     with pytest.raises(ValueError, match=r"/b\.txt is not UTF-8.*\b50\b.*0xff"):
         documents.read(120, 160)
+
+
+def test_a_data_set_that_is_damaged_or_has_no_name_is_told(tmp_path: Path) -> None:
+    pytest.importorskip("datasets")
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n{"text": ')
+    with pytest.raises(ValueError, match=r"could not read hub:.*"):
+        read_documents(f"hub:{tmp_path}")
+    with pytest.raises(ValueError, match="no data set"):
+        read_documents("hub:")

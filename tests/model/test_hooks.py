@@ -12,10 +12,10 @@ from transformers import PreTrainedModel
 
 from entangle.model.hooks import (
     BatchCounter,
+    on_trial,
     recording_outputs,
     replacing_outputs,
     unheard_layers,
-    without_hooks,
 )
 from entangle.model.layers import LinearLayer, find_layers
 from tests.tiny_models import tiny_llama4, tiny_mamba, tiny_model, tiny_vision_model
@@ -554,7 +554,7 @@ def test_other_layers_are_heard_and_no_hook_is_left(ear: Listening) -> None:
 
 def test_a_trial_is_in_no_recording(ear: Listening) -> None:
     def trial() -> None:
-        with without_hooks(ear.model), torch.no_grad():
+        with on_trial(ear.model), torch.no_grad():
             ear.model(IDS)
 
     with ear.start() as counter:
@@ -567,3 +567,23 @@ def test_a_trial_is_in_no_recording(ear: Listening) -> None:
         trial()
         ear.model(IDS)
     assert {*fired.values()} == {1}
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_a_trial_leaves_transformers_own_hooks_as_they_were(first: bool) -> None:
+    """They are installed at the first pass that needs them."""
+    model = tiny_model("mixtral", output_router_logits=True)
+    if first:
+        model(IDS)
+    assert deaf(model) == {}
+    assert len(model(IDS).router_logits) == 2
+
+
+def test_a_trial_leaves_rotary_embeddings_as_they_were() -> None:
+    scaled = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10_000.0}
+    model, other = (tiny_model(rope_parameters=scaled) for _ in range(2))
+    long = torch.arange(3, 103)[None]
+    for one in (model, other):
+        one(long)  # longer than the context: they grow
+    deaf(model)
+    assert torch.equal(model(IDS).logits, other(IDS).logits)

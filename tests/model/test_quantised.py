@@ -60,9 +60,10 @@ def test_a_model_of_fp8_codes_is_pruned_and_saved_as_plain_floats(
 ) -> None:
     meant = save_fp8(tmp_path / "fp8", name)
     model = load_model(tmp_path / "fp8")
-    for layer in find_layers(model):
-        if f"{layer.name}.weight" in meant:
-            assert torch.equal(weight_of(layer), meant[f"{layer.name}.weight"])
+    layers = {f"{layer.name}.weight": layer for layer in find_layers(model)}
+    assert {*layers} & {*meant}
+    for key in {*layers} & {*meant}:
+        assert torch.equal(weight_of(layers[key]), meant[key])
     found = entangle.sparsify(model, random_windows(), sparsity="0.5", out=tmp_path / "half")
     assert found.sparsity == pytest.approx(0.5, abs=0.02)
     again: PreTrainedModel = AutoModelForCausalLM.from_pretrained(tmp_path / "half")

@@ -61,5 +61,5 @@ def test_what_cannot_be_scored_is_refused() -> None:
         entangle.perplexity(tiny_model().train(), random_windows(2, 8))
     with torch.no_grad():
         model.get_output_embeddings().weight[7] = float("nan")  # type: ignore[no-untyped-call]
-    with pytest.raises(RuntimeError, match=r"not finite.*\b2 of 2 windows"):
+    with pytest.raises(ValueError, match=r"not finite.*\b2 of 2 windows"):
         entangle.perplexity(model, random_windows(2, 8))

@@ -30,10 +30,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="tests.torture", description=__doc__)
     parser.add_argument("parts", nargs="+", choices=[*COUNTS, "all", "last"], metavar="PART",
                         help=f"one or several of {', '.join(COUNTS)}; all; or last, the last result")  # fmt: skip
-    parser.add_argument("--cases", type=int, metavar="N", help="number of cases [each part has its own]")
+    parser.add_argument(
+        "--cases", type=int, metavar="N", help="number of cases [each part has its own]"
+    )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="the first case [0]")
     parser.add_argument("--only", type=int, metavar="SEED", help="repeat one case and show it")
-    parser.add_argument("--fresh", action="store_true", help="forget earlier results and begin anew [go on where it was stopped]")
+    parser.add_argument(
+        "--fresh",
+        action="store_true",
+        help="forget earlier results and begin anew [go on where it was stopped]",
+    )
     args = parser.parse_args()
     stream = sys.stdout
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))

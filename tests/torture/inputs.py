@@ -360,7 +360,12 @@ def _of_files(case: Case, done: Outcome, before: place.Content, after: place.Con
             wrong.append(f"{name} was {'changed' if name in after else 'removed'}")
     named = {Path(part) for word in case.words[1:] for part in word.split("=", 1)}
     # The folder of --offload is the user's scratch; parents of a result that was not made stay too.
-    scratch = {str(path) for path in named} if {"--offload", "--csv"} & {*case.words} else set()
+    parts = [part for word in case.words for part in word.split("=", 1)]
+    scratch = {
+        str(Path(value))
+        for flag, value in itertools.pairwise(parts)
+        if len(flag) > 3 and any(one.startswith(flag) for one in ("--offload", "--csv"))
+    }
     above = {str(parent) for path in named for parent in path.parents}
     for name in {*after} - {*before}:
         if name in above and after[name] is None:
@@ -389,13 +394,15 @@ def _may_change(name: str, case: Case, done: Outcome) -> bool:
         return not case.locked and (done.code == 0 or "--overwrite" in case.words)
     if done.code != 0:  # a table is written before a figure that then fails
         return case.words[0] == "diff" and name in case.words and "--csv" in case.words
-    words = {part for word in case.words for part in word.split("=", 1)}
+    words = [part for word in case.words for part in word.split("=", 1)]
     if case.words[0] in {"rank", "diff", "plot", "report"}:
         inside = re.search(r"/figures/|/report\.html$", name) is not None
-        return inside or name in words or name == top
+        return inside or name in {str(Path(word)) for word in words}
     if case.words[0] == "contexts":
         return name.endswith("/contexts.json")
-    return top in words and any("--overwrite".startswith(w) for w in words if len(w) > 4)
+    targets = {str(Path(to)) for flag, to in itertools.pairwise(words) if flag in {"--ou", "--out"}}
+    overwrites = any("--overwrite".startswith(word) for word in words if len(word) > 4)
+    return overwrites and any(f"{name}/".startswith(f"{target}/") for target in targets)
 
 
 class Judge:

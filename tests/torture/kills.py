@@ -107,7 +107,8 @@ class Child:
 
     @property
     def text(self) -> str:
-        return self.said.read_text(encoding="utf-8", errors="replace")
+        said = self.said  # it is not there before the process has begun
+        return said.read_text(encoding="utf-8", errors="replace") if said.exists() else ""
 
 
 def _rank(words: Sequence[str]) -> int:
@@ -227,16 +228,16 @@ class Kills:
         said = folder / f"said-{rng.random()}"
         before = place.contents(folder / "new") if (folder / "new").exists() else None
         child = Child(self._run(words, ranked=ranked), folder, said)
-        if child.wait(delay) is None:
-            if ranked:
-                victim = _one_rank(child, rng)
-                if victim is None:
-                    child.kill(signal.SIGKILL, group=True)
-                    number = signal.SIGKILL
-                else:
-                    os.kill(victim, signal.SIGKILL)
+        in_time = child.wait(delay) is None
+        if in_time and ranked:
+            number = signal.SIGKILL
+            victim = _one_rank(child, rng)
+            if victim is None:
+                child.kill(number, group=True)
             else:
-                child.kill(number)
+                os.kill(victim, number)
+        elif in_time:
+            child.kill(number)
         code = child.wait(SECONDS)
         if code is None:
             child.kill(signal.SIGKILL, group=True)
@@ -251,7 +252,8 @@ class Kills:
             kept = [folder / "new", folder / "new.partial.old"]
             whole = [path for path in kept if (path / "run.json").is_file()]
             assert whole, "the old result is lost"
-        return f"{number.name} after {delay:.3f} s (exit code {code})"
+        how = number.name if in_time else "it ended before a kill"
+        return f"{how} after {delay:.3f} s (exit code {code})"
 
     def _wrong(self, folder: Path, unbroken: Unbroken) -> list[str]:
         """Say where the result differs, and what else is left."""

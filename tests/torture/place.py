@@ -55,8 +55,9 @@ def make(folder: Path) -> None:
     """Make all good inputs, by the commands themselves."""
     make_sources(folder)
     with chdir(folder), redirect_stdout(StringIO()):
-        for words in MADE.values():
+        for name, words in MADE.items():
             assert run_main(words.split()) == 0, words
+            assert any(Path(name).iterdir()), words
 
 
 def prose(*, seed: int, words: int) -> str:
