@@ -114,7 +114,8 @@ def plan(
         raise ValueError(
             f"{model} is an expanded model: plan the dense model that it was made from"
         )
-    config = AutoConfig.from_pretrained(source, **options)
+    with explained(model):
+        config = AutoConfig.from_pretrained(source, **options)
     class_of(config, model)  # raises if there is none
     forget_format(config)
     stored = getattr(config, "dtype", None) or torch.float32

@@ -19,7 +19,7 @@ def class_of(config: Any, name: object) -> Any:
         ValueError: the model is an encoder-decoder, or has no class for generating text.
     """
     kind = type(config)
-    classes = ", ".join(getattr(config, "architectures", None) or [config.model_type])
+    classes = ", ".join(map(str, getattr(config, "architectures", None) or [config.model_type]))
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError(
             f"{name} is an encoder-decoder ({classes}), not a causal language model: give a model "
