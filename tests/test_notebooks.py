@@ -142,7 +142,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     (folder / "text").mkdir()
     (folder / "text" / "calibration.txt").write_text(text[: len(text) // 2], encoding="utf-8")
-    (folder / "text" / "evaluation.txt").write_text(text[len(text) // 2 :], encoding="utf-8")
+    # Of letters, the halves have 8% in common: the second is written backwards.
+    other = text[len(text) // 2 :][::-1]
+    (folder / "text" / "evaluation.txt").write_text(other, encoding="utf-8")
     return folder
 
 
