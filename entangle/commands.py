@@ -233,7 +233,7 @@ def _budgets(texts: Sequence[str]) -> tuple[tuple[str, ...], Path | None]:
             folder, variable = text, DISTANCE
         budgets.append(variable)
         folders |= {folder: None} if folder else {}
-    if len({Path(folder).resolve() for folder in folders}) > 1:
+    if len({os.path.realpath(folder) for folder in folders}) > 1:
         raise ValueError(
             f"expected one measured run in --budget, got {len(folders)}: {', '.join(folders)}"
         )

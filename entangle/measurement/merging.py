@@ -1,6 +1,7 @@
 """Merging of shards into the run that one process would have measured."""
 
 import functools
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,9 +36,9 @@ def merge(
     """
     if not shards:
         raise ValueError("expected the folders of all shards of a run, got none")
-    if Path(out).resolve() in {Path(folder).resolve() for folder in shards}:
+    resolved = [os.path.realpath(shard) for shard in shards]
+    if os.path.realpath(out) in resolved:
         raise ValueError(f"{out} is one of the shards: choose another folder for the merged run")
-    resolved = [Path(shard).resolve() for shard in shards]
     twice = [
         shard for shard, path in zip(shards, resolved, strict=True) if resolved.count(path) > 1
     ]

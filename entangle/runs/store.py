@@ -47,7 +47,7 @@ def write_run(
     for number, tree in enumerate(trees):
         try:
             for node in (node for node in tree.subtree if node.name != "text"):
-                _append(node, folder / DATASET, begin=number == 0)
+                _append(node, folder.absolute() / DATASET, begin=number == 0)
         except OSError as error:  # such as a full disk; name the folder
             raise OSError(f"cannot write {folder / DATASET}: {error.strerror or error}") from error
         del node, tree  # they are in reference cycles: collect, to free their memory now
@@ -55,7 +55,7 @@ def write_run(
     if text is not None:
         with folders.new_file(folder / TEXT) as partial:
             np.save(partial, text)
-    zarr.consolidate_metadata(folder / DATASET, zarr_format=2)
+    zarr.consolidate_metadata(folder.absolute() / DATASET, zarr_format=2)
     write_json(folder / "run.json", attributes)
     sums = folders.sums(folder, _files(folder))
     write_json(folder / "log.json", {**log(), "sha256": _sum(sums), "files": sums})
@@ -205,7 +205,7 @@ def open_run(folder: str | Path) -> xr.DataTree:
     try:
         # chunks=None reads without dask; only the coordinates are read at once.
         _check_sum(folder)
-        tree = xr.open_datatree(folder / DATASET, engine="zarr", chunks=None)
+        tree = xr.open_datatree(folder.absolute() / DATASET, engine="zarr", chunks=None)
         tree.dataset = upgraded(tree.to_dataset())
         if (folder / TEXT).is_file():
             with_text(tree, np.load(folder / TEXT))

@@ -3,6 +3,7 @@
 import base64
 import dataclasses
 import json
+import os
 import zlib
 from collections.abc import Mapping, Sequence
 from io import BytesIO
@@ -80,7 +81,7 @@ def report(folders: str | Path | Sequence[str | Path], out: str | Path) -> Path:
     folders = [folders] if isinstance(folders, str | Path) else folders
     if not folders:
         raise ValueError("a report needs at least one run: give a folder that a command wrote")
-    paths = {Path(folder).resolve(): Path(folder) for folder in folders}
+    paths = {os.path.realpath(folder): Path(folder) for folder in folders}
     sections = [_section(folder) for folder in paths.values()]
     names = [section.name for section in sections]
     sections = [  # the folder's name if it is unique, else its path

@@ -435,3 +435,19 @@ def test_a_run_without_a_sum_is_refused(tree: xr.DataTree, tmp_path: Path) -> No
             entangle.open_run(tmp_path)
     store.write_json(tmp_path / "log.json", {"sha256": digest})
     assert entangle.open_run(tmp_path).identical(tree)
+
+
+def test_a_folder_may_be_named_as_a_home_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    run = measure(tiny_model("gpt2"), windows_of(tokens(4)), out="~")
+    assert open_run("~").load().identical(run)
+    assert [path.name for path in tmp_path.iterdir()] == ["~"]
+
+
+def test_a_loop_of_links_is_no_bug(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises((OSError, ValueError), match="loop"):
+        merge([tmp_path / "loop"], out=tmp_path / "new")
