@@ -1,6 +1,7 @@
 """Folders and files that are written whole or not at all, and SHA-256 sums to check them."""
 
 import hashlib
+import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -39,7 +40,7 @@ def new_folder(
     """
     target = Path(target)
     if target.is_symlink():  # replace its target, not the link
-        target = target.resolve()
+        target = Path(os.path.realpath(target))
     check_target(target, overwrite)
     partial = partial_of(target)
     lock = _claim(partial, target)
@@ -79,7 +80,7 @@ def new_folder(
 
 def partial_of(target: Path) -> Path:
     """Return the folder that is filled and then renamed to ``target``; links are resolved."""
-    target = target.resolve() if target.is_symlink() else target
+    target = Path(os.path.realpath(target)) if target.is_symlink() else target
     return target.with_name(target.name + ".partial")
 
 
