@@ -38,22 +38,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.command in {"measure", "sparsify", "sweep", "ablate", "disentangle"}:
         args = argparse.Namespace(**vars(args), command_line=command_line(args))
 
-    def terminate(signum: int, frame: FrameType | None) -> None:
+    def stop(signum: int, frame: FrameType | None) -> None:
         if _ignores_exit(frame):  # try again soon
             threading.Timer(0.05, signal.raise_signal, [signum]).start()
             return
+        if signum == signal.SIGINT:
+            signal.default_int_handler(signum, frame)
         sys.stderr.write(f"entangle: terminated: {_state(args)}\n")
         raise SystemExit(143)
 
-    def interrupt(signum: int, frame: FrameType | None) -> None:
-        if _ignores_exit(frame):
-            threading.Timer(0.05, signal.raise_signal, [signum]).start()
-            return
-        signal.default_int_handler(signum, frame)
-
-    signal.signal(signal.SIGTERM, terminate)
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, interrupt)
+    signal.signal(signal.SIGTERM, stop)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # it may be ignored
+        signal.signal(signal.SIGINT, stop)
     try:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         os.environ.setdefault("ACCELERATE_LOG_LEVEL", "error")

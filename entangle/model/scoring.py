@@ -39,10 +39,10 @@ def perplexity(
     """
     check_windows(model, windows, skip_first)
     check_causal(model, windows)
-    return scored(model, windows, batch_size=batch_size, skip_first=skip_first, progress=progress)
+    return score_of(model, windows, batch_size=batch_size, skip_first=skip_first, progress=progress)
 
 
-def scored(
+def score_of(
     model: PreTrainedModel,
     windows: TokenWindows,
     *,

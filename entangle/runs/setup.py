@@ -36,7 +36,7 @@ from entangle.model.overlap import SeenText, shared_share
 from entangle.model.prunable import unprunable_layers
 from entangle.model.sampling import walk_blocks
 from entangle.model.score import Score
-from entangle.model.scoring import scored
+from entangle.model.scoring import score_of
 from entangle.model.text import TokenWindows, check_windows
 from entangle.runs.dataset import TRUSTED_ERROR, about, dataset_of, matching, runs_of, trusted
 
@@ -91,7 +91,9 @@ class Setup:
 
         With ``ranked``, the layers are those in which the run ranks a neuron (see
         `runs.dataset.trusted`). With ``set_aside``, the evaluation was set aside from the
-        calibration windows, so that the run may have been measured on it.
+        calibration windows, so that the run may have been measured on it. With ``pruned``, layers
+        that cannot be pruned are left out. With ``scored`` and an evaluation, the model must be
+        causal.
 
         Raises:
             LookupError: a pattern matches no layer, or all layers are excluded.
@@ -275,7 +277,7 @@ class Setup:
             NotFiniteError: the model's outputs are not finite.
         """
         assert self.evaluation is not None
-        return scored(
+        return score_of(
             self.model,
             self.evaluation,
             batch_size=self.batch_size,
@@ -285,8 +287,8 @@ class Setup:
 
     def provenance(self) -> dict[str, Any]:
         """Return the beginning of run.json: command, model, weights, windows, layers, versions."""
-        model, text, scored = self.model, self.windows, self.evaluation
-        drawn = text if text is not None else scored
+        model, text, held_out = self.model, self.windows, self.evaluation
+        drawn = text if text is not None else held_out
         assert drawn is not None
         about = {
             "command": COMMAND.get(),
@@ -313,15 +315,15 @@ class Setup:
             "versions": versions(),
             "tokens": self.tokens,
         }
-        notes = [note for part in (text, scored) if part is not None for note in part.notes]
+        notes = [note for part in (text, held_out) if part is not None for note in part.notes]
         if notes:
             about["notes"] = list(dict.fromkeys(notes))
-        if scored is not None:
+        if held_out is not None:
             about |= {
-                "evaluation": scored.text,
-                "evaluation_fingerprint": scored.fingerprint,
-                "evaluation_windows": len(scored),
-                "evaluation_length": scored.length,
+                "evaluation": held_out.text,
+                "evaluation_fingerprint": held_out.fingerprint,
+                "evaluation_windows": len(held_out),
+                "evaluation_length": held_out.length,
                 "overlap": self.overlaps,
             }
         return about

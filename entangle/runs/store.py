@@ -38,16 +38,18 @@ def write_run(
     """Write a run into a folder that `folders.new_folder` made.
 
     Each of ``trees`` holds some of the neurons and is appended to the dataset. ``attributes`` are
-    the content of run.json, ``text`` the hashes (runs,) of the measured text. ``log`` is called last; log.json has what it returns, and the SHA-256
-    sums of the other files.
+    the content of run.json, ``text`` the hashes (runs,) of the measured text. ``log`` is called
+    last; log.json has what it returns, and the SHA-256 sums of the other files.
 
     Raises:
         OSError: the run cannot be written.
     """
+    dataset = folder.absolute() / DATASET  # xarray takes a relative ~ for the home folder
     for number, tree in enumerate(trees):
         try:
-            for node in (node for node in tree.subtree if node.name != "text"):
-                _append(node, folder.absolute() / DATASET, begin=number == 0)
+            for node in tree.subtree:
+                if node.name != "text":  # it has a file of its own
+                    _append(node, dataset, begin=number == 0)
         except OSError as error:  # such as a full disk; name the folder
             raise OSError(f"cannot write {folder / DATASET}: {error.strerror or error}") from error
         del node, tree  # they are in reference cycles: collect, to free their memory now
@@ -55,7 +57,7 @@ def write_run(
     if text is not None:
         with folders.new_file(folder / TEXT) as partial:
             np.save(partial, text)
-    zarr.consolidate_metadata(folder.absolute() / DATASET, zarr_format=2)
+    zarr.consolidate_metadata(dataset, zarr_format=2)
     write_json(folder / "run.json", attributes)
     sums = folders.sums(folder, _files(folder))
     write_json(folder / "log.json", {**log(), "sha256": _sum(sums), "files": sums})
@@ -179,7 +181,8 @@ def _parsed(file: Path) -> dict[str, Any]:
 def open_run(folder: str | Path) -> xr.DataTree:
     """Open a run: its root is the dataset, its child ``histogram`` the mergeable state.
 
-    Both are read lazily. Its child ``text`` has the hashes of the measured text. The files are checked against the SHA-256 in log.json.
+    Both are read lazily. The child ``text`` has the hashes of the measured text. The files are
+    checked against the SHA-256 in log.json.
 
     Raises:
         FileNotFoundError: there is no folder, or it holds no finished run.
@@ -291,9 +294,8 @@ def save_table(table: pd.DataFrame, file: str | Path) -> Path:
     """Write a table as CSV, with numbers in full precision; return the path."""
     file = Path(file)
     with folders.new_file(file) as partial:
-        table.to_csv(
-            partial.absolute(), index=False
-        )  # pandas takes a relative http:/a/b for an address
+        # Absolute: pandas takes a relative http:/a/b for an address.
+        table.to_csv(partial.absolute(), index=False)
     return file
 
 

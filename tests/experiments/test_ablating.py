@@ -253,7 +253,7 @@ def test_the_rows_of_every_arm_are_those_of_one_pruning(
         return entangle.perplexity(*args, **options)
 
     monkeypatch.setattr(sparse_neurons, "prune", counted_prune)
-    monkeypatch.setattr(setup, "scored", counted_score)
+    monkeypatch.setattr(setup, "score_of", counted_score)
     model = tiny_model("llama")
     words: dict[str, Any] = {"sparsity": [0.5, 0.75], "experts": [1, 4]}
     sets = ["wasserstein", "random", "bottom", "std", "difficulty"]
@@ -448,7 +448,7 @@ def test_what_cannot_be_ablated_is_refused_before_anything_runs(
 
     measured, other = run_of("llama"), other_run()
     on_evaluation = entangle.measure(tiny_model("llama"), held_out())
-    monkeypatch.setattr(setup, "scored", never)
+    monkeypatch.setattr(setup, "score_of", never)
     monkeypatch.setattr(setup, "walk_blocks", never)
     model, out = tiny_model("llama"), tmp_path / "run"
     texts = (windows(), held_out())
@@ -513,7 +513,7 @@ def test_after_an_error_the_model_is_as_before(where: str, monkeypatch: pytest.M
                 failed()
             return entangle.perplexity(*args, **options)
 
-        monkeypatch.setattr(setup, "scored", late)
+        monkeypatch.setattr(setup, "score_of", late)
     with pytest.raises(torch.OutOfMemoryError):
         run(model)
     assert untouched(model)
@@ -543,7 +543,7 @@ def test_a_score_that_is_not_finite_is_a_problem_of_its_arm_alone(
             raise NotFiniteError("not finite in 5 of 5 windows")
         return entangle.perplexity(*args, **options)
 
-    monkeypatch.setattr(setup, "scored", broken)
+    monkeypatch.setattr(setup, "score_of", broken)
     words: dict[str, Any] = {"sets": ["wasserstein", "bottom"], "out": tmp_path / "run"}
     model = tiny_model("llama")
     table = run(model, **words)
@@ -557,7 +557,7 @@ def test_a_score_that_is_not_finite_is_a_problem_of_its_arm_alone(
     def never_finite(*_: Any, **__: Any) -> None:
         raise NotFiniteError("not finite")
 
-    monkeypatch.setattr(setup, "scored", never_finite)
+    monkeypatch.setattr(setup, "score_of", never_finite)
     with pytest.raises(NotFiniteError):
         run(tiny_model("llama"))
 
@@ -658,7 +658,7 @@ def test_killed_while_scoring_it_goes_on_and_prunes_nothing_again(
         pruned.append(args)
         return prune(*args, **options)
 
-    monkeypatch.setattr(setup, "scored", interrupted)
+    monkeypatch.setattr(setup, "score_of", interrupted)
     monkeypatch.setattr(sparse_neurons, "prune", counted)
     model = tiny_model("llama")
     with pytest.raises(KeyboardInterrupt):

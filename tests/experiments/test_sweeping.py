@@ -170,7 +170,7 @@ def test_after_an_error_the_weights_are_back_and_what_is_done_is_kept(
             raise error("can't allocate memory")
         return entangle.perplexity(*args, **options)
 
-    monkeypatch.setattr(setup, "scored", scored)
+    monkeypatch.setattr(setup, "score_of", scored)
     with pytest.raises(error, match="can't allocate"):
         run(model, [0.5], propagate=("dense",), out=tmp_path / "run")
     assert same_weights(model)
@@ -189,7 +189,7 @@ def test_a_score_that_is_not_finite_is_a_problem_of_its_arm_alone(
             raise NotFiniteError("not finite in 5 of 5 windows")
         return entangle.perplexity(model, *args, **options)
 
-    monkeypatch.setattr(setup, "scored", broken)
+    monkeypatch.setattr(setup, "score_of", broken)
     table = run(tiny_model("llama"), [0.5], method=("wanda",), propagate=("dense",))
     assert table["problem"].tolist() == ["", "not finite in 5 of 5 windows"]
     assert np.isfinite(table["perplexity"]).tolist() == [True, False]
@@ -230,7 +230,7 @@ def test_an_unfinished_sweep_of_other_settings_is_not_gone_on_with(
         return entangle.perplexity(*args, **words)
 
     with monkeypatch.context() as patch:
-        patch.setattr(setup, "scored", interrupt)
+        patch.setattr(setup, "score_of", interrupt)
         with pytest.raises(KeyboardInterrupt):
             run(tiny_model("llama"), [0.5], out=tmp_path / "run")
     with pytest.raises(

@@ -9,7 +9,6 @@ import os
 import random
 import shutil
 import signal
-import tempfile
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -142,9 +141,7 @@ class Kills:
     """Runs cases in a folder of its own, against unbroken runs that it makes once."""
 
     def __init__(self) -> None:
-        memory = Path("/dev/shm")  # quicker than a disk for many small files
-        fast = memory if os.access(memory, os.W_OK) else None
-        self.folder = Path(tempfile.mkdtemp(prefix="entangle-kills-", dir=fast))
+        self.folder = place.workplace()
         self.good = self.folder / "good"
         place.make_sources(self.good)
         (self.good / "text.txt").write_text(place.prose(seed=1, words=1500))
