@@ -41,6 +41,7 @@ ROOMS = {
         "text",
         "overlap",
         "experts",
+        "patterns",
         "layers",
         "prunable",
         "placing",

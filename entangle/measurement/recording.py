@@ -9,7 +9,8 @@ import xarray as xr
 from transformers import PreTrainedModel
 
 from entangle.model.hooks import BatchCounter, check_hooks, recording_outputs, unheard_layers
-from entangle.model.layers import LinearLayer, as_list, device_of, find_layers, without_skipped
+from entangle.model.layers import LinearLayer, device_of, find_layers, without_skipped
+from entangle.model.patterns import as_list
 from entangle.numerics.histograms import Histograms
 from entangle.runs import labelling
 

@@ -6,7 +6,7 @@ layer is ``(experts, neurons, inputs)``. Outputs are ``(tokens, neurons)``.
 
 import dataclasses
 import difflib
-import fnmatch
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from entangle.model.experts import ExpertLinear, PackedLinear
+from entangle.model.patterns import as_list, chosen, unmatched
 
 if TYPE_CHECKING:  # the import takes seconds, and some commands need no model
     from transformers import PreTrainedModel
@@ -225,29 +226,10 @@ def find_layers(
     patterns, exclude = as_list(patterns), as_list(exclude)
     layers = list(_walk(model))
     names = [layer.name for layer in layers]
-    for pattern in (*patterns, *exclude):
-        if not fnmatch.filter(names, pattern):
-            raise LookupError(_no_match(pattern, layers))
-    chosen = [
-        layer
-        for layer in layers
-        if _matches(layer.name, patterns) and not _matches(layer.name, exclude)
-    ]
-    if patterns and not chosen:
-        raise LookupError(
-            f"no layer is left: those that match {', '.join(patterns)} also match an excluded "
-            f"pattern ({', '.join(exclude)})"
-        )
-    return chosen
-
-
-def as_list(patterns: str | Sequence[str]) -> list[str]:
-    """Return one pattern or several as a list."""
-    return [patterns] if isinstance(patterns, str) else list(patterns)
-
-
-def _matches(name: str, patterns: Sequence[str]) -> bool:
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+    wrong = unmatched(names, (*patterns, *exclude))
+    if wrong is not None:
+        raise LookupError(_no_match(wrong, layers))
+    return list(itertools.compress(layers, chosen(names, patterns, exclude)))
 
 
 def without_skipped(

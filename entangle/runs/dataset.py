@@ -1,6 +1,5 @@
 """The dataset of a run: a row per neuron, and the names and units of its variables."""
 
-import fnmatch
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
@@ -11,6 +10,7 @@ import numpy.typing as npt
 import pandas as pd
 import xarray as xr
 
+from entangle.model.patterns import as_list, chosen, unmatched
 from entangle.numerics import gaussian
 
 Array = npt.NDArray[np.float64]
@@ -57,14 +57,8 @@ NAMED_ERROR = 0.02  # neurons with a larger error bound are named in the summary
 
 
 _MAPPINGS = ("versions", "disentangled", "skipped_layers")  # attributes that are mappings
-_LISTS = (
-    "layers",
-    "exclude",
-    "skipped_parameters",
-    "dependent_on",
-    "window_hashes",
-    "notes",
-)  # lists
+# Attributes that are lists.
+_LISTS = ("layers", "exclude", "skipped_parameters", "dependent_on", "window_hashes", "notes")
 
 
 def labelled(name: str, values: npt.NDArray[Any]) -> tuple[str, npt.NDArray[Any], dict[str, str]]:
@@ -237,24 +231,14 @@ def matching(
     Raises:
         LookupError: a pattern matches no name, or all names that match are excluded.
     """
-    patterns = [patterns] if isinstance(patterns, str) else patterns
-    exclude = [exclude] if isinstance(exclude, str) else exclude
+    patterns, exclude = as_list(patterns), as_list(exclude)
     codes, distinct = pd.factorize(names)
-    for pattern in (*patterns, *exclude):
-        if not fnmatch.filter(distinct, pattern):
-            raise LookupError(
-                f"no layer of this run matches {pattern!r}: layers have names such as {names[0]}"
-            )
-    matched = [
-        any(fnmatch.fnmatchcase(name, p) for p in patterns)
-        and not any(fnmatch.fnmatchcase(name, p) for p in exclude)
-        for name in distinct
-    ]
-    if exclude and not any(matched):
+    wrong = unmatched(distinct, (*patterns, *exclude))
+    if wrong is not None:
         raise LookupError(
-            f"no layer is left: those that match {', '.join(patterns)} also match an excluded "
-            f"pattern ({', '.join(exclude)})"
+            f"no layer of this run matches {wrong!r}: layers have names such as {names[0]}"
         )
+    matched = chosen(distinct, patterns, exclude)
     return np.array(matched, dtype=bool)[codes]
 
 

@@ -26,13 +26,13 @@ from entangle.model.causality import check_causal, dependences
 from entangle.model.hooks import check_hooks, unheard_layers
 from entangle.model.layers import (
     LinearLayer,
-    as_list,
     find_layers,
     skipped_parameters,
     without_skipped,
 )
 from entangle.model.loading import weights_hash
 from entangle.model.overlap import SeenText, shared_share
+from entangle.model.patterns import as_list
 from entangle.model.prunable import unprunable_layers
 from entangle.model.sampling import walk_blocks
 from entangle.model.score import Score

@@ -1,0 +1,36 @@
+"""Choice of layers by shell patterns of their names; it imports no torch."""
+
+import fnmatch
+from collections.abc import Iterable, Sequence
+
+Patterns = str | Sequence[str]
+
+
+def as_list(patterns: Patterns) -> list[str]:
+    """Return one pattern or several as a list."""
+    return [patterns] if isinstance(patterns, str) else list(patterns)
+
+
+def unmatched(names: Iterable[str], patterns: Iterable[str]) -> str | None:
+    """Return the first pattern that matches no name, or None."""
+    known = list(names)
+    return next((pattern for pattern in patterns if not fnmatch.filter(known, pattern)), None)
+
+
+def chosen(names: Iterable[str], patterns: Sequence[str], exclude: Sequence[str]) -> list[bool]:
+    """Return for each name whether it matches a pattern, and none in ``exclude``.
+
+    Raises:
+        LookupError: all names that match are excluded.
+    """
+
+    def matches(name: str, some: Sequence[str]) -> bool:
+        return any(fnmatch.fnmatchcase(name, pattern) for pattern in some)
+
+    found = [matches(name, patterns) and not matches(name, exclude) for name in names]
+    if exclude and not any(found):
+        raise LookupError(
+            f"no layer is left: those that match {', '.join(patterns)} also match an excluded "
+            f"pattern ({', '.join(exclude)})"
+        )
+    return found
