@@ -148,6 +148,7 @@ class Kills:
         (self.good / "evaluation.txt").write_text(place.prose(seed=2, words=200))
         words = f"measure model --text text.txt {SIZES} --seed 1 --out run".split(" ")
         self._finish(Child(self._run(words), self.good, self.good / "said"), {0})
+        self.inputs = {name: _content(self.good / name) for name in INPUTS}
 
     @staticmethod
     def _run(words: Sequence[str], *, ranked: bool = False) -> Callable[[], int]:
@@ -257,11 +258,18 @@ class Kills:
         found = _compared(folder / "new")
         names = sorted({*found} | {*unbroken.content})
         wrong = [f"{n} differs" for n in names if found.get(n) != unbroken.content.get(n)]
+        for name, content in self.inputs.items():
+            if _content(folder / name) != content:
+                wrong.append(f"{name} was changed")
         left = [path.name for path in folder.iterdir()]
         return wrong + [f"{name} is left" for name in left if "partial" in name or "lock" in name]
 
     def close(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _content(path: Path) -> place.Content | bytes:
+    return place.contents(path) if path.is_dir() else path.read_bytes()
 
 
 def _compared(folder: Path) -> place.Content:
