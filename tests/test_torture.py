@@ -67,6 +67,14 @@ def test_what_is_wrong_with_a_command_is_told(
     assert any(expected in one for one in wrong) if expected else wrong == []
 
 
+def test_output_that_is_no_json_is_told() -> None:
+    case = Case(0, ["rank", "run", "--json"], [])
+    assert problems(case, Outcome(0, '{"a": 1}', "", 0.0), {}, {}) == []
+    for out in ("NaN", '{"a": NaN}', ""):
+        (wrong,) = problems(case, Outcome(0, out, "", 0.0), {}, {})
+        assert "JSON" in wrong
+
+
 @pytest.mark.parametrize(
     ("code", "before", "after", "wrong"),
     [

@@ -110,7 +110,6 @@ def test_the_hub_is_asked_for_what_is_written(
 ) -> None:
     assert _open_hub(name)[1] == column
     assert hub.asked[-1] == (path, config, split)
-    assert (path, config) in hub.known
 
 
 def test_an_owners_data_set_is_preferred_to_a_configuration(hub: Hub) -> None:

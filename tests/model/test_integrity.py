@@ -143,9 +143,7 @@ def test_commands_verify(
     _flip(copy / "model.safetensors")
     assert main(words) == 0  # one bit of one weight
     assert main([*words, "--verify"]) == 2
-    assert "model.safetensors does not match its SHA-256" in capsys.readouterr().err.replace(
-        "the SHA-256 sum", "its SHA-256"
-    )
+    assert "model.safetensors does not match the SHA-256 sum" in capsys.readouterr().err
     save_tiny(tmp_path / "dense")
     words[1] = str(tmp_path / "dense")
     assert main([*words, "--verify"]) == 2

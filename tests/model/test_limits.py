@@ -100,7 +100,6 @@ def test_a_configuration_may_say_it_otherwise_or_not_at_all(
 def test_scaled_rotary_embeddings_reach_farther(rope: dict[str, Any], expected: int) -> None:
     model = tiny_model("llama", rope_parameters=rope | {"rope_theta": 10_000.0})
     assert context_of(model) == expected
-    assert runs(model, expected)
 
 
 def test_a_kind_of_layer_may_be_scaled_by_itself() -> None:
@@ -108,7 +107,6 @@ def test_a_kind_of_layer_may_be_scaled_by_itself() -> None:
     kinds["full_attention"] = {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6}
     model = tiny_model("gemma3", rope_parameters=kinds)
     assert context_of(model) == 8 * CONTEXT
-    assert runs(model, 8 * CONTEXT)
 
 
 def test_the_positions_of_images_do_not_count() -> None:

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import random
 import shutil
 import struct
@@ -210,8 +209,3 @@ def _tensors(file: Path, rng: random.Random) -> str:
     length = rng.choice([0, 1, 2**63, len(text) + 5]) if kind == "size" else len(text)
     write(file, struct.pack("<Q", length) + text + body)
     return f"tensor {name}: {kind}"
-
-
-def unreadable(path: Path) -> None:
-    """Take away all rights; root reads it nevertheless."""
-    os.chmod(path, 0)  # noqa: PTH101  # not of what a link leads to

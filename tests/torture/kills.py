@@ -102,7 +102,10 @@ class Child:
         return self.code
 
     def kill(self, number: signal.Signals, *, group: bool = False) -> None:
-        (os.killpg if group else os.kill)(self.pid, number)
+        if group and os.getpgid(self.pid) == self.pid:  # it has called setsid
+            os.killpg(self.pid, number)
+        else:
+            os.kill(self.pid, number)
 
     @property
     def text(self) -> str:
@@ -197,7 +200,7 @@ class Kills:
                 (folder / "old" / "run").rename(folder / "new")
             for _ in range(rng.choice([1, 1, 1, 1, 2, 2, 3, 5])):
                 done.append(self._killed(name, words, unbroken.seconds, rng, folder, ranked))
-                if _is_finished(folder, unbroken) and "--overwrite" not in words:
+                if _is_finished(folder) and "--overwrite" not in words:
                     break
             finished = (folder / "new").exists() and "--overwrite" not in words
             if finished:  # killed when all but the figures was done
@@ -279,7 +282,7 @@ def _compared(folder: Path) -> place.Content:
     return found
 
 
-def _is_finished(folder: Path, unbroken: Unbroken) -> bool:
+def _is_finished(folder: Path) -> bool:
     return (folder / "new").exists() and not folders.partial_of(folder / "new").exists()
 
 

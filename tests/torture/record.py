@@ -76,6 +76,8 @@ def summary() -> str:
             codes[str(case.get("code"))] = codes.get(str(case.get("code")), 0) + 1
         exits = ", ".join(f"{count:,} exit {code}" for code, count in sorted(codes.items()))
         said = f"{len(cases):,} cases in {minutes:.1f} minutes, {len(failed)} failed"
-        lines.append(f"  {file.stem}: {said}" + (f"; {exits}" if "None" not in codes else ""))
+        killed = sum("SIG" in case.get("done", "") for case in cases)  # others ended before
+        more = f"{killed:,} killed in time" if "None" in codes else exits
+        lines.append(f"  {file.stem}: {said}; {more}")
         lines += [f"    failed seeds: {', '.join(map(str, failed))}"] if failed else []
     return "\n".join(lines)
