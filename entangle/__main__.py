@@ -38,10 +38,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.command in {"measure", "sparsify", "sweep", "ablate", "disentangle"}:
         args = argparse.Namespace(**vars(args), command_line=command_line(args))
 
+    heard: list[int] = []  # the signals that end the command
+
     def stop(signum: int, frame: FrameType | None) -> None:
         if _ignores_exit(frame):  # try again soon
-            threading.Timer(0.05, signal.raise_signal, [signum]).start()
+            main_thread = threading.main_thread().ident  # which may sleep
+            threading.Timer(0.05, signal.pthread_kill, [main_thread, signum]).start()
             return
+        heard.append(signum)
         if signum == signal.SIGINT:
             signal.default_int_handler(signum, frame)
         sys.stderr.write(f"entangle: terminated: {_state(args)}\n")
@@ -67,14 +71,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         ranks.leave()
     except KeyboardInterrupt:
         return _fail(args, f"interrupted: {_state(args)}", 130)
-    except (ValueError, LookupError, OSError) as error:
-        return _fail(args, _message(error), 2)
-    except (RuntimeError, ImportError, MemoryError, OverflowError) as error:
-        return _fail(args, f"{error or type(error).__name__}", 1)
-    except Exception as error:  # noqa: BLE001  # a bug: print no traceback without --debug
-        problem = f"{type(error).__name__}: {error}"
-        return _fail(args, f"bug in entangle: {problem}. Report it with what --debug prints", 1)
+    except Exception as error:  # noqa: BLE001  # also a bug: print no traceback without --debug
+        if heard == [signal.SIGTERM]:  # code in C may replace an exit by an error of its own
+            sys.exit(143)
+        if heard:
+            return _fail(args, f"interrupted: {_state(args)}", 130)
+        return _fail(args, *_problem(error))
     return 0
+
+
+def _problem(error: Exception) -> tuple[str, int]:
+    """Return what to print about an error, and the exit code."""
+    if isinstance(error, ValueError | LookupError | OSError):
+        return _message(error), 2
+    if isinstance(error, RuntimeError | ImportError | MemoryError | OverflowError):
+        return f"{error or type(error).__name__}", 1
+    problem = f"{type(error).__name__}: {error}"
+    return f"bug in entangle: {problem}. Report it with what --debug prints", 1
 
 
 def _message(error: Exception) -> str:

@@ -31,6 +31,7 @@ def _session() -> None:
         getattr(entangle, name)
     gc.freeze()
     if "PYTEST_XDIST_WORKER" in os.environ:
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the commands that tests start
         _set_threads(1, 1)
 
 

@@ -25,6 +25,7 @@ import xarray as xr
 import entangle
 from entangle import arguments
 from entangle.__main__ import main
+from entangle.commands import COMMANDS
 from entangle.experiments import ablation_table, sweep_table
 from entangle.experiments.budget_search import STRENGTHS, VARIABLES
 from entangle.numerics.gaussian import from_samples
@@ -941,6 +942,30 @@ def test_a_signal_that_comes_where_python_ignores_an_exit_is_not_lost(code: str)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (143, "")
     assert re.fullmatch(r"entangle: .*terminated.*nothing.*\n", done.stderr)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_is_not_lost_where_c_code_has_an_error_in_its_place(
+    number: signal.Signals,
+    code: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def command(_: object) -> None:
+        try:
+            signal.raise_signal(number)
+        except BaseException:  # noqa: BLE001
+            raise ValueError("could not determine the shape") from None
+
+    monkeypatch.setitem(COMMANDS, "rank", command)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        sys.exit(main(["rank", "nowhere"]))
+    except SystemExit as error:
+        assert error.code == code  # noqa: PT017  # SIGTERM exits by itself
+    said = capsys.readouterr().err
+    assert "shape" not in said
+    assert re.fullmatch(r"entangle: (interrupted|terminated).*nothing.*\n", said)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

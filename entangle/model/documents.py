@@ -13,6 +13,7 @@ from jinja2 import TemplateError
 Purpose = Literal["calibration", "evaluation"]
 Chat = Callable[[list[dict[str, Any]]], str]  # makes a text of the messages of a conversation
 
+TABLES = {".json", ".jsonl", ".parquet", ".arrow"}  # suffixes of files that are no plain text
 BLANK = "\n\n"  # joins documents
 REACH = 2**14  # bytes: a good place to cut is searched at most so far after a given place
 PART = 2**20  # bytes: about so much of a list or a table is read at once
@@ -135,7 +136,8 @@ def read_documents(
 
     Raises:
         FileNotFoundError: the file or folder does not exist, or the folder has no ``*.txt``.
-        ValueError: a text of the hub cannot be read.
+        ValueError: the name is empty, the file is no plain text by its suffix, or a text of the hub
+            cannot be read.
     """
     if not isinstance(text, str | Path):
         given = list(text)
@@ -145,6 +147,8 @@ def read_documents(
         return Documents("documents given in Python", parts)
     if str(text).startswith("hub:"):
         return _read_hub(str(text), chat)
+    if not str(text):  # Path would take it for the current folder
+        raise ValueError("the name of the text is empty: give a file, a folder or hub:NAME")
     path = Path(text)
     named = all(len(part) < 256 for part in path.parts)  # a longer part cannot be a file name
     if named and path.is_dir():
@@ -156,6 +160,11 @@ def read_documents(
         if not files:
             raise FileNotFoundError(f"the folder {path} holds no *.txt file")
     elif named and path.is_file():
+        if path.suffix in TABLES:
+            raise ValueError(
+                f"{path} is a table or JSON and no plain text: its names of fields and marks would be "
+                "read as text. Write its texts to a .txt file, or give them in Python as a list"
+            )
         files = [path]
     else:
         raise FileNotFoundError(

@@ -180,29 +180,35 @@ def _replace(partial: Path, target: Path) -> None:
 def new_file(target: str | Path) -> Iterator[Path]:
     """Yield a path beside ``target`` to write to; rename it to ``target``, or remove it on errors.
 
+    A link stays, and what it leads to is written. A target that is no file, such as a pipe or
+    /dev/stdout, is written to itself.
+
     Raises:
         OSError: the target cannot be written; the message names it.
     """
     target = Path(target)
     if target.is_dir():
         raise OSError(f"cannot write {target}: it is a folder. Give the name of a file")
-    # The suffix stays, since savefig and others choose the format by it.
-    partial = target.with_name(f"{target.stem}.partial{target.suffix}")
+    file = Path(os.path.realpath(target))
+    special = file.exists() and not file.is_file()
+    # The suffix stays, since savefig and others choose the format by it. No user's file has the name.
+    partial = file if special else file.with_name(f".{file.stem}.entangle.partial{file.suffix}")
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
+        partial.parent.mkdir(parents=True, exist_ok=True)
     except FileExistsError as error:
         raise OSError(f"cannot write {target}: {target.parent} is not a folder") from error
     except OSError as error:
         raise OSError(f"cannot write {target}: {error.strerror}") from error
     try:
         yield partial
-        partial.replace(target)
+        partial.replace(file)
     except OSError as error:
         if error.errno is None or error.filename is not None:
             raise
         raise OSError(f"cannot write {target}: {error.strerror}") from error
     finally:
-        partial.unlink(missing_ok=True)
+        if not special:
+            partial.unlink(missing_ok=True)
 
 
 def sums(folder: Path, files: Iterable[str]) -> dict[str, str]:

@@ -50,7 +50,7 @@ def check_weights(folder: Path) -> None:
         if written is not None and size != written:
             raise ValueError(
                 f"{folder} is damaged: {name} has {size:,} bytes, but {written:,} were written. "
-                f"{_AGAIN}"
+                f"{_AGAIN}, or delete its {LOG} if you changed the file on purpose"
             )
         try:
             with safe_open(file, framework="pt"):

@@ -5,7 +5,7 @@ import re
 import shutil
 import textwrap
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -103,6 +103,16 @@ def load_model(
         raise ValueError(
             f"{name} is {what}, which can only be loaded whole: leave out device_map and offload"
         )
+    if device_map is not None and device != "auto":
+        raise ValueError(
+            f"device_map {device_map} spreads the model over all devices, but device is {device}: "
+            "leave out one of them"
+        )
+    if offload is not None and (Path(offload) / "config.json").exists():
+        raise ValueError(
+            f"the folder of offload {offload} holds a model: give a new folder, which can be deleted "
+            "afterwards"
+        )
     for path in () if offload is None else (Path(offload), *Path(offload).parents):
         if path.exists() and not path.is_dir():
             raise NotADirectoryError(f"offload needs a folder, but {path} is a file")
@@ -136,6 +146,7 @@ def load_model(
         )
     model, report = loaded
     _check_report(name, report)
+    _check_blocks(name, model, report["unexpected_keys"])
     if plain:
         forget_quantisation(model)
     on_device: PreTrainedModel = (model if spread else model.to(target)).eval()
@@ -164,6 +175,29 @@ def _check_report(name: str | Path, report: Mapping[str, Any]) -> None:
             f"not use {len(unused)} of their scales, for example {unused[0]}: give a folder whose "
             "config.json has the quantization_config of the format, or a model that is not quantised"
         )
+
+
+def _check_blocks(name: str | Path, model: PreTrainedModel, unexpected: Collection[str]) -> None:
+    """Check that the files have no more blocks than the configuration says.
+
+    Blocks that predict further tokens (``num_nextn_predict_layers``) are left out by transformers.
+
+    Raises:
+        ValueError: the files have weights of a further block.
+    """
+    blocks = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)
+    nextn = getattr(model.config.get_text_config(decoder=True), "num_nextn_predict_layers", 0)
+    if blocks is None or nextn:
+        return
+    known = {re.sub(r"\b\d+\b", "0", key) for key in model.state_dict()}
+    for key in sorted(unexpected):
+        numbers = [int(number) for number in re.findall(r"\b\d+\b", key)]
+        same = re.sub(r"\b\d+\b", "0", key)
+        if numbers and numbers[0] >= blocks and any(other.endswith(same) for other in known):
+            raise ValueError(
+                f"cannot load {name}: its files have {key}, but its config.json says that it has "
+                f"{blocks} blocks (num_hidden_layers): correct config.json"
+            )
 
 
 def _placement(
@@ -266,7 +300,7 @@ def load_tokenizer(
     source, options = source_of(name, revision, trust_remote_code)
     words: set[str] | None = None
     try:
-        with explained(name):
+        with explained(f"the tokenizer of {name}"):
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, **options)
             added: dict[str, int] = getattr(tokenizer, "get_added_vocab", dict)()
             words = {*tokenizer.get_vocab()} - {*tokenizer.all_special_tokens} - {*added}
@@ -327,10 +361,14 @@ def source_of(
 
     Raises:
         FileNotFoundError: the name can only be a path, and there is no model.
-        ValueError: the folder holds an adapter.
+        ValueError: the folder holds an adapter, or a revision is given for a model on disk.
     """
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     path = Path(name)
+    if revision and (path.suffix == ".gguf" or path.is_dir()):
+        raise ValueError(
+            f"revision {revision} is of a model on the hub, but {path} is on disk: leave out revision"
+        )
     if path.suffix == ".gguf":
         if not path.is_file():
             raise FileNotFoundError(f"there is no GGUF file at {path}: check the path")

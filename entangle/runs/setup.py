@@ -352,7 +352,8 @@ def _ranked_layers(
 def seen_text(run: xr.DataTree | xr.Dataset) -> SeenText:
     """Return the hashes of the text that a run was measured on."""
     attributes = about(run)
-    return SeenText(attributes.get("text", "?"), attributes.get("window_hashes", []), runs_of(run))
+    what, text = "the text that the run was measured on", attributes.get("text", "?")
+    return SeenText(what, text, attributes.get("window_hashes", []), runs_of(run))
 
 
 PACKAGES = ("entangle", "torch", "transformers", "numpy", "numba", "scikit-learn")

@@ -189,8 +189,7 @@ def open_run(folder: str | Path) -> xr.DataTree:
         ValueError: the run is damaged.
     """
     folder = Path(folder)
-    if (folder / folders.RESUMABLE).exists() and not (folder / "log.json").exists():
-        raise FileNotFoundError(f"{folder} is unfinished: run the same command again to resume it")
+    _check_finished(folder)
     if not (folder / "run.json").is_file():
         problem = "holds no run.json" if folder.is_dir() else "is not a folder"
         problem = problem if folder.exists() else "does not exist"
@@ -218,6 +217,17 @@ def open_run(folder: str | Path) -> xr.DataTree:
             "--overwrite"
         ) from error
     return tree
+
+
+def _check_finished(folder: Path) -> None:
+    """Check that a folder is not that of a command which was stopped.
+
+    Raises:
+        FileNotFoundError: it is.
+    """
+    begun = (folders.partial_of(folder) / folders.RESUMABLE).exists() and not folder.exists()
+    if begun or ((folder / folders.RESUMABLE).exists() and not (folder / "log.json").exists()):
+        raise FileNotFoundError(f"{folder} is unfinished: run the same command again to resume it")
 
 
 def _check_sum(folder: Path) -> None:
@@ -259,6 +269,7 @@ def read_table(folder: str | Path, name: str, text: Collection[str]) -> pd.DataF
     """
     folder = Path(folder)
     file = folder / "tables" / f"{name}.csv"
+    _check_finished(folder)
     if not file.is_file():
         article = "an" if name[0] in "aeiou" else "a"
         raise FileNotFoundError(

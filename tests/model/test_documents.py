@@ -22,6 +22,23 @@ def contents(documents: Documents) -> tuple[str, str]:
 # Reading.
 
 
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl", "b.parquet"])
+def test_tables_are_no_plain_text(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text('{"text": "words"}')
+    with pytest.raises(ValueError, match=rf"{name} .*no plain text"):
+        read_documents(tmp_path / name)
+
+
+def test_an_empty_name_is_not_the_current_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.txt").write_text("words")
+    monkeypatch.chdir(tmp_path)
+    assert read_documents(".").read() == "words"
+    with pytest.raises(ValueError, match="empty"):
+        read_documents("")
+
+
 def test_a_file_is_one_document(tmp_path: Path) -> None:
     file = tmp_path / "story.md"
     file.write_text("Größe 1\r\n", encoding="utf-8", newline="")

@@ -1,6 +1,7 @@
 """A folder is written whole or not at all, by one process at a time, and only over our own."""
 
 import hashlib
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -347,6 +348,44 @@ def test_a_file_that_cannot_be_written_is_named(tmp_path: Path) -> None:
         with pytest.raises(OSError, match=f"write {target}: {reason}$"):
             new_file(target).__enter__()
     assert contents(tmp_path) == {"file": "text"}
+
+
+def test_a_file_beside_it_is_no_users_file(tmp_path: Path) -> None:
+    for name in ("table.partial.csv", "table.csv.partial", ".table.partial.csv"):
+        (tmp_path / name).write_text("precious")
+    before = contents(tmp_path)
+    with new_file(tmp_path / "table.csv") as partial:
+        partial.write_text("new")
+    assert contents(tmp_path) == before | {"table.csv": "new"}
+
+
+def test_a_file_behind_a_link_is_written(tmp_path: Path) -> None:
+    (tmp_path / "real.csv").write_text("first")
+    for name, target in [("link.csv", "real.csv"), ("new.csv", "deep/made.csv")]:
+        (tmp_path / name).symlink_to(target)
+        with new_file(tmp_path / name) as partial:
+            partial.write_text("second")
+        assert (tmp_path / name).is_symlink()
+        assert (tmp_path / target).read_text() == "second"
+    assert contents(tmp_path).keys() == {"real.csv", "link.csv", "deep/made.csv", "new.csv"}
+
+
+def test_a_pipe_and_a_device_are_written_to_and_stay(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe.csv"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    with new_file(pipe) as partial:
+        partial.write_text("through")
+    assert os.read(reader, 100) == b"through"
+    os.close(reader)
+    assert pipe.is_fifo()
+    own, other = os.openpty()
+    with new_file(os.ttyname(other)) as partial:
+        partial.write_text("shown")
+    assert os.read(own, 100) == b"shown"
+    assert Path(os.ttyname(other)).is_char_device()
+    os.close(own)
+    os.close(other)
 
 
 def test_a_link_is_followed_and_stays(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from entangle.model.loading import load_model, load_tokenizer, save_model, weights_hash
 from tests.tiny_models import ARCHITECTURES, CONTEXT, save_tiny, tiny_model, tiny_tokenizer
@@ -295,9 +295,9 @@ def test_a_model_that_transformers_does_not_save_is_refused(tmp_path: Path) -> N
         ("Makefile", FileNotFoundError, r"no model .*Makefile\b"),
         ("model.gguf", FileNotFoundError, r"no GGUF .*model\.gguf\b"),
         ("tests", FileNotFoundError, r"\btests .*no model.*config\.json"),
-        ("gpt3", ValueError, r"load gpt3: .*folder.*internet connection"),
-        ("nobody/model", ValueError, r"load nobody/model: .*folder.*transformers"),
-        ("not a model!", ValueError, r"load not a model!: .*folder.*Repo id"),
+        ("gpt3", ValueError, r"load .*gpt3: .*folder.*internet connection"),
+        ("nobody/model", ValueError, r"load .*nobody/model: .*folder.*transformers"),
+        ("not a model!", ValueError, r"load .*not a model!: .*folder.*Repo id"),
     ],
 )
 def test_a_name_that_stands_for_nothing(
@@ -337,6 +337,10 @@ def cut(file: Path, size: int) -> None:
             r"\b12 of .*weights.* model\.layers\.3\.input_layernorm",
         ),
         (
+            lambda at: change(at, num_hidden_layers=2),
+            r"files have model\.layers\.2\.\S+, .*\b2 blocks",
+        ),
+        (
             lambda at: change(at, intermediate_size=38),
             r"\b15 of .*weights.* model\.layers\.0\.mlp\.down_proj",
         ),
@@ -354,7 +358,7 @@ def test_a_damaged_model_is_refused(
 
 def test_a_damaged_tokenizer_is_refused(folder: Path) -> None:
     (folder / "tokenizer.json").write_text('{"model": 1}')
-    with pytest.raises(ValueError, match=f"load {folder}: .*transformers"):
+    with pytest.raises(ValueError, match=f"load the tokenizer of {folder}: .*transformers"):
         load_tokenizer(folder)
 
 
@@ -496,6 +500,37 @@ def test_the_hash_counts_names_and_shapes_and_tied_weights_once() -> None:
     del mlp.up_proj
     digests.append(weights_hash(changed))
     assert len(set(digests)) == 3
+
+
+@pytest.mark.parametrize("name", ["gpt2", "opt", "gpt-neox", "mixtral"])
+def test_blocks_that_a_configuration_leaves_out_are_told(name: str, tmp_path: Path) -> None:
+    save_tiny(tmp_path, name)
+    config = AutoConfig.from_pretrained(tmp_path)
+    config.num_hidden_layers -= 1
+    config.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=rf"\.{config.num_hidden_layers}\..*num_hidden_layers"):
+        load_model(tmp_path)
+
+
+def test_blocks_that_predict_further_tokens_are_left_out(tmp_path: Path) -> None:
+    save_tiny(tmp_path)
+    change(tmp_path, num_hidden_layers=2, num_nextn_predict_layers=1)
+    assert load_model(tmp_path).config.num_hidden_layers == 2
+
+
+def test_a_revision_of_a_model_on_disk_is_refused(tmp_path: Path) -> None:
+    save_tiny(tmp_path)
+    for load in (load_model, load_tokenizer):
+        with pytest.raises(ValueError, match=r"revision abc .*on disk"):
+            load(tmp_path, revision="abc")
+
+
+def test_devices_and_folders_that_contradict_each_other_are_refused(tmp_path: Path) -> None:
+    save_tiny(tmp_path)
+    with pytest.raises(ValueError, match=r"device_map auto .*device is cpu"):
+        load_model(tmp_path, device_map="auto", device="cpu")
+    with pytest.raises(ValueError, match=rf"offload {tmp_path} holds a model"):
+        load_model(tmp_path, offload=tmp_path)
 
 
 @pytest.mark.parametrize("whole", [True, False])
