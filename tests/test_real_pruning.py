@@ -103,7 +103,7 @@ def test_the_pruned_model_loads_anywhere_and_scores_the_same(tmp_path: Path) -> 
 def test_sixteen_experts_lose_less_on_text_that_they_have_not_seen(tmp_path: Path) -> None:
     tokenizer = entangle.load_tokenizer(MODEL)
     windows = entangle.token_windows(DATA / "python-docs", tokenizer, windows=32)
-    held = entangle.token_windows(DATA / "python-docs", tokenizer, windows=4, purpose="evaluation")
+    held = entangle.token_windows(DATA / "python-docs", tokenizer, windows=2, purpose="evaluation")
     model = entangle.load_model(MODEL)
     table = entangle.sweep(
         model,
