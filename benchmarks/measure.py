@@ -56,7 +56,7 @@ def recording() -> None:
     twin = copy.deepcopy(model)  # so that the hooks of one do not slow down the other
 
     def with_hooks() -> None:
-        with recording_outputs(model, find_layers(model), lambda _, __: None):
+        with recording_outputs(model, find_layers(model), lambda *_: None):
             forward(model, tokens)
 
     with entangle.record(twin):

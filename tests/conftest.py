@@ -1,17 +1,16 @@
-"""Before any import of what reads them: no progress bars, and no hub."""
+"""Before any import of what reads them: no progress bars, no hub, and Triton's kernels on the CPU."""
 
 import gc
 import os
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import pytest
-
-if TYPE_CHECKING:
-    import torch
+import torch
 
 os.environ["TQDM_DISABLE"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -36,10 +35,8 @@ def _session() -> None:
 
 
 @pytest.fixture(params=["cpu", "cuda"])
-def device(request: pytest.FixtureRequest) -> "torch.device":
+def device(request: pytest.FixtureRequest) -> torch.device:
     """Each device to count, prune and score on; a machine without a GPU skips cuda."""
-    import torch
-
     if request.param == "cuda" and not torch.cuda.is_available():
         pytest.skip("needs a GPU")
     return torch.device(request.param)
@@ -49,7 +46,6 @@ def device(request: pytest.FixtureRequest) -> "torch.device":
 def _threads(request: pytest.FixtureRequest) -> Iterator[None]:
     """Run all but the real model on one thread."""
     import numba
-    import torch
 
     threads = torch.get_num_threads(), numba.get_num_threads()
     if request.node.get_closest_marker("real") is None:
@@ -60,7 +56,6 @@ def _threads(request: pytest.FixtureRequest) -> Iterator[None]:
 
 def _set_threads(torchs: int, numbas: int) -> None:
     import numba
-    import torch
 
     torch.set_num_threads(torchs)
     numba.set_num_threads(numbas)

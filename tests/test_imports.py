@@ -15,7 +15,7 @@ from entangle import show
 from tests.tiny_models import tiny_model, tiny_tokenizer
 
 ROOT = Path(entangle.__file__).parents[1]
-HEAVY = ("torch", "transformers", "sklearn")
+HEAVY = ("torch", "transformers", "sklearn", "triton")
 LIGHT = [
     "arguments",
     "commands",
@@ -135,6 +135,8 @@ def test_a_module_that_only_reads_imports_nothing_heavy(module: str) -> None:
 def test_what_is_imported_is_seen_with_the_lines_that_led_to_it() -> None:
     first, second, third = imported("runs.dataset", "pruning.sparsifying", "runs.setup").values()
     assert first == third == {}  # the second imports it all
-    assert {*second} == {*HEAVY}
+    assert {*second} - {"triton"} == {*HEAVY} - {
+        "triton"
+    }  # transformers imports triton if it is there
     for lines in second.values():
         assert "entangle/pruning/sparsifying.py:" in lines[0]

@@ -200,8 +200,10 @@ def _outputs(setup: Setup, neurons: Sequence[str]) -> Floats:
     layers = [layer for layer in setup.layers if layer.name in wanted]
     kept: dict[str, list[torch.Tensor]] = {layer.name: [] for layer in layers}
 
-    def on_outputs(layer: LinearLayer, rows: torch.Tensor) -> None:
-        kept[layer.name].append(rows[:, wanted[layer.name]].float().cpu())
+    def on_outputs(layer: LinearLayer, rows: torch.Tensor, places: torch.Tensor | None) -> None:
+        rows = rows[:, wanted[layer.name]]
+        rows = rows if places is None else rows.index_select(0, places)
+        kept[layer.name].append(rows.float().cpu())
 
     model, device, skip_first = setup.model, input_device(setup.model), setup.skip_first
     with (

@@ -46,8 +46,13 @@ class Recorder:
         }
         self._histograms: dict[str, Histograms] = {}
 
-    def add(self, layer: LinearLayer, rows: torch.Tensor) -> None:
-        """Add a layer's outputs (tokens, neurons) of a batch; its first batch is the pilot."""
+    def add(
+        self, layer: LinearLayer, rows: torch.Tensor, places: torch.Tensor | None = None
+    ) -> None:
+        """Add a layer's outputs (tokens, neurons) of a batch; its first batch is the pilot.
+
+        ``places`` are the indices of the rows that count; None counts all.
+        """
         histograms = self._histograms.get(layer.name)
         if histograms is None:
             if rows.device.type == "cpu":
@@ -56,11 +61,11 @@ class Recorder:
                 histograms = Histograms.zeros(
                     layer.neurons, bins=self._all.bins, device=rows.device
                 )
-            histograms.start(rows)
+            histograms.start(rows, places)
             self._histograms[layer.name] = histograms
             if not self.first_counts:
                 return
-        histograms.add(rows)
+        histograms.add(rows, places)
 
     def tree(self) -> xr.DataTree:
         """Return the run so far: the root is the dataset, the child ``histogram`` the state.

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 
 from entangle.model.hooks import (
     CountedTokens,
+    OnOutputs,
     OnRows,
     backbone_of,
     check_fired,
@@ -211,10 +212,11 @@ class BlockWalk:
         self._run_batches(map(hook_on, layers), fired, advance=advance, after=seen.clear)
         return owners
 
-    def record_outputs(self, layers: Sequence[LinearLayer], on_outputs: OnRows) -> None:
-        """Advance through the block, and call ``on_outputs`` with the output rows of its layers.
+    def record_outputs(self, layers: Sequence[LinearLayer], on_outputs: OnOutputs) -> None:
+        """Advance through the block, and call ``on_outputs`` with the outputs of its layers.
 
-        The rows (tokens, neurons) are those of the counted tokens of one batch.
+        It receives the layer, all rows (tokens, neurons) of one batch, and the places of those that
+        count (None if all do).
 
         Raises:
             RuntimeError: a layer did not run once in each batch, or does not have one row for
@@ -226,7 +228,7 @@ class BlockWalk:
         def hook_on(layer: LinearLayer) -> RemovableHandle:
             def hook(_: nn.Module, __: Any, outputs: torch.Tensor) -> None:
                 fired[layer.name] += 1
-                on_outputs(layer, self.counted[self._batch].rows(layer, outputs))
+                on_outputs(layer, *self.counted[self._batch].rows_and_places(layer, outputs))
 
             return layer.module.register_forward_hook(hook)
 

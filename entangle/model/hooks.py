@@ -15,6 +15,7 @@ from entangle.model.layers import LinearLayer, decoder_of
 from entangle.model.placing import input_device, is_whole
 
 OnRows = Callable[[LinearLayer, torch.Tensor], None]
+OnOutputs = Callable[[LinearLayer, torch.Tensor, torch.Tensor | None], None]
 Change = Callable[[LinearLayer, torch.Tensor, torch.Tensor], torch.Tensor]
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
@@ -27,16 +28,29 @@ class CountedTokens:
     size: int  # tokens of the batch
     counted: int
     padding: int
-    keep: torch.Tensor | None  # (size,) bool; None keeps all
+    index: torch.Tensor | None  # (counted,) int64: their places in the batch; None counts all
+    _copies: dict[torch.device, torch.Tensor] = dataclasses.field(default_factory=dict)
 
     @property
     def places(self) -> torch.Tensor:
         """The indices in the batch of the counted tokens, (tokens,) int64, on the CPU."""
-        keep = torch.ones(self.size, dtype=torch.bool) if self.keep is None else self.keep.cpu()
-        return keep.nonzero().flatten()
+        return torch.arange(self.size) if self.index is None else self.index.cpu()
 
     def rows(self, layer: LinearLayer, values: torch.Tensor) -> torch.Tensor:
         """Return the counted rows (tokens, channels) of a layer's inputs or outputs.
+
+        Raises:
+            RuntimeError: the layer does not have one row for each token of the batch.
+        """
+        rows, places = self.rows_and_places(layer, values)
+        return rows if places is None else rows.index_select(0, places)
+
+    def rows_and_places(
+        self, layer: LinearLayer, values: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return all rows (size, channels) without a copy, and the places of those that count.
+
+        The places are `index` on the device of the rows; each device gets one copy of a batch's.
 
         Raises:
             RuntimeError: the layer does not have one row for each token of the batch.
@@ -47,7 +61,11 @@ class CountedTokens:
                 f"{layer.name} has {len(rows)} rows for a batch of {self.size} tokens, so its rows "
                 "are not tokens: leave the layer out with exclude"
             )
-        return rows if self.keep is None else rows[self.keep.to(rows.device)]
+        if self.index is None:
+            return rows, None
+        if rows.device not in self._copies:
+            self._copies[rows.device] = self.index.to(rows.device)
+        return rows, self._copies[rows.device]
 
 
 def counted_tokens(
@@ -68,11 +86,15 @@ def counted_tokens(
     cache = arguments.get("past_key_values")
     past = 0 if cache is None else int(cache.get_seq_length())
     mask = arguments.get("attention_mask")
+    size = windows * length
+    if mask is None and past >= skip_first:
+        return CountedTokens(size, size, 0, None)
     real, position = _real_tokens(mask, windows, length, past, inputs.device)
-    keep = real & (position >= skip_first)
-    size, counted = windows * length, int(keep.sum())
-    padding = size - int(real.sum())
-    return CountedTokens(size, counted, padding, None if counted == size else keep.flatten())
+    keep = (real & (position >= skip_first)).flatten()
+    # A hook waits for its device only here, once in a batch. nonzero() would wait again.
+    counted, present = torch.stack([keep.sum(), real.sum()]).tolist()
+    index = None if counted == size else (~keep).int().argsort(stable=True)[:counted]
+    return CountedTokens(size, counted, size - present, index)
 
 
 class BatchCounter:
@@ -127,8 +149,10 @@ class BatchCounter:
         if module is self.running:
             self.running = None
 
-    def rows(self, layer: LinearLayer, values: torch.Tensor) -> torch.Tensor:
-        """Return the counted rows (tokens, neurons) of a layer's outputs in this batch.
+    def rows_and_places(
+        self, layer: LinearLayer, values: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return a layer's rows in this batch, and which count (see `CountedTokens`).
 
         Raises:
             RuntimeError: no forward pass runs, or the layer does not have one row for each token
@@ -138,7 +162,7 @@ class BatchCounter:
             raise RuntimeError(
                 f"{layer.name} ran outside a forward pass of its model: call only the model"
             )
-        rows = self._batch.rows(layer, values)
+        rows = self._batch.rows_and_places(layer, values)
         self.fired[layer.name] += 1
         return rows
 
@@ -186,14 +210,15 @@ def _real_tokens(
 def recording_outputs(
     model: PreTrainedModel,
     layers: Sequence[LinearLayer],
-    on_outputs: OnRows,
+    on_outputs: OnOutputs,
     *,
     skip_first: int = 0,
 ) -> Iterator[BatchCounter]:
-    """Call ``on_outputs`` with each layer's counted output rows while the model runs.
+    """Call ``on_outputs(layer, rows, places)`` with each layer's outputs while the model runs.
 
-    Rows of padding (by the model's ``attention_mask``) and of the first ``skip_first`` tokens of
-    each window are left out. The hooks are removed on every exit.
+    ``rows`` (tokens, neurons) are all of a batch, and ``places`` (counted,) int64 the indices of
+    those that count, or None if all do: padding (by the model's ``attention_mask``) and the first
+    ``skip_first`` tokens of each window do not. The hooks are removed on every exit.
 
     Raises:
         RuntimeError: at the end, a layer did not run once in each batch, or the last forward pass
@@ -211,7 +236,7 @@ def recording_outputs(
 
     def hook_of(layer: LinearLayer) -> Callable[..., None]:
         def hook(_: nn.Module, __: Any, output: torch.Tensor) -> None:
-            on_outputs(layer, counter.rows(layer, output))
+            on_outputs(layer, *counter.rows_and_places(layer, output))
 
         return hook
 

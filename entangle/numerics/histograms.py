@@ -16,6 +16,8 @@ Rows are ``(tokens, neurons)``. The first dimension of every tensor of the state
 """
 
 import dataclasses
+import functools
+import importlib.util
 import math
 from collections.abc import Callable
 from typing import Self
@@ -32,8 +34,10 @@ from entangle.numerics.kernels.histograms_cpu import add_rows
 
 MAX_TOKENS = 2**31 - 1  # counts are int32
 _EXACT_ROWS = 2**18  # float64 holds the sum of this many (q + ½)² exactly
+_NOT_PLACED = "the bins are not placed yet: call start with the pilot before add"
 Array = npt.NDArray[np.float64]
 InPlace = Callable[[torch.Tensor], None]
+Add = Callable[["Histograms", torch.Tensor, torch.Tensor | None], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,36 +131,52 @@ class Histograms:
         return type(self)(**{name: tensor[neurons] for name, tensor in self.tensors().items()})
 
     def to(self, device: torch.device) -> Self:
-        """Return a copy on a device."""
+        """Return a copy on a device.
+
+        Raises:
+            OverflowError: there are more than 2^31 - 1 tokens.
+            RuntimeError: rows were added before `start`.
+        """
+        self._check_added()
         with torch.inference_mode(False):
             copies = {name: t.to(device, copy=True) for name, t in self.tensors().items()}
         return type(self)(**copies)
 
     def copy_(self, other: Self) -> None:
-        """Copy the state of as many neurons from ``other``, which may be on another device."""
+        """Copy the state of as many neurons from ``other``, which may be on another device.
+
+        Raises:
+            OverflowError: there are more than 2^31 - 1 tokens.
+            RuntimeError: rows were added before `start`.
+        """
+        other._check_added()
         for name, tensor in self.tensors().items():
             tensor.copy_(getattr(other, name))
 
-    def start(self, pilot: torch.Tensor) -> None:
+    def start(self, pilot: torch.Tensor, places: torch.Tensor | None = None) -> None:
         """Place the bins by the mean and std of the pilot's rows (tokens, neurons).
 
-        The center is the neuron's mean. The scale is its std, but at least a thousandth of the
-        median std of the neurons that are not constant in the pilot. A constant neuron has that
-        median as its scale, or 1 if all are constant.
+        ``places`` are the rows that count, as for `add`. The center is the neuron's mean. The scale
+        is its std, but at least a thousandth of the median std of the neurons that are not constant
+        in the pilot. A constant neuron has that median as its scale, or 1 if all are constant.
 
         Raises:
-            RuntimeError: the bins are placed already.
+            RuntimeError: the bins are placed already. This is checked only on the CPU.
             ValueError: the pilot has no rows or another number of neurons.
         """
         self._check(pilot)
-        if len(pilot) == 0:
+        if len(pilot if places is None else places) == 0:
             raise ValueError("the pilot has no rows: the first batch needs a counted token")
-        if torch.isfinite(self.center).any():
+        if _kind(pilot) == "cpu" and torch.isfinite(self.center).any():
             raise RuntimeError("the bins are already placed: call start only once, before add")
-        mean, std = _mean_and_std(pilot)
+        mean, std = _mean_and_std(pilot.detach(), places)
         std = torch.where(torch.isfinite(std) & torch.isfinite(mean), std, 0.0)
-        alive = std[std > 0]
-        median = alive.median() if len(alive) else std.new_ones(())
+        # The lower median of those above zero. To select them would wait for a device.
+        ascending = torch.where(std > 0, std, math.inf).sort().values
+        ascending = torch.cat([ascending, std.new_full((1,), math.inf)])
+        middle = ((std > 0).sum()[None] - 1).clamp(min=0) // 2
+        median = ascending.index_select(0, middle)
+        median = torch.where(median.isinf(), 1.0, median)
         scale = torch.where(std > 0, torch.maximum(std, 1e-3 * median), median)
         # The kernels multiply by the float32 inverse of a step, so the scale is computed from that
         # inverse. The clamp prevents its overflow.
@@ -164,8 +184,12 @@ class Histograms:
         self.scale.copy_(STEPS * self.bins / (2 * HALF_RANGE) / inverse.double())
         self.center.copy_(torch.where(torch.isfinite(mean), mean, 0.0).float())
 
-    def add(self, rows: torch.Tensor) -> None:
+    def add(self, rows: torch.Tensor, places: torch.Tensor | None = None) -> None:
         """Count rows (tokens, neurons) of any floating dtype.
+
+        ``places`` (counted,) int64 are the indices of the rows that count; None counts all. Nothing
+        here waits for a device. So the first two errors are raised here only on the CPU, and for a
+        state on a device when it is copied (`to`, `copy_`).
 
         Raises:
             OverflowError: there are more than 2^31 - 1 tokens.
@@ -173,28 +197,34 @@ class Histograms:
             ValueError: the rows have another number of neurons.
         """
         self._check(rows)
-        if torch.isnan(self.center[:1]).any():
-            raise RuntimeError("the bins are not placed yet: call start with the pilot before add")
-        if self.neurons:
-            _check_tokens(int(self.count[0]) + len(rows))
-        for part in rows.detach().float().split(_EXACT_ROWS):
-            self.count.add_(len(part))
-            if part.device.type == "cpu":
-                add_rows(*self._kernel_arguments(part))
-            else:
-                _add_torch(self, part)
-        self._mark_nonfinite()
+        kind, rows = _kind(rows), rows.detach()
+        if kind == "cpu" and self.neurons:
+            if torch.isnan(self.center[0]):
+                raise RuntimeError(_NOT_PLACED)
+            _check_tokens(int(self.count[0]) + len(rows if places is None else places))
+        if places is None:
+            for part in rows.split(_EXACT_ROWS):
+                _adder(kind)(self, part, None)
+        else:
+            for some in places.split(_EXACT_ROWS):
+                _adder(kind)(self, rows, some)
 
     def _mark_nonfinite(self) -> None:
         """Make the ends NaN where values are not finite: processors order such values differently."""
         for end in (self.minimum, self.maximum):
             end.masked_fill_(self.nonfinite > 0, math.nan)
 
-    def _kernel_arguments(self, rows: torch.Tensor) -> list[npt.NDArray[np.generic]]:
-        inverse = (STEPS / self.width).float()
-        state = list(self.tensors().values())
-        tensors = [rows.contiguous(), self.center.float(), inverse, state[2], *state[4:]]
-        return [tensor.numpy() for tensor in tensors]
+    def _check_added(self) -> None:
+        """Check what `add` does not check on a device.
+
+        Raises:
+            OverflowError: there are more than 2^31 - 1 tokens.
+            RuntimeError: rows were added before `start`.
+        """
+        if self.neurons:
+            if bool((torch.isnan(self.center) & (self.count > 0)).any()):
+                raise RuntimeError(_NOT_PLACED)
+            _check_tokens(int(self.count.max()))
 
     def _check(self, rows: torch.Tensor) -> None:
         if rows.ndim != 2 or rows.shape[1] != self.neurons:
@@ -352,19 +382,58 @@ def _check_tokens(count: int) -> None:
         raise OverflowError(f"a histogram counts at most {MAX_TOKENS} tokens, got {count}")
 
 
-def _mean_and_std(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the columns' mean and population std in float64, without a float64 copy of all."""
-    rows = rows.detach().float()  # as `add` converts them
-    mean = torch.cat([part.double().mean(dim=0) for part in rows.split(256, dim=1)])
-    parts = zip(rows.split(256, dim=1), mean.split(256), strict=True)
-    variance = torch.cat([(part.double() - m).square().mean(dim=0) for part, m in parts])
-    return mean, variance.sqrt()
+def _kind(tensor: torch.Tensor) -> str:
+    """Return the kind of a tensor's device, such as cpu or cuda."""
+    return tensor.device.type
 
 
-def _add_torch(state: Histograms, rows: torch.Tensor) -> None:
-    """Do the same as `add_rows` with torch, on any device, without a copy to the host."""
+@functools.cache
+def _adder(kind: str) -> Add:
+    """Return the function that adds rows on a kind of device: by Numba, Triton or plain torch."""
+    if kind == "cpu":
+        return _add_numba
+    if kind != "cuda" or importlib.util.find_spec("triton") is None:
+        return _add_torch
+    from entangle.numerics.kernels import histograms_triton
+
+    def add_triton(state: Histograms, rows: torch.Tensor, places: torch.Tensor | None) -> None:
+        histograms_triton.add_rows(rows, places, *state.tensors().values())
+
+    return add_triton
+
+
+def _counted(rows: torch.Tensor, places: torch.Tensor | None) -> torch.Tensor:
+    """Return the rows that count, as float32."""
+    return (rows if places is None else rows.index_select(0, places)).float()
+
+
+def _mean_and_std(
+    rows: torch.Tensor, places: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the columns' mean and population std in float64, without a copy of all rows."""
+    parts = rows.split(256, dim=1)
+    mean = torch.cat([_counted(part, places).double().mean(dim=0) for part in parts])
+    pairs = zip(parts, mean.split(256), strict=True)
+    variance = [(_counted(part, places).double() - m).square().mean(dim=0) for part, m in pairs]
+    return mean, torch.cat(variance).sqrt()
+
+
+def _add_numba(state: Histograms, rows: torch.Tensor, places: torch.Tensor | None) -> None:
+    """Add rows on the CPU."""
+    rows = _counted(rows, places).contiguous()
+    state.count.add_(len(rows))
+    inverse = (STEPS / state.width).float()
+    _, _, counts, _, *sums = state.tensors().values()
+    add_rows(*(t.numpy() for t in (rows, state.center.float(), inverse, counts, *sums)))
+    state._mark_nonfinite()
+
+
+def _add_torch(state: Histograms, rows: torch.Tensor, places: torch.Tensor | None) -> None:
+    """Do the same as `_add_numba` with torch, on any device, without a copy to the host."""
+    rows = _counted(rows, places)
     if len(rows) == 0:  # no rows have no minimum
         return
+    state.count.add_(len(rows))
     edge = STEPS // 2 * state.bins
     center, inverse = state.center.float(), (STEPS / state.width).float()
     for part in rows.split(max(1, 2**24 // max(state.neurons, 1))):  # bounds the memory
@@ -396,3 +465,4 @@ def _add_torch(state: Histograms, rows: torch.Tensor) -> None:
         state.powers.add_(torch.stack([(d**3).sum(dim=0), (d**4).sum(dim=0)], dim=1))
         state.minimum.copy_(torch.minimum(state.minimum, part.amin(dim=0)))
         state.maximum.copy_(torch.maximum(state.maximum, part.amax(dim=0)))
+    state._mark_nonfinite()

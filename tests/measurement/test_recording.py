@@ -15,15 +15,17 @@ import numpy.typing as npt
 import pytest
 import torch
 import xarray as xr
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
 import entangle
 from entangle.measurement.measuring import measure
 from entangle.measurement.ranking import rank
-from entangle.measurement.recording import record
+from entangle.measurement.recording import Recorder, record
+from entangle.model.hooks import counted_tokens
 from entangle.model.layers import find_layers
 from entangle.model.text import TokenWindows
-from entangle.numerics import gaussian
+from entangle.numerics import gaussian, histograms
 from entangle.numerics.difficulty import mapping_difficulty
 from entangle.runs.dataset import about, summary
 from entangle.runs.labelling import from_tree
@@ -645,3 +647,119 @@ def test_pairs_are_of_at_most_64_windows_evenly_spread() -> None:
 def test_a_negative_number_of_pairs_is_refused() -> None:
     with pytest.raises(ValueError, match=r"difficulty.*pair.*-1\b"):
         measure(tiny_model(), windows_of(tokens(4)), difficulty=-1)
+
+
+# --- on a GPU, or as on one: the kernel is interpreted, and what would wait for a GPU is counted
+
+
+WAITING = {"_local_scalar_dense", "equal", "nonzero", "is_nonzero", "masked_select", "unique"}
+
+
+class Waits(TorchDispatchMode):
+    """The operations that wait for a device, since their result or its shape is on the host."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        name = func.__name__.partition(".")[0]
+        masks = [x for x in args[1] if x is not None] if name == "index" else []
+        if name in WAITING or any(mask.dtype == torch.bool for mask in masks):
+            self.seen.append(name)
+        return func(*args, **kwargs or {})
+
+
+@pytest.fixture
+def waits(monkeypatch: pytest.MonkeyPatch) -> Waits:
+    """See also `tolist`, which is no operation on the CPU."""
+    found, tolist = Waits(), torch.Tensor.tolist
+
+    def seen(tensor: torch.Tensor) -> Any:
+        found.seen.append("tolist")
+        return tolist(tensor)
+
+    monkeypatch.setattr(torch.Tensor, "tolist", seen)
+    return found
+
+
+def test_what_waits_is_seen(waits: Waits) -> None:
+    x = torch.arange(3)
+    with waits:
+        assert int(x[1]) == 1
+        assert len(x[x > 0]) == 2
+        assert (x > 1).any()
+        assert x.tolist() == [0, 1, 2]
+        assert len(x[x]) == 3
+    assert len(waits.seen) == 4
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_on_a_gpu_no_hook_waits_and_the_state_is_the_cpus(
+    padded: bool, waits: Waits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = tiny_model().to(device)
+    names = [f"model.layers.{block}.self_attn.k_proj" for block in (0, 1)]
+    batches = [tokens(2, seed=seed).to(device) for seed in (1, 2)]
+    masks = [torch.ones_like(ids) for ids in batches]
+    if padded:
+        masks[0][0, :5] = 0
+        masks[1][1, 9:] = 0
+
+    heard: list[tuple[str, torch.Tensor, torch.Tensor | None]] = []
+    add = Recorder.add
+
+    def adding(self: Recorder, layer: Any, rows: Any, places: Any = None) -> None:
+        heard.append((layer.name, rows.clone(), places))
+        with waits:
+            add(self, layer, rows, places)
+
+    monkeypatch.setattr(Recorder, "add", adding)
+    monkeypatch.setattr(histograms, "_kind", lambda _: "cuda")
+    with record(model, names, skip_first=1) as recorder, torch.inference_mode():
+        waits.seen.clear()
+        for ids, mask in zip(batches, masks, strict=True):
+            model(input_ids=ids, attention_mask=mask)
+    assert set(waits.seen) <= {"tolist"}
+    assert len(waits.seen) == len(batches)  # once a batch, for the mask
+    found = recorder.state()
+
+    monkeypatch.undo()
+    expected = Recorder(recorder.layers, 1024)
+    for name, rows, places in heard:
+        layer = next(layer for layer in recorder.layers if layer.name == name)
+        assert places is not None  # of the tokens that are skipped
+        expected.add(layer, rows[places].cpu())
+    for name, tensor in expected.state().tensors().items():
+        if name == "powers":
+            np.testing.assert_allclose(found.powers, tensor, rtol=1e-12)
+        else:
+            np.testing.assert_array_equal(found.tensors()[name], tensor, err_msg=name)
+    counted = sum(int(mask.cumsum(1).sub(1).ge(1).logical_and(mask > 0).sum()) for mask in masks)
+    assert found.count.unique().tolist() == [counted]
+
+
+@pytest.mark.parametrize(
+    ("mask", "skip_first", "times"),
+    [
+        (None, 0, 0),
+        (None, 2, 1),
+        (torch.ones(2, 8), 0, 1),
+        (torch.tensor([[1] * 8, [0] * 8]), 1, 1),
+    ],
+)
+def test_a_batch_waits_at_most_once(
+    mask: torch.Tensor | None, skip_first: int, times: int, waits: Waits
+) -> None:
+    model = tiny_model()
+    arguments = {"input_ids": tokens(2, 8), "attention_mask": mask}
+    with waits:
+        batch = counted_tokens(model, (), arguments, skip_first)
+        for layer in find_layers(model):
+            rows, places = batch.rows_and_places(layer, torch.zeros(16, 3))
+            assert (len(rows) if places is None else len(places)) == batch.counted
+    assert len(waits.seen) == times

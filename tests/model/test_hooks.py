@@ -41,8 +41,8 @@ class Listening:
             for action in actions or [lambda: self.model(IDS)]:
                 action()
 
-    def on_rows(self, layer: LinearLayer, rows: torch.Tensor) -> None:
-        self.heard[layer.name].append(rows.clone())
+    def on_rows(self, layer: LinearLayer, rows: torch.Tensor, places: torch.Tensor | None) -> None:
+        self.heard[layer.name].append(rows.clone() if places is None else rows[places])
 
     def outputs(self, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
         """Run the model with hooks of this test's own: (windows, length, neurons) each."""

@@ -421,7 +421,11 @@ def test_a_second_walk_has_one_block_in_memory_too(models: Path) -> None:
 
 def recorded(walk: BlockWalk, layers: Sequence[LinearLayer]) -> dict[str, list[torch.Tensor]]:
     rows: dict[str, list[torch.Tensor]] = {layer.name: [] for layer in layers}
-    walk.record_outputs(layers, lambda layer, values: rows[layer.name].append(values.clone()))
+
+    def keep(layer: LinearLayer, values: torch.Tensor, places: torch.Tensor | None) -> None:
+        rows[layer.name].append(values.clone() if places is None else values[places])
+
+    walk.record_outputs(layers, keep)
     return rows
 
 

@@ -51,9 +51,7 @@ def by_torch(pilot: torch.Tensor, *batches: torch.Tensor) -> Histograms:
     """Return the same, counted on the CPU as on a device without a kernel of its own."""
     histograms = started(pilot)
     for batch in batches:
-        histograms.count.add_(len(batch))
-        _add_torch(histograms, batch.float())
-    histograms._mark_nonfinite()
+        _add_torch(histograms, batch, None)
     return histograms
 
 
@@ -334,6 +332,22 @@ def test_the_kernels_agree(tokens: int, neurons: int) -> None:
         assert_same(histograms, started(pilot, torch.cat([batch, batch]).double()))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_only_the_rows_at_these_places_count(device: torch.device, dtype: torch.dtype) -> None:
+    rows, places = wild(90, 70).to(dtype), torch.tensor([3, 0, 88, 41, 42])
+    histograms = Histograms.zeros(70, device=device)
+    histograms.start(rows.to(device), places.to(device))
+    histograms.add(rows.to(device), places.to(device))
+    assert_same(histograms.to(CPU), started(rows[places], rows[places]))
+    torched = started(rows[places])
+    _add_torch(torched, rows, places)
+    assert_same(torched, started(rows[places], rows[places]))
+    for none in (rows[:0], rows[:0].to(device)):
+        histograms.add(none.to(device))
+    histograms.add(rows.to(device), places[:0].to(device))
+    assert_same(histograms.to(CPU), started(rows[places], rows[places]))
+
+
 def test_rows_that_are_not_contiguous() -> None:
     rows = wild(90, 90)
     for view in (rows[:, ::2], rows.T, rows[::3], rows[:1].expand(70, -1)):
@@ -528,4 +542,19 @@ def test_more_tokens_than_can_be_counted_are_refused() -> None:
         histograms.add(rows)
     with pytest.raises(OverflowError, match=str(MAX_TOKENS)):
         histograms.merged(started(rows, rows))
+    assert histograms.to(CPU).count.tolist() == [MAX_TOKENS - 9] * 3
     histograms.add(rows[:9])
+
+
+def test_what_a_device_cannot_say_at_once_is_said_when_its_state_is_copied() -> None:
+    late, many = started(UNIT, UNIT), started(UNIT)
+    late.center.fill_(math.nan)
+    many.count.fill_(MAX_TOKENS + 1)
+    for state, error, message in (
+        (late, RuntimeError, r"bins.* pilot"),
+        (many, OverflowError, str(MAX_TOKENS + 1)),
+    ):
+        with pytest.raises(error, match=message):
+            state.to(CPU)
+        with pytest.raises(error, match=message):
+            Histograms.zeros(1).copy_(state)
