@@ -6,6 +6,7 @@ and each expert has the moments of its own inputs.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Self
 
@@ -159,16 +160,25 @@ class InverseFactor:
     @property
     def upper(self) -> torch.Tensor:
         """Return the whole U (inputs, inputs)."""
-        return self.square(0, len(self.root))
+        return self.squares([(0, len(self.root))])[0]
 
-    def square(self, first: int, end: int) -> torch.Tensor:
-        """Return U[first:end, first:end], the inverse of the same square of R."""
-        square = self.root[first:end, first:end]
-        identity = torch.eye(end - first, device=square.device)
-        inverse: torch.Tensor = torch.linalg.solve_triangular(square, identity, upper=True)
-        # The score w / U_jj of a dead input is 0, so it is pruned first and changes no other input.
-        inverse.diagonal()[self.dead[first:end]] = torch.inf
-        return inverse
+    def squares(self, spans: Sequence[tuple[int, int]]) -> list[torch.Tensor]:
+        """Return U[first:end, first:end] of each span, the inverse of the same square of R.
+
+        Neighbours of the same size are inverted together, since a GPU takes as long for one.
+        """
+        found: list[torch.Tensor] = []
+        for size, spans_of_size in itertools.groupby(spans, lambda span: span[1] - span[0]):
+            own = list(spans_of_size)
+            # Column by column, as torch copies a single square: so its bits are those of a single one.
+            roots = torch.stack([self.root[first:end, first:end].mT for first, end in own]).mT
+            identity = torch.eye(size, device=roots.device).expand_as(roots)
+            inverse: torch.Tensor = torch.linalg.solve_triangular(roots, identity, upper=True)
+            # The score w / U_jj of a dead input is 0, so it is pruned first and changes no other.
+            dead = torch.stack([self.dead[first:end] for first, end in own])
+            inverse.diagonal(dim1=1, dim2=2).masked_fill_(dead, torch.inf)
+            found += inverse
+        return found
 
 
 def inverse_factor(gram: torch.Tensor) -> InverseFactor:

@@ -208,7 +208,9 @@ def test_the_inverse_factor_is_one_and_needs_half_a_gram() -> None:
     upper = factor.upper.double()
     assert torch.equal(upper, upper.triu())
     assert torch.allclose(upper @ hessian @ upper.mT, torch.eye(150).double(), atol=1e-3)
-    assert torch.allclose(factor.square(20, 90), factor.upper[20:90, 20:90], rtol=1e-4, atol=1e-8)
+    assert torch.allclose(
+        factor.squares([(20, 90)])[0], factor.upper[20:90, 20:90], rtol=1e-4, atol=1e-8
+    )
     half = gram + torch.full_like(gram, torch.nan).triu(1)
     assert torch.equal(inverse_factor(half).root, factor.root)
 
