@@ -30,6 +30,7 @@ from entangle.numerics.moments import InputMoments, inverse_factor
 from entangle.numerics.sparsity import Mask, Method, Sparsity
 
 BLOCK = 128  # columns that SparseGPT solves together, as published
+_TOGETHER = 2**26  # values of the factors and float32 weights of experts that are pruned together
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -47,16 +48,47 @@ def prune(
     *,
     method: Method = "sparsegpt",
     mask: Mask = "row",
+    shrinkage: float | None = None,
+    experts: Sequence[int] | None = None,
 ) -> Pruned:
     """Prune a weight (neurons, inputs) by the named method.
 
     ``sparsity`` is one for all rows, or the number of weights to prune in each row (neurons,).
+    Moments of several experts are shrunk by ``shrinkage``, if it is given (see
+    `InputMoments.shrunk`), and ``experts`` are those to prune for, by default all. Large matrices
+    are pruned for one expert at a time, so that memory has one shrunk Gram and one factor.
 
     Raises:
         ValueError: the method or mask is unknown, or the method's own function raises it.
     """
     if mask not in {"row", "block"}:
         raise ValueError(f"mask must be 'row' or 'block', got {mask!r}")
+    if moments.count.ndim == 0:
+        return _prune_together(weight, moments, sparsity, method, mask)
+    neurons, inputs = weight.shape
+    chosen = list(range(len(moments.count)) if experts is None else experts)
+    pooled = None if shrinkage is None else moments.pooled()
+    together = max(_TOGETHER // (inputs * (inputs + neurons)), 1)
+    result = weight.new_empty(len(chosen), neurons, inputs)
+    damping: list[float] = []
+    for first in range(0, len(chosen), together):
+        part = slice(first, first + together)
+        used = moments.of_experts(chosen[part])
+        if shrinkage is not None:
+            used = used.shrunk(shrinkage, pooled)
+        found = _prune_together(weight, used, sparsity, method, mask)
+        result[part] = found.weight
+        damping += found.damping
+    return Pruned(result, tuple(damping))
+
+
+def _prune_together(
+    weight: torch.Tensor,
+    moments: InputMoments,
+    sparsity: Sparsity | torch.Tensor,
+    method: Method,
+    mask: Mask,
+) -> Pruned:
     if method == "sparsegpt":
         return sparse_gpt(weight, moments, sparsity, mask=mask)
     experts = moments.lower.shape[:-2]
