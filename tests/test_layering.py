@@ -20,6 +20,7 @@ ROOMS = {
         "kernels.histograms_triton",
         "kernels.distances_cpu",
         "kernels.masks_cpu",
+        "kernels.masks_triton",
         "kernels.sparse_cpu",
         "threads",
         "torch_settings",

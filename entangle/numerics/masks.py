@@ -9,12 +9,18 @@ experts give a pruned copy for each expert ``(experts, neurons, inputs)``.
 
 Guarantees (checked by ``tests/numerics/test_masks.py``): the pruned count is exact, on ties too.
 With ``mask="row"`` a neuron's result has the same bits whatever other neurons or experts are pruned
-with it, and at whatever sparsity.
+with it, and at whatever sparsity. This holds on a CPU and with CUDA: there no sum depends on the
+number of rows or experts. On other devices torch multiplies, and the last bits may depend on it.
+
+A CPU runs the kernels of `masks_cpu`, CUDA (also ROCm) those of `masks_triton`, and other devices
+run torch.
 
 Sources: Wanda, arXiv 2306.11695, eq. 1; SparseGPT, arXiv 2301.00774, section 3 and algorithm 1.
 """
 
 import dataclasses
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -24,6 +30,7 @@ from entangle.numerics.moments import InputMoments, inverse_factor
 from entangle.numerics.sparsity import Mask, Method, Sparsity
 
 BLOCK = 128  # columns that SparseGPT solves together, as published
+_TOGETHER = 2**26  # values of the factors and float32 weights of experts that are pruned together
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -41,16 +48,47 @@ def prune(
     *,
     method: Method = "sparsegpt",
     mask: Mask = "row",
+    shrinkage: float | None = None,
+    experts: Sequence[int] | None = None,
 ) -> Pruned:
     """Prune a weight (neurons, inputs) by the named method.
 
     ``sparsity`` is one for all rows, or the number of weights to prune in each row (neurons,).
+    Moments of several experts are shrunk by ``shrinkage``, if it is given (see
+    `InputMoments.shrunk`), and ``experts`` are those to prune for, by default all. Large matrices
+    are pruned for one expert at a time, so that memory has one shrunk Gram and one factor.
 
     Raises:
         ValueError: the method or mask is unknown, or the method's own function raises it.
     """
     if mask not in {"row", "block"}:
         raise ValueError(f"mask must be 'row' or 'block', got {mask!r}")
+    if moments.count.ndim == 0:
+        return _prune_together(weight, moments, sparsity, method, mask)
+    neurons, inputs = weight.shape
+    chosen = list(range(len(moments.count)) if experts is None else experts)
+    pooled = None if shrinkage is None else moments.pooled()
+    together = max(_TOGETHER // (inputs * (inputs + neurons)), 1)
+    result = weight.new_empty(len(chosen), neurons, inputs)
+    damping: list[float] = []
+    for first in range(0, len(chosen), together):
+        part = slice(first, first + together)
+        used = moments.of_experts(chosen[part])
+        if shrinkage is not None:
+            used = used.shrunk(shrinkage, pooled)
+        found = _prune_together(weight, used, sparsity, method, mask)
+        result[part] = found.weight
+        damping += found.damping
+    return Pruned(result, tuple(damping))
+
+
+def _prune_together(
+    weight: torch.Tensor,
+    moments: InputMoments,
+    sparsity: Sparsity | torch.Tensor,
+    method: Method,
+    mask: Mask,
+) -> Pruned:
     if method == "sparsegpt":
         return sparse_gpt(weight, moments, sparsity, mask=mask)
     experts = moments.lower.shape[:-2]
@@ -124,13 +162,27 @@ def _lowest(scores: torch.Tensor, count: int | torch.Tensor) -> torch.Tensor:
 
     There is one count for all rows, or one for each row (rows,). Scores are float32, not negative.
     """
-    counts = torch.as_tensor(count, device=scores.device).expand(scores.shape[:-1])
-    if scores.device.type == "cpu":
-        flat = scores.detach().reshape(-1, scores.shape[-1]).contiguous()
-        lowest = torch.empty_like(flat, dtype=torch.bool)
-        mark_lowest(flat.numpy(), lowest.numpy(), counts.reshape(-1).numpy())
-        return lowest.view_as(scores)
-    return _lowest_torch(scores, counts)
+    device = scores.device
+    if isinstance(count, int):
+        count = torch.full((), count, device=device)  # a copy from the host would wait for the GPU
+    counts = count.to(device).expand(scores.shape[:-1])
+    if device.type not in {"cpu", "cuda"}:
+        return _lowest_torch(scores, counts)
+    flat = scores.detach().reshape(-1, scores.shape[-1]).contiguous()
+    lowest = torch.empty_like(flat, dtype=torch.bool)
+    rows = counts.reshape(-1).contiguous()
+    if device.type == "cpu":
+        mark_lowest(flat.numpy(), lowest.numpy(), rows.numpy())
+    else:
+        _triton_kernels().mark_lowest(flat, lowest, rows)
+    return lowest.view_as(scores)
+
+
+def _triton_kernels() -> Any:
+    """Import the kernels for CUDA; Triton comes only with the torch that can use them."""
+    from entangle.numerics.kernels import masks_triton
+
+    return masks_triton
 
 
 def _lowest_torch(scores: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
@@ -195,28 +247,27 @@ def sparse_gpt(
     columns[:, :neurons] = weight.detach().float().T
     # The pruned weights of solved blocks; in the others D·R.
     solved = columns.new_zeros(len(factors), *columns.shape)
-    for first, end, joint in _block_counts(neurons, inputs, sparsity):
-        counts = torch.zeros(columns.shape[1], dtype=torch.int64)  # zeros of each row in this block
-        counts[:neurons] = _zeros_before(zeros, end, inputs) - _zeros_before(zeros, first, inputs)
-        square = torch.stack([factor.square(first, end) for factor in factors])
+    blocks = _block_counts(neurons, inputs, sparsity)
+    zeros_of_blocks = _spread(zeros, [0, *(end for _, end, _ in blocks)], inputs, columns)
+    spans = [(first, end) for first, end, _ in blocks]
+    squares = zip(*(factor.squares(spans) for factor in factors), strict=True)
+    # A GPU computes this loop without waiting for the host.
+    for (first, end, joint), counts, alike in zip(blocks, zeros_of_blocks, squares, strict=True):
+        square = torch.stack(alike)
         block = columns[first:end].repeat(len(factors), 1, 1)  # (experts, columns, padded)
         finite = square.nan_to_num(posinf=0.0)  # a dead input is not updated
         for one, u, carried in zip(block, finite, solved, strict=True):
-            one.addmm_(u.T, carried[first:end])
+            _add_product(one, u, carried[first:end])
         pruned = torch.zeros_like(block, dtype=torch.bool)
         if mask == "block" and not sparsity.group:
             diagonal = square.diagonal(dim1=1, dim2=2).unsqueeze(-1)
             scores = (block[:, :, :neurons] / diagonal).abs()
             pruned[:, :, :neurons] = _lowest(scores.flatten(1), joint).view_as(scores)
             counts.zero_()  # all are chosen already
-        if block.device.type == "cpu":
-            arrays = (tensor.numpy() for tensor in (block, pruned, square, counts))
-            solve_block(*arrays, sparsity.kept, sparsity.group)  # type: ignore[call-arg]
-        else:
-            _solve_torch(block, pruned, square, counts.to(block.device), sparsity)
+        _solve(block, pruned, square, counts, sparsity)
         solved[:, first:end] = block
         for later, factor, one in zip(solved[:, end:], factors, block, strict=True):
-            later.addmm_(factor.root[first:end, end:].T, columns[first:end] - one)
+            _add_product(later, factor.root[first:end, end:], columns[first:end] - one)
     result = solved[:, :, :neurons].mT.to(weight.dtype).contiguous()
     return Pruned(
         result.reshape(*moments.lower.shape[:-2], neurons, inputs),
@@ -224,9 +275,44 @@ def sparse_gpt(
     )
 
 
-def _zeros_before(zeros: torch.Tensor, column: int, inputs: int) -> torch.Tensor:
-    """Return how many zeros each row has before a column, if they are spread evenly."""
-    return (zeros.double() * column / inputs).round().long()
+def _spread(
+    zeros: torch.Tensor, edges: Sequence[int], inputs: int, columns: torch.Tensor
+) -> torch.Tensor:
+    """Return the zeros (blocks, padded) of each row in each block, spread evenly over the columns.
+
+    ``zeros`` (neurons,) are those of the rows, and ``edges`` the first column of each block and the
+    end of the last. The rows that pad ``columns`` have none.
+    """
+    before = (zeros.double() * torch.tensor(edges).unsqueeze(-1) / inputs).round().long()
+    counts = torch.zeros(len(edges) - 1, columns.shape[1], dtype=torch.int64)
+    counts[:, : len(zeros)] = before.diff(dim=0)
+    return counts.to(columns.device)
+
+
+def _add_product(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    """Add aᵀb to ``out`` (columns, rows); a row has the same bits whatever rows are beside it."""
+    if out.device.type == "cuda":
+        _triton_kernels().add_product(out, a, b)
+    else:
+        out.addmm_(a.T, b)
+
+
+def _solve(
+    block: torch.Tensor,
+    pruned: torch.Tensor,
+    square: torch.Tensor,
+    counts: torch.Tensor,
+    sparsity: Sparsity,
+) -> None:
+    """Solve a block (experts, columns, rows) in place, see `masks_cpu.solve_block`."""
+    if block.device.type == "cpu":
+        arrays = (tensor.numpy() for tensor in (block, pruned, square, counts))
+        solve_block(*arrays, sparsity.kept, sparsity.group)  # type: ignore[call-arg]
+    elif block.device.type == "cuda":
+        kept, group = sparsity.kept, sparsity.group
+        _triton_kernels().solve_block(block, pruned, square, counts, kept, group)
+    else:
+        _solve_torch(block, pruned, square, counts, sparsity)
 
 
 def _check_zeros(zeros: torch.Tensor, weight: torch.Tensor, mask: Mask) -> torch.Tensor:
@@ -294,7 +380,7 @@ def _solve_torch(
     counts: torch.Tensor,
     sparsity: Sparsity,
 ) -> None:
-    """Do the same as `solve_block` with torch, on any device."""
+    """Do the same as `solve_block` with torch, on any device; bits may depend on the rows beside."""
     diagonal = factor.diagonal(dim1=1, dim2=2).unsqueeze(-1)  # (experts, columns, 1)
     if not sparsity.group and bool(counts.any()):
         pruned.copy_(_lowest((block / diagonal).abs().mT, counts).mT)

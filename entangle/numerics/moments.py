@@ -6,6 +6,7 @@ and each expert has the moments of its own inputs.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Self
 
@@ -80,14 +81,16 @@ class InputMoments:
         """Return the pooled moments: those of the rows of all experts."""
         return type(self)(self.lower.sum(dim=0), self.count.sum())
 
-    def shrunk(self, shrinkage: float) -> Self:
+    def shrunk(self, shrinkage: float, pooled: Self | None = None) -> Self:
         """Return each expert's moments, shrunk towards the pooled moments.
+
+        ``pooled`` is given if these are only some of the experts.
 
         Each expert gains ``shrinkage · inputs`` average tokens of the pooled moments. A cluster has
         too few tokens for a Gram of its width, and the other clusters supply the directions that it
         lacks. An expert without tokens gains at least one average token, whatever the shrinkage.
         """
-        pooled, tokens = self.pooled(), shrinkage * self.inputs
+        pooled, tokens = pooled or self.pooled(), shrinkage * self.inputs
         joined = torch.full_like(self.count, tokens, dtype=torch.float64)
         joined[self.count == 0] = max(tokens, 1.0)
         shares = (joined / float(pooled.count)).float()[:, None, None]
@@ -159,16 +162,27 @@ class InverseFactor:
     @property
     def upper(self) -> torch.Tensor:
         """Return the whole U (inputs, inputs)."""
-        return self.square(0, len(self.root))
+        return self.squares([(0, len(self.root))])[0]
 
-    def square(self, first: int, end: int) -> torch.Tensor:
-        """Return U[first:end, first:end], the inverse of the same square of R."""
-        square = self.root[first:end, first:end]
-        identity = torch.eye(end - first, device=square.device)
-        inverse: torch.Tensor = torch.linalg.solve_triangular(square, identity, upper=True)
-        # The score w / U_jj of a dead input is 0, so it is pruned first and changes no other input.
-        inverse.diagonal()[self.dead[first:end]] = torch.inf
-        return inverse
+    def squares(self, spans: Sequence[tuple[int, int]]) -> list[torch.Tensor]:
+        """Return U[first:end, first:end] of spans that follow each other: the inverse of R's square.
+
+        Spans of the same size are inverted together, since a GPU takes as long for one.
+        """
+        found: list[torch.Tensor] = []
+        down, right = self.root.stride()
+        for size, spans_of_size in itertools.groupby(spans, lambda span: span[1] - span[0]):
+            own = list(spans_of_size)
+            strides = (size * (down + right), down, right)  # along the diagonal, without a copy
+            start = self.root.storage_offset() + own[0][0] * (down + right)
+            roots = self.root.as_strided((len(own), size, size), strides, start)
+            identity = torch.eye(size, device=roots.device).expand_as(roots)
+            inverse: torch.Tensor = torch.linalg.solve_triangular(roots, identity, upper=True)
+            # The score w / U_jj of a dead input is 0, so it is pruned first and changes no other.
+            dead = torch.stack([self.dead[first:end] for first, end in own])
+            inverse.diagonal(dim1=1, dim2=2).masked_fill_(dead, torch.inf)
+            found += inverse
+        return found
 
 
 def inverse_factor(gram: torch.Tensor) -> InverseFactor:
@@ -189,7 +203,9 @@ def inverse_factor(gram: torch.Tensor) -> InverseFactor:
             damped = gram.flip(0, 1).to(dtype)  # Cholesky reads its upper triangle
             damped.diagonal().add_(damping * mean)
             upper, failed = torch.linalg.cholesky_ex(damped, upper=True)
+            del damped
             root = upper.mT.flip(0, 1).float()
+            del upper
             if not int(failed) and bool(root.sum().isfinite()):
                 return InverseFactor(root, gram.diagonal() == 0, damping)
     raise ValueError(

@@ -12,7 +12,7 @@ from entangle.model import ranks
 from entangle.model.experts import ExpertLinear
 from entangle.model.layers import LinearLayer, naming, replace_layer, weight_of, write_weight
 from entangle.numerics.masks import prune
-from entangle.numerics.moments import output_energy
+from entangle.numerics.moments import InputMoments, output_energy
 from entangle.numerics.routing import Router
 from entangle.numerics.shares import largest_remainder, sparsity_by_quality
 from entangle.pruning import costs
@@ -105,22 +105,20 @@ def _prune_own(
         sizes = [layer.inputs] * layer.neurons
         zeros = torch.from_numpy(largest_remainder(shares, sizes, zeros))
     options: dict[str, Any] = {"method": pruning.method, "mask": pruning.mask}
+    options["shrinkage"] = pruning.shrinkage
     share = pruning.sparsity if zeros is None else zeros
     own = [expert for expert, owner in enumerate(owners) if owner == ranks.rank()]
+    if not own:
+        whole = weight.new_empty((*moments.count.shape, *weight.shape))
+        return _Weights(whole, [0.0] * len(owners), owners)
+    pruned = prune(weight, moments, share, experts=own, **options)
     if len(own) == len(owners):
-        moments = moments if router is None else moments.shrunk(pruning.shrinkage)
-        pruned = prune(weight, moments, share, **options)
         return _Weights(pruned.weight, list(pruned.damping), owners)
-    whole = weight.new_empty((*moments.count.shape, *weight.shape))
+    whole = weight.new_empty((len(owners), *weight.shape))
+    whole[own] = pruned.weight
     damping = [0.0] * len(owners)
-    if own:
-        own_moments = (
-            moments if router is None else moments.shrunk(pruning.shrinkage).of_experts(own)
-        )
-        pruned = prune(weight, own_moments, share, **options)
-        whole[own] = pruned.weight
-        for expert, one in zip(own, pruned.damping, strict=True):
-            damping[expert] = one
+    for expert, one in zip(own, pruned.damping, strict=True):
+        damping[expert] = one
     return _Weights(whole, damping, owners)
 
 
@@ -136,14 +134,12 @@ def _place(
     weight, moments, router = weight_of(layer), calibration.moments, calibration.router
     errors: tuple[torch.Tensor, torch.Tensor, float] | None = None
     if owner == ranks.rank():
-        change = weight.double() - pruned.weight.double()
-        lost = output_energy(change, moments).reshape(-1, layer.neurons).sum(dim=0)
+        lost = _lost(weight, pruned.weight, moments)
         unseen, unseen_energy = lost.new_empty(0), math.nan
         if held_out is not None:
-            unseen = _energy(held_out, change, router)
-            unseen_energy = float(_energy(held_out, weight, None).sum())
+            unseen = _lost_held_out(weight, pruned.weight, held_out, router)
+            unseen_energy = float(_energy(held_out, weight).sum())
         errors = lost.cpu(), unseen.cpu(), unseen_energy
-        del change
     lost, unseen, unseen_energy = ranks.from_rank(owner, errors)
     experts = moments.count.reshape(-1).tolist()
     if router is None:
@@ -182,13 +178,37 @@ def _ratio(lost: float, energy: float) -> float:
     return lost / energy if energy else math.nan
 
 
-def _energy(rows: torch.Tensor, weight: torch.Tensor, router: Router | None) -> torch.Tensor:
+def _lost(weight: torch.Tensor, pruned: torch.Tensor, moments: InputMoments) -> torch.Tensor:
+    """Return each neuron's ‖(w - ŵ)X‖² (neurons,), summed over the experts, in float64.
+
+    One expert at a time: the differences in float64 take four times the memory of the experts.
+    """
+    if pruned.ndim == 2:
+        return output_energy(weight.double() - pruned.double(), moments)
+    parts = [
+        output_energy(weight.double() - one.double(), moments.expert(index))
+        for index, one in enumerate(pruned)
+    ]
+    return torch.stack(parts).sum(dim=0)
+
+
+def _lost_held_out(
+    weight: torch.Tensor, pruned: torch.Tensor, rows: torch.Tensor, router: Router | None
+) -> torch.Tensor:
+    """Return the same of held-out inputs (tokens, inputs), each with the ŵ of its expert."""
+    if router is None:
+        return _energy(rows, weight.double() - pruned.double())
+    chosen = router.assign(rows)
+    parts = [
+        _energy(rows[chosen == index], weight.double() - one.double())
+        for index, one in enumerate(pruned)
+    ]
+    return torch.stack(parts).sum(dim=0)
+
+
+def _energy(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """Return each neuron's sum of squared outputs (neurons,) on rows (tokens, inputs), in float64.
 
     Float32 suffices for the outputs; only the sum of squares needs float64.
     """
-    if router is None:
-        return (rows.float() @ weight.float().T).double().square().sum(dim=0)
-    chosen = router.assign(rows)
-    parts = [_energy(rows[chosen == index], one, None) for index, one in enumerate(weight)]
-    return torch.stack(parts).sum(dim=0)
+    return (rows.float() @ weight.float().T).double().square().sum(dim=0)

@@ -102,8 +102,7 @@ def sparse_neurons(
     """Prune some rows of a layer's weight by SparseGPT, with a mask by row."""
     weight, moments = weight_of(layer), calibration.moments
     neurons = neurons.to(weight.device)
-    used = moments if calibration.router is None else moments.shrunk(SHRINKAGE)
-    pruned = prune(weight[neurons], used, sparsity)
+    pruned = prune(weight[neurons], moments, sparsity, shrinkage=SHRINKAGE)
     counts = moments.count.reshape(-1).tolist()
     owns = calibration.owner == layer.name
     return SparseNeurons(neurons, pruned.weight, calibration.router, counts, owns)

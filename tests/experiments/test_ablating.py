@@ -244,9 +244,9 @@ def test_the_rows_of_every_arm_are_those_of_one_pruning(
 ) -> None:
     pruned, scored = [], []
 
-    def counted_prune(weight: torch.Tensor, moments: Any, sparsity: Any) -> Any:
+    def counted_prune(weight: torch.Tensor, moments: Any, sparsity: Any, **options: Any) -> Any:
         pruned.append((len(weight), sparsity))
-        return prune(weight, moments, sparsity)
+        return prune(weight, moments, sparsity, **options)
 
     def counted_score(*args: Any, **options: Any) -> Any:
         scored.append(args)

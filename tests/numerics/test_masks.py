@@ -8,6 +8,7 @@ import numpy.typing as npt
 import pytest
 import torch
 
+from entangle.numerics import masks
 from entangle.numerics.masks import (
     BLOCK,
     _lowest,
@@ -18,7 +19,7 @@ from entangle.numerics.masks import (
     wanda,
 )
 from entangle.numerics.moments import InputMoments, inverse_factor, output_energy
-from entangle.numerics.sparsity import Mask, Sparsity
+from entangle.numerics.sparsity import Mask, Method, Sparsity
 
 Array = npt.NDArray[np.float64]
 SPARSITIES = ["0", "0.3", "0.5", "0.875", "1", "2:4", "1:4", "0:4", "4:4", "3:8"]
@@ -96,8 +97,6 @@ def test_sparse_gpt_is_optimal_brain_surgeon(text: str, device: torch.device) ->
 def test_it_is_over_several_blocks_and_groups_that_cross_them(
     text: str, solver: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from entangle.numerics import masks
-
     weight, _, moments = problem(neurons=3, inputs=384, tokens=900)
     sparsity = Sparsity.parse(text)
     if solver == "torch":  # as on a GPU
@@ -200,6 +199,38 @@ def test_an_expert_has_the_same_bits_whatever_lies_beside_it(text: str) -> None:
         assert torch.equal(found, sparse_gpt(weight, moments, Sparsity.parse(text)).weight)
 
 
+@pytest.mark.parametrize("method", ["sparsegpt", "wanda"])
+def test_experts_that_are_pruned_one_at_a_time_have_the_bits_of_all_together(
+    method: Method, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that memory has one shrunk Gram and one factor at a time."""
+    weight, _, _ = problem(neurons=20, inputs=150)
+    moments = InputMoments.stack([problem(inputs=150, seed=seed)[2] for seed in range(5)])
+    together = masks.prune(weight, moments.shrunk(0.5), Sparsity(0.6), method=method)
+    given: list[int] = []
+
+    def counted(weight: torch.Tensor, moments: InputMoments, *rest: Any) -> Any:
+        given.append(len(moments.count))
+        return prune_together(weight, moments, *rest)
+
+    prune_together = masks._prune_together
+    monkeypatch.setattr(masks, "_prune_together", counted)
+    for size, experts, sizes in [
+        (0, None, [1] * 5),
+        (60_000, None, [2, 2, 1]),
+        (0, [3, 1], [1, 1]),
+    ]:
+        monkeypatch.setattr(masks, "_TOGETHER", size)
+        given.clear()
+        found = masks.prune(
+            weight, moments, Sparsity(0.6), method=method, shrinkage=0.5, experts=experts
+        )
+        assert given == sizes
+        chosen = range(5) if experts is None else experts
+        assert torch.equal(found.weight, together.weight[list(chosen)])
+        assert found.damping == tuple(together.damping[expert] for expert in chosen)
+
+
 def test_the_inverse_factor_is_one_and_needs_half_a_gram() -> None:
     moments = problem(inputs=150, tokens=400)[2]
     gram = moments.gram
@@ -208,7 +239,12 @@ def test_the_inverse_factor_is_one_and_needs_half_a_gram() -> None:
     upper = factor.upper.double()
     assert torch.equal(upper, upper.triu())
     assert torch.allclose(upper @ hessian @ upper.mT, torch.eye(150).double(), atol=1e-3)
-    assert torch.allclose(factor.square(20, 90), factor.upper[20:90, 20:90], rtol=1e-4, atol=1e-8)
+    assert torch.allclose(
+        factor.squares([(20, 90)])[0], factor.upper[20:90, 20:90], rtol=1e-4, atol=1e-8
+    )
+    spans = [(0, 60), (60, 120), (120, 150)]
+    for (first, end), square in zip(spans, factor.squares(spans), strict=True):
+        assert torch.equal(square, factor.squares([(first, end)])[0])
     half = gram + torch.full_like(gram, torch.nan).triu(1)
     assert torch.equal(inverse_factor(half).root, factor.root)
 
@@ -252,8 +288,6 @@ def published(weight: torch.Tensor, moments: InputMoments, sparsity: Sparsity) -
 
 
 def test_the_torch_columns_do_as_the_numba_ones(monkeypatch: pytest.MonkeyPatch) -> None:
-    from entangle.numerics import masks
-
     weight, _, moments = problem(neurons=40, inputs=160, tokens=300)
     for text in ("0.4", "2:4"):
         sparsity = Sparsity.parse(text)
@@ -298,8 +332,6 @@ def test_each_row_has_its_zeros_and_is_pruned_as_if_all_had_as_many(
     solver: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Inside a budget a row's bits are those that it has in a layer of its own sparsity."""
-    from entangle.numerics import masks, sparsity
-
     weight, _, moments = problem(neurons=70, inputs=300, tokens=900)
     zeros = torch.randint(0, 301, (70,), generator=torch.Generator().manual_seed(1))
     zeros[:3] = torch.tensor([0, 300, 299])
@@ -310,7 +342,7 @@ def test_each_row_has_its_zeros_and_is_pruned_as_if_all_had_as_many(
             _solve_torch(block, pruned, square, counts, Sparsity(0))
 
         monkeypatch.setattr(masks, "solve_block", on_torch)
-    methods: tuple[sparsity.Method, ...] = ("sparsegpt", "wanda", "magnitude")
+    methods: tuple[Method, ...] = ("sparsegpt", "wanda", "magnitude")
     for method in methods:
         found = masks.prune(weight, moments, zeros, method=method).weight
         assert (found == 0).sum(dim=1).tolist() == zeros.tolist()

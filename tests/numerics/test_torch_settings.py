@@ -2,12 +2,14 @@
 
 import functools
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import entangle
 from entangle.model.layers import find_layers, weight_of
@@ -61,6 +63,106 @@ def results() -> dict[str, Any]:
     tree = entangle.disentangle(tiny_model(), windows, held_out, run=run, experts=2, layers="*.0.*")
     found["disentangle"] = tree["wasserstein_within"].to_numpy()
     return found
+
+
+def products_set() -> list[Any]:
+    """Return the settings of products; torch raises for those that the user's others replace."""
+    found: list[Any] = []
+    matmul = torch.backends.cuda.matmul
+    readers: list[Callable[[], Any]] = [
+        torch.get_float32_matmul_precision,
+        *(functools.partial(getattr, matmul, name, None) for name in ON_GPUS),
+        lambda: getattr(ON_CPUS, "fp32_precision", None),
+        lambda: getattr(torch.backends, "fp32_precision", None),
+    ]
+    for read in readers:
+        try:
+            found.append(read())
+        except RuntimeError as error:
+            found.append(str(error))
+    return found
+
+
+ON_CPUS: Any = getattr(torch.backends.mkldnn, "matmul", None)
+ON_GPUS = (
+    "allow_tf32",
+    "fp32_precision",
+    "allow_fp16_reduced_precision_reduction",
+    "allow_bf16_reduced_precision_reduction",
+    "allow_fp16_accumulation",
+)
+# What the user sets for products: TF32 and sums of 16 bits change masks on a GPU.
+OF_PRODUCTS: dict[str, tuple[Any, str, Any]] = {
+    "the new precision": (torch.backends, "fp32_precision", "tf32"),
+    "the new precision on GPUs": (torch.backends.cuda.matmul, "fp32_precision", "tf32"),
+    "the new precision on CPUs": (ON_CPUS, "fp32_precision", "bf16"),
+    **{name: (torch.backends.cuda.matmul, name, True) for name in ON_GPUS[:1] + ON_GPUS[-1:]},
+    **{name: (torch.backends.cuda.matmul, name, False) for name in ON_GPUS[2:4]},
+}
+
+
+@contextmanager
+def product_setting(name: str) -> Iterator[None]:
+    place, attribute, value = OF_PRODUCTS[name]
+    if not hasattr(place, attribute):
+        pytest.skip("this version of torch has no such setting")
+    usual = getattr(place, attribute)
+    setattr(place, attribute, value)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        setattr(place, attribute, usual)
+        for backend in (torch.backends.cuda.matmul, ON_CPUS):
+            if hasattr(backend, "fp32_precision"):
+                backend.fp32_precision = "none"
+
+
+PRODUCTS = {"mm", "addmm", "addmm_", "bmm", "linalg_cholesky_ex", "linalg_solve_triangular"}
+
+
+class Products(TorchDispatchMode):
+    """Keep what is set, and whether autocast is on, at each product and factor that torch computes."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.seen: dict[str, list[Any]] = {}  # by the function of torch
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if name in PRODUCTS:
+            now = [*products_set(), torch.is_autocast_enabled("cpu"), torch.get_default_dtype()]
+            assert self.seen.setdefault(name, now) == now
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", OF_PRODUCTS)
+def test_each_product_of_a_pruning_is_of_float32(name: str) -> None:
+    """Also those in hooks, of the router, the Gram, the factor and the errors."""
+    model, windows = tiny_model(), random_windows(24)
+    with product_setting(name):
+        before, products = products_set(), Products()
+        with products:
+            entangle.sparsify(model, windows, sparsity=0.5, experts=2, layers="*.1.*")
+        assert products_set() == before
+    assert products.seen.keys() >= PRODUCTS - {"addmm", "bmm"}
+    for precision, tf32, fp32, *sums, on_cpu, _, autocast, dtype in products.seen.values():
+        assert (precision, tf32) == ("highest", False)
+        assert {fp32, on_cpu} <= {"ieee", None}  # None: torch before 2.9
+        assert sums == [True, True, False]
+        assert (autocast, dtype) == (False, torch.float32)
+
+
+def test_the_settings_hold_in_threads_that_a_function_starts() -> None:
+    @with_torch_defaults
+    def in_a_thread() -> Any:
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(
+                lambda: (products_set()[:3], torch.empty(1).dtype, torch.is_autocast_enabled("cpu"))
+            ).result()
+
+    with SETTINGS["precision"](), SETTINGS["default dtype"](), SETTINGS["autocast"]():
+        assert in_a_thread() == (["highest", False, "ieee"], torch.float32, False)
 
 
 @functools.cache

@@ -127,9 +127,9 @@ def test_what_is_there_is_not_pruned_again(tmp_path: Path, monkeypatch: pytest.M
     pruned: list[int] = []
     walks: list[BlockWalk] = []
 
-    def counted(weight: torch.Tensor, *args: object) -> object:
+    def counted(weight: torch.Tensor, *args: Any, **options: Any) -> object:
         pruned.append(len(weight))
-        return prune(weight, *args)  # type: ignore[arg-type]
+        return prune(weight, *args, **options)
 
     def walk(*args: Any) -> BlockWalk:
         walks.append(walk_blocks(*args))
