@@ -45,6 +45,7 @@ ROOMS = {
         "layers",
         "prunable",
         "placing",
+        "hashing",
         "classes",
         "quantised",
         "integrity",
