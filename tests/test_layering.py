@@ -30,6 +30,7 @@ ROOMS = {
         "sparsity",
         "masks",
         "shares",
+        "clustering",
         "routing",
         "sparse",
     ),
