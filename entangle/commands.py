@@ -123,6 +123,7 @@ def run_sparsify(args: argparse.Namespace) -> None:
     from entangle.model import ranks
     from entangle.pruning.options import STRENGTH, Pruning
     from entangle.runs import store
+    from entangle.runs.setup import hashed_once
 
     auto = args.strength == "auto"
     options, folder = _options(args)
@@ -131,16 +132,17 @@ def run_sparsify(args: argparse.Namespace) -> None:
     windows, tokenizer = _text(args, "calibration")
     model, work = _model(args), _work(args)
     chosen = None
-    if auto and run is not None:
-        named = [] if Path(args.budget) == folder else ["budget"]
-        search = {n: options[n] for n in ("sparsity", "method", "mask", "across", *named)}
-        how = {
-            name: work[name]
-            for name in ("layers", "exclude", "batch_size", "skip_first", "progress")
-        }
-        chosen = entangle.choose_budget(model, windows, run=run, **search, **how)
-        options |= {"budget": chosen.budget, "strength": chosen.strength}
-    found = entangle.sparsify(model, windows, run=run, tokenizer=tokenizer, **options, **work)
+    with hashed_once():
+        if auto and run is not None:
+            named = [] if Path(args.budget) == folder else ["budget"]
+            search = {n: options[n] for n in ("sparsity", "method", "mask", "across", *named)}
+            how = {
+                name: work[name]
+                for name in ("layers", "exclude", "batch_size", "skip_first", "progress")
+            }
+            chosen = entangle.choose_budget(model, windows, run=run, **search, **how)
+            options |= {"budget": chosen.budget, "strength": chosen.strength}
+        found = entangle.sparsify(model, windows, run=run, tokenizer=tokenizer, **options, **work)
     if ranks.rank() > 0:
         return
     result = found.attributes | {"folder": str(args.out), "log": _log(args.out)}

@@ -47,6 +47,11 @@ def planned(result: dict[str, Any]) -> str:
             f"{result['block_bytes'] / 1e9:.2g} GB, but the largest block has "
             f"{result['largest_block_bytes'] / 1e9:.2g} GB: the costs will be higher"
         )
+    if result["without_gpu"]:
+        lines.append(
+            "this machine has no GPU: the memory on one is estimated from that of the commands on the "
+            "CPU, and the times are those of the CPU"
+        )
     lines.append(
         "expected costs of one process, estimated by running the commands on models of one and two "
         "blocks with random weights:"

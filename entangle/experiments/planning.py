@@ -31,6 +31,8 @@ from entangle.numerics.histograms import Histograms
 from entangle.pruning.options import Pruning
 
 BATCHES = (2, 16)  # numbers of batches that the small models run
+CONTEXT = 5e8  # bytes: an allowance for CUDA's context; 0.2 to 0.7 GB are reported with torch
+FRAGMENTATION = 1.1  # an allowance: what torch's allocator reserves on a GPU, over what is in use
 RUN_BYTES = 3_000  # of a neuron, besides its counts, when histograms are turned into a run
 
 
@@ -40,7 +42,7 @@ class Stage:
 
     command: str
     memory_bytes: float  # peak of the process
-    device_bytes: float  # peak on a GPU, 0 without one
+    device_bytes: float  # peak on a GPU with CUDA's context; 0 if none is planned
     disk_bytes: float  # of the files it writes
     seconds: float
 
@@ -60,6 +62,7 @@ class Plan:
     largest_block_bytes: int
     windows: int
     tokens: int
+    without_gpu: bool  # a GPU is planned on a machine without one: the times are those of its CPU
     stages: list[Stage]
 
 
@@ -96,7 +99,8 @@ def plan(
     """Estimate the memory, disk space and time that `measure` and `sparsify` need in one process.
 
     The model is not loaded and need not fit into memory. All blocks are assumed to be like the
-    first.
+    first. A GPU can be planned on a machine without one: its memory is estimated from that of the
+    commands on the CPU, and the times are the CPU's.
 
     Raises:
         FileNotFoundError: the model or the text does not exist.
@@ -130,7 +134,13 @@ def plan(
     blocks = 1 + max(layer.block for layer in chosen)
     few, more = (min(count, batches) for count in BATCHES)
     common = ["--text", str(text), "--length", str(length), "--batch-size", str(batch_size)]
-    common += ["--device", device, "--layers", *sorted({f"*.{layer.role}" for layer in chosen})]
+    without_gpu = device.partition(":")[0] == "cuda" and not torch.cuda.is_available()
+    common += [
+        "--device",
+        "cpu" if without_gpu else device,
+        "--layers",
+        *sorted({f"*.{layer.role}" for layer in chosen}),
+    ]
     commands = {
         "measure": ["--bins", str(bins)],
         "sparsify": ["--sparsity", sparsity, "--experts", str(experts)],
@@ -163,8 +173,9 @@ def plan(
     }
     stages = []
     for name, costs in found.items():
-        each, batch = held[name]
-        stages.append(_stage(name, costs[1:], blocks, batches, 0 if offload else each, batch))
+        each, batch = (0 if offload else held[name][0]), held[name][1]
+        used = [_as_on_gpu(cost, batch * offload) for cost in costs] if without_gpu else costs
+        stages.append(_stage(name, used[1:], blocks, batches, each, batch))
     return Plan(
         str(model),
         drawn.text,
@@ -177,6 +188,7 @@ def plan(
         bytes_of_block(whole),
         len(drawn),
         drawn.tokens.numel(),
+        without_gpu,
         stages,
     )
 
@@ -225,6 +237,15 @@ def _run(arguments: Sequence[str], out: Path, blocks: int, batches: int) -> _Cos
     return _Cost(blocks, batches, seconds, log["peak_memory_bytes"], device, disk)
 
 
+def _as_on_gpu(cost: _Cost, hidden_bytes: float) -> _Cost:
+    """Return the cost on the CPU as if on a GPU: all but hidden states on the host is on the GPU.
+
+    The libraries of the process, 0.7 GB, would stay on the host. They are counted all the same: a
+    GPU's kernels may need more than those of the CPU.
+    """
+    return dataclasses.replace(cost, device=cost.memory - cost.batches * hidden_bytes)
+
+
 def _stage(
     command: str,
     costs: Sequence[_Cost],
@@ -237,7 +258,8 @@ def _stage(
 
     Time is linear in the batches and in the blocks; the last block costs less, since no block runs
     after it. Memory is a constant, which is measured, plus ``block_bytes`` for each block (weights
-    and histograms) plus ``hidden_bytes`` for each batch (hidden states).
+    and histograms) plus ``hidden_bytes`` for each batch (hidden states). On a GPU allowances for the
+    context and for fragmentation are added.
     """
     one, one_more, two, two_more = costs
 
@@ -261,7 +283,7 @@ def _stage(
     return Stage(
         command,
         memory["memory"],
-        memory["device"],
+        CONTEXT + FRAGMENTATION * memory["device"] if one.device else 0.0,
         one.disk + (blocks - 1) * (two.disk - one.disk),
         seconds,
     )

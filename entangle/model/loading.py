@@ -1,6 +1,5 @@
 """Loading a model and its tokenizer from a hub id, a folder or a GGUF file, and saving them."""
 
-import hashlib
 import re
 import shutil
 import textwrap
@@ -36,7 +35,7 @@ from entangle.model.packing import (
     pack_layers,
     save_expanded,
 )
-from entangle.model.placing import blocks_in_files, bytes_of_block, is_offloaded, stored_parameters
+from entangle.model.placing import blocks_in_files, bytes_of_block, is_offloaded
 from entangle.model.quantised import dequantised, forget_quantisation, unused_scales
 from entangle.numerics.routing import Router
 from entangle.numerics.torch_settings import with_torch_defaults
@@ -405,22 +404,3 @@ def explained(name: str | Path) -> Iterator[None]:
         )
         reason = textwrap.shorten(str(error) or type(error).__name__, 300, placeholder=" ...")
         raise ValueError(f"cannot load {name}: {problem}: {reason}") from error
-
-
-def weights_hash(model: PreTrainedModel) -> str:
-    """Return the SHA-256 of the names, dtypes, shapes and bytes of all parameters; tied ones once."""
-    digest = hashlib.sha256()
-    for name, parameter in stored_parameters(model):
-        digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
-        for part in _parts(parameter.detach()):
-            digest.update(part.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def _parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Yield the tensors that a tensor is made of: codes and scales of a quantised one, or itself."""
-    if not hasattr(tensor, "__tensor_flatten__"):
-        yield tensor
-        return
-    for name in tensor.__tensor_flatten__()[0]:
-        yield from _parts(getattr(tensor, name))

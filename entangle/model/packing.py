@@ -25,7 +25,7 @@ from entangle.model import folders
 from entangle.model.classes import class_of
 from entangle.model.experts import ExpertLinear, Packed, PackedLinear, pack, unpack
 from entangle.model.layers import LinearLayer, find_layers, is_plain, replace_layer, weight_of
-from entangle.model.placing import stored_parameters
+from entangle.model.placing import stored_buffers, stored_parameters
 from entangle.model.prunable import multiplies
 from entangle.numerics.routing import Router, router_of
 from entangle.numerics.sparse import PACKABLE
@@ -190,9 +190,7 @@ def _file_of(block: int) -> str:
 def _dense_tensors(model: PreTrainedModel, layers: list[LinearLayer]) -> Tensors:
     """Return the tensors outside the expanded layers; of tied weights only the first."""
     expanded = tuple(f"{layer.name}." for layer in layers)
-    every = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    buffers = {name: value for name, value in model.state_dict().items() if name not in every}
-    tensors = dict(stored_parameters(model)) | buffers
+    tensors = dict(stored_parameters(model)) | dict(stored_buffers(model))
     return {name: value for name, value in tensors.items() if not name.startswith(expanded)}
 
 

@@ -131,6 +131,14 @@ def stored_parameters(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
             yield name, parameter.detach()
 
 
+def stored_buffers(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the tensors besides parameters that a model's files hold, sorted by name."""
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    for name, value in sorted(model.state_dict().items()):
+        if name not in parameters and isinstance(value, torch.Tensor):
+            yield name, value
+
+
 def _offloading(model: nn.Module) -> Iterator[tuple[nn.Module, Any]]:
     """Yield the modules whose weights are in files, with the hooks that read them."""
     for module in model.modules():

@@ -15,7 +15,12 @@ import torch
 from transformers import PreTrainedModel
 
 from entangle.model.packing import expanded_layers, load_expanded, load_tensors
-from entangle.model.placing import blocks_in_files, is_offloaded, stored_parameters
+from entangle.model.placing import (
+    blocks_in_files,
+    is_offloaded,
+    stored_buffers,
+    stored_parameters,
+)
 
 
 def check_saved(model: PreTrainedModel, folder: Path, tokens: torch.Tensor, scratch: Path) -> None:
@@ -122,12 +127,9 @@ def _compare_tensors(model: PreTrainedModel, again: PreTrainedModel) -> None:
             only = min({name, other} - {none[0]})
             raise ValueError(f"{only} is in only one of the two models")
         _compare(name, ours, theirs)
-    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    theirs_by_name = dict(again.named_buffers(remove_duplicate=False))
-    saved = {*model.state_dict()} - parameters
-    for name, buffer in model.named_buffers(remove_duplicate=False):
-        if name in saved:
-            _compare(name, buffer, theirs_by_name[name])
+    theirs_by_name = dict(stored_buffers(again))
+    for name, buffer in stored_buffers(model):
+        _compare(name, buffer, theirs_by_name[name])
 
 
 def _compare(name: str, ours: torch.Tensor, theirs: torch.Tensor) -> None:

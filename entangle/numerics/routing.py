@@ -22,10 +22,13 @@ from sklearn.exceptions import ConvergenceWarning
 from threadpoolctl import threadpool_limits
 from torch import nn
 
+from entangle.numerics.clustering import kmeans, krylov_size, principal_axes
+
 Array = npt.NDArray[np.float64]
 Floats = npt.NDArray[np.float32]
 
 LEAST = 16  # rows of the sample: a smaller cluster is merged with the nearest one
+EXACT = 2048  # inputs up to which the CPU computes PCA by a whole eigendecomposition
 _ROWS = 2048  # rows of the sample that are converted to float64 at a time
 
 
@@ -227,48 +230,81 @@ def find_clusters(
     PCA has ``inputs // 32`` components by default, as published. 0 components mean no PCA; so do as
     many as there are tokens or inputs, or more. A cluster of fewer than 16 rows is merged with the
     nearest one, the smallest cluster first. So there may be fewer clusters than ``experts``, but at
-    least one.
+    least one. The work is done on the rows' device; on the CPU, k-means is that of scikit-learn.
 
     Raises:
         ValueError: there are no rows, rows are not finite, or a number is out of range.
     """
-    sample = rows.detach().float().cpu().numpy()
+    sample = rows.detach().float()
     if experts < 1:
         raise ValueError(f"experts must be at least 1, got {experts}")
     if components is not None and components < 0:
         raise ValueError(f"components must be at least 0, got {components}")
-    if not len(sample) or not np.isfinite(sample).all():
+    finite = sample.isfinite().all(dim=1)
+    if not len(sample) or not bool(finite.all()):
         raise ValueError(
             f"clusters need finite inputs of at least 1 token, got {len(sample)} tokens, "
-            f"{int((~np.isfinite(sample)).any(axis=1).sum())} of them with NaN or infinite inputs"
+            f"{int((~finite).sum())} of them with NaN or infinite inputs"
         )
     tokens, inputs = sample.shape
     components = inputs // 32 if components is None else components
-    mean, axes = sample.mean(axis=0, dtype=np.float64), None
-    if 0 < components < min(tokens, inputs):
-        axes = _principal_axes(sample, mean, components)
+    components = components if components < min(tokens, inputs) else 0
+    find = _on_cpu if sample.device.type == "cpu" else _on_device
+    return find(sample, min(experts, tokens), components, seed % 2**32)
+
+
+def _on_device(sample: torch.Tensor, experts: int, components: int, seed: int) -> Clusters:
+    mean, axes = sample.mean(dim=0, dtype=torch.float64), None
+    points = sample.double() - mean
+    if components:
+        axes = principal_axes(points, components, seed=seed)
+        points = points @ axes.T
+    centroids, labels = kmeans(points, experts, seed=seed)
+    return _clusters(
+        mean.cpu().numpy(),
+        None if axes is None else axes.cpu().numpy(),
+        centroids.cpu().numpy(),
+        labels.cpu().numpy(),
+    )
+
+
+def _on_cpu(sample: torch.Tensor, experts: int, components: int, seed: int) -> Clusters:
+    array = sample.numpy()
+    mean, axes = array.mean(axis=0, dtype=np.float64), None
+    if components:
+        axes = _principal_axes(sample, mean, components, seed)
     # k-means adds its threads' sums in the order in which they finish: one thread is deterministic.
     with threadpool_limits(1, user_api="openmp"), warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # fewer distinct rows than clusters
-        kmeans = KMeans(min(experts, tokens), n_init=1, random_state=seed % 2**32, copy_x=False)
-        kmeans.fit(_reduced(sample, mean, axes))
-    sizes = np.bincount(kmeans.labels_, minlength=kmeans.n_clusters).astype(np.float64)
-    return Clusters(mean, axes, *_merged(kmeans.cluster_centers_, sizes))
+        found = KMeans(experts, n_init=1, random_state=seed, copy_x=False)
+        found.fit(_reduced(array, mean, axes))
+    return _clusters(mean, axes, found.cluster_centers_, found.labels_)
 
 
-def _principal_axes(sample: Floats, mean: Array, components: int) -> Array:
+def _clusters(
+    mean: Array, axes: Array | None, centroids: Array, labels: npt.NDArray[np.integer]
+) -> Clusters:
+    sizes = np.bincount(labels, minlength=len(centroids)).astype(np.float64)
+    return Clusters(mean, axes, *_merged(centroids, sizes))
+
+
+def _principal_axes(sample: torch.Tensor, mean: Array, components: int, seed: int) -> Array:
     """Return the axes of largest variance (components, inputs), in order of falling variance.
 
     They are computed in float64: beside massive activations float32 rounds the smaller axes away,
-    and the clusters would depend on the processor's kernel.
+    and the clusters would depend on the processor's kernel. Those of few inputs are exact, which
+    takes seconds: time and memory grow with the square and the cube of the inputs.
     """
     inputs = sample.shape[1]
+    if inputs > EXACT and 2 * krylov_size(components) < inputs:
+        axes = principal_axes(sample.double() - torch.from_numpy(mean), components, seed=seed)
+        return np.ascontiguousarray(axes.numpy())
     scatter = np.zeros((inputs, inputs))
     for first in range(0, len(sample), _ROWS):
-        centred = sample[first : first + _ROWS] - mean
+        centred = sample[first : first + _ROWS].numpy() - mean
         scatter += centred.T @ centred
-    _, axes = linalg.eigh(scatter, subset_by_index=[inputs - components, inputs - 1])
-    return np.ascontiguousarray(axes.T[::-1])
+    _, exact = linalg.eigh(scatter, subset_by_index=[inputs - components, inputs - 1])
+    return np.ascontiguousarray(exact.T[::-1])
 
 
 def _reduced(sample: Floats, mean: Array, axes: Array | None) -> Array:

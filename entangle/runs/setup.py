@@ -8,7 +8,8 @@ import dataclasses
 import functools
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
 from importlib import metadata
 from pathlib import Path
@@ -23,6 +24,7 @@ from transformers import PreTrainedModel
 from entangle.model import ranks
 from entangle.model.blocks import BlockWalk
 from entangle.model.causality import check_causal, dependences
+from entangle.model.hashing import KIND, kind_of, weights_hash
 from entangle.model.hooks import check_hooks, unheard_layers
 from entangle.model.layers import (
     LinearLayer,
@@ -30,7 +32,6 @@ from entangle.model.layers import (
     skipped_parameters,
     without_skipped,
 )
-from entangle.model.loading import weights_hash
 from entangle.model.overlap import SeenText, shared_share
 from entangle.model.patterns import as_list
 from entangle.model.prunable import unprunable_layers
@@ -42,6 +43,22 @@ from entangle.runs.dataset import TRUSTED_ERROR, about, dataset_of, matching, ru
 
 COMMAND: ContextVar[str | None] = ContextVar("command", default=None)
 """The command line, which is written to run.json; None in Python."""
+
+_HASHES: ContextVar[dict[str, str] | None] = ContextVar("hashes", default=None)
+_SHOWN = 21  # characters of a hash in a message: its kind and 12 digits
+
+
+@contextmanager
+def hashed_once() -> Iterator[None]:
+    """Hash the weights of a model once for all functions that are called on it in the body.
+
+    Only the last of them may change the weights.
+    """
+    token = _HASHES.set({})
+    try:
+        yield
+    finally:
+        _HASHES.reset(token)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -141,7 +158,8 @@ class Setup:
         """Check that the run was measured on this model and is not a shard.
 
         Raises:
-            ValueError: it was measured on other weights, or it is a shard.
+            ValueError: it was measured on other weights, it is a shard, or the kind of its hash is
+                unknown.
         """
         if self.run is None:
             return
@@ -151,12 +169,13 @@ class Setup:
                 f"the run is only shard {attributes['shard']}: merge all shards first with "
                 "entangle merge"
             )
-        if attributes.get("weights") != self.weights:
+        measured = str(attributes.get("weights"))
+        ours = self._hash(kind_of(measured))
+        if measured != ours:
             raise ValueError(
                 f"the run was measured on other weights ({attributes.get('model', '?')}, "
-                f"{str(attributes.get('weights'))[:12]}) than those of this model "
-                f"({self.model.name_or_path}, {self.weights[:12]}): measure this model, or load "
-                "the measured one"
+                f"{measured[:_SHOWN]}) than those of this model ({self.model.name_or_path}, "
+                f"{ours[:_SHOWN]}): measure this model, or load the measured one"
             )
 
     @functools.cached_property
@@ -227,8 +246,18 @@ class Setup:
 
     @functools.cached_property
     def weights(self) -> str:
-        """Return the SHA-256 of the model's weights."""
-        return weights_hash(self.model)
+        """Return the hash of the model's weights."""
+        return self._hash(KIND)
+
+    def _hash(self, kind: str) -> str:
+        if kind not in self._hashes:
+            self._hashes[kind] = weights_hash(self.model, kind)
+        return self._hashes[kind]
+
+    @functools.cached_property
+    def _hashes(self) -> dict[str, str]:
+        shared = _HASHES.get()
+        return {} if shared is None else shared
 
     @property
     def tokens(self) -> int:

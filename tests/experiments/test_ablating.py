@@ -457,7 +457,7 @@ def test_what_cannot_be_ablated_is_refused_before_anything_runs(
         with pytest.raises(ValueError, match=match):
             entangle.ablate(*args, out=out, **{"run": measured} | options)
 
-    hashes = [run.attrs["weights"][:8] for run in (other, measured)]
+    hashes = [run.attrs["weights"][:17] for run in (other, measured)]
     refused("weights.*{}.*{}".format(*hashes), model, *texts, run=other)
     refused(r"\b100\.0% .*evaluation \(random\)", model, *texts, run=on_evaluation)
     shared = TokenWindows(

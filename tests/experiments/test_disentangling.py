@@ -328,7 +328,7 @@ def test_what_cannot_be_disentangled_is_refused_before_anything_runs(
         with pytest.raises(error, match=match):
             disentangle(model, out=tmp_path / "run", **options)
 
-    hashes = [run.attrs["weights"][:8] for run in (other, on_evaluation)]
+    hashes = [run.attrs["weights"][:17] for run in (other, on_evaluation)]
     refused(ValueError, "weights.*{}.*{}".format(*hashes), run=other)
     refused(ValueError, r"\b100\.0% .*evaluation", run=on_evaluation)
     refused(ValueError, r"\b100\.0% .*evaluation", evaluation=windows())

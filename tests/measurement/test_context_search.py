@@ -479,7 +479,7 @@ def test_the_models_hooks_are_gone(llama: Case) -> None:
 
 def test_other_weights_and_other_windows_are_refused(llama: Case, tmp_path: Path) -> None:
     names, windows = neurons_of(llama), llama.windows
-    with pytest.raises(ValueError, match=rf"weights.*{llama.run.attrs['weights'][:8]}"):
+    with pytest.raises(ValueError, match=rf"weights.*{llama.run.attrs['weights'][:17]}"):
         contexts(
             tiny_model(seed=1),
             windows,

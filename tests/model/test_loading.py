@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 from safetensors import SafetensorError
-from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from entangle.model.loading import load_model, load_tokenizer, save_model, weights_hash
+from entangle.model.hashing import weights_hash
+from entangle.model.loading import load_model, load_tokenizer, save_model
 from tests.tiny_models import ARCHITECTURES, CONTEXT, save_tiny, tiny_model, tiny_tokenizer
 
 IDS = torch.arange(3, 27).reshape(2, 12)
@@ -460,48 +460,6 @@ def test_an_unknown_dtype_or_device_is_told_before_anything_is_read() -> None:
             load_model("/nowhere", device=device)
 
 
-# The hash of the weights.
-
-
-def test_the_hash_is_of_the_weights_alone(saved: Path, tmp_path: Path) -> None:
-    digest = weights_hash(load_model(saved))
-    assert digest == weights_hash(load_model(saved, device="cpu")) == weights_hash(tiny_model())
-    load_model(saved).save_pretrained(tmp_path / "again")
-    assert digest == weights_hash(load_model(tmp_path / "again"))
-    others = [tiny_model(seed=1), tiny_model(dtype=torch.bfloat16), tiny_model("qwen2")]
-    assert len({digest, *map(weights_hash, others)}) == 4
-
-
-@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral"])
-def test_the_hash_changes_with_any_one_weight(name: str) -> None:
-    model = tiny_model(name)
-    digest = weights_hash(model)
-    for key, parameter in model.named_parameters():
-        value = parameter.data.view(-1)[-1].item()
-        parameter.data.view(-1)[-1] = np.nextafter(np.float32(value), np.float32(9)).item()
-        assert weights_hash(model) != digest, key
-        parameter.data.view(-1)[-1] = value
-    assert weights_hash(model) == digest
-
-
-def test_the_hash_counts_names_and_shapes_and_tied_weights_once() -> None:
-    model = tiny_model("gpt2")
-    digest = weights_hash(model)
-    lm_head: Any = model.lm_head
-    assert lm_head.weight is model.get_parameter("transformer.wte.weight")
-    lm_head.weight = nn.Parameter(lm_head.weight.detach().clone())
-    assert weights_hash(model) != digest  # untied: the same numbers, but another model
-    changed = tiny_model("llama")
-    mlp: Any = changed.model.layers[0].mlp
-    digests = [weights_hash(changed)]
-    mlp.up_proj.weight = nn.Parameter(mlp.up_proj.weight.detach().reshape(24, 37))
-    digests.append(weights_hash(changed))
-    mlp.upper_proj = mlp.up_proj
-    del mlp.up_proj
-    digests.append(weights_hash(changed))
-    assert len(set(digests)) == 3
-
-
 @pytest.mark.parametrize("name", ["gpt2", "opt", "gpt-neox", "mixtral"])
 def test_blocks_that_a_configuration_leaves_out_are_told(name: str, tmp_path: Path) -> None:
     save_tiny(tmp_path, name)
@@ -543,35 +501,3 @@ def test_a_folder_with_an_adapter_is_refused(whole: bool, tmp_path: Path) -> Non
     for load in (load_model, load_tokenizer):
         with pytest.raises(ValueError, match=r"adapted .*adapter.*merge_and_unload"):
             load(folder)
-
-
-class Codes(torch.Tensor):
-    """A tensor of codes and a scale, as those of torchao, which has no bytes of its own."""
-
-    @staticmethod
-    def __new__(cls, codes: torch.Tensor, scale: torch.Tensor) -> "Codes":
-        made: Codes = torch.Tensor._make_wrapper_subclass(cls, codes.shape, dtype=torch.float32)
-        return made
-
-    def __init__(self, codes: torch.Tensor, scale: torch.Tensor) -> None:
-        self.codes, self.scale = codes, scale
-
-    def __tensor_flatten__(self) -> tuple[list[str], None]:
-        return ["codes", "scale"], None
-
-    @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        if func is torch.ops.aten.detach.default:
-            return cls(args[0].codes, args[0].scale)
-        raise NotImplementedError(func)
-
-
-def test_the_hash_of_quantised_tensors_is_that_of_their_codes_and_scales() -> None:
-    def hashed(codes: int, scale: float) -> str:
-        model: Any = tiny_model()
-        tensor = Codes(torch.full((37, 24), codes, dtype=torch.int8), torch.tensor(scale))
-        model.model.layers[1].mlp.up_proj.weight = nn.Parameter(tensor, requires_grad=False)
-        return weights_hash(model)
-
-    assert hashed(3, 0.5) == hashed(3, 0.5)
-    assert len({hashed(3, 0.5), hashed(4, 0.5), hashed(3, 0.25)}) == 3

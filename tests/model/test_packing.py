@@ -29,8 +29,9 @@ from transformers import (
 import entangle
 from entangle.model import packing
 from entangle.model.experts import ExpertLinear
+from entangle.model.hashing import weights_hash
 from entangle.model.layers import LinearLayer, find_layers, replace_layer, weight_of
-from entangle.model.loading import load_model, load_tokenizer, save_model, weights_hash
+from entangle.model.loading import load_model, load_tokenizer, save_model
 from entangle.model.packing import expanded_layers, is_expanded, load_tensors, save_tensors
 from entangle.numerics.routing import CentroidRouter, RandomRouter, fit_router, random_router
 from tests.measurement.test_recording import agrees, captured, flat, tokens, windows_of

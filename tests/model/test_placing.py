@@ -19,8 +19,9 @@ import entangle
 from entangle.measurement import measuring
 from entangle.model import ranks
 from entangle.model.blocks import BlockWalk
+from entangle.model.hashing import weights_hash
 from entangle.model.layers import LinearLayer, find_blocks, find_layers, weight_of
-from entangle.model.loading import load_model, save_model, weights_hash
+from entangle.model.loading import load_model, save_model
 from entangle.model.packing import save_tensors
 from entangle.model.placing import (
     blocks_in_files,

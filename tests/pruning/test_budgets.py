@@ -255,7 +255,7 @@ def test_trims_rule_keeps_each_layers_total(run: xr.DataTree) -> None:
 
 def test_a_run_of_other_weights_is_refused(run: xr.DataTree) -> None:
     other = tiny_model("llama", seed=1)
-    with pytest.raises(ValueError, match=rf"weights.*{run.attrs['weights'][:8]}"):
+    with pytest.raises(ValueError, match=rf"weights.*{run.attrs['weights'][:17]}"):
         entangle.sparsify(other, random_windows(20), sparsity=0.7, budget="std", run=run)
     with pytest.raises(ValueError, match=r"std.*measured run"):
         entangle.sparsify(other, random_windows(20), sparsity=0.7, budget="std")
@@ -364,7 +364,7 @@ def test_a_sweep_says_what_cannot_be_made_before_it_runs_anything(
     partial = data.isel(neuron=data["block"].to_numpy() < 2)
     with pytest.raises(LookupError, match=r"\b0 of .*neurons.*layers\.2\."):
         entangle.sweep(tiny_model("llama"), *texts, **words | {"run": partial})
-    with pytest.raises(ValueError, match=rf"weights.*{run.attrs['weights'][:8]}"):
+    with pytest.raises(ValueError, match=rf"weights.*{run.attrs['weights'][:17]}"):
         entangle.sweep(tiny_model("llama", seed=1), *texts, **words)
     for across in ("owl", "depth"):
         with pytest.raises(ValueError, match=rf"{across}.*\bblock 1\b"):

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import entangle
-from entangle.model.loading import weights_hash
+from entangle.model.hashing import KIND, UNNAMED, kind_of, weights_hash
 from entangle.model.text import TokenWindows, token_windows
 from entangle.runs import setup
 from entangle.runs.setup import COMMAND, Setup
@@ -126,8 +126,8 @@ def test_windows_set_aside_may_be_the_runs_own() -> None:
 def test_weights_are_hashed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     hashed: list[str] = []
 
-    def counting(model: object) -> str:
-        hashed.append(weights_hash(model))  # type: ignore[arg-type]
+    def counting(model: Any, kind: str) -> str:
+        hashed.append(weights_hash(model, kind))
         return hashed[-1]
 
     monkeypatch.setattr(setup, "weights_hash", counting)
@@ -141,6 +141,48 @@ def test_weights_are_hashed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(hashed) == 3
     entangle.sweep(fresh, windows, held, sparsity=0.5, budget=["uniform", "std"], run=run)
     assert len(hashed) == 4
+
+
+def test_commands_that_share_a_model_hash_it_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    hashed: list[str] = []
+
+    def counting(model: Any, kind: str) -> str:
+        hashed.append(kind)
+        return weights_hash(model, kind)
+
+    monkeypatch.setattr(setup, "weights_hash", counting)
+    model, windows = tiny_model(), random_windows(8)
+    run = entangle.measure(model, windows)
+    words: dict[str, Any] = {"sparsity": 0.5, "budget": "std", "run": run}
+    for measured in (run.attrs["weights"], weights_hash(model, UNNAMED)):
+        run.attrs["weights"] = measured
+        hashed.clear()
+        with setup.hashed_once():
+            entangle.choose_budget(model, windows, strength=0.1, **words)
+            found = entangle.sparsify(tiny_model(), windows, **words)
+        assert found.attributes["weights"] == weights_hash(tiny_model())
+        assert sorted(hashed) == sorted({KIND, kind_of(measured)})
+    assert weights_hash(model) == weights_hash(tiny_model())  # the search restores the weights
+    hashed.clear()
+    entangle.sparsify(tiny_model(), windows, **words)
+    assert hashed == [UNNAMED, KIND]  # outside the body nothing is kept
+
+
+def test_runs_with_a_hash_of_an_older_or_a_newer_version() -> None:
+    model, windows = tiny_model(), random_windows(6)
+    run = entangle.measure(model, windows)
+    words: dict[str, Any] = {"sparsity": 0.5, "budget": "std", "run": run}
+    old = weights_hash(model, UNNAMED)
+    run.attrs["weights"] = old
+    other = tiny_model(seed=1)
+    refused = rf"other weights.*{old[:12]}.*{weights_hash(other, UNNAMED)[:12]}"
+    with pytest.raises(ValueError, match=refused):
+        entangle.sparsify(other, windows, **words)
+    found = entangle.sparsify(model, windows, **words)
+    assert kind_of(found.attributes["weights"]) == KIND
+    run.attrs["weights"] = "sha3-256:" + "0" * 64
+    with pytest.raises(ValueError, match=rf"sha3-256.*{KIND}"):
+        entangle.sparsify(tiny_model(), windows, **words)
 
 
 @pytest.fixture
