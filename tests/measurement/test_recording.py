@@ -659,7 +659,7 @@ class Waits(TorchDispatchMode):
     """The operations that wait for a device, since their result or its shape is on the host."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.seen: list[str] = []
 
     def __torch_dispatch__(
@@ -702,7 +702,8 @@ def test_on_a_gpu_no_hook_waits_and_the_state_is_the_cpus(
 ) -> None:
     pytest.importorskip("triton")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = tiny_model().to(device)
+    model = tiny_model()
+    model.to(device)  # type: ignore[arg-type]  # as it is declared
     names = [f"model.layers.{block}.self_attn.k_proj" for block in (0, 1)]
     batches = [tokens(2, seed=seed).to(device) for seed in (1, 2)]
     masks = [torch.ones_like(ids) for ids in batches]

@@ -119,9 +119,11 @@ def _add_rows(  # type: ignore[no-untyped-def]
     marks = tl.full([], 0, tl.int64)  # bit i: the i-th tokens of 64 have values outside of the bins
     for first in range(0, tokens, block):
         real, x = _values(base, places, first, tokens, row_stride, ok, block)
-        y = tl.floor((x - c[None, :]) * v[None, :])
-        inside = tl.abs(y + 0.5) < edge  # false for NaN, and so for what is not real
-        q = tl.where(inside, y, 0.0).to(tl.int32)
+        y = (x - c[None, :]) * v[None, :]
+        inside = (y >= -edge) & (y < edge)  # false for NaN, and so for what is not real
+        y = tl.where(inside, y, 0.0)
+        q = y.to(tl.int32)
+        q -= (q.to(tl.float32) > y).to(tl.int32)  # tl.floor takes -1e-40 for 0 on a GPU
         cells = (q + edge) // _STEPS + (tl.arange(0, columns) * bins)[None, :]
         # The lanes of a warp take tokens of one neuron, since some of these share a cache line.
         cells = tl.reshape(tl.trans(tl.where(inside, cells, -1)), [block * columns])
@@ -169,8 +171,8 @@ def _add_rows(  # type: ignore[no-untyped-def]
                 for start in range(first, tl.minimum(first + block, tokens), few):
                     tl.debug_barrier()  # what was stored before is seen by all threads
                     real, x = _values(base, places, start, tokens, row_stride, ok, few)
-                    y = tl.floor((x - c[None, :]) * v[None, :])
-                    outside = real & ~(tl.abs(y + 0.5) < edge)
+                    y = (x - c[None, :]) * v[None, :]
+                    outside = real & ~((y >= -edge) & (y < edge))
                     finite = outside & (tl.abs(x) < float("inf"))
                     y = (x.to(tl.float64) - c[None, :]) * v[None, :]
                     y = tl.where(finite, y, 0.0)
