@@ -37,21 +37,22 @@ def solve_block(
     experts, columns, rows = block.shape
     width = triton.next_power_of_2(columns)
     height = max(min(_ROWS, _TILE // width), 1)
-    _solve[(rows // height, experts)](
-        block,
-        pruned.view(torch.int8),
-        square,
-        counts,
-        rows,
-        columns,
-        group or columns,
-        group - kept,
-        GROUPED=group > 0,
-        R=height,
-        C=width,
-        num_warps=min(max(height * width // _TILE, 1), 32),
-        enable_fp_fusion=False,  # the CPU rounds a product before it subtracts it
-    )
+    with torch.cuda.device_of(block):  # Triton launches on the current GPU
+        _solve[(rows // height, experts)](
+            block,
+            pruned.view(torch.int8),
+            square,
+            counts,
+            rows,
+            columns,
+            group or columns,
+            group - kept,
+            GROUPED=group > 0,
+            R=height,
+            C=width,
+            num_warps=min(max(height * width // _TILE, 1), 32),
+            enable_fp_fusion=False,  # the CPU rounds a product before it subtracts it
+        )
 
 
 @triton.jit
@@ -133,11 +134,17 @@ def mark_lowest(scores: torch.Tensor, lowest: torch.Tensor, counts: torch.Tensor
 
     Scores are float32 and not negative. All tensors are contiguous.
     """
-    rows, columns = scores.shape
     marks = lowest.view(torch.int8)
-    if columns > _LONGEST:
-        _mark_long(scores, marks, counts)
-        return
+    with torch.cuda.device_of(scores):
+        if scores.shape[1] > _LONGEST:
+            _mark_long(scores, marks, counts)
+        else:
+            _mark_short(scores, marks, counts)
+
+
+def _mark_short(scores: torch.Tensor, marks: torch.Tensor, counts: torch.Tensor) -> None:
+    """Mark the lowest scores of rows that one program holds in registers."""
+    rows, columns = scores.shape
     width = triton.next_power_of_2(columns)
     height = max(_TILE // width, 1)
     _mark[(triton.cdiv(rows, height),)](
@@ -245,23 +252,24 @@ def add_product(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
     """
     depth, columns = a.shape
     rows = b.shape[1]
-    _add_product[(triton.cdiv(columns, _OUT), triton.cdiv(rows, _ROW_TILE))](
-        out,
-        a,
-        b,
-        columns,
-        rows,
-        depth,
-        out.stride(0),
-        a.stride(0),
-        a.stride(1),
-        b.stride(0),
-        M=_OUT,
-        N=_ROW_TILE,
-        K=_DEPTH,
-        num_warps=4,
-        enable_fp_fusion=True,
-    )
+    with torch.cuda.device_of(out):
+        _add_product[(triton.cdiv(columns, _OUT), triton.cdiv(rows, _ROW_TILE))](
+            out,
+            a,
+            b,
+            columns,
+            rows,
+            depth,
+            out.stride(0),
+            a.stride(0),
+            a.stride(1),
+            b.stride(0),
+            M=_OUT,
+            N=_ROW_TILE,
+            K=_DEPTH,
+            num_warps=4,
+            enable_fp_fusion=True,
+        )
 
 
 @triton.jit
