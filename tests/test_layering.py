@@ -24,6 +24,7 @@ ROOMS = {
         "kernels.sparse_cpu",
         "threads",
         "torch_settings",
+        "processors",
         "gaussian",
         "histograms",
         "wasserstein",

@@ -17,7 +17,6 @@ Rows are ``(tokens, neurons)``. The first dimension of every tensor of the state
 
 import dataclasses
 import functools
-import importlib.util
 import math
 from collections.abc import Callable
 from typing import Self
@@ -31,6 +30,7 @@ from scipy.signal import find_peaks
 from entangle.numerics import threads as _threads  # noqa: F401
 from entangle.numerics.kernels.bins import HALF_RANGE, MAX_BINS, MAX_EXCESS, MAX_SQUARES, STEPS
 from entangle.numerics.kernels.histograms_cpu import add_rows
+from entangle.numerics.processors import Kernels, kernels_of
 
 MAX_TOKENS = 2**31 - 1  # counts are int32
 _EXACT_ROWS = 2**18  # float64 holds the sum of this many (q + ½)² exactly
@@ -167,7 +167,7 @@ class Histograms:
         self._check(pilot)
         if len(pilot if places is None else places) == 0:
             raise ValueError("the pilot has no rows: the first batch needs a counted token")
-        if _kind(pilot) == "cpu" and torch.isfinite(self.center).any():
+        if kernels_of(pilot.device) == "numba" and torch.isfinite(self.center).any():
             raise RuntimeError("the bins are already placed: call start only once, before add")
         mean, std = _mean_and_std(pilot.detach(), places)
         std = torch.where(torch.isfinite(std) & torch.isfinite(mean), std, 0.0)
@@ -197,17 +197,17 @@ class Histograms:
             ValueError: the rows have another number of neurons.
         """
         self._check(rows)
-        kind, rows = _kind(rows), rows.detach()
-        if kind == "cpu" and self.neurons:
+        kernels, rows = kernels_of(rows.device), rows.detach()
+        if kernels == "numba" and self.neurons:
             if torch.isnan(self.center[0]):
                 raise RuntimeError(_NOT_PLACED)
             _check_tokens(int(self.count[0]) + len(rows if places is None else places))
         if places is None:
             for part in rows.split(_EXACT_ROWS):
-                _adder(kind)(self, part, None)
+                _adder(kernels)(self, part, None)
         else:
             for some in places.split(_EXACT_ROWS):
-                _adder(kind)(self, rows, some)
+                _adder(kernels)(self, rows, some)
 
     def _mark_nonfinite(self) -> None:
         """Make the ends NaN where values are not finite: processors order such values differently."""
@@ -382,17 +382,12 @@ def _check_tokens(count: int) -> None:
         raise OverflowError(f"a histogram counts at most {MAX_TOKENS} tokens, got {count}")
 
 
-def _kind(tensor: torch.Tensor) -> str:
-    """Return the kind of a tensor's device, such as cpu or cuda."""
-    return tensor.device.type
-
-
 @functools.cache
-def _adder(kind: str) -> Add:
-    """Return the function that adds rows on a kind of device: by Numba, Triton or plain torch."""
-    if kind == "cpu":
+def _adder(kernels: Kernels) -> Add:
+    """Return the function that adds rows by these kernels."""
+    if kernels == "numba":
         return _add_numba
-    if kind != "cuda" or importlib.util.find_spec("triton") is None:
+    if kernels == "torch":
         return _add_torch
     from entangle.numerics.kernels import histograms_triton
 

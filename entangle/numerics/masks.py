@@ -9,11 +9,10 @@ experts give a pruned copy for each expert ``(experts, neurons, inputs)``.
 
 Guarantees (checked by ``tests/numerics/test_masks.py``): the pruned count is exact, on ties too.
 With ``mask="row"`` a neuron's result has the same bits whatever other neurons or experts are pruned
-with it, and at whatever sparsity. This holds on a CPU and with CUDA: there no sum depends on the
-number of rows or experts. On other devices torch multiplies, and the last bits may depend on it.
+with it, and at whatever sparsity. This holds for the kernels of Numba and Triton, in which no sum
+depends on the number of rows or experts. Where plain torch multiplies, the last bits may depend on it.
 
-A CPU runs the kernels of `masks_cpu`, CUDA (also ROCm) those of `masks_triton`, and other devices
-run torch.
+The kernels are in `masks_cpu` and, for CUDA and ROCm, in `masks_triton` (see `processors`).
 
 Sources: Wanda, arXiv 2306.11695, eq. 1; SparseGPT, arXiv 2301.00774, section 3 and algorithm 1.
 """
@@ -27,6 +26,7 @@ import torch
 from entangle.numerics import threads as _threads  # noqa: F401
 from entangle.numerics.kernels.masks_cpu import TILE, mark_lowest, solve_block
 from entangle.numerics.moments import InputMoments, inverse_factor
+from entangle.numerics.processors import kernels_of
 from entangle.numerics.sparsity import Mask, Method, Sparsity
 
 BLOCK = 128  # columns that SparseGPT solves together, as published
@@ -166,12 +166,13 @@ def _lowest(scores: torch.Tensor, count: int | torch.Tensor) -> torch.Tensor:
     if isinstance(count, int):
         count = torch.full((), count, device=device)  # a copy from the host would wait for the GPU
     counts = count.to(device).expand(scores.shape[:-1])
-    if device.type not in {"cpu", "cuda"}:
+    kernels = kernels_of(device)
+    if kernels == "torch":
         return _lowest_torch(scores, counts)
     flat = scores.detach().reshape(-1, scores.shape[-1]).contiguous()
     lowest = torch.empty_like(flat, dtype=torch.bool)
     rows = counts.reshape(-1).contiguous()
-    if device.type == "cpu":
+    if kernels == "numba":
         mark_lowest(flat.numpy(), lowest.numpy(), rows.numpy())
     else:
         _triton_kernels().mark_lowest(flat, lowest, rows)
@@ -291,7 +292,7 @@ def _spread(
 
 def _add_product(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
     """Add aᵀb to ``out`` (columns, rows); a row has the same bits whatever rows are beside it."""
-    if out.device.type == "cuda":
+    if kernels_of(out.device) == "triton":
         _triton_kernels().add_product(out, a, b)
     else:
         out.addmm_(a.T, b)
@@ -305,10 +306,11 @@ def _solve(
     sparsity: Sparsity,
 ) -> None:
     """Solve a block (experts, columns, rows) in place, see `masks_cpu.solve_block`."""
-    if block.device.type == "cpu":
+    kernels = kernels_of(block.device)
+    if kernels == "numba":
         arrays = (tensor.numpy() for tensor in (block, pruned, square, counts))
         solve_block(*arrays, sparsity.kept, sparsity.group)  # type: ignore[call-arg]
-    elif block.device.type == "cuda":
+    elif kernels == "triton":
         kept, group = sparsity.kept, sparsity.group
         _triton_kernels().solve_block(block, pruned, square, counts, kept, group)
     else:

@@ -720,7 +720,7 @@ def test_on_a_gpu_no_hook_waits_and_the_state_is_the_cpus(
             add(self, layer, rows, places)
 
     monkeypatch.setattr(Recorder, "add", adding)
-    monkeypatch.setattr(histograms, "_kind", lambda _: "cuda")
+    monkeypatch.setattr(histograms, "kernels_of", lambda _: "triton")
     with record(model, names, skip_first=1) as recorder, torch.inference_mode():
         waits.seen.clear()
         for ids, mask in zip(batches, masks, strict=True):
