@@ -275,7 +275,7 @@ def check_pruned(pruned: torch.Tensor, weight: torch.Tensor, moments: InputMomen
     assert not rows, f"{rows} of {len(weight)} rows have another number of zeros than the CPU's"
     moved = float((ours != theirs).double().mean())
     assert moved <= MOVED, (
-        f"{moved:.3%} of the mask's places differ from the CPU's, limit {MOVED:%}"
+        f"{moved:.3%} of the mask's places differ from the CPU's, limit {MOVED:.1%}"
     )
     error, expected = (float(output_energy(weight - one, moments).sum()) for one in (pruned, host))
     away = abs(error / expected - 1)
