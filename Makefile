@@ -121,7 +121,7 @@ check: .venv/installed ## check lint and types
 	$(BIN)/mypy
 	@for script in data/*/prepare.py; do $(BIN)/mypy $$script || exit; done
 
-bench: data ## run the benchmarks
+bench: data ## run the benchmarks (on a GPU: python benchmarks/gpu.py)
 	$(BIN)/python -m benchmarks.measure
 	$(BIN)/python -m benchmarks.prune
 	$(BIN)/python -m benchmarks.expand

@@ -17,11 +17,10 @@ import numpy as np
 import ot
 import torch
 from scipy import stats
-from transformers import PreTrainedModel
 
 import entangle
-from benchmarks.timing import machine, side_by_side
-from entangle.model.hooks import backbone_of, recording_outputs
+from benchmarks.timing import forward, machine, side_by_side
+from entangle.model.hooks import recording_outputs
 from entangle.model.layers import find_layers
 from entangle.numerics import gaussian, wasserstein
 from entangle.numerics.histograms import Histograms
@@ -75,12 +74,6 @@ def recording() -> None:
         name="seconds",
         base="plain forward pass",
     )
-
-
-def forward(model: PreTrainedModel, tokens: torch.Tensor) -> None:
-    """Run the model without its output embedding, as `measure` does."""
-    with torch.inference_mode():
-        backbone_of(model)(input_ids=tokens, use_cache=False)
 
 
 @numba.njit(parallel=True, nogil=True)

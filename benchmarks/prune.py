@@ -33,14 +33,20 @@ def main() -> None:
     experts(2048, 512, Sparsity(0.5))
 
 
-def problem(neurons: int, inputs: int, seed: int = 0) -> tuple[torch.Tensor, InputMoments]:
+def problem(
+    neurons: int, inputs: int, seed: int = 0, *, device: torch.device | str = "cpu"
+) -> tuple[torch.Tensor, InputMoments]:
     """Return a weight and the moments of inputs that depend on each other, four times as many."""
-    generator = torch.Generator().manual_seed(seed)
-    mixing = torch.randn(inputs, inputs, generator=generator)
-    moments = InputMoments.zeros(inputs)
-    moments.add(torch.randn(4 * inputs, inputs, generator=generator) @ mixing)
+
+    def draw(rows: int, generator: torch.Generator) -> torch.Tensor:
+        return torch.randn(rows, inputs, generator=generator, device=device)
+
+    generator = torch.Generator(device).manual_seed(seed)
+    mixing = draw(inputs, generator)
+    moments = InputMoments.zeros(inputs, device=device)
+    moments.add(draw(4 * inputs, generator) @ mixing)
     # The weight is that of all seeds: experts differ in their moments.
-    return torch.randn(neurons, inputs, generator=torch.Generator().manual_seed(1)), moments
+    return draw(neurons, torch.Generator(device).manual_seed(1)), moments
 
 
 def published_factor(gram: torch.Tensor) -> torch.Tensor:

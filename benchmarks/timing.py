@@ -1,4 +1,4 @@
-"""Timing of cases in turns, for all benchmarks."""
+"""Timing of cases in turns, and the forward pass that is timed."""
 
 import platform
 import statistics
@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
+from entangle.model.hooks import backbone_of
 from entangle.runs.setup import versions
 
 ROUNDS = 7
@@ -28,12 +30,23 @@ def _processor() -> list[str]:
 
 
 def side_by_side(cases: dict[str, Callable[[], Any]], rounds: int = ROUNDS) -> dict[str, float]:
-    """Return each case's median seconds; the cases take turns, after one turn to warm up."""
+    """Return each case's median seconds; the cases take turns, after one turn to warm up.
+
+    A case ends when its work on a GPU has ended too.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in cases}
     for turn in range(rounds + 1):
         for name, case in cases.items():
             start = time.perf_counter()
             case()
+            if torch.cuda.is_initialized():
+                torch.cuda.synchronize()
             if turn:
                 seconds[name].append(time.perf_counter() - start)
     return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def forward(model: PreTrainedModel, tokens: torch.Tensor) -> None:
+    """Run the model without its output embedding, as `measure` does."""
+    with torch.inference_mode():
+        backbone_of(model)(input_ids=tokens, use_cache=False)
