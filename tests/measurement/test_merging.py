@@ -191,7 +191,7 @@ def test_a_whole_run_is_no_shard(place: Path, tmp_path: Path) -> None:
         ({"layers": "*.mlp.*"}, r"layers .*\['\*\.mlp\.\*'\].+\['\*'\]"),
         ({"command": "otherwise"}, "command .*'otherwise'.*'as said'"),
         ({"bins": 64, "command": "otherwise"}, r"bins\D+64\D+1024\b"),  # what is otherwise
-        ({"seed": 1}, "weights .*'[0-9a-f]{8}.*'[0-9a-f]{8}"),
+        ({"seed": 1}, "weights .*'xxh3-128:[0-9a-f]{8}.*'xxh3-128:[0-9a-f]{8}"),
         ({"text": 1}, "fingerprint .*'[0-9a-f]{8}.*'[0-9a-f]{8}"),
         ({"windows": 6}, r"available_windows\D+6\D+7\b"),
         ({"name": "gpt2"}, "class .*'GPT2LMHeadModel'.*'LlamaForCausalLM'"),

@@ -18,6 +18,7 @@ from accelerate.utils import OffloadedWeightsLoader
 from transformers import PreTrainedModel
 
 import entangle
+from entangle.model.folders import new_file
 from entangle.model.layers import LinearLayer, find_blocks, find_layers, weight_of
 from entangle.model.loading import load_model, save_model
 from entangle.pruning import block as pruned_block
@@ -456,8 +457,10 @@ def test_killed_after_a_block_it_ends_with_the_same_bytes(tmp_path: Path) -> Non
 def test_killed_while_a_block_is_written_it_goes_on(models: Path, tmp_path: Path) -> None:
     """What `folders.new_file` leaves of a file when the process is killed is no finished block."""
     interrupted(loaded(models, "gpt2"), tmp_path / "run", 1)
-    (tmp_path / "run.partial" / "blocks" / "1.partial.json").write_text('{"rows": [')
-    (tmp_path / "run.partial" / "blocks" / "1.partial.safetensors").write_bytes(b"cut off")
+    kept = tmp_path / "run.partial" / "blocks"
+    for name, data in [("1.json", b'{"rows": ['), ("1.safetensors", b"cut off")]:
+        half = new_file(kept / name)
+        half.__enter__().write_bytes(data)  # and no exit
     with pruning() as blocks:
         sparsify(loaded(models, "gpt2"), tmp_path / "run")
     assert blocks == [1]
