@@ -299,7 +299,7 @@ def load_tokenizer(
     source, options = source_of(name, revision, trust_remote_code)
     words: set[str] | None = None
     try:
-        with explained(f"the tokenizer of {name}"):
+        with explained(name, "tokenizer"):
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, **options)
             added: dict[str, int] = getattr(tokenizer, "get_added_vocab", dict)()
             words = {*tokenizer.get_vocab()} - {*tokenizer.all_special_tokens} - {*added}
@@ -388,8 +388,8 @@ def source_of(
 
 
 @contextmanager
-def explained(name: str | Path) -> Iterator[None]:
-    """Turn any error of transformers into one message.
+def explained(name: str | Path, part: str = "") -> Iterator[None]:
+    """Turn any error of transformers into one message; ``part`` is what is loaded of the model.
 
     Raises:
         ValueError: loading failed; the message quotes the first 300 characters of the error.
@@ -403,4 +403,5 @@ def explained(name: str | Path) -> Iterator[None]:
             else "there is no such folder, and transformers cannot load it from the hub"
         )
         reason = textwrap.shorten(str(error) or type(error).__name__, 300, placeholder=" ...")
-        raise ValueError(f"cannot load {name}: {problem}: {reason}") from error
+        what = f"the {part} of {name}" if part else name
+        raise ValueError(f"cannot load {what}: {problem}: {reason}") from error

@@ -358,7 +358,7 @@ def test_a_damaged_model_is_refused(
 
 def test_a_damaged_tokenizer_is_refused(folder: Path) -> None:
     (folder / "tokenizer.json").write_text('{"model": 1}')
-    with pytest.raises(ValueError, match=f"load the tokenizer of {folder}: .*transformers"):
+    with pytest.raises(ValueError, match=f"load the tokenizer of {folder}: transformers failed: "):
         load_tokenizer(folder)
 
 
