@@ -39,6 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = argparse.Namespace(**vars(args), command_line=command_line(args))
 
     heard: list[int] = []  # the signals that end the command
+    hook = sys.unraisablehook
 
     def stop(signum: int, frame: FrameType | None) -> None:
         if _ignores_exit(frame):  # try again soon
@@ -46,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             threading.Timer(0.05, signal.pthread_kill, [main_thread, signum]).start()
             return
         heard.append(signum)
+        sys.unraisablehook = lambda _: None  # destructors of what was only half made may fail
         if signum == signal.SIGINT:
             signal.default_int_handler(signum, frame)
         sys.stderr.write(f"entangle: terminated: {_state(args)}\n")
@@ -77,6 +79,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if heard:
             return _fail(args, f"interrupted: {_state(args)}", 130)
         return _fail(args, *_problem(error))
+    finally:
+        sys.unraisablehook = hook
     return 0
 
 

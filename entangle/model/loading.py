@@ -303,6 +303,7 @@ def load_tokenizer(
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, **options)
             added: dict[str, int] = getattr(tokenizer, "get_added_vocab", dict)()
             words = {*tokenizer.get_vocab()} - {*tokenizer.all_special_tokens} - {*added}
+            tokenizer("a", verbose=False)  # some wrong settings fail only here
     except ValueError:
         folder = Path(name)
         if not folder.is_dir() or any(VOCABULARY.search(file.name) for file in folder.iterdir()):

@@ -362,6 +362,13 @@ def test_a_damaged_tokenizer_is_refused(folder: Path) -> None:
         load_tokenizer(folder)
 
 
+def test_a_tokenizer_that_cannot_read_a_text_is_refused(folder: Path) -> None:
+    file = folder / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"model_max_length": {}}))
+    with pytest.raises(ValueError, match=f"load the tokenizer of {folder}: transformers failed: "):
+        load_tokenizer(folder)
+
+
 # What some of the tokenizers of transformers read; None: they read no file.
 VOCABULARIES = {
     "BertTokenizer": "vocab.txt",
