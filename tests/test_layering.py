@@ -103,7 +103,7 @@ ROOMS = {
 ORDER = [f"entangle.{room}.{module}" for room, modules in ROOMS.items() for module in modules]
 PACKAGES = {f"entangle.{room}" for room in ROOMS} | {"entangle.numerics.kernels"}
 MODULES = {name.rpartition(".")[2] for name in ORDER} | set(ROOMS)
-OPTIONAL = {"datasets", "ot", "pyarrow", "resource"}
+OPTIONAL = {"datasets", "ot", "pyarrow", "resource", "triton"}
 TRITON = re.compile(r"entangle\.numerics\.kernels\.\w+_triton")  # these import it at their top
 LAZY = {
     "entangle",

@@ -130,8 +130,11 @@ class ExpertMoments:
         rows = torch.cat(self._buffer)
         self._buffer.clear()
         chosen = self._assign(rows)
-        for index in range(len(self._moments.count)):
-            self._moments.expert(index).add(rows[chosen == index])
+        # Sorted, so that a GPU waits for the host once and not for each expert.
+        counts = chosen.bincount(minlength=len(self._moments.count)).tolist()
+        of_experts = rows[chosen.argsort(stable=True)].split(counts)
+        for index, own in enumerate(of_experts):
+            self._moments.expert(index).add(own)
 
 
 def output_energy(weight: torch.Tensor, moments: InputMoments) -> torch.Tensor:

@@ -2,24 +2,52 @@
 
 import functools
 import importlib.util
+import subprocess
+import warnings
 from typing import Literal
 
 import torch
 
 Kernels = Literal["numba", "triton", "torch"]
 
+_OLDEST = (7, 0)  # compute capability of a card of NVIDIA that Triton compiles for
+
 
 def kernels_of(device: torch.device) -> Kernels:
     """Return which kernels run on a device.
 
     These are Numba's on the CPU, Triton's with CUDA and ROCm, and plain torch elsewhere. Triton
-    comes with torch for Linux; where it is missing, as on Windows, torch takes its place.
+    comes with torch for Linux. Where it is missing, as on Windows, or cannot compile, torch takes
+    its place; a warning says why it cannot.
     """
     if device.type == "cpu":
         return "numba"
-    return "triton" if device.type == "cuda" and _has_triton() else "torch"
+    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
+        return "torch"
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return "triton" if _problem(index) is None else "torch"
 
 
 @functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+def _problem(index: int) -> str | None:
+    """Return why Triton cannot compile for a card, or None; warn of it once."""
+    import triton
+
+    problem = None
+    capability = torch.cuda.get_device_capability(index)
+    if torch.version.hip is None and capability < _OLDEST:
+        problem = (
+            f"it needs compute capability 7.0, and the card has {'.'.join(map(str, capability))}"
+        )
+    else:
+        try:
+            triton.runtime.driver.active.get_current_target()  # compiles a part in C
+        except (RuntimeError, OSError, subprocess.CalledProcessError) as error:
+            problem = f"{error}. Install a C compiler (gcc) and the headers of Python"
+    if problem:
+        warnings.warn(
+            f"Triton cannot be used on {torch.cuda.get_device_name(index)}: {problem}. Plain torch "
+            "takes its place, which is many times slower",
+            stacklevel=2,
+        )
+    return problem

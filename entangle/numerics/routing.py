@@ -23,6 +23,7 @@ from threadpoolctl import threadpool_limits
 from torch import nn
 
 from entangle.numerics.clustering import kmeans, krylov_size, principal_axes
+from entangle.numerics.torch_settings import float32_is_exact, torch_defaults
 
 Array = npt.NDArray[np.float64]
 Floats = npt.NDArray[np.float32]
@@ -155,9 +156,9 @@ class CentroidRouter(Router):
 
     def assign(self, rows: torch.Tensor) -> torch.Tensor:
         """Return the expert (tokens,) int64 of each row (tokens, inputs)."""
-        kind = rows.device.type
-        lower = torch.is_autocast_enabled(kind)  # bfloat16 would choose other experts
-        with torch.autocast(kind, enabled=False) if lower else nullcontext():
+        # A shorter format of numbers would choose other experts.
+        lower = torch.is_autocast_enabled(rows.device.type) or not float32_is_exact()
+        with torch_defaults() if lower else nullcontext():
             return torch.addmm(self.bias, rows.float(), self.matrix).argmax(dim=1)
 
     @property

@@ -22,6 +22,7 @@ _PRODUCTS = {
     "allow_bf16_reduced_precision_reduction": True,
     "allow_fp16_accumulation": False,
 }
+_SPLIT_K = "_split_k"  # ends the name of the second half of a setting, which the first half resets
 
 
 @contextmanager
@@ -56,7 +57,10 @@ def _products() -> Iterator[None]:
     both: tuple[Any, Any] = gpu, getattr(torch.backends.mkldnn, "matmul", None)
     of_backends = [backend for backend in both if hasattr(backend, "fp32_precision")]
     precisions = [backend.fp32_precision for backend in of_backends]
-    reductions = {name: getattr(gpu, name) for name in _PRODUCTS if hasattr(gpu, name)}
+    reductions: dict[str, Any] = {}
+    for name in (name for name in _PRODUCTS if hasattr(gpu, name)):
+        halves = [getattr(gpu, one) for one in (name, name + _SPLIT_K) if hasattr(gpu, one)]
+        reductions[name] = tuple(halves) if len(halves) > 1 else halves[0]
     torch.set_float32_matmul_precision("highest")
     for name in reductions:
         setattr(gpu, name, _PRODUCTS[name])
@@ -69,6 +73,14 @@ def _products() -> Iterator[None]:
             backend.fp32_precision = one
         for name, value in reductions.items():
             setattr(gpu, name, value)
+
+
+def float32_is_exact() -> bool:
+    """Return whether torch computes products of float32 in float32, not in a shorter format."""
+    try:
+        return torch.get_float32_matmul_precision() == "highest"
+    except RuntimeError:  # the user has set torch's new setting, see `_products`
+        return False
 
 
 def with_torch_defaults(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:

@@ -13,7 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import entangle
 from entangle.model.layers import find_layers, weight_of
-from entangle.numerics.torch_settings import with_torch_defaults
+from entangle.numerics.routing import fit_router
+from entangle.numerics.torch_settings import torch_defaults, with_torch_defaults
 from tests.numerics.test_histograms import assert_same, by_torch, wild
 from tests.pruning.test_sparsifying import random_windows
 from tests.tiny_models import tiny_model
@@ -151,6 +152,31 @@ def test_each_product_of_a_pruning_is_of_float32(name: str) -> None:
         assert {fp32, on_cpu} <= {"ieee", None}  # None: torch before 2.9
         assert sums == [True, True, False]
         assert (autocast, dtype) == (False, torch.float32)
+
+
+def test_a_router_that_is_called_by_itself_multiplies_in_float32() -> None:
+    rows = torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
+    router = fit_router(rows, 3)
+    expected = router.assign(rows)
+    for set_ in (SETTINGS["precision"], lambda: product_setting("the new precision")):
+        with set_(), Products() as products:
+            assert torch.equal(router.assign(rows), expected)
+        (precision, tf32, *_) = products.seen["addmm"]
+        assert (precision, tf32) == ("highest", False)
+
+
+@pytest.mark.parametrize("name", ON_GPUS[2:4])
+def test_both_halves_of_a_setting_come_back(name: str) -> None:
+    matmul, split_k = torch.backends.cuda.matmul, f"{name}_split_k"
+    if not hasattr(matmul, split_k):
+        pytest.skip("this version of torch has one half")
+    setattr(matmul, name, (False, False))
+    try:
+        with torch_defaults():
+            assert (getattr(matmul, name), getattr(matmul, split_k)) == (True, True)
+        assert (getattr(matmul, name), getattr(matmul, split_k)) == (False, False)
+    finally:
+        setattr(matmul, name, True)
 
 
 def test_the_settings_hold_in_threads_that_a_function_starts() -> None:

@@ -151,7 +151,12 @@ def _add_rows(  # type: ignore[no-untyped-def]
     first_sum = tl.sum(sum_q.to(tl.int64), 0)
     h_sum = tl.sum(sum_h, 0)
     squares = 65536.0 * tl.sum(sum_upper.to(tl.float64), 0) + tl.sum(sum_lower.to(tl.float64), 0)
-    third = 2.0 * tl.sum(sum_qh.to(tl.float64), 0) + h_sum + first_sum * 0.25 + tokens * 0.125
+    third = (
+        2.0 * tl.sum(sum_qh.to(tl.float64), 0)
+        + h_sum
+        + first_sum.to(tl.float64) * 0.25
+        + tokens * 0.125
+    )
     _increase(count + n, tokens, ok)
     _increase(steps + 2 * n, first_sum, ok)
     _increase(steps + 2 * n + 1, 2 * h_sum, ok)

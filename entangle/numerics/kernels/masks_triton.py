@@ -4,7 +4,8 @@ Every sum has an order that does not depend on the number of rows or experts. So
 the same bits whatever rows and experts are beside it. All products are of float32.
 
 `solve_block` and `mark_lowest` give the bits of `masks_cpu` for the same numbers: they divide by IEEE
-754 and round each product before they subtract it. `TRITON_INTERPRET=1` runs them on tensors of the
+754 and round each product before they subtract it. (On a GPU, Triton before 3.6 divides with 0 in
+place of numbers below 1.2e-38.) `TRITON_INTERPRET=1` runs them on tensors of the
 CPU.
 """
 
@@ -14,6 +15,7 @@ import triton.language as tl
 
 _ROWS = 8  # of a tile that one warp solves: 32 bytes of each column
 _TILE = 1024  # values of a tile for each warp, so that a thread holds 32 of them in registers
+_WARPS = 16  # of a program at most: 1,024 threads where a warp has 64, as on some cards of AMD
 _LONGEST = 32_768  # a row of scores that one program holds in registers
 _CHUNK = 4096  # scores of a longer row that one program reads
 _DIGITS = tl.constexpr(2048)  # of the bits of a score: three digits of 11, 10 and 10 bits
@@ -50,7 +52,7 @@ def solve_block(
             GROUPED=group > 0,
             R=height,
             C=width,
-            num_warps=min(max(height * width // _TILE, 1), 32),
+            num_warps=min(max(height * width // _TILE, 1), _WARPS),
             enable_fp_fusion=False,  # the CPU rounds a product before it subtracts it
         )
 
@@ -155,7 +157,7 @@ def _mark_short(scores: torch.Tensor, marks: torch.Tensor, counts: torch.Tensor)
         columns,
         R=height,
         C=width,
-        num_warps=min(max(width // _TILE, 1), 32),
+        num_warps=min(max(width // _TILE, 1), _WARPS),
         enable_fp_fusion=False,
     )
 
@@ -184,7 +186,7 @@ def _mark_long(scores: torch.Tensor, lowest: torch.Tensor, counts: torch.Tensor)
     ties = torch.empty(rows, chunks, dtype=torch.int32, device=scores.device)
     arguments = (scores, counts, tallies, ties, lowest, columns, chunks)
     for step in range(5):  # three digits; the ties of each chunk; the marks
-        _mark_chunk[(chunks, rows)](
+        _mark_chunk[(rows, chunks)](
             *arguments,
             STEP=step,
             CHUNK=_CHUNK,
@@ -207,8 +209,8 @@ def _mark_chunk(  # type: ignore[no-untyped-def]
     CHUNK: tl.constexpr,
     CHUNKS: tl.constexpr,
 ):
-    chunk = tl.program_id(0)
-    row = tl.program_id(1).to(tl.int64)
+    chunk = tl.program_id(1)
+    row = tl.program_id(0).to(tl.int64)
     i = chunk * CHUNK + tl.arange(0, CHUNK)
     real = i < columns
     bits = tl.load(scores + row * columns + i, mask=real, other=0.0).to(tl.int32, bitcast=True)
