@@ -4,6 +4,7 @@ The commands run in forks of this process, which has imported all and runs nothi
 torchrun its agent is a fork too, and it forks the ranks.
 """
 
+import faulthandler
 import functools
 import os
 import random
@@ -77,6 +78,7 @@ class Child:
                     os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
                 os.chdir(folder)
                 os.setsid()  # with what it starts
+                faulthandler.enable()  # if it hangs, SIGABRT shows where
                 measuring.SECONDS = 0.0  # states are saved as often as may be
                 code = run()
             except SystemExit as stopped:
@@ -102,10 +104,11 @@ class Child:
         return self.code
 
     def kill(self, number: signal.Signals, *, group: bool = False) -> None:
-        if group and os.getpgid(self.pid) == self.pid:  # it has called setsid
-            os.killpg(self.pid, number)
-        else:
-            os.kill(self.pid, number)
+        try:
+            (os.killpg if group else os.kill)(self.pid, number)
+        except ProcessLookupError:
+            if self.code is None:  # it has not called setsid yet
+                os.kill(self.pid, number)
 
     @property
     def text(self) -> str:
@@ -161,6 +164,8 @@ class Kills:
     def _finish(child: Child, codes: set[int]) -> None:
         code = child.wait(SECONDS)
         if code is None:
+            child.kill(signal.SIGABRT)
+            child.wait(10)
             child.kill(signal.SIGKILL, group=True)
             child.wait(SECONDS)
         assert code in codes, f"exit code {code}: {child.text[-2000:]}"
@@ -295,8 +300,5 @@ def _one_rank(child: Child, rng: random.Random) -> int | None:
 
 def _kill_group(child: Child) -> None:
     """Kill what outlives torchrun."""
-    try:
-        child.kill(signal.SIGKILL, group=True)
-    except ProcessLookupError:
-        return
+    child.kill(signal.SIGKILL, group=True)
     time.sleep(0.05)
