@@ -10,6 +10,7 @@ import os
 import random
 import shutil
 import signal
+import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -19,6 +20,7 @@ from pathlib import Path
 import torch
 from torch import distributed
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from tqdm import tqdm
 
 from entangle.measurement import measuring
 from entangle.model import folders, ranks
@@ -79,6 +81,8 @@ class Child:
                 os.chdir(folder)
                 os.setsid()  # with what it starts
                 faulthandler.enable()  # if it hangs, SIGABRT shows where
+                # tqdm's own lock is shared by all forks: a killed one would keep it for ever.
+                tqdm.set_lock(threading.RLock())
                 measuring.SECONDS = 0.0  # states are saved as often as may be
                 code = run()
             except SystemExit as stopped:
