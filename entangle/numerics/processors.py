@@ -22,15 +22,17 @@ def kernels_of(device: torch.device) -> Kernels:
     """
     if device.type == "cpu":
         return "numba"
-    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
+    if device.type != "cuda":
         return "torch"
     index = torch.cuda.current_device() if device.index is None else device.index
-    return "triton" if _problem(index) is None else "torch"
+    return "triton" if _runs_triton(index) else "torch"
 
 
-@functools.cache
-def _problem(index: int) -> str | None:
-    """Return why Triton cannot compile for a card, or None; warn of it once."""
+@functools.cache  # each batch asks for each layer
+def _runs_triton(index: int) -> bool:
+    """Return whether Triton is installed and can compile for a card; warn if it cannot."""
+    if importlib.util.find_spec("triton") is None:
+        return False
     import triton
 
     problem = None
@@ -50,4 +52,4 @@ def _problem(index: int) -> str | None:
             "takes its place, which is many times slower",
             stacklevel=2,
         )
-    return problem
+    return problem is None

@@ -13,9 +13,9 @@ CARD = torch.device("cuda", 0)
 
 @pytest.fixture(autouse=True)
 def _first_time() -> Iterator[None]:
-    processors._problem.cache_clear()
+    processors._runs_triton.cache_clear()
     yield
-    processors._problem.cache_clear()
+    processors._runs_triton.cache_clear()
 
 
 def test_each_kind_of_device_has_its_kernels() -> None:
