@@ -29,6 +29,10 @@ COSTS = (
 TEXT = {*OPTIONS} - {"experts"} | {
     "problem"
 }  # columns of text, in which an empty cell is an empty string
+_MLP_ERROR = (
+    "MLP error is the relative squared error of a token's hidden states behind a block, before and "
+    "after the block's MLP is reconstructed, on held-out calibration tokens, mean over layers. "
+)
 Losses = npt.NDArray[np.float64]
 
 
@@ -56,10 +60,11 @@ def tables_of(results: Sequence[Mapping[str, Any]]) -> tuple[pd.DataFrame, pd.Da
         means = dict.fromkeys(
             ("error", "held_out_error"), 0.0 if result is results[0] else math.nan
         )
+        means |= dict.fromkeys(("mlp_error_before", "mlp_error"), math.nan)
         damping, improvements = 0.0 if result is results[0] else math.nan, {}
         ranges = dict.fromkeys(("least", "most", "least_layer", "most_layer"), math.nan)
         if len(pruned):
-            means = {name: float(pruned[name].astype(float).mean()) for name in means}
+            means |= {n: float(pruned[n].astype(float).mean()) for n in means if n in pruned}
             damping = pruned["damping"].max()
             if "least" in pruned:
                 ranges = {"least": pruned["least"].min(), "most": pruned["most"].max()}
@@ -85,6 +90,8 @@ def tables_of(results: Sequence[Mapping[str, Any]]) -> tuple[pd.DataFrame, pd.Da
             "against_uniform_error": uniform.nats_error if uniform else math.nan,
             "layer_error": means["error"],
             "held_out_error": means["held_out_error"],
+            "mlp_error_before": means["mlp_error_before"],
+            "mlp_error": means["mlp_error"],
             "improvement": _median(improvements.get("improvement")),
             "held_out_improvement": _median(improvements.get("held_out_improvement")),
             "damping": damping,
@@ -181,7 +188,9 @@ def markdown(table: pd.DataFrame) -> str:
         "± is the standard error over windows. Difference and ratio compare with the dense model, and "
         "`against uniform rows` with the arm with uniform rows, paired by window. Layer error is the "
         "relative squared error of the layers' outputs on the calibration inputs, mean over layers; "
-        "held out is the same on held-out inputs. Multiply-adds are those of a token in the pruned "
+        "held out is the same on held-out inputs. "
+        + (_MLP_ERROR if table["mlp_error"].notna().any() else "")
+        + "Multiply-adds are those of a token in the pruned "
         "layers and their routers, divided by those of the dense layers. Stored is the number of "
         "non-zero weights of all experts, divided by the number of weights of the dense layers. Disk "
         "and memory are the sizes of the pruned layers.",
@@ -199,6 +208,7 @@ def markdown(table: pd.DataFrame) -> str:
     if not len(mixtures):
         names.remove("experts")
     improved = table["held_out_improvement"].notna().any()
+    reconstructed = table["mlp_error"].notna().any()
     heads = [
         "realised",
         *(["of rows", "of layers"] if budgeted else []),
@@ -209,6 +219,7 @@ def markdown(table: pd.DataFrame) -> str:
         "layer error",
         "held out",
     ]
+    heads += ["MLP error before", "after"] if reconstructed else []
     heads += ["improvement"] if improved else []
     heads += ["multiply-adds", "stored", "disk", "memory"]
     rows = [[*names, *heads]]
@@ -228,8 +239,10 @@ def markdown(table: pd.DataFrame) -> str:
             f"{row['layer_error']:.4g}",
             f"{row['held_out_error']:.4g}",
         ]
+        tuned = [row["mlp_error_before"], row["mlp_error"]]
+        cells += [_number(one, ".4g") for one in tuned] if reconstructed else []
         gain = row["held_out_improvement"]
-        cells += [f"{gain:.3f}" if math.isfinite(gain) else "-"] if improved else []
+        cells += [_number(gain, ".3f")] if improved else []
         cells += [
             f"{row['density']:.1%}",
             f"{row['stored'] / row['dense_multiply_adds']:.3g}x",
@@ -243,6 +256,10 @@ def markdown(table: pd.DataFrame) -> str:
 
 def _differs(arms: pd.DataFrame, name: str) -> bool:
     return bool({*arms[name].astype(str)} - {UNBUDGETED[name]})
+
+
+def _number(value: float, form: str) -> str:
+    return f"{value:{form}}" if math.isfinite(value) else "-"
 
 
 def _against(row: Mapping[Any, Any]) -> str:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -78,14 +79,14 @@ def sweep(
     calibration windows. The model is restored at the end.
 
     With ``out`` the tables are written to that folder. A killed sweep resumes when it is called
-    again with the same arguments, and returns the same table.
+    again with the same arguments, and returns the same table. log.json has the seconds of each arm.
 
     Returns a table with a row per arm, the dense model first; ``attrs`` holds run.json. Errors are
     standard errors over the evaluation windows; those of ratios and differences are paired by
     window. A number that an arm does not have is NaN. Columns:
 
     * ``method``: ``sparsegpt``, ``wanda`` or ``magnitude``; ``dense`` is the unpruned model.
-    * ``mask``, ``propagate``, ``experts``, ``assign``, ``components``, ``shrinkage``, ``budget``,
+    * ``mask``, ``propagate``, ``reconstruct``, ``experts``, ``assign``, ``components``, ``shrinkage``, ``budget``,
       ``strength``, ``across``, ``sparsity``: the options of `sparsify`, as text but for
       ``experts``; empty where an option does not apply.
     * ``realised``: share of zeros in the weights of the chosen layers, over all experts.
@@ -100,6 +101,9 @@ def sweep(
       rows and blocks (without one, uniform rows and the same ``across``), nats per token.
     * ``layer_error``: ‖(W - Ŵ)X‖² / ‖WX‖² on the calibration inputs, mean over layers.
     * ``held_out_error``: the same on inputs from the evaluation windows.
+    * ``mlp_error_before``, ``mlp_error``: ‖ŷ - y‖² / ‖y‖² of a token's hidden states behind a block
+      (y dense, ŷ pruned), before and after the block is reconstructed, mean over held-out tokens of
+      the calibration windows and over layers; NaN without ``reconstruct``.
     * ``improvement``: RMSE of a neuron's outputs with one expert over that with several, on the
       calibration inputs, median over neurons; needs both arms, with dense propagation.
     * ``held_out_improvement``: the same on inputs from the evaluation windows.
@@ -168,13 +172,17 @@ def sweep_arms(
         files = [folder / "arms" / f"{name}.json" for name in (DENSE, *map(_name, prunings))]
         arms: dict[Path, Pruning | None] = dict(zip(files, (None, *prunings), strict=True))
         left = unwritten(arms)
-        grams = folder / "grams"
+        grams, times = folder / "grams", folder / "arms" / "log.json"
+        seconds = store.read_json(times) if times.exists() else {}  # of finished arms, by name
         for file, pruning in tqdm(left.items(), unit="arm", disable=not setup.progress):
             if pruning and pruning.propagate == "dense":
                 _calibrate_dense(setup, clusterings, grams)  # only the first call computes
+            begin = time.perf_counter()
             found, losses = _run_arm(setup, pruning, grams, outliers)
+            seconds[file.stem] = round(time.perf_counter() - begin, 3)
             if losses:
                 ranks.on_rank_zero(save_tensors, _losses_file(file), losses)
+            ranks.on_rank_zero(store.write_json, times, seconds)
             ranks.on_rank_zero(store.write_json, file, found)
         results = [store.read_json(file) for file in files]
         table, per_layer = tables_of([r | _losses(f) for r, f in zip(results, files, strict=True)])
@@ -183,7 +191,8 @@ def sweep_arms(
             store.save_table(table, folder / "tables" / "sweep.csv")
             store.save_table(per_layer, folder / "tables" / "layers.csv")
             store.save_text(markdown(table), folder / "tables" / "sweep.md")
-            store.write_log(folder, stopwatch.log() | {"arms_run": len(left)}, "sweep")
+            log = {"arms_run": len(left), "arm_seconds": seconds}
+            store.write_log(folder, stopwatch.log() | log, "sweep")
             folders.remove_folder(grams)
     return table
 

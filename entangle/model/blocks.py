@@ -1,26 +1,24 @@
-"""A walk through a model block by block: each block's call is recorded, then replayed.
+"""A walk through a model block by block.
 
-The arguments of a block differ between architectures and releases, so none are made up here. Each
-batch runs through the model once without its blocks. This records each block's arguments beside
-the hidden states (masks, positions), which must not depend on the blocks' outputs. To check that,
-the first batch also runs through the whole model: if the arguments differ, an error is raised.
+Each batch runs through the model once without its blocks, which records the blocks' calls (see
+`calls`). The first batch also runs through the whole model: if the arguments of a block differ
+there, they depend on earlier blocks, and an error is raised.
 
 Memory holds the hidden states of all batches, and one batch in one block. If the model's weights
 are in files (see `placing`), one block is on the device, and the hidden states are on the host.
 """
 
-import dataclasses
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree
+from torch.func import functional_call
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
+from entangle.model.calls import NOT_IN_SEQUENCE, BlockCall, run_short, run_whole
 from entangle.model.hooks import (
     CountedTokens,
     OnOutputs,
@@ -33,81 +31,9 @@ from entangle.model.hooks import (
 from entangle.model.layers import LinearLayer, find_blocks
 from entangle.model.placing import input_device, is_offloaded, load_block, release_block
 
-Forward = Callable[..., Any]
-_NOT_IN_SEQUENCE = (
-    "this model cannot be run block by block, because its blocks do not run one after the other on "
-    "hidden states alone: {}"
-)
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Call:
-    """The arguments of a call of a block, without the hidden states."""
-
-    block: int  # the index of the block
-    leaves: list[Any]
-    form: Any  # the tree structure of the leaves in (args, kwargs)
-    named: bool  # whether the hidden states were a keyword argument
-
-    @classmethod
-    def of(
-        cls, block: int, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple["_Call", torch.Tensor]:
-        """Return the call of a block with these arguments, and its hidden states.
-
-        Raises:
-            ValueError: the arguments have no hidden states.
-        """
-        named = not args
-        hidden = kwargs.get("hidden_states") if named else args[0]
-        if not isinstance(hidden, torch.Tensor):
-            raise ValueError(
-                f"this model cannot be run block by block: block {block} is called without hidden "
-                "states"
-            )
-        rest = {key: kwargs[key] for key in kwargs if not named or key != "hidden_states"}
-        leaves, form = _pytree.tree_flatten((args[1:], rest))
-        return cls(block, leaves, form, named), hidden
-
-    def __call__(self, block: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-        """Call a block with these arguments and ``hidden``, and return its hidden states."""
-        args, kwargs = _pytree.tree_unflatten(self.leaves, self.form)
-        if self.named:
-            return _hidden_of(block(*args, hidden_states=hidden, **kwargs), self.block)
-        return _hidden_of(block(hidden, *args, **kwargs), self.block)
-
-    def sharing(self, other: "_Call | None") -> "_Call":
-        """Return an equal call that shares its equal arguments with ``other``, to save memory."""
-        if other is None or self.form != other.form:
-            return self
-        pairs = zip(self.leaves, other.leaves, strict=True)
-        leaves = [old if _same(new, old) else new for new, old in pairs]
-        return dataclasses.replace(self, leaves=leaves)
-
-    def equals(self, other: "_Call") -> bool:
-        """Return whether two calls have equal arguments."""
-        if self.named != other.named or self.form != other.form:
-            return False
-        return all(map(_same, self.leaves, other.leaves))
-
-
-def _same(a: Any, b: Any) -> bool:
-    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
-        alike = (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device)
-        return a is b or (alike and torch.allclose(a, b, rtol=0, atol=0, equal_nan=True))
-    return type(a) is type(b) and (a is b or bool(a == b))
-
 
 def _form(tensor: torch.Tensor) -> tuple[Any, ...]:
     return tensor.shape, tensor.stride(), tensor.dtype
-
-
-def _hidden_of(output: Any, block: int) -> torch.Tensor:
-    hidden = output[0] if isinstance(output, tuple | list) else output
-    if not isinstance(hidden, torch.Tensor):
-        fact = f"block {block} returns a {type(output).__name__}"
-        raise RuntimeError(_NOT_IN_SEQUENCE.format(fact))
-    return hidden
 
 
 class BlockWalk:
@@ -150,7 +76,7 @@ class BlockWalk:
         self.counted: list[CountedTokens] = []
         self._batch = 0  # the number of the running batch
         self._hidden: list[torch.Tensor] = []
-        self._calls: list[list[_Call]] = []  # per batch, per block
+        self._calls: list[list[BlockCall]] = []  # per batch, per block
         self._extras: list[int | None] = []
         with torch.inference_mode():
             for batch in batches:
@@ -172,6 +98,33 @@ class BlockWalk:
     def done(self) -> bool:
         """Whether all blocks have run."""
         return self.block == len(self.blocks)
+
+    @property
+    def hidden(self) -> list[torch.Tensor]:
+        """The hidden states of each batch (windows, length, width) before the block."""
+        return self._hidden
+
+    def go_on(self, block: int, hidden: Sequence[torch.Tensor]) -> None:
+        """Go on before this block, with hidden states that another walk of the batches had there."""
+        for number, states in enumerate(hidden):
+            self._keep(number, states.to(self._hidden[number].device))
+        self.block = block
+
+    def run_with(self, number: int, weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Run the block on one batch, with these tensors in place of its parameters of these names.
+
+        Outside inference mode autograd follows the weights to the outputs (windows, length, width),
+        and nothing else.
+        """
+        block = self._fetch()
+        stored = itertools.chain(block.named_parameters(), block.named_buffers())
+        tensors = {name: tensor.detach() for name, tensor in stored} | dict(weights)
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            return functional_call(block, tensors, args, kwargs)
+
+        # Copies, since autograd cannot use tensors of inference mode.
+        return self._calls[number][self.block].copied()(run, self._copied(number))
 
     def record_inputs(
         self, layers: Sequence[LinearLayer], on_inputs: OnRows, *, advance: bool = False
@@ -267,17 +220,24 @@ class BlockWalk:
         self.block += advance
 
     def _run(self, number: int) -> torch.Tensor:
+        block = self._fetch()  # outside inference mode, since its weights are changed there
+        with torch.inference_mode():
+            return self._calls[number][self.block](block, self._copied(number))
+
+    def _fetch(self) -> nn.Module:
+        """Return the block; if the model is offloaded, read its weights in place of the last one's."""
         block = self.blocks[self.block]
         if self._offloaded and self._fetched is not block:
             if self._fetched is not None:
                 release_block(self._fetched)
             load_block(block)
             self._fetched = block
-        with torch.inference_mode():
-            call = self._calls[number][self.block]
-            hidden = self._hidden[number]  # copied, since a block may change it in place
-            hidden = hidden.to(self._device, copy=True) if self._offloaded else hidden.clone()
-            return call(block, hidden)
+        return block
+
+    def _copied(self, number: int) -> torch.Tensor:
+        """Return a batch's hidden states, copied, since a block may change them in place."""
+        hidden = self._hidden[number]
+        return hidden.to(self._device, copy=True) if self._offloaded else hidden.clone()
 
     def _keep(self, number: int, hidden: torch.Tensor) -> None:
         """Store a batch's new hidden states, in place if possible: new tensors fragment the memory."""
@@ -296,118 +256,15 @@ class BlockWalk:
         arguments = {name: value.to(self._device) for name, value in batch.items()}
         self.counted.append(counted_tokens(backbone, (), arguments, skip_first))
         if self._calls:
-            before: Sequence[_Call | None] = self._calls[-1]
-            calls, hidden = _run_short(backbone, self.blocks, arguments, self._extras)
+            before: Sequence[BlockCall | None] = self._calls[-1]
+            calls, hidden = run_short(backbone, self.blocks, arguments, self._extras)
         else:
-            before, self._extras = _run_whole(backbone, self.blocks, arguments)
-            calls, hidden = _run_short(backbone, self.blocks, arguments, self._extras)
+            before, self._extras = run_whole(backbone, self.blocks, arguments)
+            calls, hidden = run_short(backbone, self.blocks, arguments, self._extras)
             changed = [c.block for c, b in zip(calls, before, strict=True) if not c.equals(b)]
             if changed:
                 fact = f"the other arguments of block {changed[0]} depend on earlier blocks"
-                raise RuntimeError(_NOT_IN_SEQUENCE.format(fact))
-        self._calls.append(list(map(_Call.sharing, calls, before)))
+                raise RuntimeError(NOT_IN_SEQUENCE.format(fact))
+        self._calls.append(list(map(BlockCall.sharing, calls, before)))
         # Copied, since the model may keep a reference to its tensor.
         self._hidden.append(hidden.to(self._where(hidden), copy=True))
-
-
-def _run_whole(
-    backbone: nn.Module, blocks: Sequence[nn.Module], arguments: Mapping[str, torch.Tensor]
-) -> tuple[list[_Call], list[int | None]]:
-    """Run the whole model; return each block's call, and the extra items of its output.
-
-    The number of extra items is the length of the output tuple less one, or None if the block
-    returns a tensor.
-
-    Raises:
-        RuntimeError: the blocks do not run one after the other on hidden states alone.
-    """
-    extras: list[int | None] = []
-
-    def run(_: int, __: torch.Tensor, call: Callable[[], Any]) -> Any:
-        output = call()
-        extras.append(None if isinstance(output, torch.Tensor) else len(output) - 1)
-        return output
-
-    return _catch(backbone, blocks, arguments, run)[0], extras
-
-
-def _run_short(
-    backbone: nn.Module,
-    blocks: Sequence[nn.Module],
-    arguments: Mapping[str, torch.Tensor],
-    extras: Sequence[int | None],
-) -> tuple[list[_Call], torch.Tensor]:
-    """Run a model without its blocks; return the same as `_catch`.
-
-    Raises:
-        RuntimeError: the blocks do not run one after the other on hidden states alone.
-    """
-
-    def skip(index: int, hidden: torch.Tensor, _: Callable[[], Any]) -> Any:
-        extra = extras[index]
-        return hidden if extra is None else (hidden, *(None,) * extra)
-
-    return _catch(backbone, blocks, arguments, skip)
-
-
-def _catch(
-    backbone: nn.Module,
-    blocks: Sequence[nn.Module],
-    arguments: Mapping[str, torch.Tensor],
-    output_of: Callable[[int, torch.Tensor, Callable[[], Any]], Any],
-) -> tuple[list[_Call], torch.Tensor]:
-    """Run a model; return each block's call, and the hidden states before the first block.
-
-    ``output_of`` returns a block's output. Its arguments are the block's index, the block's hidden
-    states, and a function that runs the block.
-
-    Raises:
-        RuntimeError: the blocks do not run one after the other on hidden states alone.
-    """
-    calls: list[_Call] = []
-    first: torch.Tensor | None = None
-    last: torch.Tensor | None = None
-
-    def make(index: int, forward: Forward) -> Forward:
-        def run(*args: Any, **kwargs: Any) -> Any:
-            nonlocal first, last
-            call, hidden = _Call.of(index, args, kwargs)
-            if index != len(calls):
-                fact = f"block {index} runs where block {len(calls)} is expected"
-                raise RuntimeError(_NOT_IN_SEQUENCE.format(fact))
-            if first is None:
-                first = hidden
-            elif not _same(hidden, last):
-                fact = f"the model changes the hidden states before block {index}"
-                raise RuntimeError(_NOT_IN_SEQUENCE.format(fact))
-            output = output_of(index, hidden, lambda: forward(*args, **kwargs))
-            # Copied, since code between the blocks may change it in place.
-            last = _hidden_of(output, index).clone()
-            calls.append(call)
-            return output
-
-        return run
-
-    with _replaced(blocks, make):
-        backbone(**arguments, use_cache=False)
-    if first is None or len(calls) != len(blocks):
-        fact = f"only {len(calls)} of {len(blocks)} blocks ran"
-        raise RuntimeError(_NOT_IN_SEQUENCE.format(fact))
-    return calls, first
-
-
-@contextmanager
-def _replaced(
-    blocks: Sequence[nn.Module], make: Callable[[int, Forward], Forward]
-) -> Iterator[None]:
-    """Replace each block's forward by one made from it, and restore it on exit."""
-    own = [vars(block).get("forward") for block in blocks]  # accelerate may have set one
-    try:
-        for index, block in enumerate(blocks):
-            block.forward = make(index, block.forward)
-        yield
-    finally:
-        for block, forward in zip(blocks, own, strict=True):
-            vars(block).pop("forward", None)
-            if forward is not None:
-                block.forward = forward

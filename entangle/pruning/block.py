@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from entangle.numerics.shares import largest_remainder, sparsity_by_quality
 from entangle.pruning import costs
 from entangle.pruning.calibration import Calibration, Calibrations
 from entangle.pruning.options import Pruning
+from entangle.pruning.reconstruction import Reconstruction
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -37,13 +38,15 @@ def prune_layers(
     *,
     held_out: Mapping[str, torch.Tensor] | None = None,
     zeros: Mapping[str, torch.Tensor | int] | None = None,
+    reconstruct: Callable[[], Reconstruction] | None = None,
 ) -> list[PrunedLayer]:
-    """Prune layers in place, or replace them by mixtures of experts.
+    """Prune a block's layers in place, or replace them by mixtures of experts.
 
     ``zeros`` is the number of weights to prune in each row (neurons,) of a layer, or in the whole
     layer; TRIM's rule distributes the latter over the rows. Without it each row has the sparsity.
     ``held_out`` has inputs (tokens, inputs) for the held-out error. The columns of the resulting
-    rows are listed in `Sparsified`.
+    rows are listed in `Sparsified`. ``reconstruct`` tunes the pruned block before the errors are
+    measured.
 
     Under torchrun each process prunes some of the experts, and all processes receive all of them.
 
@@ -63,12 +66,24 @@ def prune_layers(
             calibration, rows = calibrations[layer.name], zeros.get(layer.name)
             with naming(layer):
                 pruned.append(_prune_own(layer, calibration, pruning, rows, expert_owners))
+    dense = [weight_of(layer).clone() for layer in layers]
+    for weights in pruned:
+        weights.share()
+    placed = [
+        _place(model, layer, calibrations[layer.name], weights.weight)
+        for layer, weights in zip(layers, pruned, strict=True)
+    ]
+    reconstruction = reconstruct() if reconstruct else None
     found = []
     layer_owners = ranks.assign_ranks(sizes)
-    for layer, weights, owner in zip(layers, pruned, layer_owners, strict=True):
-        weights.share()
+    for layer, before, weights, owner in zip(placed, dense, pruned, layer_owners, strict=True):
         calibration, unseen = calibrations[layer.name], held_out.get(layer.name)
-        found.append(_place(model, layer, calibration, weights, unseen, owner))
+        row = {
+            "damping": max(weights.damping),
+            "mlp_error_before": reconstruction.before if reconstruction else math.nan,
+            "mlp_error": reconstruction.after if reconstruction else math.nan,
+        }
+        found.append(_described(layer, before, calibration, unseen, owner, row))
     return found
 
 
@@ -123,34 +138,42 @@ def _prune_own(
 
 
 def _place(
-    model: PreTrainedModel,
+    model: PreTrainedModel, layer: LinearLayer, calibration: Calibration, weight: torch.Tensor
+) -> LinearLayer:
+    """Write pruned weights ([experts,] neurons, inputs) into a layer, and return the layer."""
+    if calibration.router is None:
+        write_weight(layer, weight)
+        return layer
+    bias = getattr(layer.module, "bias", None)
+    owns = calibration.owner == layer.name
+    counts = calibration.moments.count.tolist()
+    mixture = ExpertLinear(weight, bias, calibration.router, counts, owns_router=owns)
+    return replace_layer(model, layer, mixture)
+
+
+def _described(
     layer: LinearLayer,
+    dense: torch.Tensor,
     calibration: Calibration,
-    pruned: _Weights,
     held_out: torch.Tensor | None,
     owner: int,
+    more: Mapping[str, float],
 ) -> PrunedLayer:
-    """Write the pruned weights into a layer, and return the result with its errors."""
+    """Return a pruned layer's result; the rank ``owner`` measures its errors."""
     weight, moments, router = weight_of(layer), calibration.moments, calibration.router
     errors: tuple[torch.Tensor, torch.Tensor, float] | None = None
     if owner == ranks.rank():
-        lost = _lost(weight, pruned.weight, moments)
+        lost = _lost(dense, weight, moments)
         unseen, unseen_energy = lost.new_empty(0), math.nan
         if held_out is not None:
-            unseen = _lost_held_out(weight, pruned.weight, held_out, router)
-            unseen_energy = float(_energy(held_out, weight).sum())
+            unseen = _lost_held_out(dense, weight, held_out, router)
+            unseen_energy = float(_energy(held_out, dense).sum())
         errors = lost.cpu(), unseen.cpu(), unseen_energy
     lost, unseen, unseen_energy = ranks.from_rank(owner, errors)
     experts = moments.count.reshape(-1).tolist()
-    if router is None:
-        write_weight(layer, pruned.weight)
-    else:
-        bias = getattr(layer.module, "bias", None)
-        owns = calibration.owner == layer.name
-        mixture = ExpertLinear(pruned.weight, bias, router, experts, owns_router=owns)
-        layer = replace_layer(model, layer, mixture)
-    missing = (weight_of(layer) == 0).sum(dim=-1).double() / layer.inputs
-    total = int((weight_of(layer) == 0).sum())
+    zero = weight == 0
+    missing = zero.sum(dim=-1).double() / layer.inputs
+    total = int(zero.sum())
     row = {
         "layer": layer.name,
         "block": layer.block,
@@ -160,14 +183,14 @@ def _place(
         "clusters": len(experts),
         "smallest_cluster": min(experts),
         "largest_cluster": max(experts),
-        "weights": weight_of(layer).numel(),
+        "weights": weight.numel(),
         "zeros": total,
-        "realised": total / weight_of(layer).numel(),
+        "realised": total / weight.numel(),
         "least": float(missing.min()),
         "most": float(missing.max()),
         "error": _ratio(float(lost.sum()), calibration.energy),
         "held_out_error": _ratio(float(unseen.sum()), unseen_energy),
-        "damping": max(pruned.damping),
+        **more,
         "tokens": sum(experts),
         "held_out_tokens": 0 if held_out is None else len(held_out),
     }

@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from entangle.model import folders, ranks
+from entangle.model.blocks import BlockWalk
 from entangle.model.experts import ExpertLinear
 from entangle.model.layers import LinearLayer, find_layers, weight_of
 from entangle.model.packing import load_experts, load_tensors, save_experts, save_tensors
@@ -31,9 +32,22 @@ class FinishedBlocks:
         self.blocks = folder / self.name
         self.finished: set[int] = set(ranks.from_rank(0, self._written()))
 
-    def save(self, layers: Sequence[LinearLayer], pruned: Sequence[PrunedLayer]) -> None:
-        """Write the pruned layers of a block and their results."""
+    def save(
+        self,
+        layers: Sequence[LinearLayer],
+        pruned: Sequence[PrunedLayer],
+        dense: BlockWalk | None = None,
+    ) -> None:
+        """Write the pruned layers of a block and their results.
+
+        The hidden states of the ``dense`` walk, which is behind the block, are written too. Each
+        process writes those of its batches.
+        """
         block = layers[0].block
+        if dense is not None:
+            for number, hidden in zip(_numbers(dense), dense.hidden, strict=True):
+                save_tensors(self._hidden_file(block, number), {"hidden": hidden})
+            ranks.all_gather(block)  # waits until all files are written
         about: dict[str, Any] = {"rows": [one.row for one in pruned]}
         here = {x.name: x for x in find_layers(self._model, [layer.name for layer in layers])}
         expanded = [x for x in here.values() if isinstance(x.module, ExpertLinear)]
@@ -44,6 +58,8 @@ class FinishedBlocks:
             else:
                 save_tensors(file, {name: _stored(x) for name, x in here.items()})
             store.write_json(self.blocks / f"{block}.json", about)
+            if dense is not None and self.finished:
+                folders.remove_folder(self._hidden_file(max(self.finished), 0).parent)
         self.finished.add(block)
         if not expanded:
             ranks.all_gather(block)  # waits until the file is written
@@ -68,6 +84,16 @@ class FinishedBlocks:
         nothing = torch.empty(0, dtype=torch.float64)
         rows = [{k: math.nan if v is None else v for k, v in row.items()} for row in about["rows"]]
         return [PrunedLayer(row, nothing, nothing) for row in rows]
+
+    def restore_hidden(self, dense: BlockWalk) -> None:
+        """Let the dense model's walk go on behind the last finished block, if there is one."""
+        if self.finished:
+            block = max(self.finished)
+            files = [self._hidden_file(block, number) for number in _numbers(dense)]
+            dense.go_on(block + 1, [load_tensors(file)["hidden"] for file in files])
+
+    def _hidden_file(self, block: int, batch: int) -> Path:
+        return self.blocks / f"{block}-hidden" / f"{batch}.safetensors"
 
     def _read_from(self, layers: Iterable[LinearLayer], file: Path) -> bool:
         """Read these weights from ``file`` from now on, if the model is offloaded.
@@ -102,6 +128,11 @@ class FinishedBlocks:
     def remove(self) -> None:
         """Remove the checkpoint."""
         folders.remove_folder(self.blocks)
+
+
+def _numbers(walk: BlockWalk) -> range:
+    """Return the numbers of the walk's batches among those of all processes."""
+    return ranks.shard().batches(sum(ranks.all_gather(len(walk.hidden))))
 
 
 def _stored(layer: LinearLayer) -> torch.Tensor:

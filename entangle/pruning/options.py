@@ -29,6 +29,7 @@ from entangle.numerics.sparsity import Mask, Method, Sparsity
 
 Propagate = Literal["sparse", "dense"]
 Assign = Literal["kmeans", "random"]
+Reconstruct = Literal["none", "mlp"]
 Budget = Literal[
     "uniform",
     "wasserstein*std",
@@ -130,6 +131,13 @@ class Pruning:
             "the dense blocks (dense)"
         ),
     ] = "sparse"
+    reconstruct: Annotated[
+        Reconstruct,
+        Option(
+            "after a block is pruned, tune the weights that its MLP has kept until the hidden states "
+            "behind the block are the dense model's (mlp), or not (none)"
+        ),
+    ] = "none"
     experts: Annotated[
         int,
         Option(
@@ -251,6 +259,12 @@ class Pruning:
                 f"several experts need method sparsegpt, got {self.experts} experts and method "
                 f"{self.method}: use sparsegpt, or one expert"
             )
+        if self.reconstruct != "none" and self.propagate == "dense":
+            raise ValueError(
+                f"reconstruct {self.reconstruct} makes up for what the pruned blocks before a block "
+                "have lost, but propagate dense gives each block the dense model's inputs: use "
+                "propagate sparse"
+            )
         if not isinstance(self.strength, int | float) or not 0 <= self.strength <= 1:
             raise ValueError(f"strength must be a number from 0 to 1, got {self.strength!r}")
         if self.budgeted and (self.mask == "block" or self.sparsity.group):
@@ -311,6 +325,7 @@ class PruningOptions(TypedDict, total=False):
     method: Several[Method]
     mask: Several[Mask]
     propagate: Several[Propagate]
+    reconstruct: Several[Reconstruct]
     experts: Several[int]
     assign: Several[Assign]
     components: Several[int | None]
@@ -400,8 +415,9 @@ def arms_of(**options: Unpack[PruningOptions]) -> list[Pruning]:
     """Return a pruning for each combination of the options' values, without duplicates.
 
     Arms that differ only in options without effect are one arm: ``propagate`` of magnitude, which
-    uses no inputs; the router's options with one expert; the strength of budgets without one.
-    Wanda and magnitude have one expert. If masks by row are run too, masks by block have no
+    uses no inputs unless it is reconstructed; the router's options with one expert; the strength of budgets without one.
+    Wanda and magnitude have one expert. If arms with sparse propagation are run too, those with dense
+    propagation are not reconstructed. If masks by row are run too, masks by block have no
     budget; if shares of zeros are run too, n:m has none. Both are as published.
 
     Raises:
@@ -426,8 +442,11 @@ def arms_of(**options: Unpack[PruningOptions]) -> list[Pruning]:
     arms: dict[Pruning, None] = {}
     for combination in itertools.product(*(values[name] for name in order)):
         arm = dict(zip(order, combination, strict=True))
-        if arm.get("method") == "magnitude" and arm.get("budget") != TRIM:  # it uses no inputs
-            arm["propagate"] = values.get("propagate", ["sparse"])[0]
+        if arm.get("propagate") == "dense" and "sparse" in values["propagate"]:
+            arm["reconstruct"] = "none"
+        reconstructed = arm.get("reconstruct", "none") != "none"
+        if arm.get("method") == "magnitude" and arm.get("budget") != TRIM and not reconstructed:
+            arm["propagate"] = values.get("propagate", ["sparse"])[0]  # it uses no inputs
         if arm.get("method", "sparsegpt") != "sparsegpt":  # a method without experts
             arm["experts"] = 1
         if arm.get("experts", 1) == 1:  # no router

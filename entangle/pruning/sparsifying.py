@@ -34,6 +34,7 @@ from entangle.pruning.budgets import Zeros, block_outliers, zeros_of
 from entangle.pruning.calibration import HELD_OUT, calibrate
 from entangle.pruning.checkpoint import FinishedBlocks
 from entangle.pruning.options import Pruning, PruningOptions, with_options
+from entangle.pruning.reconstruction import Targets
 from entangle.runs import store
 from entangle.runs.dataset import about
 from entangle.runs.resuming import resumed_run
@@ -71,6 +72,10 @@ class Sparsified:
     * ``least``, ``most``: smallest and largest share of zeros in a row of an expert.
     * ``error``: ‖(W - Ŵ)X‖² / ‖WX‖² on the calibration inputs X, each with the Ŵ of its expert.
     * ``held_out_error``: the same on held-out inputs; `sparsify` has none, `sweep` has.
+    * ``mlp_error_before``: mean over held-out tokens of ‖ŷ - y‖² / ‖y‖², where y and ŷ are the hidden
+      states behind the layer's block in the dense and in the pruned model, before the block is
+      reconstructed; NaN without ``reconstruct``. The tokens are of the calibration windows.
+    * ``mlp_error``: the same after it.
     * ``damping``: largest damping that an expert's Gram needed, in units of its mean diagonal; 0
       for methods other than SparseGPT.
     * ``tokens``: calibration tokens.
@@ -130,6 +135,8 @@ def sparsify(
       128 columns over all rows, as published.
     * ``propagate``: ``sparse``, each block is calibrated on the outputs of the pruned blocks before
       it; ``dense``, on those of the dense model.
+    * ``reconstruct``: ``mlp`` tunes the kept weights of each block's MLP after the block is pruned,
+      until the hidden states behind the block are the dense model's (see `reconstruct`); ``none``.
     * ``experts``: number of pruned copies of each layer, one per cluster of its inputs (Sparse
       Expansion, arXiv 2405.15756); 1 is plain pruning.
     * ``assign``: tokens go to experts by ``kmeans`` or, as a control, at ``random``.
@@ -261,10 +268,17 @@ def prune_model(
     walk = setup.walk()
     held_out = None if setup.evaluation is None else setup.evaluation_walk()
     walks = [walk] if held_out is None else [walk, held_out]
+    finished = set() if checkpoint is None else checkpoint.finished
+    targets = None if pruning.reconstruct == "none" else Targets(setup)
+    if targets and checkpoint is not None:
+        checkpoint.restore_hidden(targets.dense)
     with tqdm(total=last + 1, unit="block", desc="prune", disable=not setup.progress) as bar:
         for block in range(last + 1):
             here = layers.get(block, [])
-            if here and checkpoint is not None and block in checkpoint.finished:
+            if targets:
+                targets.advance_past(block)
+            if here and block in finished:
+                assert checkpoint is not None
                 for one in walks if dense and block < last else ():
                     one.advance()
                 pruned += checkpoint.load(here)
@@ -273,12 +287,17 @@ def prune_model(
                 if held_out is not None:
                     unseen = sample_inputs(held_out, here, HELD_OUT, setup.seed, advance=dense)
                 found = calibrate(walk, here, [pruning.clustering], seed=setup.seed, advance=dense)
-                calibrations = found[pruning.clustering]
                 pruned += prune_layers(
-                    setup.model, here, calibrations, pruning, held_out=unseen, zeros=zeros
+                    setup.model,
+                    here,
+                    found[pruning.clustering],
+                    pruning,
+                    held_out=unseen,
+                    zeros=zeros,
+                    reconstruct=targets and targets.reconstructing(walk, here),
                 )
                 if checkpoint is not None:
-                    checkpoint.save(here, pruned[-len(here) :])
+                    checkpoint.save(here, pruned[-len(here) :], targets and targets.dense)
             for one in walks:
                 if one.block == block < last:
                     one.advance()

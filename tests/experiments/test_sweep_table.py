@@ -1,5 +1,6 @@
 """Tables of arms: which arms are compared with which, and what is printed of them."""
 
+import math
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,8 @@ def layer(name: str, neurons: int, error: float) -> dict[str, Any]:
 
 def arm(experts: int, sparsity: str = "0.5", **words: Any) -> dict[str, Any]:
     """Return an arm with losses of its own."""
-    named = {"method": "sparsegpt", "mask": "row", "propagate": "dense", "experts": experts}
+    named = {"method": "sparsegpt", "mask": "row", "propagate": "dense", "reconstruct": "none"}
+    named |= {"experts": experts}  # type: ignore[dict-item]
     routed = {"assign": "kmeans", "components": "auto", "shrinkage": 0.5} if experts > 1 else {}
     costs = {name: 100.0 + place for place, name in enumerate(COSTS)}
     costs |= {"density": 0.3125, "stored": 950.0, "dense_multiply_adds": 200.0}
@@ -87,6 +89,7 @@ def test_what_is_printed_is_what_was_found() -> None:
         "method": "sparsegpt",
         "mask": "row",
         "propagate": "dense",
+        "reconstruct": "none",
         "experts": "4",
         "sparsity": "0.5",
         "realised": "0.5000",
@@ -104,6 +107,22 @@ def test_what_is_printed_is_what_was_found() -> None:
     assert rows[1]["improvement"] == "-"
     assert rows[0]["method"] == "dense"
     assert rows[0]["experts"] == "-"
+
+
+def test_errors_of_reconstruction_are_means_and_of_other_arms_are_left_out() -> None:
+    plain, tuned = arm(1), arm(1, "0.7", reconstruct="mlp")
+    layers = [layer("a", 2, 0.1), layer("b", 3, 0.3), layer("c", 3, 0.3)]
+    for one, errors in zip(layers, [(0.5, 0.25), (0.25, 0.125), (math.nan, math.nan)], strict=True):
+        one |= dict(zip(("mlp_error_before", "mlp_error"), errors, strict=True))
+    tuned["layers"] = layers
+    table, rows = described([DENSE, plain, tuned])
+    assert table["mlp_error_before"].tolist()[2] == 0.375
+    assert table["mlp_error"].tolist()[2] == 0.1875
+    assert table["mlp_error"].isna().tolist() == [True, True, False]
+    assert [row["MLP error before"] for row in rows] == ["-", "-", "0.375"]
+    assert [row["after"] for row in rows] == ["-", "-", "0.1875"]
+    _, without = described([DENSE, plain])
+    assert "after" not in without[0]
 
 
 def test_what_is_not_usual_of_a_mixture_is_said() -> None:

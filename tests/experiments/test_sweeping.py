@@ -275,7 +275,7 @@ def test_killed_at_any_time_it_ends_with_the_same_tables(tmp_path: Path) -> None
     partial = tmp_path / "killed.partial"
     marks = ["grams/0.safetensors", "arms/dense.json", "arms/wanda-row-dense-1-0.6.json"]
     killed = 0
-    for mark in [*marks, "arms/sparsegpt-row-sparse-2-kmeans-auto-0.5-0.4.json"]:
+    for mark in [*marks, "arms/sparsegpt-row-sparse-none-2-kmeans-auto-0.5-0.4.json"]:
         process = Forked(["-c", KILLED, tmp_path / "killed"])
         while process.poll() is None and not (partial / mark).exists():
             time.sleep(0.002)

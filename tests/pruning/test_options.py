@@ -34,6 +34,7 @@ from entangle.pruning.options import (
     Propagate,
     Pruning,
     PruningOptions,
+    Reconstruct,
     Several,
     arms_of,
     needs_run,
@@ -52,6 +53,7 @@ CHOICES: dict[str, Any] = {
     "method": Method,
     "mask": Mask,
     "propagate": Propagate,
+    "reconstruct": Reconstruct,
     "assign": Assign,
     "budget": Budget,
     "across": Across,
@@ -195,7 +197,7 @@ def test_one_expert_is_one_clustering() -> None:
 
 
 def test_words_leave_out_what_is_of_experts_or_a_budget_where_there_are_none() -> None:
-    every = {"method": "sparsegpt", "mask": "row", "propagate": "sparse"}
+    every = {"method": "sparsegpt", "mask": "row", "propagate": "sparse", "reconstruct": "none"}
     routed = {"assign": "random", "shrinkage": 2.0}
     plain = Pruning.of(sparsity=0.5, assign="random", components=0, shrinkage=2.0, strength=0.75)
     assert plain.settings() == every | {"experts": 1, "sparsity": "0.5"}
@@ -243,9 +245,9 @@ def test_arms_that_would_be_the_same_run_once() -> None:
     words = ["-".join(map(str, arm.settings().values())) for arm in arms]
     assert len(words) == len(set(words)) == 15
     assert [word for word in words if word.startswith("magnitude")] == [
-        "magnitude-block-sparse-1-0.5",
-        "magnitude-row-sparse-1-2:4",
-        "magnitude-row-sparse-1-0.5",
+        "magnitude-block-sparse-none-1-0.5",
+        "magnitude-row-sparse-none-1-2:4",
+        "magnitude-row-sparse-none-1-0.5",
     ]
     with pytest.raises(ValueError, match=r"one value.*\bsparsity\b"):
         arms_of(sparsity=[], method=METHODS, mask=("row",))
@@ -276,6 +278,24 @@ def test_magnitude_by_trims_rule_sees_inputs() -> None:
         sparsity=[0.7], method=["magnitude"], propagate=["sparse", "dense"], budget=["trim"]
     )
     assert [kind.propagate for kind in kinds] == ["sparse", "dense"]
+
+
+def test_dense_inputs_are_not_reconstructed() -> None:
+    kinds = arms_of(
+        sparsity=[0.7],
+        method=["magnitude", "sparsegpt"],
+        propagate=["dense", "sparse"],
+        reconstruct=["mlp", "none"],
+    )
+    assert [(kind.method, kind.propagate, kind.reconstruct) for kind in kinds] == [
+        ("magnitude", "dense", "none"),
+        ("sparsegpt", "dense", "none"),
+        ("magnitude", "sparse", "mlp"),
+        ("sparsegpt", "sparse", "mlp"),
+        ("sparsegpt", "sparse", "none"),
+    ]
+    with pytest.raises(ValueError, match=r"reconstruct.*propagate sparse"):
+        arms_of(sparsity=[0.7], propagate=["dense"], reconstruct=["mlp", "none"])
 
 
 def test_one_value_is_as_several_of_one() -> None:
@@ -357,7 +377,7 @@ def test_a_new_option_is_a_field_and_is_everywhere(tmp_path: Path) -> None:
     assert sorted(found["column"]) == ["", "plain", "plain", "sweet", "sweet"]
     assert [name for name in found["labels"] if "flavour sweet" in name]
     assert [name for name in found["labels"] if "flavour plain" in name]
-    assert "mask row, propagate sparse, flavour sweet" in found["printed"]
+    assert "mask row, propagate sparse, reconstruct none, flavour sweet" in found["printed"]
 
 
 # Slips in Python.
