@@ -299,6 +299,13 @@ def parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
     sparsity, experts = OPTIONS["sparsity"].help, OPTIONS["experts"].help
     plan.add_argument("--sparsity", default="0.5", metavar="S", help=f"{sparsity} [0.5]")
     plan.add_argument("--experts", type=int, default=1, metavar="N", help=f"{experts} [1]")
+    tuned = OPTIONS["reconstruct"]
+    plan.add_argument(
+        "--reconstruct",
+        default=tuned.default,
+        choices=tuned.choices,
+        help=f"{tuned.help} [{tuned.default}]",
+    )
 
     unpacked = argparse.ArgumentParser(add_help=False)
     unpacked.add_argument("--unpacked", action="store_true", help=UNPACKED)

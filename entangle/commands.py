@@ -76,6 +76,7 @@ def run_plan(args: argparse.Namespace) -> None:
         bins=args.bins,
         sparsity=args.sparsity,
         experts=args.experts,
+        reconstruct=args.reconstruct,
     )
     _print(args, dataclasses.asdict(plan), printed.planned)
 

@@ -66,13 +66,13 @@ def choose_budget(
 
     Raises:
         ValueError: as `sweep`; or there are fewer than four windows, a budget has no strength, an
-            option of experts or propagation is given, or no candidate has a score.
+            option of experts, propagation or reconstruction is given, or no candidate has a score.
     """
     given: dict[str, Any] = dict(options)
-    for name in ("experts", "propagate", *EXPERT_DEFAULTS):
+    for name in ("experts", "propagate", "reconstruct", *EXPERT_DEFAULTS):
         if name in given:
             raise ValueError(
-                "budgets are compared with one expert and dense propagation: leave out "
+                "budgets are compared with one expert, dense propagation and no reconstruction: leave out "
                 f"{name}={given[name]!r}"
             )
     budgets = several(given.pop("budget", VARIABLES))

@@ -28,7 +28,7 @@ from entangle.model.placing import bytes_of_block
 from entangle.model.quantised import forget_format
 from entangle.model.text import check_windows, token_windows
 from entangle.numerics.histograms import Histograms
-from entangle.pruning.options import Pruning
+from entangle.pruning.options import Pruning, Reconstruct
 
 BATCHES = (2, 16)  # numbers of batches that the small models run
 CONTEXT = 5e8  # bytes: an allowance for CUDA's context; 0.2 to 0.7 GB are reported with torch
@@ -95,6 +95,7 @@ def plan(
     bins: int = 1024,
     sparsity: str = "0.5",
     experts: int = 1,
+    reconstruct: Reconstruct = "none",
 ) -> Plan:
     """Estimate the memory, disk space and time that `measure` and `sparsify` need in one process.
 
@@ -111,7 +112,8 @@ def plan(
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    Pruning.of(sparsity=sparsity, experts=experts)  # these two lines raise before the slow part
+    # These two lines raise before the slow part.
+    Pruning.of(sparsity=sparsity, experts=experts, reconstruct=reconstruct)
     Histograms.zeros(1, bins=bins)
     source, options = source_of(model, revision, trust_remote_code)
     if is_expanded(Path(source)):
@@ -143,7 +145,9 @@ def plan(
     ]
     commands = {
         "measure": ["--bins", str(bins)],
-        "sparsify": ["--sparsity", sparsity, "--experts", str(experts)],
+        "sparsify": [
+            *("--sparsity", sparsity, "--experts", str(experts), "--reconstruct", reconstruct)
+        ],
     }
     found: dict[str, list[_Cost]] = {name: [] for name in commands}
     with tempfile.TemporaryDirectory() as temporary:
@@ -169,7 +173,11 @@ def plan(
     held = {
         "measure": (block + histograms, hidden if offload else 0),
         # Twice: what was written is loaded again and compared with the model in memory.
-        "sparsify": (2 * (block + (experts > 1) * experts * linear), hidden),
+        # Reconstruction holds the dense model's hidden states beside the pruned one's.
+        "sparsify": (
+            2 * (block + (experts > 1) * experts * linear),
+            hidden * (1 if reconstruct == "none" else 2),
+        ),
     }
     stages = []
     for name, costs in found.items():

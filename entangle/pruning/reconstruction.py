@@ -27,7 +27,7 @@ from entangle.model.mixing import layers_of_tokens
 from entangle.runs.setup import Setup
 
 EPOCHS = 4
-RATE = 2e-3  # Adam's first rate, times the root mean square of a layer's kept weights
+RATE = 5e-3  # Adam's first rate, times the root mean square of a layer's kept weights
 HELD_OUT = 16  # one of so many batches chooses the epoch and is not trained on
 
 
@@ -157,7 +157,7 @@ class _TunedBlock:
         """Take a step of Adam on one batch, or only on those of the other processes."""
         with torch.inference_mode(False), torch.enable_grad():
             if number is not None:
-                self._errors(number).sum().backward()  # type: ignore[no-untyped-call]
+                self._errors(number).sum().backward()
             for name, weight in self._weights.items():
                 if weight.grad is None:  # no batch, or no token came here
                     weight.grad = torch.zeros_like(weight)
@@ -204,8 +204,8 @@ class _TunedBlock:
 
 def _kept_size(weight: torch.Tensor) -> float:
     """Return the root mean square of the weights that are not zero; 0 if all are."""
-    kept = int((weight != 0).sum())
-    return (float(weight.detach().double().square().sum()) / max(kept, 1)) ** 0.5
+    kept = max(int((weight != 0).sum()), 1)
+    return math.sqrt(float(weight.detach().double().square().sum()) / kept)
 
 
 def _without_new_zeros(

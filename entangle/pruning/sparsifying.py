@@ -294,10 +294,11 @@ def prune_model(
                     pruning,
                     held_out=unseen,
                     zeros=zeros,
-                    reconstruct=targets and targets.reconstructing(walk, here),
+                    reconstruct=targets.reconstructing(walk, here) if targets else None,
                 )
                 if checkpoint is not None:
-                    checkpoint.save(here, pruned[-len(here) :], targets and targets.dense)
+                    dense_walk = targets.dense if targets else None
+                    checkpoint.save(here, pruned[-len(here) :], dense_walk)
             for one in walks:
                 if one.block == block < last:
                     one.advance()

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import PreTrainedModel
 
 from entangle.model.layers import find_layers
 from entangle.model.mixing import layers_of_tokens
@@ -10,7 +11,7 @@ from tests.tiny_models import ARCHITECTURES, tiny_llama4, tiny_mamba, tiny_model
 WINDOW = torch.arange(5, 25)
 
 
-def roles_of_tokens(model, window=WINDOW):  # type: ignore[no-untyped-def]
+def roles_of_tokens(model: PreTrainedModel, window: torch.Tensor = WINDOW) -> set[str]:
     layers = find_layers(model)
     return {layer.role for layer in layers_of_tokens(model, layers, window)}
 

@@ -810,6 +810,12 @@ model = entangle.load_model(place / "model")
 words = {"propagate": ["dense"], "method": ["wanda", "magnitude"], "batch_size": 2}
 table = entangle.sweep(model, calibration, evaluation, sparsity=[0.5], **words)
 found["sweep"] = {"nats": table["nats"].tolist(), "held": table["held_out_error"].tolist()[1:]}
+model = entangle.load_model(place / "model")
+words = {"sparsity": 0.5, "reconstruct": "mlp", "layers": "*.0.mlp.*", "batch_size": 2}
+tuned = entangle.sparsify(model, calibration, **words).layers
+sums = [float(parameter.double().abs().sum()) for parameter in model.parameters()]
+found["tuned"] = tuned[["layer", "zeros", "mlp_error_before", "mlp_error"]].to_dict(orient="list")
+found["tuned"]["different"] = len({tuple(one) for one in ranks.all_gather(sums)})
 if ranks.rank() == 0:
     print(json.dumps(found))
 """
@@ -825,6 +831,13 @@ def test_two_processes_prune_as_one_does(place: Path, tmp_path: Path) -> None:
     one, two = (open_run(tmp_path / name / "measured") for name in ("one", "two"))
     assert_same_run(two, one)
     alone, shared = found
+    # A step of two processes takes two batches, so the weights are others, but the same in both.
+    tuned = [one.pop("tuned") for one in found]
+    for one in tuned:
+        assert max(one["mlp_error"]) < min(one["mlp_error_before"])
+        assert one["mlp_error_before"] == pytest.approx(tuned[0]["mlp_error_before"], rel=1e-3)
+        assert one["zeros"] == tuned[0]["zeros"]
+        assert one["different"] == 1
     assert shared.keys() == alone.keys()
     # All tokens of the second process, whose layers know no other cluster.
     assert alone["halves"]["smallest_cluster"].count(2 * 2 * 32) > 3

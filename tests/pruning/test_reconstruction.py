@@ -30,8 +30,12 @@ def mlp_of(model: PreTrainedModel) -> list[str]:
 
 
 def pruned(model: PreTrainedModel, windows: TokenWindows, **options: Any) -> Any:
-    options = {"sparsity": "0.6", "batch_size": 2, "layers": mlp_of(model)} | options
-    return entangle.sparsify(model, windows, **options)
+    every: dict[str, Any] = {"sparsity": "0.6", "batch_size": 2, "layers": mlp_of(model)}
+    return entangle.sparsify(model, windows, **every | options)
+
+
+def weight_in(model: PreTrainedModel, layer: str) -> torch.nn.Parameter:
+    return model.get_submodule(layer).get_parameter("weight")
 
 
 def hidden_behind(model: PreTrainedModel, tokens: torch.Tensor, block: int) -> torch.Tensor:
@@ -71,7 +75,7 @@ def test_the_first_block_is_tuned_as_by_a_plain_training_loop() -> None:
 
     batches = windows.tokens.split(2)
     trained, held_out = batches[:-1], batches[-1]
-    weights = [reference.get_submodule(name).weight for name in layers]
+    weights = [weight_in(reference, name) for name in layers]
     masks = [weight != 0 for weight in weights]
     rates = [
         RATE * float(w.detach()[m].square().mean().sqrt())
@@ -90,6 +94,7 @@ def test_the_first_block_is_tuned_as_by_a_plain_training_loop() -> None:
             adam.zero_grad()
             errors_of(reference, dense, trained[number], 0, 1).sum().backward()
             for weight, mask in zip(weights, masks, strict=True):
+                assert weight.grad is not None
                 weight.grad *= mask
             for group, rate in zip(adam.param_groups, rates, strict=True):
                 group["lr"] = rate * (1 - step / steps)
@@ -100,10 +105,8 @@ def test_the_first_block_is_tuned_as_by_a_plain_training_loop() -> None:
 
     best = int(np.argmin(errors))
     assert best > 0
-    for name, weight in zip(layers, kept[best - 1], strict=True):
-        torch.testing.assert_close(
-            ours.get_submodule(name).weight.detach(), weight, rtol=1e-4, atol=1e-6
-        )
+    for name, tuned in zip(layers, kept[best - 1], strict=True):
+        torch.testing.assert_close(weight_in(ours, name).detach(), tuned, rtol=1e-4, atol=1e-6)
     assert found["mlp_error_before"].tolist() == pytest.approx([errors[0]] * 3, rel=1e-4)
     assert found["mlp_error"].tolist() == pytest.approx([errors[best]] * 3, rel=1e-4)
 
@@ -145,12 +148,13 @@ def test_experts_are_tuned_by_their_own_tokens_and_routers_stay() -> None:
     assert (found["mlp_error"] < found["mlp_error_before"]).all()
     for name in layers:
         before, after = plain.get_submodule(name), tuned.get_submodule(name)
-        assert isinstance(before, ExpertLinear) and isinstance(after, ExpertLinear)
+        assert isinstance(before, ExpertLinear)
+        assert isinstance(after, ExpertLinear)
         assert torch.equal(before.weight == 0, after.weight == 0)
-        assert before.weight.dtype == after.weight.dtype and before.counts == after.counts
-        assert isinstance(before.router, CentroidRouter) and isinstance(
-            after.router, CentroidRouter
-        )
+        assert before.weight.dtype == after.weight.dtype
+        assert before.counts == after.counts
+        assert isinstance(before.router, CentroidRouter)
+        assert isinstance(after.router, CentroidRouter)
         assert torch.equal(before.router.matrix, after.router.matrix)
         assert torch.equal(before.router.bias, after.router.bias)
         changed = (before.weight != after.weight).flatten(1).any(dim=1)
@@ -198,7 +202,8 @@ def test_a_kept_weight_that_rounds_to_zero_is_no_zero() -> None:
     weight = torch.tensor([[1e-9, 0.0, 1.0, -1e-9]])
     found = reconstruction._without_new_zeros(weight, weight == 0, torch.float16)
     assert (found == 0).tolist() == [[False, True, False, False]]
-    assert found.dtype == torch.float16 and float(found[0, 2]) == 1
+    assert found.dtype == torch.float16
+    assert float(found[0, 2]) == 1
     assert float(found.abs()[0, [0, 3]].max()) < 1e-4
 
 
@@ -208,13 +213,14 @@ def test_errors_of_layers_are_those_of_the_tuned_weights() -> None:
     model = copy.deepcopy(dense)
     found = pruned(model, windows, reconstruct="mlp", layers=layers).layers
     inputs: list[torch.Tensor] = []
-    up = dense.get_submodule(layers[0])
-    up.register_forward_hook(lambda _, args, __: inputs.append(args[0].flatten(0, 1)))
+    dense.get_submodule(layers[0]).register_forward_hook(
+        lambda _, args, __: inputs.append(args[0].flatten(0, 1))
+    )
     with torch.no_grad():
         dense(windows.tokens)
-        change = (up.weight - model.get_submodule(layers[0]).weight).double()
+        change = (weight_in(dense, layers[0]) - weight_in(model, layers[0])).double()
         lost = (inputs[0].double() @ change.T).square().sum()
-        energy = (inputs[0].double() @ up.weight.double().T).square().sum()
+        energy = (inputs[0].double() @ weight_in(dense, layers[0]).double().T).square().sum()
     assert found["error"].tolist() == pytest.approx([float(lost / energy)], rel=1e-4)
 
 
@@ -235,7 +241,8 @@ def test_a_killed_command_goes_on_with_the_dense_hidden_states(
     with pytest.raises(KeyboardInterrupt):
         pruned(tiny_model("llama"), windows, reconstruct="mlp", out=tmp_path / "killed")
     saved = [path.name for path in (tmp_path / "killed.partial" / "blocks").iterdir()]
-    assert "1-hidden" in saved and "0-hidden" not in saved  # only the last is needed
+    assert "1-hidden" in saved
+    assert "0-hidden" not in saved
     tuned: list[int] = []
 
     def counted(walk: Any, *args: Any, **options: Any) -> Any:
@@ -278,7 +285,8 @@ def test_attention_layers_are_pruned_and_not_tuned() -> None:
     options = {"layers": ["model.layers.0.*"]}
     pruned(plain, windows, **options)
     found = pruned(tuned, windows, reconstruct="mlp", **options).layers
-    assert len(found) == 7 and not found["mlp_error"].map(math.isnan).any()
+    assert len(found) == 7
+    assert not found["mlp_error"].map(math.isnan).any()
     for before, after in zip(find_layers(plain), find_layers(tuned), strict=True):
         same = torch.equal(weight_of(before), weight_of(after))
         assert same == (before.block > 0 or before.role.startswith("self_attn"))
