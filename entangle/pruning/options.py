@@ -25,8 +25,9 @@ from typing import (
     get_type_hints,
 )
 
-from entangle.numerics.sparsity import Mask, Method, Sparsity
+from entangle.numerics.sparsity import Mask, Method, Solve, Sparsity
 
+SolveOption = Literal["auto", Solve]
 Propagate = Literal["sparse", "dense"]
 Assign = Literal["kmeans", "random"]
 Budget = Literal[
@@ -50,6 +51,7 @@ Value = TypeVar("Value")
 UNIFORM: Literal["uniform"] = "uniform"
 TRIM: Literal["trim"] = "trim"
 SHUFFLED: Literal["shuffled"] = "shuffled"
+SOLVE: Solve = "exact"  # of SparseGPT, unless another is given
 DISTANCE: Budget = "wasserstein*std"  # the distance in output units; the default budget of a run
 
 
@@ -123,6 +125,14 @@ class Pruning:
             "chosen per 128 columns over all rows"
         ),
     ] = "row"
+    solve: Annotated[
+        SolveOption,
+        Option(
+            "how the kept weights are computed: greedy, by the method as published; exact, the "
+            "weights with the least error that the method's mask allows; admm, by a better mask too; "
+            "auto, exact for sparsegpt and greedy for wanda and magnitude"
+        ),
+    ] = "auto"
     propagate: Annotated[
         Propagate,
         Option(
@@ -203,6 +213,12 @@ class Pruning:
             metavar="S",
         ),
     ]
+
+    def __post_init__(self) -> None:
+        """Replace ``auto`` by what it is for the method."""
+        if self.solve == "auto":
+            solve = SOLVE if self.method == "sparsegpt" else "greedy"
+            object.__setattr__(self, "solve", solve)
 
     @classmethod
     def of(cls, **options: Unpack["PruningOptions"]) -> Self:
@@ -310,6 +326,7 @@ class PruningOptions(TypedDict, total=False):
 
     method: Several[Method]
     mask: Several[Mask]
+    solve: Several[SolveOption]
     propagate: Several[Propagate]
     experts: Several[int]
     assign: Several[Assign]
@@ -345,6 +362,17 @@ UNBUDGETED = {  # text in tables for arms without a budget
 SHRINKAGE: float = OPTIONS["shrinkage"].default
 STRENGTH: float = OPTIONS["strength"].default
 METHODS: tuple[Method, ...] = get_args(Method)
+SOLVERS: tuple[Solve, ...] = get_args(Solve)
+
+
+def check_solve(solve: str) -> None:
+    """Check the solver of a command that prunes by SparseGPT alone.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if solve not in SOLVERS:
+        raise ValueError(f"solve must be one of {', '.join(SOLVERS)}, got {solve!r}")
 
 
 def needs_run(budget: str, across: str) -> bool:
@@ -399,8 +427,8 @@ def with_options(**defaults: Any) -> Callable[[Function], Function]:
 def arms_of(**options: Unpack[PruningOptions]) -> list[Pruning]:
     """Return a pruning for each combination of the options' values, without duplicates.
 
-    Arms that differ only in options without effect are one arm: ``propagate`` of magnitude, which
-    uses no inputs; the router's options with one expert; the strength of budgets without one.
+    Arms that differ only in options without effect are one arm: ``propagate`` of greedy magnitude,
+    which uses no inputs; the router's options with one expert; the strength of budgets without one.
     Wanda and magnitude have one expert. If masks by row are run too, masks by block have no
     budget; if shares of zeros are run too, n:m has none. Both are as published.
 
@@ -426,7 +454,9 @@ def arms_of(**options: Unpack[PruningOptions]) -> list[Pruning]:
     arms: dict[Pruning, None] = {}
     for combination in itertools.product(*(values[name] for name in order)):
         arm = dict(zip(order, combination, strict=True))
-        if arm.get("method") == "magnitude" and arm.get("budget") != TRIM:  # it uses no inputs
+        greedy = arm.get("solve", "auto") in {"auto", "greedy"}
+        if arm.get("method") == "magnitude" and greedy and arm.get("budget") != TRIM:
+            # It uses no inputs.
             arm["propagate"] = values.get("propagate", ["sparse"])[0]
         if arm.get("method", "sparsegpt") != "sparsegpt":  # a method without experts
             arm["experts"] = 1

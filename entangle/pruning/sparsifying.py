@@ -72,7 +72,7 @@ class Sparsified:
     * ``error``: ‖(W - Ŵ)X‖² / ‖WX‖² on the calibration inputs X, each with the Ŵ of its expert.
     * ``held_out_error``: the same on held-out inputs; `sparsify` has none, `sweep` has.
     * ``damping``: largest damping that an expert's Gram needed, in units of its mean diagonal; 0
-      for methods other than SparseGPT.
+      for greedy Wanda and magnitude, which need none.
     * ``tokens``: calibration tokens.
     * ``held_out_tokens``: tokens of the held-out error.
     * ``multiply_adds``: non-zero weights that a token is multiplied by, mean over the calibration
@@ -128,6 +128,9 @@ def sparsify(
     * ``method``: ``sparsegpt``, ``wanda`` or ``magnitude``.
     * ``mask``: ``row``, every neuron has exactly the sparsity; ``block``, weights are chosen per
       128 columns over all rows, as published.
+    * ``solve``: ``greedy``, the method's weights as published; ``exact``, the weights with the least
+      error that its mask allows; ``admm``, by a better mask too (see `numerics.solving`). ``auto``
+      is exact for SparseGPT and greedy for the others.
     * ``propagate``: ``sparse``, each block is calibrated on the outputs of the pruned blocks before
       it; ``dense``, on those of the dense model.
     * ``experts``: number of pruned copies of each layer, one per cluster of its inputs (Sparse
