@@ -18,6 +18,7 @@ from entangle.model.text import TokenWindows
 from entangle.numerics.masks import prune
 from entangle.numerics.moments import InputMoments
 from entangle.numerics.sparsity import Mask, Method, Sparsity
+from entangle.pruning.options import Pruning
 from tests.forking import forked
 from tests.tiny_models import (
     ARCHITECTURES,
@@ -84,7 +85,9 @@ def pruned_naively(
             rows, weight = seen[layer.name], weight_of(layer).clone()
             moments = InputMoments.zeros(layer.inputs)
             moments.add(rows)
-            pruned = prune(weight, moments, Sparsity(0.5), method=method, mask=mask).weight
+            how: Any = {"method": method, "mask": mask}
+            how["solve"] = Pruning.of(sparsity=0.5, method=method).solve
+            pruned = prune(weight, moments, Sparsity(0.5), **how).weight
             outputs = rows.double() @ weight.double().T
             lost = rows.double() @ (weight - pruned).double().T
             errors[layer.name] = float(lost.square().sum() / outputs.square().sum())
