@@ -18,7 +18,6 @@ from entangle.model.text import TokenWindows
 from entangle.numerics.masks import prune
 from entangle.numerics.moments import InputMoments
 from entangle.numerics.sparsity import Mask, Method, Sparsity
-from entangle.pruning.options import Pruning
 from tests.forking import forked
 from tests.tiny_models import (
     ARCHITECTURES,
@@ -85,9 +84,7 @@ def pruned_naively(
             rows, weight = seen[layer.name], weight_of(layer).clone()
             moments = InputMoments.zeros(layer.inputs)
             moments.add(rows)
-            how: Any = {"method": method, "mask": mask}
-            how["solve"] = Pruning.of(sparsity=0.5, method=method).solve
-            pruned = prune(weight, moments, Sparsity(0.5), **how).weight
+            pruned = prune(weight, moments, Sparsity(0.5), method=method, mask=mask).weight
             outputs = rows.double() @ weight.double().T
             lost = rows.double() @ (weight - pruned).double().T
             errors[layer.name] = float(lost.square().sum() / outputs.square().sum())
@@ -125,6 +122,7 @@ def test_every_method_and_mask_and_skipped_tokens(
         sparsity="0.5",
         method=method,
         mask=mask,
+        solve="greedy",  # rounding changes the number of steps of the others
         batch_size=2,
         skip_first=skip_first,
     )
