@@ -70,10 +70,11 @@ $(EVIDENCE)/without-first/run.json:
 
 $(EVIDENCE)/ablation/run.json: | $(EVIDENCE)/measured/run.json
 	$(BIN)/entangle ablate $(EVIDENCE)/measured $(HELD) --evaluation-windows $(SCORED) \
-		--share $(SHARES) --experts 1,16 --out $(@D)
+		--share $(SHARES) --experts 1,16 --solve greedy --out $(@D)
 
 $(EVIDENCE)/ablation-without-first/run.json: | $(EVIDENCE)/without-first/run.json
-	$(BIN)/entangle ablate $(EVIDENCE)/without-first $(HELD) --evaluation-windows $(SCORED) --out $(@D)
+	$(BIN)/entangle ablate $(EVIDENCE)/without-first $(HELD) --evaluation-windows $(SCORED) \
+		--solve greedy --out $(@D)
 
 $(EVIDENCE)/interventions/run.json: | $(EVIDENCE)/measured/run.json
 	$(BIN)/entangle ablate $(EVIDENCE)/measured $(HELD) --evaluation-windows $(SCORED) \
@@ -81,14 +82,14 @@ $(EVIDENCE)/interventions/run.json: | $(EVIDENCE)/measured/run.json
 
 $(EVIDENCE)/blocks/run.json: | $(EVIDENCE)/measured/run.json
 	$(BIN)/entangle ablate $(EVIDENCE)/measured $(HELD) --evaluation-windows 8 \
-		--sets wasserstein,random --seeds 1 --per-block --out $(@D)
+		--sets wasserstein,random --seeds 1 --per-block --solve greedy --out $(@D)
 
 $(EVIDENCE)/experts/run.json:
 	$(BIN)/entangle sweep '$(MODEL)' $(HELD) --evaluation-windows $(SCORED) --propagate dense \
-		--sparsity 0.7,0.8 --experts 1,4,16 --assign kmeans,random --out $(@D)
+		--sparsity 0.7,0.8 --experts 1,4,16 --assign kmeans,random --solve greedy --out $(@D)
 
 $(EVIDENCE)/disentangled/run.json: | $(EVIDENCE)/measured/run.json
-	$(BIN)/entangle disentangle $(EVIDENCE)/measured $(HELD) --sparsity 0.7,0.9 --out $(@D)
+	$(BIN)/entangle disentangle $(EVIDENCE)/measured $(HELD) --sparsity 0.7,0.9 --solve greedy --out $(@D)
 
 # The README's ablation has one share, so these runs have their own folder.
 DRAWN = runs/figures

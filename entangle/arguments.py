@@ -7,7 +7,7 @@ from typing import Any
 
 import entangle
 from entangle.experiments.interventions import INTERVENTIONS, SETS
-from entangle.pruning.options import METHODS, OPTIONS, read_count, read_number
+from entangle.pruning.options import METHODS, OPTIONS, SOLVE, SOLVERS, read_count, read_number
 
 VARIABLES = (  # of a neuron in a run, in the order of `runs.dataset.UNITS`
     *("wasserstein", "wasserstein_error", "mean", "std", "skewness", "kurtosis", "modes"),
@@ -368,6 +368,12 @@ def parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
         "--sparsity", default=("0.9",), help=f"{sparsity}; one or several [0.9]", **names
     )
     ablate.add_argument("--experts", default=(1,), help=f"{experts}; one or several [1]", **counts)
+    solve: dict[str, Any] = {"choices": SOLVERS, "default": SOLVE}
+    solve["help"] = (
+        "how the kept weights are computed: greedy, by SparseGPT as published; exact, the weights "
+        f"with the least error that its mask allows; admm, by a better mask too [{SOLVE}]"
+    )
+    ablate.add_argument("--solve", **solve)
     ablate.add_argument(
         "--intervention",
         default=("sparsify",),
@@ -406,6 +412,7 @@ def parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
     disentangle.add_argument(
         "--sparsity", default=("0.8",), help=f"{sparsity}; one or several [0.8]", **names
     )
+    disentangle.add_argument("--solve", **solve)
     disentangle.add_argument(
         "--neurons",
         nargs="+",

@@ -136,7 +136,9 @@ def run_sparsify(args: argparse.Namespace) -> None:
     with hashed_once():
         if auto and run is not None:
             named = [] if Path(args.budget) == folder else ["budget"]
-            search = {n: options[n] for n in ("sparsity", "method", "mask", "across", *named)}
+            search = {
+                n: options[n] for n in ("sparsity", "method", "mask", "solve", "across", *named)
+            }
             how = {
                 name: work[name]
                 for name in ("layers", "exclude", "batch_size", "skip_first", "progress")
@@ -271,7 +273,7 @@ def run_ablate(args: argparse.Namespace) -> None:
     folders.check_target(args.out, args.overwrite)
     from entangle.experiments.interventions import Ablation
 
-    names = ("share", "sparsity", "experts", "intervention", "sets", "seeds")
+    names = ("share", "sparsity", "experts", "intervention", "sets", "seeds", "solve")
     treatment = {name: getattr(args, name) for name in names}
     Ablation.of(**treatment)  # check the options before a model is loaded
     if args.text is None and "sparsify" in args.intervention:
@@ -300,7 +302,7 @@ def run_disentangle(args: argparse.Namespace) -> None:
     from entangle.experiments import disentangling
     from entangle.runs import dataset, store
 
-    settings = {name: getattr(args, name) for name in ("experts", "sparsity")}
+    settings = {name: getattr(args, name) for name in ("experts", "sparsity", "solve")}
     disentangling.check_settings(**settings)
     run, args = _measured(args)
     windows, tokenizer = _text(args, "calibration")

@@ -32,6 +32,7 @@ ROOMS = {
         "difficulty",
         "moments",
         "sparsity",
+        "solving",
         "masks",
         "shares",
         "clustering",

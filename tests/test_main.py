@@ -611,7 +611,9 @@ def test_sparsify_writes_a_model_that_every_command_takes(
     options = ["--layers", "*.self_attn.*", "--sparsity", "2:4", "--method", "wanda"]
     assert main(_pruning(place, "sparsify", out, *options)) == 0
     said = capsys.readouterr().out
-    pruned = r"\b12 layers.*\b2:4\b.*\bwanda\b.*mask row, propagate sparse.*\b640 tokens"
+    pruned = (
+        r"\b12 layers.*\b2:4\b.*\bwanda\b.*mask row, solve greedy, propagate sparse.*\b640 tokens"
+    )
     assert re.search(pruned, said)
     assert re.search(r"\b50\.0000% .*weights", said)
     manifest = json.loads((out / "sparsity.json").read_text())

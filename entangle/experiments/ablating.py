@@ -21,9 +21,10 @@ from entangle.model.layers import LinearLayer, device_of, weight_of
 from entangle.model.placing import check_in_memory
 from entangle.model.scoring import NotFiniteError
 from entangle.model.text import TokenWindows
+from entangle.numerics.sparsity import Solve
 from entangle.numerics.torch_settings import with_torch_defaults
 from entangle.pruning.neurons import Kind, Outputs, SparseNeurons, load_neurons, prune_neurons
-from entangle.pruning.options import Several
+from entangle.pruning.options import SOLVE, Several
 from entangle.pruning.sparsifying import check_layers
 from entangle.runs import store
 from entangle.runs.dataset import about, dataset_of, values_of
@@ -46,6 +47,7 @@ def ablate(
     intervention: Several[str] = "sparsify",
     sets: Several[str] = SETS,
     seeds: int = 5,
+    solve: Solve = SOLVE,
     per_block: bool = False,
     layers: str | Sequence[str] = ("*",),
     exclude: str | Sequence[str] = (),
@@ -69,7 +71,7 @@ def ablate(
 
     * ``sparsify``: prune the neurons' weights by SparseGPT to exactly ``sparsity``, calibrated on
       the dense model's inputs over ``windows``; with several ``experts`` once per cluster of these
-      inputs. Each layer is pruned once for all arms.
+      inputs. ``solve`` is ``greedy``, ``exact`` or ``admm`` (see `sparsify`). Each layer is pruned once for all arms.
     * ``zero``: set the outputs to zero.
     * ``mean``: set the outputs to their mean over the tokens of the run.
     * ``negative``: set the negative outputs to zero.
@@ -125,6 +127,7 @@ def ablate(
         sets=sets,
         share=share,
         seeds=seeds,
+        solve=solve,
     )
     pruned = "sparsify" in ablation.intervention
     if pruned and windows is None:
@@ -149,6 +152,7 @@ def ablate(
     if pruned:
         check_layers(setup, [arm.sparsity for arm in arms if arm.sparsity])
     attributes = setup.provenance() | {"pruned": pruned, "run": about(run)}
+    attributes |= {"solve": solve} if pruned else {}
     attributes |= {"missing_sets": missing, "arms": [arm.settings() for arm in arms]}
     treated = _treated(setup, arms)
     weights = list(model.parameters())
@@ -159,7 +163,7 @@ def ablate(
         left = unwritten(files)
         rows = folder / "rows"
         wanted = _wanted([arm for arm in left.values() if arm], treated)
-        prune = functools.cache(lambda: _prune(setup, wanted, rows))
+        prune = functools.cache(lambda: _prune(setup, wanted, rows, solve))
         for file, arm in tqdm(left.items(), unit="arm", disable=not progress):
             if arm is None:
                 found = {"intervention": "dense", "model_sparsity": zeros[0] / zeros[1]}
@@ -223,10 +227,12 @@ def _wanted(arms: Sequence[Arm], treated: Mapping[Arm, Neurons]) -> dict[Kind, d
     return wanted
 
 
-def _prune(setup: Setup, wanted: Mapping[Kind, Mapping[str, set[int]]], folder: Path) -> str:
+def _prune(
+    setup: Setup, wanted: Mapping[Kind, Mapping[str, set[int]]], folder: Path, solve: Solve
+) -> str:
     """Prune the rows of all arms; return the error message, empty if there is none."""
     try:
-        prune_neurons(setup, wanted, folder)
+        prune_neurons(setup, wanted, folder, solve=solve)
     except ValueError as error:
         return str(error)
     return ""

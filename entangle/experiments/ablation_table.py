@@ -259,7 +259,8 @@ def markdown(table: pd.DataFrame) -> str:
     """Return the table in Markdown, below a paragraph on models, texts and units."""
     about, run = table.attrs, table.attrs["run"]
     pruned = (
-        f" Sparsified rows were pruned by SparseGPT with mask row, calibrated on "
+        f" Sparsified rows were pruned by SparseGPT with mask row, solve "
+        f"{about.get('solve', 'greedy')}, calibrated on "
         f"{about['tokens']:,} tokens of {about['text']} ({about['windows']} windows of "
         f"{about['length']}) with the dense model."
         if about["pruned"]

@@ -24,10 +24,10 @@ from entangle.model.packing import load_tensors, save_tensors
 from entangle.model.placing import check_in_memory
 from entangle.model.sampling import sample_inputs, sampled_places
 from entangle.model.text import TokenWindows, evenly_spaced
-from entangle.numerics.sparsity import Sparsity
+from entangle.numerics.sparsity import Solve, Sparsity
 from entangle.numerics.torch_settings import with_torch_defaults
 from entangle.pruning.calibration import HELD_OUT, calibrate
-from entangle.pruning.options import ONE, Clustering, Several, several
+from entangle.pruning.options import ONE, SOLVE, Clustering, Several, check_solve, several
 from entangle.pruning.sparsifying import check_layers
 from entangle.runs import store
 from entangle.runs.dataset import about, attributes_of, labelled, runs_of, with_text
@@ -59,6 +59,7 @@ def disentangle(
     run: xr.DataTree | xr.Dataset,
     experts: Several[int] = (4, 16),
     sparsity: Several[str | float] = 0.8,
+    solve: Solve = SOLVE,
     neurons: Sequence[str] = (),
     layers: str | Sequence[str] = ("*",),
     exclude: str | Sequence[str] = (),
@@ -73,7 +74,8 @@ def disentangle(
     ``run`` is the result of `measure` for this model. Routers and Grams are computed from
     ``windows``, the held-out tokens are drawn from at most 64 windows of ``evaluation``, both with
     the dense model. The arms are one expert, and for each number of ``experts`` k-means clusters
-    and random clusters.
+    and random clusters. Weights are pruned by SparseGPT; ``solve`` is ``greedy``, ``exact`` or
+    ``admm`` (see `sparsify`).
 
     Returns the run's dataset with the variables below. Its child ``outputs`` has the outputs of
     each layer's most entangled neuron and of ``neurons``, written LAYER:INDEX.
@@ -102,7 +104,7 @@ def disentangle(
         RuntimeError: the model cannot be run block by block.
         ValueError: as `ablate`.
     """
-    parsed, arms = check_settings(experts, sparsity)
+    parsed, arms = check_settings(experts, sparsity, solve)
     setup = Setup.of(
         model,
         windows,
@@ -125,13 +127,14 @@ def disentangle(
     check_layers(setup, parsed)
     attributes = setup.provenance()
     attributes |= {"experts": several(experts), "sparsity": list(map(str, parsed))}
+    attributes |= {"solve": solve}
     attributes |= {"neurons": list(neurons), "run": about(setup.run)}
     tokens = len(setup.evaluation) * (setup.evaluation.length - skip_first)
     attributes |= {"held_out_tokens": min(tokens, HELD_OUT)}
     stopwatch = Stopwatch()
     with resumed_run(out, attributes, overwrite=overwrite) as folder:
         parts = folder / "blocks"
-        _measure_blocks(setup, kept, arms, parsed, parts)
+        _measure_blocks(setup, kept, arms, parsed, parts, solve)
         found: Tensors = {}
         for block in setup.blocks:
             found |= load_tensors(_file(parts, block))
@@ -149,13 +152,14 @@ def disentangle(
 
 
 def check_settings(
-    experts: Several[int], sparsity: Several[str | float]
+    experts: Several[int], sparsity: Several[str | float], solve: Solve = SOLVE
 ) -> tuple[list[Sparsity], list[Clustering]]:
     """Return the parsed sparsities and the arms.
 
     Raises:
         ValueError: there is no sparsity or no number of experts above one, or a value is invalid.
     """
+    check_solve(solve)
     counts, given = several(experts), several(sparsity)
     parsed = [Sparsity.parse(one) for one in given]
     mixtures = [count for count in dict.fromkeys(counts) if count > 1]
@@ -201,6 +205,7 @@ def _measure_blocks(
     arms: Sequence[Clustering],
     sparsities: Sequence[Sparsity],
     folder: Path,
+    solve: Solve,
 ) -> None:
     """Measure the blocks that are not saved yet, and save their results."""
     layers = setup.blocks
@@ -233,6 +238,7 @@ def _measure_blocks(
                     halves.to(inputs.device),
                     kept[layer.name],
                     seed,
+                    solve,
                 )
             tensors |= {f"{layer.name} {name}": value for name, value in measured.items()}
         save_tensors(_file(folder, block), tensors)

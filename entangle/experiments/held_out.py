@@ -9,9 +9,10 @@ import torch
 from entangle.model.layers import LinearLayer
 from entangle.numerics import gaussian, wasserstein
 from entangle.numerics.difficulty import mapping_difficulty
-from entangle.numerics.sparsity import Sparsity
+from entangle.numerics.sparsity import Solve, Sparsity
 from entangle.pruning.calibration import Calibration
 from entangle.pruning.neurons import sparse_neurons
+from entangle.pruning.options import SOLVE
 
 Array = npt.NDArray[np.float64]
 Tensors = dict[str, torch.Tensor]
@@ -25,6 +26,7 @@ def measure_layer(
     halves: torch.Tensor,
     kept: Sequence[int],
     seed: int,
+    solve: Solve = SOLVE,
 ) -> Tensors:
     """Return the measures of a layer's neurons on held-out inputs (tokens, inputs), by name.
 
@@ -40,9 +42,8 @@ def measure_layer(
     sparse = torch.empty(*shape[1:], len(inputs), len(kept))
     for place, sparsity in enumerate(sparsities):
         for arm, calibration in enumerate(calibrations):
-            pruned = sparse_neurons(layer, calibration, sparsity, all_neurons).outputs(layer)(
-                inputs
-            )
+            rows = sparse_neurons(layer, calibration, sparsity, all_neurons, solve=solve)
+            pruned = rows.outputs(layer)(inputs)
             others = wasserstein.sorted_columns(pruned)
             distance[:, place, arm] = gaussian.between_sorted(columns, others)
             squares = (pruned.double() - outputs.double()).square_()

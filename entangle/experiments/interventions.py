@@ -9,8 +9,8 @@ import itertools
 from collections.abc import Sequence
 from typing import Any, Self
 
-from entangle.numerics.sparsity import Sparsity
-from entangle.pruning.options import ONE, Clustering, Several, several
+from entangle.numerics.sparsity import Solve, Sparsity
+from entangle.pruning.options import ONE, SOLVE, Clustering, Several, check_solve, several
 
 INTERVENTIONS = ("sparsify", "zero", "mean", "negative")
 RANDOM, BOTTOM = "random", "bottom"
@@ -51,6 +51,7 @@ class Ablation:
     sets: Sequence[str]
     share: Sequence[float]
     seeds: int  # number of random sets
+    solve: Solve  # used by `sparsify` only
 
     @classmethod
     def of(
@@ -62,6 +63,7 @@ class Ablation:
         sets: Several[str] = SETS,
         share: Several[float] = 0.03,
         seeds: int = 5,
+        solve: Solve = SOLVE,
     ) -> Self:
         """Return an ablation of one or several values each; needs no model.
 
@@ -76,6 +78,7 @@ class Ablation:
             several(sets),
             several(share),
             seeds,
+            solve,
         )
         ablation._check()
         return ablation
@@ -90,6 +93,7 @@ class Ablation:
             for value in getattr(self, name):
                 if value not in choices:
                     raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+        check_solve(self.solve)
         for name in ("intervention", "sparsity", "experts", "sets", "share"):
             if not getattr(self, name):
                 raise ValueError(f"an ablation needs at least one value of {name}")

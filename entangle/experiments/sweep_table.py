@@ -41,8 +41,8 @@ def tables_of(results: Sequence[Mapping[str, Any]]) -> tuple[pd.DataFrame, pd.Da
 
     The first has the columns that `sweep` lists. The second has, for each pruned arm:
 
-    * ``method``, ``mask``, ``propagate``, ``experts``, ``assign``, ``components``, ``shrinkage``,
-      ``budget``, ``strength``, ``across``, ``sparsity``: the options of the arm, as in the first.
+    * ``method``, ``mask``, ``solve``, ``propagate``, ``experts``, ``assign``, ``components``,
+      ``shrinkage``, ``budget``, ``strength``, ``across``, ``sparsity``: the options of the arm, as in the first.
     * the columns of `Sparsified.layers`.
     * ``improvement``: RMSE of a neuron's outputs with one expert over that with several, on the
       calibration inputs, median over the layer's neurons; NaN unless both arms were run.
@@ -169,6 +169,8 @@ def read_table(folder: str | Path) -> pd.DataFrame:
     table = store.read_table(folder, "sweep", [*TEXT, "pull"])
     # Before 0.2.0 the shrinkage was called pull.
     table.columns = ["shrinkage" if name == "pull" else name for name in table]
+    if "solve" not in table:  # it was always greedy then
+        table.insert(3, "solve", ["" if one == "dense" else "greedy" for one in table["method"]])
     if "density" not in table:
         raise ValueError(
             f"{folder} was written by an older version of entangle: run the sweep again"

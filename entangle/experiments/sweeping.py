@@ -72,7 +72,7 @@ def sweep(
     """Score a model pruned in every combination of the options of `sparsify`, one or several each.
 
     Without a ``method`` all methods are run. Wanda and magnitude are run with one expert only.
-    Arms that would be the same are run once: n:m is always a mask by row, magnitude uses no
+    Arms that would be the same are run once: n:m is always a mask by row, greedy magnitude uses no
     inputs, and one expert has no router. Budgets (see `zeros_of`) are made from a measured ``run``
     of the model. If masks by row are run too, masks by block have no budget; if shares of zeros are
     run too, n:m has none. Both are as published. Arms with ``propagate="dense"`` share one pass over the
@@ -86,8 +86,9 @@ def sweep(
     window. A number that an arm does not have is NaN. Columns:
 
     * ``method``: ``sparsegpt``, ``wanda`` or ``magnitude``; ``dense`` is the unpruned model.
-    * ``mask``, ``propagate``, ``reconstruct``, ``experts``, ``assign``, ``components``, ``shrinkage``, ``budget``,
-      ``strength``, ``across``, ``sparsity``: the options of `sparsify`, as text but for
+    * ``mask``, ``solve``, ``propagate``, ``reconstruct``, ``experts``, ``assign``, ``components``,
+      ``shrinkage``, ``budget``, ``strength``, ``across``, ``sparsity``: the options of `sparsify`,
+      as text but for
       ``experts``; empty where an option does not apply.
     * ``realised``: share of zeros in the weights of the chosen layers, over all experts.
     * ``model_sparsity``: share of zeros in all weights of the model.

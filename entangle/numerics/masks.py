@@ -19,7 +19,7 @@ Sources: Wanda, arXiv 2306.11695, eq. 1; SparseGPT, arXiv 2301.00774, section 3 
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from functools import partial
 
 import torch
 
@@ -27,7 +27,8 @@ from entangle.numerics import threads as _threads  # noqa: F401
 from entangle.numerics.kernels.masks_cpu import TILE, mark_lowest, solve_block
 from entangle.numerics.moments import InputMoments, inverse_factor
 from entangle.numerics.processors import kernels_of
-from entangle.numerics.sparsity import Mask, Method, Sparsity
+from entangle.numerics.solving import add_product, admm, exact, triton_kernels
+from entangle.numerics.sparsity import Mask, Method, Solve, Sparsity
 
 BLOCK = 128  # columns that SparseGPT solves together, as published
 _TOGETHER = 2**26  # values of the factors and float32 weights of experts that are pruned together
@@ -35,10 +36,10 @@ _TOGETHER = 2**26  # values of the factors and float32 weights of experts that a
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Pruned:
-    """The pruned weight matrix of each expert, and the damping that SparseGPT needed for it."""
+    """The pruned weight matrix of each expert, and the damping that its Gram needed."""
 
     weight: torch.Tensor  # ([experts,] neurons, inputs)
-    damping: tuple[float, ...]  # one for each expert; 0 for the other methods
+    damping: tuple[float, ...]  # one for each expert; 0 if no Gram was factored
 
 
 def prune(
@@ -48,10 +49,14 @@ def prune(
     *,
     method: Method = "sparsegpt",
     mask: Mask = "row",
+    solve: Solve = "greedy",
     shrinkage: float | None = None,
     experts: Sequence[int] | None = None,
 ) -> Pruned:
     """Prune a weight (neurons, inputs) by the named method.
+
+    With ``solve`` other than ``greedy``, which leaves the method's weights as published, they are
+    solved again by the same Gram (see `solving`).
 
     ``sparsity`` is one for all rows, or the number of weights to prune in each row (neurons,).
     Moments of several experts are shrunk by ``shrinkage``, if it is given (see
@@ -64,7 +69,7 @@ def prune(
     if mask not in {"row", "block"}:
         raise ValueError(f"mask must be 'row' or 'block', got {mask!r}")
     if moments.count.ndim == 0:
-        return _prune_together(weight, moments, sparsity, method, mask)
+        return _prune_together(weight, moments, sparsity, method, mask, solve)
     neurons, inputs = weight.shape
     chosen = list(range(len(moments.count)) if experts is None else experts)
     pooled = None if shrinkage is None else moments.pooled()
@@ -76,7 +81,7 @@ def prune(
         used = moments.of_experts(chosen[part])
         if shrinkage is not None:
             used = used.shrunk(shrinkage, pooled)
-        found = _prune_together(weight, used, sparsity, method, mask)
+        found = _prune_together(weight, used, sparsity, method, mask, solve)
         result[part] = found.weight
         damping += found.damping
     return Pruned(result, tuple(damping))
@@ -88,17 +93,50 @@ def _prune_together(
     sparsity: Sparsity | torch.Tensor,
     method: Method,
     mask: Mask,
+    solve: Solve,
 ) -> Pruned:
-    if method == "sparsegpt":
-        return sparse_gpt(weight, moments, sparsity, mask=mask)
     experts = moments.lower.shape[:-2]
-    if method == "wanda":
-        pruned = wanda(weight, moments, sparsity, mask=mask)
+    undamped = (0.0,) * (experts[0] if experts else 1)
+    if method == "sparsegpt":
+        pruned = sparse_gpt(weight, moments, sparsity, mask=mask)
+    elif method == "wanda":
+        pruned = Pruned(wanda(weight, moments, sparsity, mask=mask), undamped)
     elif method == "magnitude":
-        pruned = magnitude(weight, sparsity, mask=mask).expand(*experts, *weight.shape)
+        alike = magnitude(weight, sparsity, mask=mask).expand(*experts, *weight.shape)
+        pruned = Pruned(alike, undamped)
     else:
         raise ValueError(f"method must be 'sparsegpt', 'wanda' or 'magnitude', got {method!r}")
-    return Pruned(pruned, (0.0,) * (experts[0] if experts else 1))
+    if solve == "greedy":
+        return pruned
+    if solve not in {"exact", "admm"}:
+        raise ValueError(f"solve must be 'greedy', 'exact' or 'admm', got {solve!r}")
+    _check(weight, moments)  # magnitude has not read the moments
+    return _solve_again(weight, pruned, moments, sparsity, mask, solve)
+
+
+def _solve_again(
+    weight: torch.Tensor,
+    pruned: Pruned,
+    moments: InputMoments,
+    sparsity: Sparsity | torch.Tensor,
+    mask: Mask,
+    solve: Solve,
+) -> Pruned:
+    """Solve the weights of each expert again, with the damping that its Gram needs."""
+    several = moments.count.ndim > 0
+    weights, dampings = [], []
+    for index, one in enumerate(pruned.weight.view(-1, *weight.shape)):
+        own = moments.expert(index) if several else moments
+        damping = pruned.damping[index] or inverse_factor(own.lower).damping
+        if solve == "exact":
+            one = exact(weight, one, own, damping)
+        else:
+            lowest = partial(_lowest_of_mask, sparsity=sparsity, mask=mask)
+            by_row = mask == "row" or (isinstance(sparsity, Sparsity) and sparsity.group > 0)
+            one = admm(weight, one, own, damping, lowest, by_row=by_row)
+        weights.append(one)
+        dampings.append(damping)
+    return Pruned(torch.stack(weights).view(pruned.weight.shape), tuple(dampings))
 
 
 def magnitude(
@@ -139,22 +177,30 @@ def wanda_scores(weight: torch.Tensor, squares: torch.Tensor) -> torch.Tensor:
 def _without_lowest(
     weight: torch.Tensor, scores: torch.Tensor, sparsity: Sparsity | torch.Tensor, mask: Mask
 ) -> torch.Tensor:
-    neurons, inputs = weight.shape
     if isinstance(sparsity, torch.Tensor):
-        pruned = _lowest(scores, _check_zeros(sparsity, weight, mask))
-        return weight.masked_fill(pruned, 0)
-    check_group(inputs, sparsity)
+        sparsity = _check_zeros(sparsity, weight, mask)
+    else:
+        check_group(weight.shape[1], sparsity)
+    return weight.masked_fill(_lowest_of_mask(scores, sparsity, mask), 0)
+
+
+def _lowest_of_mask(
+    scores: torch.Tensor, sparsity: Sparsity | torch.Tensor, mask: Mask
+) -> torch.Tensor:
+    """Return a mask of the lowest scores ([experts,] neurons, inputs), as many as are pruned."""
+    if isinstance(sparsity, torch.Tensor):
+        return _lowest(scores, sparsity)
+    neurons, inputs = scores.shape[-2:]
     if sparsity.group:
         groups = scores.unflatten(-1, (-1, sparsity.group))
-        pruned = _lowest(groups, sparsity.group - sparsity.kept).flatten(-2)
-    elif mask == "row":
-        pruned = _lowest(scores, round(sparsity.share * inputs))
-    else:
-        pruned = torch.zeros_like(scores, dtype=torch.bool)
-        for first, end, count in _block_counts(neurons, inputs, sparsity):
-            block = scores[..., first:end]
-            pruned[..., first:end] = _lowest(block.flatten(-2), count).view_as(block)
-    return weight.masked_fill(pruned, 0)
+        return _lowest(groups, sparsity.group - sparsity.kept).flatten(-2)
+    if mask == "row":
+        return _lowest(scores, round(sparsity.share * inputs))
+    pruned = torch.zeros_like(scores, dtype=torch.bool)
+    for first, end, count in _block_counts(neurons, inputs, sparsity):
+        block = scores[..., first:end]
+        pruned[..., first:end] = _lowest(block.flatten(-2), count).view_as(block)
+    return pruned
 
 
 def _lowest(scores: torch.Tensor, count: int | torch.Tensor) -> torch.Tensor:
@@ -175,15 +221,8 @@ def _lowest(scores: torch.Tensor, count: int | torch.Tensor) -> torch.Tensor:
     if kernels == "numba":
         mark_lowest(flat.numpy(), lowest.numpy(), rows.numpy())
     else:
-        _triton_kernels().mark_lowest(flat, lowest, rows)
+        triton_kernels().mark_lowest(flat, lowest, rows)
     return lowest.view_as(scores)
-
-
-def _triton_kernels() -> Any:
-    """Import the kernels for CUDA; Triton comes only with the torch that can use them."""
-    from entangle.numerics.kernels import masks_triton
-
-    return masks_triton
 
 
 def _lowest_torch(scores: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
@@ -258,7 +297,7 @@ def sparse_gpt(
         block = columns[first:end].repeat(len(factors), 1, 1)  # (experts, columns, padded)
         finite = square.nan_to_num(posinf=0.0)  # a dead input is not updated
         for one, u, carried in zip(block, finite, solved, strict=True):
-            _add_product(one, u, carried[first:end])
+            add_product(one, u, carried[first:end])
         pruned = torch.zeros_like(block, dtype=torch.bool)
         if mask == "block" and not sparsity.group:
             diagonal = square.diagonal(dim1=1, dim2=2).unsqueeze(-1)
@@ -268,7 +307,7 @@ def sparse_gpt(
         _solve(block, pruned, square, counts, sparsity)
         solved[:, first:end] = block
         for later, factor, one in zip(solved[:, end:], factors, block, strict=True):
-            _add_product(later, factor.root[first:end, end:], columns[first:end] - one)
+            add_product(later, factor.root[first:end, end:], columns[first:end] - one)
     result = solved[:, :, :neurons].mT.to(weight.dtype).contiguous()
     return Pruned(
         result.reshape(*moments.lower.shape[:-2], neurons, inputs),
@@ -290,14 +329,6 @@ def _spread(
     return counts.to(columns.device)
 
 
-def _add_product(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
-    """Add aᵀb to ``out`` (columns, rows); a row has the same bits whatever rows are beside it."""
-    if kernels_of(out.device) == "triton":
-        _triton_kernels().add_product(out, a, b)
-    else:
-        out.addmm_(a.T, b)
-
-
 def _solve(
     block: torch.Tensor,
     pruned: torch.Tensor,
@@ -312,7 +343,7 @@ def _solve(
         solve_block(*arrays, sparsity.kept, sparsity.group)  # type: ignore[call-arg]
     elif kernels == "triton":
         kept, group = sparsity.kept, sparsity.group
-        _triton_kernels().solve_block(block, pruned, square, counts, kept, group)
+        triton_kernels().solve_block(block, pruned, square, counts, kept, group)
     else:
         _solve_torch(block, pruned, square, counts, sparsity)
 

@@ -1,10 +1,11 @@
-"""The sparsity of a pruned matrix, and the names of the methods and masks."""
+"""The sparsity of a pruned matrix, and the names of methods, masks and solvers."""
 
 import dataclasses
 from typing import Literal, Self
 
 Mask = Literal["row", "block"]
 Method = Literal["sparsegpt", "wanda", "magnitude"]
+Solve = Literal["greedy", "exact", "admm"]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -120,7 +120,7 @@ def _prune_own(
         sizes = [layer.inputs] * layer.neurons
         zeros = torch.from_numpy(largest_remainder(shares, sizes, zeros))
     options: dict[str, Any] = {"method": pruning.method, "mask": pruning.mask}
-    options["shrinkage"] = pruning.shrinkage
+    options |= {"solve": pruning.solve, "shrinkage": pruning.shrinkage}
     share = pruning.sparsity if zeros is None else zeros
     own = [expert for expert, owner in enumerate(owners) if owner == ranks.rank()]
     if not own:

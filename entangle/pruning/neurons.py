@@ -19,9 +19,9 @@ from entangle.model.layers import LinearLayer, naming, weight_of
 from entangle.model.packing import load_tensors, router_from, router_tensors, save_tensors
 from entangle.numerics.masks import prune
 from entangle.numerics.routing import Router
-from entangle.numerics.sparsity import Sparsity
+from entangle.numerics.sparsity import Solve, Sparsity
 from entangle.pruning.calibration import Calibration, calibrate
-from entangle.pruning.options import SHRINKAGE, Clustering
+from entangle.pruning.options import SHRINKAGE, SOLVE, Clustering
 from entangle.runs.setup import Setup
 
 _OWNER = " is routed by "  # between the names of a layer and of its router's owner, in a file
@@ -58,7 +58,11 @@ class SparseNeurons:
 
 
 def prune_neurons(
-    setup: Setup, wanted: Mapping[Kind, Mapping[str, set[int]]], folder: Path
+    setup: Setup,
+    wanted: Mapping[Kind, Mapping[str, set[int]]],
+    folder: Path,
+    *,
+    solve: Solve = SOLVE,
 ) -> None:
     """Prune the wanted rows of each layer, for each clustering and sparsity, and save them.
 
@@ -91,18 +95,25 @@ def prune_neurons(
                         neurons = torch.tensor(sorted(rows[layer.name]), dtype=torch.int64)
                         with naming(layer):
                             calibration = found[clustering][layer.name]
-                            pruned = sparse_neurons(layer, calibration, sparsity, neurons)
+                            pruned = sparse_neurons(
+                                layer, calibration, sparsity, neurons, solve=solve
+                            )
                         tensors |= _tensors(layer.name, pruned, calibration.owner)
                 save_tensors(_file(folder, block, (clustering, sparsity)), tensors)
 
 
 def sparse_neurons(
-    layer: LinearLayer, calibration: Calibration, sparsity: Sparsity, neurons: torch.Tensor
+    layer: LinearLayer,
+    calibration: Calibration,
+    sparsity: Sparsity,
+    neurons: torch.Tensor,
+    *,
+    solve: Solve = SOLVE,
 ) -> SparseNeurons:
     """Prune some rows of a layer's weight by SparseGPT, with a mask by row."""
     weight, moments = weight_of(layer), calibration.moments
     neurons = neurons.to(weight.device)
-    pruned = prune(weight[neurons], moments, sparsity, shrinkage=SHRINKAGE)
+    pruned = prune(weight[neurons], moments, sparsity, solve=solve, shrinkage=SHRINKAGE)
     counts = moments.count.reshape(-1).tolist()
     owns = calibration.owner == layer.name
     return SparseNeurons(neurons, pruned.weight, calibration.router, counts, owns)

@@ -25,8 +25,9 @@ from typing import (
     get_type_hints,
 )
 
-from entangle.numerics.sparsity import Mask, Method, Sparsity
+from entangle.numerics.sparsity import Mask, Method, Solve, Sparsity
 
+SolveOption = Literal["auto", Solve]
 Propagate = Literal["sparse", "dense"]
 Assign = Literal["kmeans", "random"]
 Reconstruct = Literal["none", "mlp"]
@@ -51,6 +52,7 @@ Value = TypeVar("Value")
 UNIFORM: Literal["uniform"] = "uniform"
 TRIM: Literal["trim"] = "trim"
 SHUFFLED: Literal["shuffled"] = "shuffled"
+SOLVE: Solve = "exact"  # of SparseGPT, unless another is given
 DISTANCE: Budget = "wasserstein*std"  # the distance in output units; the default budget of a run
 
 
@@ -124,6 +126,14 @@ class Pruning:
             "chosen per 128 columns over all rows"
         ),
     ] = "row"
+    solve: Annotated[
+        SolveOption,
+        Option(
+            "how the kept weights are computed: greedy, by the method as published; exact, the "
+            "weights with the least error that the method's mask allows; admm, by a better mask too; "
+            "auto, exact for sparsegpt and greedy for wanda and magnitude"
+        ),
+    ] = "auto"
     propagate: Annotated[
         Propagate,
         Option(
@@ -211,6 +221,12 @@ class Pruning:
             metavar="S",
         ),
     ]
+
+    def __post_init__(self) -> None:
+        """Replace ``auto`` by what it is for the method."""
+        if self.solve == "auto":
+            solve = SOLVE if self.method == "sparsegpt" else "greedy"
+            object.__setattr__(self, "solve", solve)
 
     @classmethod
     def of(cls, **options: Unpack["PruningOptions"]) -> Self:
@@ -324,6 +340,7 @@ class PruningOptions(TypedDict, total=False):
 
     method: Several[Method]
     mask: Several[Mask]
+    solve: Several[SolveOption]
     propagate: Several[Propagate]
     reconstruct: Several[Reconstruct]
     experts: Several[int]
@@ -360,6 +377,17 @@ UNBUDGETED = {  # text in tables for arms without a budget
 SHRINKAGE: float = OPTIONS["shrinkage"].default
 STRENGTH: float = OPTIONS["strength"].default
 METHODS: tuple[Method, ...] = get_args(Method)
+SOLVERS: tuple[Solve, ...] = get_args(Solve)
+
+
+def check_solve(solve: str) -> None:
+    """Check the solver of a command that prunes by SparseGPT alone.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if solve not in SOLVERS:
+        raise ValueError(f"solve must be one of {', '.join(SOLVERS)}, got {solve!r}")
 
 
 def needs_run(budget: str, across: str) -> bool:
@@ -415,9 +443,10 @@ def arms_of(**options: Unpack[PruningOptions]) -> list[Pruning]:
     """Return a pruning for each combination of the options' values, without duplicates.
 
     Arms that differ only in options without effect are one arm: ``propagate`` of magnitude, which
-    uses no inputs unless it is reconstructed; the router's options with one expert; the strength of budgets without one.
-    Wanda and magnitude have one expert. If arms with sparse propagation are run too, those with dense
-    propagation are not reconstructed. If masks by row are run too, masks by block have no
+    uses no inputs unless it is solved or reconstructed; the router's options with one expert; the
+    strength of budgets without one. Wanda and magnitude have one expert. If arms with sparse
+    propagation are run too, those with dense propagation are not reconstructed. If masks by row are
+    run too, masks by block have no
     budget; if shares of zeros are run too, n:m has none. Both are as published.
 
     Raises:
@@ -444,9 +473,14 @@ def arms_of(**options: Unpack[PruningOptions]) -> list[Pruning]:
         arm = dict(zip(order, combination, strict=True))
         if arm.get("propagate") == "dense" and "sparse" in values["propagate"]:
             arm["reconstruct"] = "none"
-        reconstructed = arm.get("reconstruct", "none") != "none"
-        if arm.get("method") == "magnitude" and arm.get("budget") != TRIM and not reconstructed:
-            arm["propagate"] = values.get("propagate", ["sparse"])[0]  # it uses no inputs
+        greedy = arm.get("solve", "auto") in {"auto", "greedy"}
+        if (
+            arm.get("method") == "magnitude"
+            and greedy
+            and arm.get("reconstruct", "none") == "none"
+            and arm.get("budget") != TRIM
+        ):  # it uses no inputs
+            arm["propagate"] = values.get("propagate", ["sparse"])[0]
         if arm.get("method", "sparsegpt") != "sparsegpt":  # a method without experts
             arm["experts"] = 1
         if arm.get("experts", 1) == 1:  # no router

@@ -77,7 +77,7 @@ class Sparsified:
       reconstructed; NaN without ``reconstruct``. The tokens are of the calibration windows.
     * ``mlp_error``: the same after it.
     * ``damping``: largest damping that an expert's Gram needed, in units of its mean diagonal; 0
-      for methods other than SparseGPT.
+      for greedy Wanda and magnitude, which need none.
     * ``tokens``: calibration tokens.
     * ``held_out_tokens``: tokens of the held-out error.
     * ``multiply_adds``: non-zero weights that a token is multiplied by, mean over the calibration
@@ -133,6 +133,9 @@ def sparsify(
     * ``method``: ``sparsegpt``, ``wanda`` or ``magnitude``.
     * ``mask``: ``row``, every neuron has exactly the sparsity; ``block``, weights are chosen per
       128 columns over all rows, as published.
+    * ``solve``: ``greedy``, the method's weights as published; ``exact``, the weights with the least
+      error that its mask allows; ``admm``, by a better mask too (see `numerics.solving`). ``auto``
+      is exact for SparseGPT and greedy for the others.
     * ``propagate``: ``sparse``, each block is calibrated on the outputs of the pruned blocks before
       it; ``dense``, on those of the dense model.
     * ``reconstruct``: ``mlp`` tunes the kept weights of each block's MLP after the block is pruned,

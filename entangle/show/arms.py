@@ -18,7 +18,7 @@ from entangle.show.panels import DASHES, STYLE, Picture, drawable
 
 _MARKS = {"sparsegpt": "o", "wanda": "s", "magnitude": "^"}
 _RIVALS = ("#b8306b", "#8c6d31")
-_COLOURED = ["method", "experts", "components", "shrinkage", "budget", "strength"]
+_COLOURED = ["method", "solve", "experts", "components", "shrinkage", "budget", "strength"]
 _STROKES = ("-", "--", "-.", ":", (0, (1, 3)))  # one per budget across blocks
 _SETS = {  # in the order in which they are drawn
     "wasserstein": "#0b3c5d",
@@ -303,6 +303,8 @@ def _default(name: str) -> str:
     """Return the value of an option that a table of an older version lacks."""
     if name in EXPERT_DEFAULTS:
         return ""
+    if name == "solve":
+        return "greedy"
     return UNBUDGETED.get(name, str(OPTIONS[name].default))
 
 

@@ -160,8 +160,8 @@ def test_an_arm_is_the_dense_model_with_its_rows_pruned(
     for layer, (_, rows) in zip(layers, swapped, strict=True):
         some, weight = torch.from_numpy(neurons[layer.name]), weight_of(layer)
         moments = calibrations[layer.name].moments
-        alone = prune(weight[some], moments, Sparsity.parse(sparsity)).weight
-        whole = prune(weight, moments, Sparsity.parse(sparsity)).weight
+        alone = prune(weight[some], moments, Sparsity.parse(sparsity), solve="exact").weight
+        whole = prune(weight, moments, Sparsity.parse(sparsity), solve="exact").weight
         assert rows.neurons.tolist() == some.tolist()
         assert len(some) == round(SHARE * layer.neurons)
         assert rows.weight.device.type == device.type
@@ -200,10 +200,14 @@ def test_with_several_experts_each_token_has_the_rows_of_its_own(
         moments, router = calibration.moments.shrunk(SHRINKAGE), calibration.router
         assert router is not None
         sizes.append(router.experts)
-        alone = prune(weight[some], moments, Sparsity(0.75)).weight
+        alone = prune(weight[some], moments, Sparsity(0.75), solve="exact").weight
         assert torch.equal(rows.weight, alone)
-        assert torch.equal(rows.weight, prune(weight, moments, Sparsity(0.75)).weight[:, some])
-        one = prune(weight[some], moments.expert(router.experts - 1), Sparsity(0.75)).weight
+        assert torch.equal(
+            rows.weight, prune(weight, moments, Sparsity(0.75), solve="exact").weight[:, some]
+        )
+        one = prune(
+            weight[some], moments.expert(router.experts - 1), Sparsity(0.75), solve="exact"
+        ).weight
         assert torch.equal(rows.weight[-1], one)
         assert rows.counts == calibration.moments.count.tolist()
         bias = getattr(layer.module, "bias", None)
@@ -274,7 +278,9 @@ def test_the_rows_of_every_arm_are_those_of_one_pruning(
             share = float((rows.weight[0] == 0).float().mean())
             sparsity = Sparsity(0.5 if share < 0.6 else 0.75)
             moments = calibrations[name].moments
-            expected = prune(weight_of(layer)[rows.neurons], moments, sparsity).weight
+            expected = prune(
+                weight_of(layer)[rows.neurons], moments, sparsity, solve="exact"
+            ).weight
             assert torch.equal(rows.weight, expected)
             checked += 1
     assert checked == 21 * 2 * 6
@@ -374,7 +380,8 @@ def test_tokens_that_are_skipped_are_not_pruned_by(
     ((_, rows),) = swapped
     assert int(moments.count) == 12 * 12
     assert torch.equal(
-        rows.weight, prune(weight_of(layer)[rows.neurons], moments, Sparsity(0.75)).weight
+        rows.weight,
+        prune(weight_of(layer)[rows.neurons], moments, Sparsity(0.75), solve="exact").weight,
     )
 
 
@@ -400,7 +407,10 @@ def test_a_block_at_a_time_only_its_neurons_are_treated(
             treated += len(some)
             if intervention == "sparsify":
                 weight[some] = prune(
-                    weight[some], calibrations[layer.name].moments, Sparsity(0.75)
+                    weight[some],
+                    calibrations[layer.name].moments,
+                    Sparsity(0.75),
+                    solve="exact",
                 ).weight
                 continue
             silence(layer, some)

@@ -134,10 +134,13 @@ class Measured:
         calibration, sparsity = calibrations()[arm], SPARSITIES[place]
         router, weight = calibration.router, weight_of(self.layer)
         if router is None:
-            return self.inputs @ prune(weight, calibration.moments, sparsity).weight.T + self.bias
+            return (
+                self.inputs @ prune(weight, calibration.moments, sparsity, solve="exact").weight.T
+                + self.bias
+            )
         moments = calibration.moments.shrunk(0.5)
         experts = [
-            prune(weight, moments.expert(expert), sparsity).weight
+            prune(weight, moments.expert(expert), sparsity, solve="exact").weight
             for expert in range(router.experts)
         ]
         rows = [experts[int(router.assign(row[None]))] @ row + self.bias for row in self.inputs]

@@ -21,8 +21,8 @@ def layer(name: str, neurons: int, error: float) -> dict[str, Any]:
 
 def arm(experts: int, sparsity: str = "0.5", **words: Any) -> dict[str, Any]:
     """Return an arm with losses of its own."""
-    named = {"method": "sparsegpt", "mask": "row", "propagate": "dense", "reconstruct": "none"}
-    named |= {"experts": experts}  # type: ignore[dict-item]
+    named = {"method": "sparsegpt", "mask": "row", "solve": "exact", "propagate": "dense"}
+    named |= {"reconstruct": "none", "experts": experts}  # type: ignore[dict-item]
     routed = {"assign": "kmeans", "components": "auto", "shrinkage": 0.5} if experts > 1 else {}
     costs = {name: 100.0 + place for place, name in enumerate(COSTS)}
     costs |= {"density": 0.3125, "stored": 950.0, "dense_multiply_adds": 200.0}
@@ -88,6 +88,7 @@ def test_what_is_printed_is_what_was_found() -> None:
     assert rows[2] == {
         "method": "sparsegpt",
         "mask": "row",
+        "solve": "exact",
         "propagate": "dense",
         "reconstruct": "none",
         "experts": "4",

@@ -119,9 +119,9 @@ def test_tables_are_written_and_read(tmp_path: Path) -> None:
     row = next(line for line in words.splitlines() if line.startswith("| sparsegpt"))
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     expected = table.query("method == 'sparsegpt'").iloc[0]
-    assert cells[:4] == ["sparsegpt", "row", "dense", "0.5"]
-    assert float(cells[5].split(" ± ")[0]) == pytest.approx(expected["perplexity"], rel=1e-2)
-    assert float(cells[7].split(" ± ")[1]) == pytest.approx(expected["difference_error"], rel=0.05)
+    assert cells[:5] == ["sparsegpt", "row", "exact", "dense", "0.5"]
+    assert float(cells[6].split(" ± ")[0]) == pytest.approx(expected["perplexity"], rel=1e-2)
+    assert float(cells[8].split(" ± ")[1]) == pytest.approx(expected["difference_error"], rel=0.05)
     with pytest.raises(FileNotFoundError, match=r"\bmeasured\b.*tables"):
         entangle.open_run(tmp_path / "run")
     with pytest.raises(FileNotFoundError, match=r" tables/sweep\.csv"):
@@ -139,6 +139,10 @@ def test_tables_are_written_and_read(tmp_path: Path) -> None:
     older = table.rename(columns={"shrinkage": "pull"})
     older.to_csv(tmp_path / "run" / "tables" / "sweep.csv", index=False)
     pd.testing.assert_frame_equal(read_table(tmp_path / "run"), opened, check_exact=True)
+    older = table.drop(columns="solve")  # which was always greedy then
+    older.to_csv(tmp_path / "run" / "tables" / "sweep.csv", index=False)
+    solved = read_table(tmp_path / "run")["solve"].tolist()
+    assert solved == ["", *["greedy"] * (len(table) - 1)]
     table.drop(columns="density").to_csv(tmp_path / "run" / "tables" / "sweep.csv")
     with pytest.raises(ValueError, match=r"\brun\b.*older version"):
         read_table(tmp_path / "run")
@@ -154,7 +158,7 @@ def test_an_arm_that_fails_says_why_and_costs_the_others_nothing(tmp_path: Path)
     assert (table["problem"] == "").tolist() == [True, False, True, True]
     assert re.search(r"layers\.1\.mlp\.gate_proj.*singular", table["problem"][1])
     words = (tmp_path / "run" / "tables" / "sweep.md").read_text()
-    assert re.search(f"sparsegpt row dense 0.5.*{re.escape(table['problem'][1])}", words)
+    assert re.search(f"sparsegpt row exact dense 0.5.*{re.escape(table['problem'][1])}", words)
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError, RuntimeError, OSError])
@@ -273,9 +277,13 @@ def test_killed_at_any_time_it_ends_with_the_same_tables(tmp_path: Path) -> None
     whole = forked("-c", KILLED, tmp_path / "whole")
     assert whole.returncode == 0, whole.stderr
     partial = tmp_path / "killed.partial"
-    marks = ["grams/0.safetensors", "arms/dense.json", "arms/wanda-row-dense-1-0.6.json"]
+    marks = [
+        "grams/0.safetensors",
+        "arms/dense.json",
+        "arms/wanda-row-greedy-dense-none-1-0.6.json",
+    ]
     killed = 0
-    for mark in [*marks, "arms/sparsegpt-row-sparse-none-2-kmeans-auto-0.5-0.4.json"]:
+    for mark in [*marks, "arms/sparsegpt-row-exact-sparse-none-2-kmeans-auto-0.5-0.4.json"]:
         process = Forked(["-c", KILLED, tmp_path / "killed"])
         while process.poll() is None and not (partial / mark).exists():
             time.sleep(0.002)

@@ -168,7 +168,7 @@ def by_triton(
         else:
             patch.setattr(masks, "solve_block", solve_block)
             patch.setattr(masks, "mark_lowest", mark_lowest)
-            patch.setattr(masks, "_add_product", masks_triton.add_product)
+            patch.setattr(masks, "add_product", masks_triton.add_product)
         found = sparse_gpt(weight, moments, sparsity, mask=mask)
     return Pruned(found.weight.cpu(), found.damping)
 

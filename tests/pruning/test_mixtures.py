@@ -64,7 +64,7 @@ def expanded_naively(
         mine = rows[labels == index].double()
         gram = mine.T @ mine + shrinkage * layer.inputs / len(rows) * pooled
         moments = InputMoments(gram.float(), torch.tensor(len(mine)))
-        weights.append(prune(weight_of(layer), moments, Sparsity(0.5)).weight)
+        weights.append(prune(weight_of(layer), moments, Sparsity(0.5), solve="exact").weight)
     return weights
 
 

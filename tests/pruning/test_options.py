@@ -36,6 +36,7 @@ from entangle.pruning.options import (
     PruningOptions,
     Reconstruct,
     Several,
+    SolveOption,
     arms_of,
     needs_run,
 )
@@ -52,6 +53,7 @@ COMMANDS: dict[str, list[str]] = {
 CHOICES: dict[str, Any] = {
     "method": Method,
     "mask": Mask,
+    "solve": SolveOption,
     "propagate": Propagate,
     "reconstruct": Reconstruct,
     "assign": Assign,
@@ -101,9 +103,11 @@ def test_the_fields_are_the_flags(command: str, capsys: pytest.CaptureFixture[st
 def test_defaults_agree() -> None:
     usual = Pruning(sparsity=Sparsity(0.5))
     one = parsed("sparsify")
+    assert (one["solve"], usual.solve) == ("auto", "exact")
     assert one.pop("strength") is None  # it needs a budget, if it is said
     assert {*NAMES} - {*one} == {"strength", "assign", "components", "shrinkage"}  # or experts
-    assert one == {name: getattr(usual, name) for name in one} | {"sparsity": "0.5"}
+    said = {"sparsity": "0.5", "solve": "auto"}
+    assert one == {name: getattr(usual, name) for name in one} | said
     assert Pruning.of(**one) == Pruning.of(sparsity=0.5) == usual
     some = parsed("sweep")
     assert some.pop("strength") is None
@@ -197,7 +201,8 @@ def test_one_expert_is_one_clustering() -> None:
 
 
 def test_words_leave_out_what_is_of_experts_or_a_budget_where_there_are_none() -> None:
-    every = {"method": "sparsegpt", "mask": "row", "propagate": "sparse", "reconstruct": "none"}
+    every = {"method": "sparsegpt", "mask": "row", "solve": "exact", "propagate": "sparse"}
+    every |= {"reconstruct": "none"}
     routed = {"assign": "random", "shrinkage": 2.0}
     plain = Pruning.of(sparsity=0.5, assign="random", components=0, shrinkage=2.0, strength=0.75)
     assert plain.settings() == every | {"experts": 1, "sparsity": "0.5"}
@@ -245,9 +250,9 @@ def test_arms_that_would_be_the_same_run_once() -> None:
     words = ["-".join(map(str, arm.settings().values())) for arm in arms]
     assert len(words) == len(set(words)) == 15
     assert [word for word in words if word.startswith("magnitude")] == [
-        "magnitude-block-sparse-none-1-0.5",
-        "magnitude-row-sparse-none-1-2:4",
-        "magnitude-row-sparse-none-1-0.5",
+        "magnitude-block-greedy-sparse-none-1-0.5",
+        "magnitude-row-greedy-sparse-none-1-2:4",
+        "magnitude-row-greedy-sparse-none-1-0.5",
     ]
     with pytest.raises(ValueError, match=r"one value.*\bsparsity\b"):
         arms_of(sparsity=[], method=METHODS, mask=("row",))
@@ -271,6 +276,24 @@ def test_only_sparsegpt_has_experts_and_one_expert_has_no_router() -> None:
     ]
     (grouped,) = arms_of(sparsity=["2:4"], mask=("block",), experts=(4,))
     assert (grouped.mask, grouped.experts) == ("row", 4)
+
+
+def test_auto_is_exact_for_sparsegpt_and_greedy_for_the_others() -> None:
+    resolved = {"sparsegpt": "exact", "wanda": "greedy", "magnitude": "greedy"}
+    arms = arms_of(sparsity=0.5, method=METHODS)
+    assert {arm.method: arm.solve for arm in arms} == resolved
+    assert {arm.method: arm.settings()["solve"] for arm in arms} == resolved
+    assert arms_of(sparsity=0.5, method=METHODS, solve=["auto", "greedy", "exact"]) == [
+        Pruning.of(sparsity=0.5, method=method, solve=solve)
+        for method in METHODS
+        for solve in (("exact", "greedy") if method == "sparsegpt" else ("greedy", "exact"))
+    ]
+
+
+def test_magnitude_that_is_solved_again_sees_inputs() -> None:
+    for solve, seen in (("greedy", ["sparse"]), ("exact", ["sparse", "dense"])):
+        arms = arms_of(sparsity=0.5, method="magnitude", solve=solve, propagate=["sparse", "dense"])
+        assert [arm.propagate for arm in arms] == seen
 
 
 def test_magnitude_by_trims_rule_sees_inputs() -> None:
@@ -377,7 +400,8 @@ def test_a_new_option_is_a_field_and_is_everywhere(tmp_path: Path) -> None:
     assert sorted(found["column"]) == ["", "plain", "plain", "sweet", "sweet"]
     assert [name for name in found["labels"] if "flavour sweet" in name]
     assert [name for name in found["labels"] if "flavour plain" in name]
-    assert "mask row, propagate sparse, reconstruct none, flavour sweet" in found["printed"]
+    words = "mask row, solve exact, propagate sparse, reconstruct none, flavour sweet"
+    assert words in found["printed"]
 
 
 # Slips in Python.

@@ -122,6 +122,7 @@ def test_every_method_and_mask_and_skipped_tokens(
         sparsity="0.5",
         method=method,
         mask=mask,
+        solve="greedy",  # rounding changes the number of steps of the others
         batch_size=2,
         skip_first=skip_first,
     )
