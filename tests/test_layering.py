@@ -60,7 +60,7 @@ ROOMS = {
         "reloading",
         "hooks",
         "causality",
-        "mixing",
+        "tokenwise",
         "calls",
         "blocks",
         "sampling",

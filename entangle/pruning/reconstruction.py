@@ -23,7 +23,7 @@ import torch
 from entangle.model import ranks
 from entangle.model.blocks import BlockWalk
 from entangle.model.layers import LinearLayer
-from entangle.model.mixing import layers_of_tokens
+from entangle.model.tokenwise import layers_of_tokens
 from entangle.runs.setup import Setup
 
 EPOCHS = 4

@@ -5,7 +5,7 @@ import torch
 from transformers import PreTrainedModel
 
 from entangle.model.layers import find_layers
-from entangle.model.mixing import layers_of_tokens
+from entangle.model.tokenwise import layers_of_tokens
 from tests.tiny_models import ARCHITECTURES, tiny_llama4, tiny_mamba, tiny_model
 
 WINDOW = torch.arange(5, 25)
