@@ -23,7 +23,9 @@ from entangle.numerics.kernels.masks_cpu import TILE
 from entangle.numerics.moments import InputMoments, output_energy
 from entangle.numerics.processors import kernels_of
 
-TOLERANCE = 0.1  # of a row's residual, over that of the pruned weights; little of the error is left
+TOLERANCE = (
+    0.05  # of a row's residual, over that of the pruned weights; little of the error is left
+)
 STEPS = 20  # most steps of conjugate gradients
 _TOGETHER = 2**22  # values of the rows that are solved together
 _PENALTIES = (0.1, 0.2, 0.4, 0.8, 1.6)  # ADMM's, one after the other; the Gram's diagonal is 1

@@ -845,8 +845,8 @@ def test_two_processes_prune_as_one_does(place: Path, tmp_path: Path) -> None:
         for name, values in expected.items():
             if name in {"layer", "zeros", "tokens", "clusters", "smallest_cluster", "damping"}:
                 assert shared[words][name] == values, (words, name)
-            else:  # Grams are other sums
-                assert shared[words][name] == pytest.approx(values, rel=1e-3), (words, name)
+            else:  # Grams are other sums, and a row that is solved may take one step more
+                assert shared[words][name] == pytest.approx(values, rel=1e-2), (words, name)
 
 
 def test_more_processes_than_batches_are_too_many(
