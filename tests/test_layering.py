@@ -44,6 +44,7 @@ ROOMS = {
         "documents",
         "limits",
         "text",
+        "mixing",
         "overlap",
         "experts",
         "patterns",
@@ -64,8 +65,9 @@ ROOMS = {
         "score",
         "scoring",
         "generating",
+        "writing",
     ),
-    "runs": ("dataset", "store", "resuming", "labelling", "setup", "markdown"),
+    "runs": ("dataset", "store", "own_text", "resuming", "labelling", "setup", "markdown"),
     "measurement": ("ranking", "comparing", "recording", "measuring", "merging", "context_search"),
     "pruning": (
         "options",
