@@ -1,5 +1,6 @@
 """Text that a model writes itself: sampled at temperature 1, window by window."""
 
+import math
 from typing import Any
 
 import torch
@@ -78,7 +79,7 @@ def write_windows(
         default_settings(model),
         tqdm(total=windows * tokens, unit="token", desc="write", disable=not progress) as bar,
     ):
-        for numbers in uniform.split(_at_once(model, length)):
+        for numbers in uniform.split(_at_once(model, windows, length)):
             sampler = _Sampler(numbers.to(device), start, ends, bar)
             prompt = torch.tensor([start] * len(numbers), device=device)
             written = model.generate(  # type: ignore[operator]
@@ -197,9 +198,12 @@ def _check(model: PreTrainedModel, length: int) -> None:
         )
 
 
-def _at_once(model: PreTrainedModel, length: int) -> int:
-    """Return how many windows to write at once, by a bound of the size of their cache."""
-    config = model.config.get_text_config(decoder=True)
-    itemsize = model.dtype.itemsize
-    window = 2 * config.num_hidden_layers * config.hidden_size * length * itemsize
-    return int(max(1, max(CACHE, weight_bytes(model)) // window))
+def _at_once(model: PreTrainedModel, windows: int, length: int) -> int:
+    """Return how many windows to write at once, by the size of the cache of attention."""
+    config: Any = model.config.get_text_config(decoder=True)
+    heads = getattr(config, "num_attention_heads", None) or 1
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    width *= getattr(config, "num_key_value_heads", None) or heads
+    window = 2 * config.num_hidden_layers * width * length * model.dtype.itemsize
+    most = max(1, max(CACHE, weight_bytes(model)) // window)
+    return math.ceil(windows / math.ceil(windows / most))
