@@ -205,5 +205,6 @@ def _at_once(model: PreTrainedModel, windows: int, length: int) -> int:
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
     width *= getattr(config, "num_key_value_heads", None) or heads
     window = 2 * config.num_hidden_layers * width * length * model.dtype.itemsize
-    most = max(1, max(CACHE, weight_bytes(model)) // window)
-    return math.ceil(windows / math.ceil(windows / most))
+    most: int = max(1, max(CACHE, weight_bytes(model)) // window)
+    rounds = math.ceil(windows / most)
+    return math.ceil(windows / rounds)

@@ -8,6 +8,7 @@ model.
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -42,8 +43,9 @@ def own_windows(
     Raises:
         ValueError: the model cannot write them (see `write_windows`).
     """
-    options = {"windows": windows, "length": length, "seed": seed, "bos": bos}
-    tokens, seconds = None, 0.0
+    options: dict[str, Any] = {"windows": windows, "length": length, "seed": seed, "bos": bos}
+    tokens: torch.Tensor | None = None
+    seconds = 0.0
     if ranks.rank() == 0:
         with ranks.rank_zero_runs(options):
             tokens = None if folder is None else _kept(Path(folder), model, **options)
@@ -54,6 +56,7 @@ def own_windows(
     else:
         ranks.wait_for_rank_zero(options)
     tokens, seconds = ranks.from_rank(0, (tokens, seconds))
+    assert tokens is not None
     ends = document_ends(model, tokenizer)
     return TokenWindows(
         tokens,

@@ -4,6 +4,7 @@ import random
 import re
 import string
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -52,7 +53,7 @@ def test_a_mix_has_the_windows_of_each_texts_own_draw_in_turns(
     own = []
     for place, text in enumerate(texts):
         count = len(range(place, windows, 3))
-        options = {"windows": count, "length": LENGTH, "seed": seed}
+        options: dict[str, Any] = {"windows": count, "length": LENGTH, "seed": seed}
         own.append(token_windows(text, TOKENIZER, **options).tokens.tolist())
     expected = [own[window % 3][window // 3] for window in range(windows)]
     assert mixed.tokens.tolist() == expected
@@ -133,11 +134,12 @@ def test_the_same_text_twice_is_refused(texts: list[Path], tmp_path: Path) -> No
 
 def test_windows_that_are_not_alike_are_refused(texts: list[Path]) -> None:
     one = token_windows(texts[0], TOKENIZER, length=LENGTH)
-    for name, options in {
+    unlike: dict[str, dict[str, Any]] = {
         "length": {"length": LENGTH + 1},
         "seed": {"length": LENGTH, "seed": 1},
         "bos": {"length": LENGTH, "bos": "always"},
-    }.items():
+    }
+    for name, options in unlike.items():
         other = token_windows(texts[1], TOKENIZER, **options)
         with pytest.raises(ValueError, match=f"got {name} "):
             mixed_windows([one, other])

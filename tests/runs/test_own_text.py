@@ -53,7 +53,7 @@ def test_tokens_and_text_are_kept_beside_run_json(run: Path) -> None:
     windows = write_windows(tiny_model(), TOKENIZER, **SIZES)
     assert tokens.tolist() == windows.tolist()
     text = (run / "self.txt").read_text(encoding="utf-8")
-    first = TOKENIZER.decode(windows[0], skip_special_tokens=True)
+    first = str(TOKENIZER.decode(windows[0], skip_special_tokens=True))
     assert text.startswith(first[:10])
     # The text has other tokens, for example since bytes that are no UTF-8 have none.
     assert TOKENIZER(text)["input_ids"][: tokens.size] != tokens.ravel().tolist()
