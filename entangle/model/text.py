@@ -91,8 +91,9 @@ class TokenWindows:
         Every fourth of them has a fourth of each text. Every fourth window has not: the windows of
         several texts take turns.
         """
-        one = self.origins is None
-        return torch.arange(len(self)) if one else torch.argsort(self.origins, stable=True)
+        if self.origins is None:
+            return torch.arange(len(self))
+        return torch.argsort(self.origins, stable=True)
 
     @property
     def length(self) -> int:
