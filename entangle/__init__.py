@@ -22,9 +22,11 @@ if TYPE_CHECKING:
     from entangle.measurement.recording import record
     from entangle.model.generating import generate
     from entangle.model.loading import load_model, load_tokenizer
+    from entangle.model.mixing import mixed_windows
     from entangle.model.scoring import perplexity
     from entangle.model.text import token_windows
     from entangle.pruning.sparsifying import sparsify
+    from entangle.runs.own_text import own_windows
     from entangle.runs.store import open_run
     from entangle.show import plots
     from entangle.show.reporting import report
@@ -43,7 +45,9 @@ __all__ = [
     "matched_random",
     "measure",
     "merge",
+    "mixed_windows",
     "open_run",
+    "own_windows",
     "perplexity",
     "plan",
     "plots",
@@ -69,6 +73,8 @@ _HOMES = {
     "load_model": "entangle.model.loading",
     "load_tokenizer": "entangle.model.loading",
     "matched_random": "entangle.measurement.ranking",
+    "mixed_windows": "entangle.model.mixing",
+    "own_windows": "entangle.runs.own_text",
     "measure": "entangle.measurement.measuring",
     "merge": "entangle.measurement.merging",
     "open_run": "entangle.runs.store",

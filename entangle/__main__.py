@@ -28,10 +28,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     top, commands = parsers()
     args, unknown = top.parse_known_args(argv)
-    if unknown and ("neurons" not in args or any(word.startswith("-") for word in unknown)):
+    positional = args.command in {"contexts", "plot"}  # the commands that take neurons by position
+    if unknown and (not positional or any(word.startswith("-") for word in unknown)):
+        one = "--evaluation takes one text. " if "evaluation" in args else ""
         commands[args.command].error(
             f"unrecognized arguments: {' '.join(unknown)}. "
-            f"entangle {args.command} --help lists the options"
+            f"{one}entangle {args.command} --help lists the options"
         )
     if unknown:  # neurons after options, which argparse does not assign
         args = argparse.Namespace(**vars(args) | {"neurons": [*args.neurons, *unknown]})

@@ -40,6 +40,8 @@ PLOTS = {  # kinds of pictures, and what each shows
     "sparse": "sparse and dense outputs of one neuron (RUN of disentangle)",
 }
 TEXT = "a file, a folder of *.txt, or hub:NAME[/CONFIG][:SPLIT][#COLUMN]"
+TEXTS = f"""text: {TEXT}, or self: for what the model writes itself; several are mixed by equal
+shares"""
 UNPACKED = """keep the zeros of sparse layers in memory [on the CPU, layers with at least half of their
 weights zero are packed: they need less memory and generate faster]"""
 SPREAD = """spread the model over all devices and main memory, by accelerate [the model is on one
@@ -199,7 +201,7 @@ def parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
         "--evaluation",
         required=True,
         metavar="TEXT",
-        help="held-out text to score or measure on, in any form that --text takes",
+        help=f"held-out text to score or measure on: {TEXT}",
     )
     evaluation.add_argument(
         "--evaluation-windows",
@@ -247,7 +249,7 @@ def parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
     )
 
     text = argparse.ArgumentParser(add_help=False, parents=[windows])
-    text.add_argument("--text", required=True, help=f"text: {TEXT}")
+    text.add_argument("--text", required=True, nargs="+", metavar="TEXT", help=TEXTS)
 
     overwrite = argparse.ArgumentParser(add_help=False)
     overwrite.add_argument(
@@ -288,7 +290,13 @@ def parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
         parents=[model, sizes, layers, output],
         help="estimate what measure and sparsify cost, without loading the model",
     )
-    plan.add_argument("--text", required=True, help=f"text: {TEXT}")
+    plan.add_argument(
+        "--text",
+        required=True,
+        nargs="+",
+        metavar="TEXT",
+        help=f"text: {TEXT}; several are mixed by equal shares",
+    )
     plan.add_argument("--bins", type=int, default=1024, metavar="N", help=bins)
     plan.add_argument(
         "--offload",
@@ -312,9 +320,9 @@ def parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
 
     commands.add_parser(
         "perplexity",
-        parents=[model, verify, spread, text, unpacked, output],
+        parents=[model, verify, spread, windows, unpacked, output],
         help="score a model on a text",
-    )
+    ).add_argument("--text", required=True, nargs="+", metavar="TEXT", help=f"text: {TEXT}")
 
     generate = commands.add_parser(
         "generate",
@@ -352,7 +360,10 @@ def parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
         description=ABLATE,
     )
     ablate.add_argument(
-        "--text", help=f"calibration text, needed for --intervention sparsify: {TEXT} [none]"
+        "--text",
+        nargs="+",
+        metavar="TEXT",
+        help=f"calibration {TEXTS}; needed for --intervention sparsify [none]",
     )
     ablate.add_argument("--out", type=_path, required=True, metavar="NEW", help=tables)
     names: dict[str, Any] = {"type": _several(), "metavar": "A,B"}

@@ -6,7 +6,7 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     import xarray as xr
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from entangle.model.documents import Purpose
     from entangle.model.text import TokenWindows
 
 
@@ -29,7 +28,9 @@ def run_measure(args: argparse.Namespace) -> None:
     from entangle.runs import dataset
 
     folders.check_target(args.out, args.overwrite)  # fail before the long computation
-    windows, model = _text(args, "calibration")[0], _model(args)
+    tokenizer = _tokenizer(args)
+    parts, model = _parts(args, tokenizer), _model(args)
+    windows = _mixed(args, parts, model, tokenizer, folders.partial_of(args.out))
     run = entangle.measure(
         model,
         windows,
@@ -85,7 +86,8 @@ def run_perplexity(args: argparse.Namespace) -> None:
     """Score a model on a text."""
     from entangle.model import ranks
 
-    windows, model = _text(args, "evaluation")[0], _model(args, packed=not args.unpacked)
+    windows = _scored(args, _tokenizer(args), args.text, args.windows)
+    model = _model(args, packed=not args.unpacked)
     score = entangle.perplexity(
         model,
         windows,
@@ -106,7 +108,7 @@ def run_perplexity(args: argparse.Namespace) -> None:
 
 def run_generate(args: argparse.Namespace) -> None:
     """Generate text from a prompt; a terminal shows each token as it is generated."""
-    tokenizer = entangle.load_tokenizer(args.model, **_source(args))
+    tokenizer = _tokenizer(args)
     model = _model(args, packed=not args.unpacked)
     live = sys.stdout.isatty() and not args.json
     show = partial(print, end="", flush=True) if live else lambda text: None
@@ -130,8 +132,9 @@ def run_sparsify(args: argparse.Namespace) -> None:
     options, folder = _options(args)
     Pruning.of(**options | ({"strength": STRENGTH} if auto else {}))
     run = None if folder is None else entangle.open_run(folder)
-    windows, tokenizer = _text(args, "calibration")
-    model, work = _model(args), _work(args)
+    tokenizer = _tokenizer(args)
+    parts, model, work = _parts(args, tokenizer), _model(args), _work(args)
+    windows = _mixed(args, parts, model, tokenizer, folders.partial_of(args.out))
     chosen = None
     with hashed_once():
         if auto and run is not None:
@@ -176,9 +179,10 @@ def run_sweep(args: argparse.Namespace) -> None:
     options, folder = _options(args)
     arms_of(**options)
     run = None if folder is None else entangle.open_run(folder)
-    windows, tokenizer = _text(args, "calibration")
-    evaluation = _windows(args, tokenizer, "evaluation")
+    tokenizer = _tokenizer(args)
+    parts, evaluation = _parts(args, tokenizer), _evaluation(args, tokenizer)
     model = _model(args)
+    windows = _mixed(args, parts, model, tokenizer, folders.partial_of(args.out))
     table = entangle.sweep(model, windows, evaluation, run=run, **options, **_work(args))
     _print_table(args, table, "sweep")
 
@@ -279,11 +283,14 @@ def run_ablate(args: argparse.Namespace) -> None:
     if args.text is None and "sparsify" in args.intervention:
         raise ValueError("--intervention sparsify needs a calibration text: give it with --text")
     run, args = _measured(args)
-    tokenizer = entangle.load_tokenizer(args.model, **_source(args))
-    windows = None if args.text is None else _windows(args, tokenizer, "calibration")
-    evaluation = _windows(args, tokenizer, "evaluation")
+    tokenizer = _tokenizer(args)
+    parts = None if args.text is None else _parts(args, tokenizer)
+    evaluation = _evaluation(args, tokenizer)
+    model, windows = _model(args), None
+    if parts is not None and "sparsify" in args.intervention:
+        windows = _mixed(args, parts, model, tokenizer, folders.partial_of(args.out))
     table = entangle.ablate(
-        _model(args),
+        model,
         windows,
         evaluation,
         run=run,
@@ -305,10 +312,12 @@ def run_disentangle(args: argparse.Namespace) -> None:
     settings = {name: getattr(args, name) for name in ("experts", "sparsity", "solve")}
     disentangling.check_settings(**settings)
     run, args = _measured(args)
-    windows, tokenizer = _text(args, "calibration")
-    evaluation = _windows(args, tokenizer, "evaluation")
+    tokenizer = _tokenizer(args)
+    parts, evaluation = _parts(args, tokenizer), _evaluation(args, tokenizer)
+    model = _model(args)
+    windows = _mixed(args, parts, model, tokenizer, folders.partial_of(args.out))
     found = entangle.disentangle(
-        _model(args),
+        model,
         windows,
         evaluation,
         run=run,
@@ -346,22 +355,20 @@ def run_contexts(args: argparse.Namespace) -> None:
             "no neurons are given: name them as LAYER:INDEX, or take each layer's N most entangled "
             "ones with --top N"
         )
+    from entangle.runs import dataset
+
     run, args = _measured(args)
-    about, names = run.attrs, args.neurons
+    about, names = dataset.about(run), args.neurons
     if args.top:
         ranked = entangle.top_by_layer(run, count=args.top, **_layers(args))
         names = [f"{layer}:{index}" for layer, indices in ranked.items() for index in indices]
-    tokenizer = entangle.load_tokenizer(args.model, **_source(args))
-    windows = entangle.token_windows(
-        about["text"],
-        tokenizer,
-        windows=about["windows"],
-        length=about["length"],
-        seed=about["seed"],
-        bos=about["bos"],
-    )
+    drawn = {name: about[name] for name in ("windows", "length", "seed", "bos")}
+    drawn |= {"text": [*about.get("texts", [about["text"]])]}
+    args, tokenizer = argparse.Namespace(**vars(args) | drawn), _tokenizer(args)
+    parts, model = _parts(args, tokenizer), _model(args)
+    windows = _mixed(args, parts, model, tokenizer, args.run)
     found = entangle.contexts(
-        _model(args),
+        model,
         windows,
         run=run,
         neurons=names,
@@ -472,33 +479,82 @@ def _source(args: argparse.Namespace) -> dict[str, Any]:
     return {"revision": args.revision, "trust_remote_code": args.trust_remote_code}
 
 
-def _text(
-    args: argparse.Namespace, purpose: "Purpose"
-) -> "tuple[TokenWindows, PreTrainedTokenizerBase]":
-    """Load the tokenizer and read the text, before a large model is loaded, to fail early."""
-    tokenizer = entangle.load_tokenizer(args.model, **_source(args))
-    return _windows(args, tokenizer, purpose), tokenizer
+def _tokenizer(args: argparse.Namespace) -> "PreTrainedTokenizerBase":
+    return entangle.load_tokenizer(args.model, **_source(args))
 
 
-def _windows(
-    args: argparse.Namespace, tokenizer: "PreTrainedTokenizerBase", purpose: "Purpose"
+def _parts(
+    args: argparse.Namespace, tokenizer: "PreTrainedTokenizerBase"
+) -> "list[TokenWindows | None]":
+    """Read the windows of --text before a large model is loaded, to fail early.
+
+    None stands for those that the model writes itself.
+    """
+    from entangle.model.mixing import share_windows
+
+    sizes = {name: getattr(args, name) for name in ("windows", "length", "seed", "bos")}
+    parts = share_windows(args.text, tokenizer, **sizes)
+    _tell(note for part in parts if part is not None for note in part.notes)
+    return parts
+
+
+def _mixed(
+    args: argparse.Namespace,
+    parts: "Sequence[TokenWindows | None]",
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    folder: Path,
 ) -> "TokenWindows":
-    """Read the windows of --text, or of --evaluation for that purpose if the command has it."""
+    """Mix the windows of --text; those that the model writes itself may be kept in ``folder``."""
+    from entangle.model.mixing import equal_shares
+
+    sizes = {name: getattr(args, name) for name in ("length", "seed", "bos")}
+    shares = zip(parts, equal_shares(args.text, args.windows), strict=True)
+    whole: list[TokenWindows] = []
+    for part, count in shares:
+        if part is None:
+            options: dict[str, Any] = sizes | {"folder": folder, "progress": _progress()}
+            part = entangle.own_windows(model, tokenizer, windows=count, **options)
+            _tell([printed.written(part, str(args.model))])
+        whole.append(part)
+    return entangle.mixed_windows(whole)
+
+
+def _evaluation(args: argparse.Namespace, tokenizer: "PreTrainedTokenizerBase") -> "TokenWindows":
+    """Read the windows of --evaluation."""
+    return _scored(args, tokenizer, [args.evaluation], args.evaluation_windows)
+
+
+def _scored(
+    args: argparse.Namespace,
+    tokenizer: "PreTrainedTokenizerBase",
+    texts: Sequence[str],
+    windows: int | None,
+) -> "TokenWindows":
+    """Read the windows of a text to score.
+
+    Raises:
+        ValueError: there are several texts.
+    """
+    if texts[1:]:
+        raise ValueError(
+            f"a score is told of one text, got {len(texts)}: {', '.join(texts)}. Give one of them, "
+            "and score the others by themselves"
+        )
+    sizes = {name: getattr(args, name) for name in ("length", "seed", "bos")}
+    found = entangle.token_windows(
+        texts[0], tokenizer, windows=windows, purpose="evaluation", **sizes
+    )
+    _tell(found.notes)
+    return found
+
+
+def _tell(sentences: Iterable[str]) -> None:
+    """Write sentences to stderr, which the result is not written to."""
     from entangle.model import ranks
 
-    scored = purpose == "evaluation" and "evaluation" in args
-    windows = entangle.token_windows(
-        args.evaluation if scored else args.text,
-        tokenizer,
-        windows=args.evaluation_windows if scored else args.windows,
-        length=args.length,
-        seed=args.seed,
-        bos=args.bos,
-        purpose=purpose,
-    )
-    for note in windows.notes if ranks.rank() == 0 else ():
-        sys.stderr.write(f"entangle: {note}\n")
-    return windows
+    for sentence in sentences if ranks.rank() == 0 else ():
+        sys.stderr.write(f"entangle: {sentence}\n")
 
 
 def _measured(args: argparse.Namespace) -> "tuple[xr.DataTree, argparse.Namespace]":

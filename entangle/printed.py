@@ -68,6 +68,14 @@ def planned(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def written(windows: Any, model: str) -> str:
+    """Return the text of how long a model took to write its own text."""
+    what = f"{len(windows)} windows of {windows.length} tokens ({windows.text})"
+    if not windows.seconds:
+        return f"{what} that {model} wrote before are used again"
+    return f"{model} wrote {what} in {windows.seconds / 60:.1f} minutes"
+
+
 def _duration(seconds: float) -> str:
     if seconds < 120:
         return f"{seconds:.0f} s"

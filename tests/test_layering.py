@@ -45,6 +45,7 @@ ROOMS = {
         "documents",
         "limits",
         "text",
+        "mixing",
         "overlap",
         "experts",
         "patterns",
@@ -67,8 +68,9 @@ ROOMS = {
         "score",
         "scoring",
         "generating",
+        "writing",
     ),
-    "runs": ("dataset", "store", "resuming", "labelling", "setup", "markdown"),
+    "runs": ("dataset", "store", "own_text", "resuming", "labelling", "setup", "markdown"),
     "measurement": ("ranking", "comparing", "recording", "measuring", "merging", "context_search"),
     "pruning": (
         "options",

@@ -248,6 +248,14 @@ def test_plots_are_written_into_the_run(place: Path, capsys: pytest.CaptureFixtu
         (["measure", "./nowhere", "--text", "TEXT"], ["nowhere", "no model"]),
         (["measure", "nobody/nothing", "--text", "TEXT"], ["nobody/nothing"]),
         (["measure", "MODEL", "--text", "missing.txt"], ["missing.txt", "hub:"]),
+        (["measure", "MODEL", "--text", "TEXT", "missing.txt"], ["missing.txt", "hub:"]),
+        (["measure", "MODEL", "--text", "TEXT", "TEXT"], ["text.txt is given twice"]),
+        (["measure", "MODEL", "--text", "self:", "self:"], ["self: is given twice"]),
+        (["measure", "MODEL", "--text", "self:", "TEXT", "--windows", "1"], ["2 texts", "1 wind"]),
+        (["measure", "MODEL", "--text", "self:", "--length", "999"], ["1000 tokens", str(CONTEXT)]),
+        (["perplexity", "MODEL", "--text", "self:"], ["self:", "writes itself"]),
+        (["perplexity", "MODEL", "--text", "TEXT", "OTHER"], ["a score", "got 2", "OTHER"]),
+        (["plan", "MODEL", "--text", "TEXT", "self:"], ["self:", "plan loads no weights"]),
         (["measure", "MODEL", "--text", "TEXT", "--layers", "*.mlp.up_prj"], ["*.mlp.up_proj"]),
         (["measure", "MODEL", "--text", "SHORT"], ["window of 32", "20 tokens"]),
         (["measure", "MODEL", "--text", "TEXT", "--length", "999"], ["999", str(CONTEXT)]),
@@ -1464,3 +1472,72 @@ def test_contexts_need_the_text_and_the_weights_that_were_measured(
         assert main(["contexts", str(tmp_path / name), "--top", "1"]) == 2
         _one_message(capsys, [message, "--out"])
     assert (run / "contexts.json").read_bytes() == written
+
+
+@pytest.fixture(scope="module")
+def own(place: Path) -> Path:
+    """A run on a text and on what the model wrote."""
+    words = [*_measure(place, "own"), "--seed", "3"]
+    words.insert(words.index("--text") + 2, "self:")
+    assert main(words) == 0
+    return place / "own"
+
+
+def test_a_run_says_which_texts_it_was_measured_on(
+    place: Path, own: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    about, log = (json.loads((own / name).read_text()) for name in ("run.json", "log.json"))
+    text = str(place / "text.txt")
+    assert (about["text"], about["windows"]) == (f"{text} + self:", 20)
+    assert {name: drawn["windows"] for name, drawn in about["texts"].items()} == {
+        text: 10,
+        "self:": 10,
+    }
+    assert f"--text {text} self:" in about["command"]
+    assert log["own_text_seconds"] > 0
+    assert main(["rank", str(own)]) == 0
+    assert f"640 tokens of {text} + self: (20 windows of 32)" in capsys.readouterr().out
+    subject = entangle.plots.layers(entangle.open_run(own)).get_suptitle()
+    assert "place" in subject
+    assert "/text + self: · 640 tokens" in subject
+    assert main(["report", str(own)]) == 0
+    assert f"{text} + self:" in (own / "report.html").read_text(encoding="utf-8")
+
+
+def test_a_repeated_command_and_contexts_have_the_same_tokens(
+    place: Path, own: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    neuron = "model.layers.1.mlp.up_proj:5"
+    assert main(["contexts", str(own), neuron]) == 0
+    assert "10 windows of 32 tokens (self:)" in capsys.readouterr().err
+    words = shlex.split(json.loads((own / "run.json").read_text())["command"])[1:]
+    assert main([*words, "--out", str(place / "again")]) == 0
+    assert re.search(r"model wrote 10 windows of 32 tokens \(self:\) in", capsys.readouterr().err)
+    again = _contents(place / "again")
+    known = {name: data for name, data in _contents(own).items() if name in again}
+    assert {"self.npy", "self.txt", "text.npy"} <= {*again}
+    assert again | {"log.json": b""} == known | {"log.json": b""}
+
+
+@pytest.mark.parametrize(
+    ("evaluation", "message"),
+    [(["self:"], "entangle: self:.*writes itself"), (["A", "B"], "--evaluation takes one text")],
+)
+@pytest.mark.parametrize("command", ["sweep", "ablate", "disentangle"])
+def test_an_evaluation_is_one_text_that_the_model_did_not_write(
+    place: Path,
+    capsys: pytest.CaptureFixture[str],
+    command: str,
+    evaluation: list[str],
+    message: str,
+) -> None:
+    on = str(place / ("model" if command == "sweep" else "run"))
+    words = [command, on, "--text", str(place / "text.txt"), "--length", "32", "--out", "nowhere"]
+    words += ["--sparsity", "0.5", "--evaluation", *evaluation]
+    try:
+        code: Any = main(words)
+    except SystemExit as stopped:
+        code = stopped.code
+    assert code == 2
+    assert re.search(message, capsys.readouterr().err)
+    assert not Path("nowhere").exists()

@@ -157,8 +157,8 @@ def ablate(
     treated = _treated(setup, arms)
     weights = list(model.parameters())
     zeros = sum(int((one == 0).sum()) for one in weights), sum(one.numel() for one in weights)
-    stopwatch = Stopwatch()
-    with resumed_run(out, attributes, overwrite=overwrite) as folder:
+    stopwatch = Stopwatch(setup.windows)
+    with resumed_run(out, attributes, setup.windows, overwrite=overwrite) as folder:
         files = {folder / "arms" / f"{_name(arm)}.json": arm for arm in (None, *arms)}
         left = unwritten(files)
         rows = folder / "rows"

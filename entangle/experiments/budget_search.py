@@ -87,10 +87,9 @@ def choose_budget(
             f"{len(windows)}. Give more windows, or a strength"
         )
     check_in_memory(model, "choosing a budget")
-    aside = torch.arange(len(windows)) % _EVERY == 0
-    rest, scored = (
-        dataclasses.replace(windows, tokens=windows.tokens[which]) for which in (~aside, aside)
-    )
+    aside = torch.zeros(len(windows), dtype=torch.bool)
+    aside[windows.places[::_EVERY]] = True
+    rest, scored = windows.chosen(~aside), windows.chosen(aside)
     candidates = {"method": "sparsegpt", "strength": STRENGTHS} | given
     candidates |= {"budget": [UNIFORM, *budgets], "propagate": "dense"}
     setup = Setup.of(

@@ -131,8 +131,8 @@ def disentangle(
     attributes |= {"neurons": list(neurons), "run": about(setup.run)}
     tokens = len(setup.evaluation) * (setup.evaluation.length - skip_first)
     attributes |= {"held_out_tokens": min(tokens, HELD_OUT)}
-    stopwatch = Stopwatch()
-    with resumed_run(out, attributes, overwrite=overwrite) as folder:
+    stopwatch = Stopwatch(windows)
+    with resumed_run(out, attributes, windows, overwrite=overwrite) as folder:
         parts = folder / "blocks"
         _measure_blocks(setup, kept, arms, parsed, parts, solve)
         found: Tensors = {}

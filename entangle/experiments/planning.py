@@ -23,10 +23,11 @@ from transformers import AutoConfig
 from entangle.model.classes import class_of
 from entangle.model.layers import find_blocks, find_layers
 from entangle.model.loading import DTYPES, explained, load_tokenizer, save_model, source_of
+from entangle.model.mixing import mixed_windows, share_windows
 from entangle.model.packing import is_expanded
 from entangle.model.placing import bytes_of_block
 from entangle.model.quantised import forget_format
-from entangle.model.text import check_windows, token_windows
+from entangle.model.text import OWN, check_windows
 from entangle.numerics.histograms import Histograms
 from entangle.pruning.options import Pruning, Reconstruct
 
@@ -80,7 +81,7 @@ class _Cost:
 
 def plan(
     model: str | Path,
-    text: str | Path,
+    text: str | Path | Sequence[str | Path],
     *,
     revision: str | None = None,
     dtype: str = "auto",
@@ -100,7 +101,7 @@ def plan(
     """Estimate the memory, disk space and time that `measure` and `sparsify` need in one process.
 
     The model is not loaded and need not fit into memory. All blocks are assumed to be like the
-    first. A GPU can be planned on a machine without one: its memory is estimated from that of the
+    first. ``text`` is a source or several, which are mixed by equal shares. A GPU can be planned on a machine without one: its memory is estimated from that of the
     commands on the CPU, and the times are the CPU's.
 
     Raises:
@@ -112,6 +113,12 @@ def plan(
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    texts = [str(text)] if isinstance(text, str | Path) else list(map(str, text))
+    if OWN in texts:
+        raise ValueError(
+            f"plan loads no weights, so no model can write a text of its own ({OWN}): give another "
+            "text. Windows of equal number and length cost the same, once they are written"
+        )
     # These two lines raise before the slow part.
     Pruning.of(sparsity=sparsity, experts=experts, reconstruct=reconstruct)
     Histograms.zeros(1, bins=bins)
@@ -130,12 +137,13 @@ def plan(
         whole = _empty(config, kind, trust_remote_code)
     chosen = find_layers(whole, layers, exclude)
     tokenizer = load_tokenizer(model, revision=revision, trust_remote_code=trust_remote_code)
-    drawn = token_windows(text, tokenizer, windows=windows, length=length)
+    parts = share_windows(texts, tokenizer, windows=windows, length=length)
+    drawn = mixed_windows([part for part in parts if part is not None])
     check_windows(whole.eval(), drawn)
     batches = len(drawn.batches(batch_size))
     blocks = 1 + max(layer.block for layer in chosen)
     few, more = (min(count, batches) for count in BATCHES)
-    common = ["--text", str(text), "--length", str(length), "--batch-size", str(batch_size)]
+    common = ["--length", str(length), "--batch-size", str(batch_size)]
     without_gpu = device.partition(":")[0] == "cuda" and not torch.cuda.is_available()
     common += [
         "--device",
@@ -162,7 +170,8 @@ def plan(
         for name, arguments in commands.items():
             # The first run is dropped: it compiles kernels that this machine has not compiled yet.
             for count, size in ((1, few), (1, few), (1, more), (2, few), (2, more)):
-                drawn_windows = ["--windows", str(size * batch_size)]
+                count_of = size * batch_size  # each text needs a window
+                drawn_windows = ["--windows", str(count_of), "--text", *texts[:count_of]]
                 line = [name, str(folder / str(count)), *common, *drawn_windows, *place, *arguments]
                 found[name].append(_run(line, folder / "out", count, size))
     hidden = batch_size * length * config.get_text_config(decoder=True).hidden_size * kind.itemsize

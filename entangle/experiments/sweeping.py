@@ -168,8 +168,8 @@ def sweep_arms(
         zeros_of(setup.layers, arm, run=setup.run, outliers=equal, seed=setup.seed)
     outliers = functools.cache(lambda: block_outliers(setup.walk(), setup.layers))
     clusterings = list(dict.fromkeys(p.clustering for p in prunings if p.propagate == "dense"))
-    stopwatch = Stopwatch()
-    with resumed_run(out, attributes, overwrite=overwrite) as folder:
+    stopwatch = Stopwatch(setup.windows)
+    with resumed_run(out, attributes, setup.windows, overwrite=overwrite) as folder:
         files = [folder / "arms" / f"{name}.json" for name in (DENSE, *map(_name, prunings))]
         arms: dict[Path, Pruning | None] = dict(zip(files, (None, *prunings), strict=True))
         left = unwritten(arms)

@@ -115,8 +115,10 @@ def measure(
     if shard is not None:
         attributes |= {"shard": shard, "tokens": recording.tokens}
     streamed = out is not None and is_offloaded(model)  # never all in memory
-    stopwatch = Stopwatch()
-    kept = nullcontext() if out is None else resumed_run(out, attributes, overwrite=overwrite)
+    stopwatch = Stopwatch(windows)
+    kept = (
+        nullcontext() if out is None else resumed_run(out, attributes, windows, overwrite=overwrite)
+    )
     with kept as folder:
         # First: a model that cannot be run block by block fails before the long pass.
         difficulties = _difficulties(setup, difficulty) if difficulty else {}

@@ -10,7 +10,7 @@ import xarray as xr
 
 from entangle.model import folders
 from entangle.model.ranks import Shard
-from entangle.runs import labelling, store
+from entangle.runs import labelling, own_text, store
 from entangle.runs.dataset import runs_of
 from entangle.runs.setup import Stopwatch
 
@@ -57,6 +57,7 @@ def merge(
         size = trees[0].sizes["neuron"]
         spans = [slice(start, start + NEURONS) for start in range(0, size, NEURONS)]
         merged = (_merged(trees, span, attributes) for span in spans)
+        own_text.copy(Path(shards[0]), folder)
         store.write_run(folder, merged, attributes, stopwatch.log, runs_of(trees[0]))
     return store.open_run(out)
 

@@ -52,7 +52,7 @@ class _Clock(TextStreamer):
 
 
 @contextmanager
-def _default_settings(model: PreTrainedModel) -> Iterator[None]:
+def default_settings(model: PreTrainedModel) -> Iterator[None]:
     """Replace the model's generation settings by defaults, without e.g. a repetition penalty."""
     kept, model.generation_config = model.generation_config, GenerationConfig()  # type: ignore[no-untyped-call]
     try:
@@ -113,7 +113,7 @@ def generate(
         pad_token_id=end[0] if isinstance(end, list) else end,
     )
     clock = _Clock(tokenizer, on_text)
-    with torch.inference_mode(), _default_settings(model):
+    with torch.inference_mode(), default_settings(model):
         _compile(model, ids)
         found = model.generate(  # type: ignore[operator]
             ids,

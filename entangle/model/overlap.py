@@ -36,8 +36,9 @@ def run_hashes(windows: TokenWindows) -> Hashes:
     """Return the sorted 64-bit hashes (runs,) of all runs of 16 tokens, each once.
 
     A run may begin in one window and end in the next: windows may follow one another in the text.
+    The windows of several texts take turns, so each text is hashed by itself.
     """
-    return np.unique(_hashed(_joined(windows)))
+    return np.unique(np.concatenate([_hashed(_joined(one)) for one in windows.by_text()]))
 
 
 def shared_share(seen: SeenText, evaluation: TokenWindows) -> float:

@@ -16,6 +16,7 @@ from entangle.model.documents import Chat, Documents, Purpose, read_documents
 from entangle.model.limits import context_of
 
 Bos = Literal["auto", "always", "never"]
+OWN = "self:"  # names the text that the model writes itself, see `runs.own_text`
 Ids = npt.NDArray[np.int32]
 
 WHOLE = 2**24  # bytes; a text of at most this size is tokenised at once: 160 times its size
@@ -26,7 +27,7 @@ UNKNOWN = 0.01, 0.5  # shares of unknown tokens: above the first a note, above t
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TokenWindows:
-    """Windows of one text, and where the text was read."""
+    """Windows of one text or of several, and where the text was read."""
 
     tokens: torch.Tensor  # (windows, length) int64, on the CPU
     text: str  # the source of the text
@@ -35,6 +36,10 @@ class TokenWindows:
     bos: Bos
     starts: int = 0  # the number of tokens of each window that stand before its text
     notes: tuple[str, ...] = ()  # sentences on rows that were left out and on unknown tokens
+    parts: tuple["TokenWindows", ...] = ()  # of several texts: the windows that were mixed
+    origins: torch.Tensor | None = None  # (windows,): the index in ``parts`` of each window
+    decode: Callable[[list[int]], str] | None = None  # of the model's own text: makes text of it
+    seconds: float = 0.0  # that the model took to write its own text
 
     @property
     def fingerprint(self) -> str:
@@ -60,10 +65,35 @@ class TokenWindows:
         """
         if not isinstance(which, slice):
             raise TypeError(f"expected a slice of windows, such as windows[:8], got {which!r}")
-        tokens = self.tokens[which]
-        if not len(tokens):
+        chosen = self.chosen(torch.arange(len(self))[which])
+        if not len(chosen):
             raise ValueError(f"{which} selects none of the {len(self)} windows")
-        return dataclasses.replace(self, tokens=tokens)
+        return chosen
+
+    def chosen(self, which: torch.Tensor) -> "TokenWindows":
+        """Return the windows at these places, or where a mask (windows,) is true."""
+        origins = None if self.origins is None else self.origins[which]
+        return dataclasses.replace(self, tokens=self.tokens[which], origins=origins)
+
+    def by_text(self) -> list["TokenWindows"]:
+        """Return the windows of each text by themselves."""
+        if self.origins is None:
+            return [self]
+        return [
+            dataclasses.replace(part, tokens=self.tokens[self.origins == place])
+            for place, part in enumerate(self.parts)
+        ]
+
+    @property
+    def places(self) -> torch.Tensor:
+        """The places (windows,) of the windows, text after text.
+
+        Every fourth of them has a fourth of each text. Every fourth window has not: the windows of
+        several texts take turns.
+        """
+        if self.origins is None:
+            return torch.arange(len(self))
+        return torch.argsort(self.origins, stable=True)
 
     @property
     def length(self) -> int:
@@ -103,9 +133,20 @@ def token_windows(
 
     Raises:
         ValueError: the text has fewer tokens than one window; ``windows`` is less than 1 or
-            ``length`` less than 2, or not more than the tokens that a window begins with; or
-            ``bos`` is unknown, or ``always`` with a tokenizer that has no token to begin with.
+            ``length`` less than 2, or not more than the tokens that a window begins with;
+            ``bos`` is unknown, or ``always`` with a tokenizer that has no token to begin with; or
+            the text is ``self:``, which needs a model (see `runs.own_text.own_windows`).
     """
+    if text == OWN and purpose == "evaluation":
+        raise ValueError(
+            f"{OWN} is what the model writes itself, so a score on it would not tell how well the "
+            "model knows a text: give a text that the model did not write"
+        )
+    if text == OWN:
+        raise ValueError(
+            f"{OWN} is what a model writes itself, and here is no model: call "
+            "own_windows(model, tokenizer), or give another text"
+        )
     if (windows is not None and windows < 1) or length < 2:
         raise ValueError(
             f"expected at least 1 window of at least 2 tokens, got {windows} windows of {length} "
@@ -215,11 +256,11 @@ def _chat(tokenizer: PreTrainedTokenizerBase) -> Chat | None:
 
 
 def evenly_spaced(windows: TokenWindows, count: int) -> TokenWindows:
-    """Return at most ``count`` of the windows, evenly spaced."""
+    """Return at most ``count`` of the windows, evenly spaced in each text."""
     if len(windows) <= count:
         return windows
-    places = np.linspace(0, len(windows) - 1, count).round().astype(int)
-    return dataclasses.replace(windows, tokens=windows.tokens[torch.from_numpy(places)])
+    which = np.linspace(0, len(windows) - 1, count).round().astype(int)
+    return windows.chosen(windows.places[torch.from_numpy(which)].sort().values)
 
 
 def check_windows(model: PreTrainedModel, windows: TokenWindows, skip_first: int = 0) -> None:

@@ -188,9 +188,11 @@ def sparsify(
             "the model's weights are in files (offload): give a folder for the pruned model as out"
         )
     attributes = setup.provenance() | pruning.settings() | budget_run(setup)
-    stopwatch = Stopwatch()
+    stopwatch = Stopwatch(windows)
     dense = costs.model_multiply_adds(model)
-    kept = nullcontext() if out is None else resumed_run(out, attributes, overwrite=overwrite)
+    kept = (
+        nullcontext() if out is None else resumed_run(out, attributes, windows, overwrite=overwrite)
+    )
     with kept as folder:
         outliers = None
         if pruning.across == "owl":

@@ -56,7 +56,7 @@ TRUSTED_ERROR = 0.1  # neurons with a larger error bound are not ranked
 NAMED_ERROR = 0.02  # neurons with a larger error bound are named in the summary
 
 
-_MAPPINGS = ("versions", "disentangled", "skipped_layers")  # attributes that are mappings
+_MAPPINGS = ("versions", "disentangled", "skipped_layers", "texts")  # attributes that are mappings
 # Attributes that are lists.
 _LISTS = ("layers", "exclude", "skipped_parameters", "dependent_on", "window_hashes", "notes")
 

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from entangle.model import folders, ranks
-from entangle.runs import store
+from entangle.model.text import TokenWindows
+from entangle.runs import own_text, store
 
 Arm = TypeVar("Arm")
 
@@ -17,11 +18,16 @@ _SHOWN, _WIDTH = 5, 40  # settings, and characters of a value, in the message of
 
 @contextmanager
 def resumed_run(
-    target: str | Path | None, attributes: Mapping[str, Any], *, overwrite: bool = False
+    target: str | Path | None,
+    attributes: Mapping[str, Any],
+    windows: TokenWindows | None = None,
+    *,
+    overwrite: bool = False,
 ) -> Iterator[Path]:
     """Yield a run's folder to fill; it has the files of an unfinished run with the same attributes.
 
-    ``attributes`` are the content of run.json. The folder is ``TARGET.partial`` and is renamed at
+    ``attributes`` are the content of run.json. What a model wrote itself among the ``windows`` is
+    kept beside it, for the next run to read. The folder is ``TARGET.partial`` and is renamed at
     the end. After an error its files stay there, and the next run with the same attributes resumes.
     Without a target, yield a temporary folder that is deleted at the end. Under torchrun rank 0
     makes the folder and all ranks use it.
@@ -74,6 +80,7 @@ def resumed_run(
                 folders.new_folder(target, overwrite=overwrite, can_resume=can_resume)
             )
             store.write_json(folder / "run.json", attributes)
+            own_text.keep(folder, windows)
         yield folder
         ranks.all_gather(None)
 

@@ -319,7 +319,7 @@ class Setup:
         model, text, held_out = self.model, self.windows, self.evaluation
         drawn = text if text is not None else held_out
         assert drawn is not None
-        about = {
+        about: dict[str, Any] = {
             "command": COMMAND.get(),
             "model": model.name_or_path,
             "class": type(model).__name__,
@@ -329,6 +329,7 @@ class Setup:
             "device": model.device.type,
             "text": None if text is None else text.text,
             "fingerprint": None if text is None else text.fingerprint,
+            **texts_of(text),
             "windows": 0 if text is None else len(text),
             "length": drawn.length,
             "available_windows": drawn.available,
@@ -356,6 +357,21 @@ class Setup:
                 "overlap": self.overlaps,
             }
         return about
+
+
+def texts_of(windows: TokenWindows | None) -> dict[str, Any]:
+    """Return ``texts``: by name, what was drawn of each of several texts; empty for one text."""
+    parts = [] if windows is None else windows.by_text()
+    names = [part.text for part in parts]
+    texts: dict[str, Any] = {}
+    for place, part in enumerate(parts):
+        twice = names[:place].count(part.text)  # lists given in Python have one name
+        texts[f"{part.text} ({twice + 1})" if twice else part.text] = {
+            "windows": len(part),
+            "available_windows": part.available,
+            "fingerprint": part.fingerprint,
+        }
+    return {"texts": texts} if parts[1:] else {}
 
 
 def _ranked_layers(
@@ -394,9 +410,13 @@ def versions() -> dict[str, str]:
 
 
 class Stopwatch:
-    """The duration of a run since this object was made, and the process's peak memory."""
+    """The duration of a run since this object was made, and the process's peak memory.
 
-    def __init__(self) -> None:
+    The seconds that the model took to write its own text before are told beside it.
+    """
+
+    def __init__(self, windows: TokenWindows | None = None) -> None:
+        self.written = 0.0 if windows is None else windows.seconds
         self.start = time.perf_counter()
         self.clock = time.strftime("%Y-%m-%dT%H:%M:%S%z")
 
@@ -405,6 +425,7 @@ class Stopwatch:
         return {
             "started": self.clock,
             "seconds": round(time.perf_counter() - self.start, 3),
+            **({"own_text_seconds": round(self.written, 3)} if self.written else {}),
             "peak_memory_bytes": _peak_memory(),
             **({"peak_device_bytes": torch.cuda.max_memory_allocated()} if _has_cuda() else {}),
             "machine": platform.platform(),

@@ -17,7 +17,15 @@ from numpy.typing import NDArray
 
 from entangle.numerics.gaussian import noise_floor
 from entangle.numerics.kernels.bins import HALF_RANGE
-from entangle.runs.dataset import TRUSTED_ERROR, UNITS, dataset_of, disentangled, matching, trusted
+from entangle.runs.dataset import (
+    TRUSTED_ERROR,
+    UNITS,
+    about,
+    dataset_of,
+    disentangled,
+    matching,
+    trusted,
+)
 
 Run = xr.DataTree | xr.Dataset
 Names = str | Sequence[str] | None
@@ -54,10 +62,12 @@ def label_of(run: Run, variable: str) -> str:
 
 def subject_of(data: xr.Dataset) -> str:
     """Return a run's model, text and number of tokens, as far as they are known."""
-    model, text = (PurePath(str(data.attrs.get(key, ""))).parts for key in ("model", "text"))
-    tokens = f"{data.attrs['tokens']:,} tokens" if "tokens" in data.attrs else ""
-    names = "/".join(model[-1:]), "/".join(text[-2:]).removesuffix(".txt")
-    return " · ".join(filter(None, [*names, tokens]))
+    attributes = about(data)
+    tokens = f"{attributes['tokens']:,} tokens" if "tokens" in attributes else ""
+    texts = attributes.get("texts", [attributes.get("text", "")])
+    names = ["/".join(PurePath(str(text)).parts[-2:]).removesuffix(".txt") for text in texts]
+    model = PurePath(str(attributes.get("model", ""))).name
+    return " · ".join(filter(None, [model, " + ".join(names), tokens]))
 
 
 def drawable(text: str) -> str:
