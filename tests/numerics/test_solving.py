@@ -75,11 +75,8 @@ def test_no_error_grows_and_no_zero_is_lost(
     sparsity = Sparsity.parse(text)
     for method, moments in itertools.product(METHODS, (alone[0], InputMoments.stack(alone))):
         how: dict[str, Any] = {"method": method, "mask": mask}
-        found = {
-            one: prune(weight, moments, sparsity, solve=one, **how).weight
-            for one in ("greedy", "exact", solve)
-        }
-        order = ("greedy", "exact", solve)
+        order: tuple[Solve, ...] = ("greedy", "exact", solve)
+        found = {one: prune(weight, moments, sparsity, solve=one, **how).weight for one in order}
         before, least, after = (errors(weight, found[one], moments) for one in order)
         if mask == "block":
             before, least, after = (one.sum(dim=-1) for one in (before, least, after))

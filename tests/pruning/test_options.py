@@ -291,7 +291,8 @@ def test_auto_is_exact_for_sparsegpt_and_greedy_for_the_others() -> None:
 
 
 def test_magnitude_that_is_solved_again_sees_inputs() -> None:
-    for solve, seen in (("greedy", ["sparse"]), ("exact", ["sparse", "dense"])):
+    cases: dict[SolveOption, list[str]] = {"greedy": ["sparse"], "exact": ["sparse", "dense"]}
+    for solve, seen in cases.items():
         arms = arms_of(sparsity=0.5, method="magnitude", solve=solve, propagate=["sparse", "dense"])
         assert [arm.propagate for arm in arms] == seen
 
@@ -400,8 +401,8 @@ def test_a_new_option_is_a_field_and_is_everywhere(tmp_path: Path) -> None:
     assert sorted(found["column"]) == ["", "plain", "plain", "sweet", "sweet"]
     assert [name for name in found["labels"] if "flavour sweet" in name]
     assert [name for name in found["labels"] if "flavour plain" in name]
-    words = "mask row, solve exact, propagate sparse, reconstruct none, flavour sweet"
-    assert words in found["printed"]
+    settings = "mask row, solve exact, propagate sparse, reconstruct none, flavour sweet"
+    assert settings in found["printed"]
 
 
 # Slips in Python.
