@@ -27,8 +27,9 @@ from entangle.model.tokenwise import layers_of_tokens
 from entangle.runs.setup import Setup
 
 EPOCHS = 4
-RATE = 5e-3  # Adam's first rate, times the root mean square of a layer's kept weights
-HELD_OUT = 16  # one of so many batches chooses the epoch and is not trained on
+RATE = 4e-2  # Adam's first rate, times the root mean square of a layer's kept weights
+STEP = 2_048  # tokens of a step: fewer if there are few batches, more if a batch has more
+HELD_OUT = 16  # one of so many steps chooses the epoch and is not trained on
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,21 +53,22 @@ class Targets:
         Raises:
             ValueError: no layer of the setup belongs to an MLP, or there are fewer than two batches.
         """
-        self.dense = setup.walk()
-        self._seed = setup.seed
-        self._layers = layers_of_tokens(setup.model, setup.layers, setup.batches[0][0])
+        batches = setup.batches
+        if len(batches) < 2:
+            raise ValueError(
+                f"reconstruct mlp needs at least two batches, since one is held out, but the "
+                f"{len(batches[0])} windows are one batch: use a smaller batch size, or more windows"
+            )
+        self._layers = layers_of_tokens(setup.model, setup.layers, batches[0][0])
         if not self._layers:
             raise ValueError(
                 "reconstruct mlp tunes layers that work on each token alone, but all chosen layers "
                 f"({', '.join(setup.patterns)}) are parts of attention, or of something else that "
                 "mixes tokens: choose layers of the MLP, or use reconstruct none"
             )
-        if len(setup.batches) < 2:
-            raise ValueError(
-                f"reconstruct mlp needs at least two batches, one of them held out, but the "
-                f"{len(setup.batches[0])} windows are one batch: use a smaller batch size, or more "
-                "windows"
-            )
+        self._batches = max(min(STEP // batches[0].numel(), len(batches) // HELD_OUT), 1)  # a step
+        self._seed = setup.seed
+        self.dense = setup.walk()
 
     def advance_past(self, block: int) -> None:
         """Run the block, which is still dense, unless its outputs are known."""
@@ -80,24 +82,32 @@ class Targets:
         own = [layer for layer in self._layers if layer in layers]
         if not own:
             return None
-        return lambda: reconstruct(walk, self.dense.hidden, own, seed=self._seed)
+        numbers = range(len(walk.hidden))
+        steps = [numbers[first : first + self._batches] for first in numbers[:: self._batches]]
+        return lambda: reconstruct(walk, self.dense.hidden, own, steps, seed=self._seed)
 
 
 def reconstruct(
-    walk: BlockWalk, targets: Sequence[torch.Tensor], layers: Sequence[LinearLayer], *, seed: int
+    walk: BlockWalk,
+    targets: Sequence[torch.Tensor],
+    layers: Sequence[LinearLayer],
+    steps: Sequence[Sequence[int]],
+    *,
+    seed: int,
 ) -> Reconstruction:
     """Tune the weights of these layers of the walk's block in place.
 
     The block is pruned. ``targets`` are the dense model's hidden states behind it (windows, length,
-    width), of each of the walk's batches. Each of the layers works on its own token (see `layers_of_tokens`). Weights that are
-    zero stay zero, and the others do not become zero. If no epoch lowers the held-out error, all
-    stay as they are. Under torchrun each step takes one batch of each process.
+    width), of each of the walk's batches, and ``steps`` are the batches of each step. Each of the
+    layers works on its own token (see `layers_of_tokens`). Weights that are zero stay zero, and the
+    others do not become zero. If no epoch lowers the held-out error, all stay as they are. Under
+    torchrun a step takes the batches of one step of each process.
 
     Raises:
         ValueError: the hidden states are not finite.
     """
     tuned = _TunedBlock(walk, targets, layers)
-    trained, held_out = _split(len(walk.hidden))
+    trained, held_out = _split(steps)
     order = np.random.default_rng([seed, walk.block, ranks.rank()])
     best = before = tuned.error(held_out)
     if not math.isfinite(before):
@@ -105,12 +115,13 @@ def reconstruct(
             f"the hidden states behind block {walk.block} are not finite, so it cannot be "
             "reconstructed: try another dtype, or reconstruct none"
         )
-    steps = max(ranks.all_gather(len(trained)))
-    rates = iter(np.linspace(1, 0, EPOCHS * steps, endpoint=False))
+    count = max(ranks.all_gather(len(trained)))
+    rates = iter(np.linspace(1, 0, EPOCHS * count, endpoint=False))
     for _ in range(EPOCHS):
-        shuffled = iter(order.permutation(trained).tolist())
-        for _ in range(steps):
-            tuned.step(next(shuffled, None), next(rates))
+        shuffled = iter(order.permutation(len(trained)).tolist())
+        for _ in range(count):
+            place = next(shuffled, None)  # None: only other processes have a step left
+            tuned.step(() if place is None else trained[place], next(rates))
         error = tuned.error(held_out)
         if error < best:
             best = error
@@ -119,15 +130,14 @@ def reconstruct(
     return Reconstruction(before, best)
 
 
-def _split(own: int) -> tuple[list[int], list[int]]:
-    """Return the indices of this process's batches that train, and of those that choose the epoch."""
-    total = sum(ranks.all_gather(own))
-    held_out = {*range(HELD_OUT - 1, total, HELD_OUT)} or {total - 1}
-    numbers = enumerate(ranks.shard().batches(total))
-    parts: tuple[list[int], list[int]] = [], []
-    for index, number in numbers:
-        parts[number in held_out].append(index)
-    return parts
+def _split(steps: Sequence[Sequence[int]]) -> tuple[list[Sequence[int]], list[int]]:
+    """Return the steps of this process that train, and its batches that choose the epoch."""
+    total = sum(ranks.all_gather(len(steps)))
+    chosen = {*range(HELD_OUT - 1, total, HELD_OUT)} or {total - 1}
+    numbers = ranks.shard().batches(total)
+    pairs = list(zip(numbers, steps, strict=True))
+    trained = [step for number, step in pairs if number not in chosen]
+    return trained, [batch for number, step in pairs if number in chosen for batch in step]
 
 
 class _TunedBlock:
@@ -153,10 +163,10 @@ class _TunedBlock:
         self._adam = torch.optim.Adam(groups, fused=True)
         self._best: dict[str, torch.Tensor] = {}
 
-    def step(self, number: int | None, rate: float) -> None:
-        """Take a step of Adam on one batch, or only on those of the other processes."""
+    def step(self, numbers: Sequence[int], rate: float) -> None:
+        """Take a step of Adam on some batches, and on those of the other processes."""
         with torch.inference_mode(False), torch.enable_grad():
-            if number is not None:
+            for number in numbers:
                 self._errors(number).sum().backward()
             for name, weight in self._weights.items():
                 if weight.grad is None:  # no batch, or no token came here

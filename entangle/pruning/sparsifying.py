@@ -270,11 +270,11 @@ def prune_model(
     pruned: list[PrunedLayer] = []
     dense = pruning.propagate == "dense"
     last, layers = setup.last_block, setup.blocks
+    targets = None if pruning.reconstruct == "none" else Targets(setup)
     walk = setup.walk()
     held_out = None if setup.evaluation is None else setup.evaluation_walk()
     walks = [walk] if held_out is None else [walk, held_out]
     finished = set() if checkpoint is None else checkpoint.finished
-    targets = None if pruning.reconstruct == "none" else Targets(setup)
     if targets and checkpoint is not None:
         checkpoint.restore_hidden(targets.dense)
     with tqdm(total=last + 1, unit="block", desc="prune", disable=not setup.progress) as bar:

@@ -292,8 +292,26 @@ def test_attention_layers_are_pruned_and_not_tuned() -> None:
         assert same == (before.block > 0 or before.role.startswith("self_attn"))
 
 
-def test_every_sixteenth_batch_is_held_out() -> None:
-    for batches in (2, 15, 16, 40):
-        trained, held_out = reconstruction._split(batches)
-        assert sorted(trained + held_out) == list(range(batches))
-        assert held_out == ([*range(HELD_OUT - 1, batches, HELD_OUT)] or [batches - 1])
+def test_every_sixteenth_step_is_held_out() -> None:
+    for count in (2, 15, 16, 40):
+        steps = [[2 * step, 2 * step + 1] for step in range(count)]
+        trained, held_out = reconstruction._split(steps)
+        expected = [*range(HELD_OUT - 1, count, HELD_OUT)] or [count - 1]
+        assert held_out == [batch for step in expected for batch in steps[step]]
+        assert trained == [step for number, step in enumerate(steps) if number not in expected]
+
+
+def test_smaller_batches_make_the_same_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reconstruction, "STEP", 4 * 16)  # tokens of 4 windows
+    dense, windows = tiny_model("llama"), random_windows(64)
+    found = []
+    for batch_size in (1, 2, 4):
+        model = copy.deepcopy(dense)
+        options = {"layers": ["model.layers.0.mlp.*"], "batch_size": batch_size}
+        table = pruned(model, windows, reconstruct="mlp", **options).layers
+        found.append((table["mlp_error"].tolist(), model.state_dict()))
+    (errors, weights), *others = found
+    for other, tensors in others:
+        assert other == pytest.approx(errors, rel=1e-4)
+        for name, tensor in tensors.items():
+            torch.testing.assert_close(tensor, weights[name], rtol=1e-3, atol=1e-4)
