@@ -173,8 +173,9 @@ def sweep_arms(
         files = [folder / "arms" / f"{name}.json" for name in (DENSE, *map(_name, prunings))]
         arms: dict[Path, Pruning | None] = dict(zip(files, (None, *prunings), strict=True))
         left = unwritten(arms)
-        grams, times = folder / "grams", folder / "arms" / "log.json"
-        seconds = store.read_json(times) if times.exists() else {}  # of finished arms, by name
+        grams, log = folder / "grams", folder / "log.json"
+        # Of the arms that are finished, by name.
+        seconds = store.read_json(log)["arm_seconds"] if log.exists() else {}
         for file, pruning in tqdm(left.items(), unit="arm", disable=not setup.progress):
             if pruning and pruning.propagate == "dense":
                 _calibrate_dense(setup, clusterings, grams)  # only the first call computes
@@ -183,7 +184,7 @@ def sweep_arms(
             seconds[file.stem] = round(time.perf_counter() - begin, 3)
             if losses:
                 ranks.on_rank_zero(save_tensors, _losses_file(file), losses)
-            ranks.on_rank_zero(store.write_json, times, seconds)
+            ranks.on_rank_zero(store.write_json, log, {"arm_seconds": seconds})
             ranks.on_rank_zero(store.write_json, file, found)
         results = [store.read_json(file) for file in files]
         table, per_layer = tables_of([r | _losses(f) for r, f in zip(results, files, strict=True)])
@@ -192,8 +193,8 @@ def sweep_arms(
             store.save_table(table, folder / "tables" / "sweep.csv")
             store.save_table(per_layer, folder / "tables" / "layers.csv")
             store.save_text(markdown(table), folder / "tables" / "sweep.md")
-            log = {"arms_run": len(left), "arm_seconds": seconds}
-            store.write_log(folder, stopwatch.log() | log, "sweep")
+            arms_log = {"arms_run": len(left), "arm_seconds": seconds}
+            store.write_log(folder, stopwatch.log() | arms_log, "sweep")
             folders.remove_folder(grams)
     return table
 

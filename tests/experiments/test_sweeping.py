@@ -119,9 +119,9 @@ def test_tables_are_written_and_read(tmp_path: Path) -> None:
     row = next(line for line in words.splitlines() if line.startswith("| sparsegpt"))
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     expected = table.query("method == 'sparsegpt'").iloc[0]
-    assert cells[:5] == ["sparsegpt", "row", "exact", "dense", "0.5"]
-    assert float(cells[6].split(" ± ")[0]) == pytest.approx(expected["perplexity"], rel=1e-2)
-    assert float(cells[8].split(" ± ")[1]) == pytest.approx(expected["difference_error"], rel=0.05)
+    assert cells[:6] == ["sparsegpt", "row", "exact", "dense", "none", "0.5"]
+    assert float(cells[7].split(" ± ")[0]) == pytest.approx(expected["perplexity"], rel=1e-2)
+    assert float(cells[9].split(" ± ")[1]) == pytest.approx(expected["difference_error"], rel=0.05)
     with pytest.raises(FileNotFoundError, match=r"\bmeasured\b.*tables"):
         entangle.open_run(tmp_path / "run")
     with pytest.raises(FileNotFoundError, match=r" tables/sweep\.csv"):
@@ -158,7 +158,7 @@ def test_an_arm_that_fails_says_why_and_costs_the_others_nothing(tmp_path: Path)
     assert (table["problem"] == "").tolist() == [True, False, True, True]
     assert re.search(r"layers\.1\.mlp\.gate_proj.*singular", table["problem"][1])
     words = (tmp_path / "run" / "tables" / "sweep.md").read_text()
-    assert re.search(f"sparsegpt row exact dense 0.5.*{re.escape(table['problem'][1])}", words)
+    assert re.search(f"sparsegpt row exact dense none 0.5.*{re.escape(table['problem'][1])}", words)
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError, RuntimeError, OSError])

@@ -64,7 +64,7 @@ def expanded_naively(
         mine = rows[labels == index].double()
         gram = mine.T @ mine + shrinkage * layer.inputs / len(rows) * pooled
         moments = InputMoments(gram.float(), torch.tensor(len(mine)))
-        weights.append(prune(weight_of(layer), moments, Sparsity(0.5), solve="exact").weight)
+        weights.append(prune(weight_of(layer), moments, Sparsity(0.5)).weight)
     return weights
 
 
@@ -77,8 +77,9 @@ def test_experts_are_pruned_for_the_tokens_of_their_clusters(
     dense = tiny_model("llama")
     layers = find_layers(dense)
     rows = inputs_of(dense, layers, windows, 0)
+    options = OPTIONS | {"solve": "greedy"}  # the steps of exact depend on rounding
     found = entangle.sparsify(
-        model, windows, sparsity=0.5, propagate=propagate, shrinkage=shrinkage, **OPTIONS
+        model, windows, sparsity=0.5, propagate=propagate, shrinkage=shrinkage, **options
     )
     table = found.layers.set_index("layer")
     for layer in layers if propagate == "dense" else layers[:7]:  # block 0 has the same inputs
