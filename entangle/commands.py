@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from entangle.model.text import TokenWindows
+    from entangle.pruning.options import Pruning
 
 
 def run_measure(args: argparse.Namespace) -> None:
@@ -30,6 +31,7 @@ def run_measure(args: argparse.Namespace) -> None:
     folders.check_target(args.out, args.overwrite)  # fail before the long computation
     tokenizer = _tokenizer(args)
     parts, model = _parts(args, tokenizer), _model(args)
+    _check_before_writing(args, parts, model)
     windows = _mixed(args, parts, model, tokenizer, folders.partial_of(args.out))
     run = entangle.measure(
         model,
@@ -130,10 +132,11 @@ def run_sparsify(args: argparse.Namespace) -> None:
 
     auto = args.strength == "auto"
     options, folder = _options(args)
-    Pruning.of(**options | ({"strength": STRENGTH} if auto else {}))
+    pruning = Pruning.of(**options | ({"strength": STRENGTH} if auto else {}))
     run = None if folder is None else entangle.open_run(folder)
     tokenizer = _tokenizer(args)
     parts, model, work = _parts(args, tokenizer), _model(args), _work(args)
+    _check_before_writing(args, parts, model, [pruning])
     windows = _mixed(args, parts, model, tokenizer, folders.partial_of(args.out))
     chosen = None
     with hashed_once():
@@ -177,11 +180,12 @@ def run_sweep(args: argparse.Namespace) -> None:
     from entangle.pruning.options import arms_of
 
     options, folder = _options(args)
-    arms_of(**options)
+    prunings = arms_of(**options)
     run = None if folder is None else entangle.open_run(folder)
     tokenizer = _tokenizer(args)
     parts, evaluation = _parts(args, tokenizer), _evaluation(args, tokenizer)
     model = _model(args)
+    _check_before_writing(args, parts, model, prunings)
     windows = _mixed(args, parts, model, tokenizer, folders.partial_of(args.out))
     table = entangle.sweep(model, windows, evaluation, run=run, **options, **_work(args))
     _print_table(args, table, "sweep")
@@ -496,6 +500,30 @@ def _parts(
     parts = share_windows(args.text, tokenizer, **sizes)
     _tell(note for part in parts if part is not None for note in part.notes)
     return parts
+
+
+def _check_before_writing(
+    args: argparse.Namespace,
+    parts: "Sequence[TokenWindows | None]",
+    model: "PreTrainedModel",
+    prunings: "Sequence[Pruning]" = (),
+) -> None:
+    """Raise what the command would raise about any windows, since writing them takes minutes."""
+    if None not in parts:
+        return
+    import torch
+
+    from entangle.model.text import OWN, TokenWindows
+    from entangle.pruning.sparsifying import check_layers, check_reconstruction
+    from entangle.runs.setup import Setup
+
+    tokens = torch.ones(args.windows, args.length, dtype=torch.int64)
+    windows = TokenWindows(tokens, OWN, None, args.seed, args.bos)
+    work = _layers(args) | {"batch_size": args.batch_size, "skip_first": args.skip_first}
+    setup = Setup.of(model, windows, pruned=bool(prunings), **work)
+    if prunings:
+        check_layers(setup, [pruning.sparsity for pruning in prunings])
+        check_reconstruction(setup, prunings)
 
 
 def _mixed(

@@ -131,6 +131,19 @@ def sparsified(result: dict[str, Any]) -> str:
         f"outputs on these tokens: mean {result['error']:.4g}, "
         f"largest {worst['error']:.4g} ({worst['layer']})",
     ]
+    errors = {
+        layer["block"]: (layer["mlp_error_before"], layer["mlp_error"])
+        for layer in result["layers"]
+        if math.isfinite(layer["mlp_error"])
+    }
+    if errors:
+        before, after = (sum(values) / len(errors) for values in zip(*errors.values(), strict=True))
+        kept = sum(old == new for old, new in errors.values())
+        lines.append(
+            f"reconstruction: relative squared error of the hidden states behind a block {before:.4g} "
+            f"before and {after:.4g} after, on calibration tokens held out, mean of {len(errors)} "
+            f"blocks{f'; {kept} of them did not gain and kept their weights' if kept else ''}"
+        )
     if "budget" in result:
         rows = result["layers"]
         lines.append(

@@ -11,6 +11,7 @@ from scipy import stats
 
 import entangle
 from entangle.model.layers import find_layers
+from entangle.model.tokenwise import layers_of_tokens
 from entangle.numerics import gaussian, wasserstein
 from entangle.numerics.histograms import Histograms
 from entangle.runs import store
@@ -135,6 +136,13 @@ def test_what_is_known_of_the_model_is_found(measured: Measured) -> None:
     assert up["index"].iloc[int(up["wasserstein"].argmax())] == 816
     top = entangle.rank(measured.run, 20)
     assert (top["neuron"].str.startswith("model.layers.11.mlp.down_proj:")).sum() >= 10
+
+
+def test_the_mlps_layers_are_known_by_what_they_do() -> None:
+    model = entangle.load_model(DATA / "smollm2-135m")
+    layers = find_layers(model)
+    mlp = [layer for layer in layers if layer.role.startswith("mlp.")]
+    assert layers_of_tokens(model, layers) == mlp
 
 
 def test_a_saved_run_is_what_was_measured(measured: Measured, tmp_path: Path) -> None:

@@ -141,6 +141,11 @@ def plan(
     drawn = mixed_windows([part for part in parts if part is not None])
     check_windows(whole.eval(), drawn)
     batches = len(drawn.batches(batch_size))
+    if reconstruct != "none" and batches < 2:
+        raise ValueError(
+            f"reconstruct {reconstruct} needs at least two batches, since one is held out, but the "
+            f"{len(drawn)} windows are one batch: use a smaller batch size, or more windows"
+        )
     blocks = 1 + max(layer.block for layer in chosen)
     few, more = (min(count, batches) for count in BATCHES)
     common = ["--length", str(length), "--batch-size", str(batch_size)]

@@ -31,7 +31,7 @@ TEXT = {*OPTIONS} - {"experts"} | {
 }  # columns of text, in which an empty cell is an empty string
 _MLP_ERROR = (
     "MLP error is the relative squared error of a token's hidden states behind a block, before and "
-    "after the block's MLP is reconstructed, on held-out calibration tokens, mean over layers. "
+    "after the block's MLP is reconstructed, on held-out calibration tokens, mean over blocks. "
 )
 Losses = npt.NDArray[np.float64]
 
@@ -41,8 +41,9 @@ def tables_of(results: Sequence[Mapping[str, Any]]) -> tuple[pd.DataFrame, pd.Da
 
     The first has the columns that `sweep` lists. The second has, for each pruned arm:
 
-    * ``method``, ``mask``, ``solve``, ``propagate``, ``experts``, ``assign``, ``components``,
-      ``shrinkage``, ``budget``, ``strength``, ``across``, ``sparsity``: the options of the arm, as in the first.
+    * ``method``, ``mask``, ``solve``, ``propagate``, ``reconstruct``, ``experts``, ``assign``,
+      ``components``, ``shrinkage``, ``budget``, ``strength``, ``across``, ``sparsity``: the options
+      of the arm, as in the first.
     * the columns of `Sparsified.layers`.
     * ``improvement``: RMSE of a neuron's outputs with one expert over that with several, on the
       calibration inputs, median over the layer's neurons; NaN unless both arms were run.
@@ -64,7 +65,10 @@ def tables_of(results: Sequence[Mapping[str, Any]]) -> tuple[pd.DataFrame, pd.Da
         damping, improvements = 0.0 if result is results[0] else math.nan, {}
         ranges = dict.fromkeys(("least", "most", "least_layer", "most_layer"), math.nan)
         if len(pruned):
-            means |= {n: float(pruned[n].astype(float).mean()) for n in means if n in pruned}
+            of_blocks = pruned.drop_duplicates("block") if "block" in pruned else pruned
+            for name in (name for name in means if name in pruned):
+                rows_of = of_blocks if name.startswith("mlp") else pruned
+                means[name] = float(rows_of[name].astype(float).mean())
             damping = pruned["damping"].max()
             if "least" in pruned:
                 ranges = {"least": pruned["least"].min(), "most": pruned["most"].max()}

@@ -42,7 +42,13 @@ from entangle.pruning.options import (
     arms_of,
     with_options,
 )
-from entangle.pruning.sparsifying import budget_run, check_layers, needed_run, prune_model
+from entangle.pruning.sparsifying import (
+    budget_run,
+    check_layers,
+    check_reconstruction,
+    needed_run,
+    prune_model,
+)
 from entangle.runs import store
 from entangle.runs.resuming import resumed_run, unwritten
 from entangle.runs.setup import Setup, Stopwatch
@@ -104,7 +110,7 @@ def sweep(
     * ``held_out_error``: the same on inputs from the evaluation windows.
     * ``mlp_error_before``, ``mlp_error``: ‖ŷ - y‖² / ‖y‖² of a token's hidden states behind a block
       (y dense, ŷ pruned), before and after the block is reconstructed, mean over held-out tokens of
-      the calibration windows and over layers; NaN without ``reconstruct``.
+      the calibration windows and over blocks; NaN without ``reconstruct``.
     * ``improvement``: RMSE of a neuron's outputs with one expert over that with several, on the
       calibration inputs, median over neurons; needs both arms, with dense propagation.
     * ``held_out_improvement``: the same on inputs from the evaluation windows.
@@ -161,6 +167,7 @@ def sweep_arms(
         FileExistsError, LookupError, RuntimeError, ValueError: as `sweep`.
     """
     check_layers(setup, [pruning.sparsity for pruning in prunings])
+    check_reconstruction(setup, prunings)
     attributes = setup.provenance() | budget_run(setup)
     attributes |= {"arms": [pruning.settings() for pruning in prunings]}
     equal = dict.fromkeys(setup.blocks, 0.0)  # in place of OWL's ratios, which are not computed yet

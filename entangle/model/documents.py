@@ -169,8 +169,8 @@ def read_documents(
     else:
         raise FileNotFoundError(
             f"there is no text at {textwrap.shorten(str(text), 100)}: expected a file, a folder "
-            "of *.txt, or hub:NAME[/CONFIG][:SPLIT][#COLUMN]. In Python, give the text itself as a "
-            "list: [text]"
+            "of *.txt, hub:NAME[/CONFIG][:SPLIT][#COLUMN], or self: (what the model itself writes). "
+            "In Python, give the text itself as a list: [text]"
         )
     return Documents(str(path), [_File(file) for file in files])
 

@@ -293,6 +293,24 @@ def check_windows(model: PreTrainedModel, windows: TokenWindows, skip_first: int
         )
 
 
+def check_evaluation(windows: TokenWindows) -> None:
+    """Check that a score of these windows is a score of one text.
+
+    Raises:
+        ValueError: they are of several texts, or a model wrote them itself.
+    """
+    if windows.text == OWN:
+        raise ValueError(
+            f"{OWN} is what the model writes itself, so a score on it would not tell how well the "
+            "model knows a text: give a text that the model did not write"
+        )
+    if windows.parts:
+        raise ValueError(
+            f"a score is of one text, but these windows are of {windows.text}: score each text by "
+            "itself"
+        )
+
+
 def start_tokens(tokenizer: PreTrainedTokenizerBase, bos: Bos) -> list[int]:
     """Return the tokens that each window begins with.
 

@@ -68,7 +68,7 @@ def write_windows(
         )
     tokens = length - kept
     _check(model, len(start) + tokens)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed % 2**63)  # torch takes no larger one
     uniform = torch.rand(windows, tokens, generator=generator, dtype=torch.float64)
     settings = GenerationConfig(  # type: ignore[no-untyped-call]
         max_new_tokens=tokens, do_sample=False, eos_token_id=None, pad_token_id=0, use_cache=True

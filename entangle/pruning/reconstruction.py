@@ -44,6 +44,28 @@ class Reconstruction:
     after: float
 
 
+def tuned_layers(setup: Setup) -> list[LinearLayer]:
+    """Return the layers of a setup that reconstruction tunes: those that work on each token alone.
+
+    Raises:
+        ValueError: there is none, or there are fewer than two batches.
+    """
+    batches = setup.batches
+    if len(batches) < 2:
+        raise ValueError(
+            f"reconstruct mlp needs at least two batches, since one is held out, but the "
+            f"{len(batches[0])} windows are one batch: use a smaller batch size, or more windows"
+        )
+    layers = layers_of_tokens(setup.model, setup.layers)
+    if not layers:
+        raise ValueError(
+            "reconstruct mlp tunes layers that work on each token alone, but all layers that can be "
+            f"pruned among {', '.join(setup.patterns)} are parts of attention, or of something else "
+            "that mixes tokens: choose layers of the MLP, or use reconstruct none"
+        )
+    return layers
+
+
 class Targets:
     """The dense model's hidden states behind each block, to which the pruned block is tuned."""
 
@@ -51,21 +73,10 @@ class Targets:
         """Begin before the first block of a model that is not pruned yet.
 
         Raises:
-            ValueError: no layer of the setup belongs to an MLP, or there are fewer than two batches.
+            ValueError: as `tuned_layers`.
         """
+        self._layers = tuned_layers(setup)
         batches = setup.batches
-        if len(batches) < 2:
-            raise ValueError(
-                f"reconstruct mlp needs at least two batches, since one is held out, but the "
-                f"{len(batches[0])} windows are one batch: use a smaller batch size, or more windows"
-            )
-        self._layers = layers_of_tokens(setup.model, setup.layers, batches[0][0])
-        if not self._layers:
-            raise ValueError(
-                "reconstruct mlp tunes layers that work on each token alone, but all chosen layers "
-                f"({', '.join(setup.patterns)}) are parts of attention, or of something else that "
-                "mixes tokens: choose layers of the MLP, or use reconstruct none"
-            )
         self._batches = max(min(STEP // batches[0].numel(), len(batches) // HELD_OUT), 1)  # a step
         self._seed = setup.seed
         self.dense = setup.walk()
@@ -180,13 +191,13 @@ class _TunedBlock:
 
     def error(self, numbers: Sequence[int]) -> float:
         """Return the mean error of the counted tokens of some batches, of all processes."""
-        total = torch.zeros(2, dtype=torch.float64)
+        total, tokens = 0.0, 0
         with torch.inference_mode(False), torch.no_grad():
             for number in numbers:
                 errors = self._errors(number)
-                total += torch.tensor([float(errors.double().sum()), len(errors)])
-        total = torch.stack(ranks.all_gather(total)).sum(dim=0)
-        return float(total[0] / total[1])
+                total, tokens = total + float(errors.double().sum()), tokens + len(errors)
+        every = ranks.all_gather((total, tokens))
+        return sum(error for error, _ in every) / sum(count for _, count in every)
 
     def keep(self) -> None:
         """Keep the present weights, to be written at the end."""

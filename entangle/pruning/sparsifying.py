@@ -34,7 +34,7 @@ from entangle.pruning.budgets import Zeros, block_outliers, zeros_of
 from entangle.pruning.calibration import HELD_OUT, calibrate
 from entangle.pruning.checkpoint import FinishedBlocks
 from entangle.pruning.options import Pruning, PruningOptions, with_options
-from entangle.pruning.reconstruction import Targets
+from entangle.pruning.reconstruction import Targets, tuned_layers
 from entangle.runs import store
 from entangle.runs.dataset import about
 from entangle.runs.resuming import resumed_run
@@ -183,6 +183,7 @@ def sparsify(
         pruned=True,
     )
     check_layers(setup, [pruning.sparsity])
+    check_reconstruction(setup, [pruning])
     if out is None and is_offloaded(model):
         raise ValueError(
             "the model's weights are in files (offload): give a folder for the pruned model as out"
@@ -250,6 +251,16 @@ def check_layers(setup: Setup, sparsities: Sequence[Sparsity]) -> None:
         for sparsity in dict.fromkeys(sparsities):
             with naming(layer):
                 check_group(layer.inputs, sparsity)
+
+
+def check_reconstruction(setup: Setup, prunings: Sequence[Pruning]) -> None:
+    """Check, before any computation, that there are layers and windows for reconstruction.
+
+    Raises:
+        ValueError: a pruning has it, and there are none, or only one batch.
+    """
+    if any(pruning.reconstruct != "none" for pruning in prunings):
+        tuned_layers(setup)
 
 
 def prune_model(

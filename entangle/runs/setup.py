@@ -38,7 +38,7 @@ from entangle.model.prunable import unprunable_layers
 from entangle.model.sampling import walk_blocks
 from entangle.model.score import Score
 from entangle.model.scoring import score_of
-from entangle.model.text import TokenWindows, check_windows
+from entangle.model.text import TokenWindows, check_evaluation, check_windows
 from entangle.runs.dataset import TRUSTED_ERROR, about, dataset_of, matching, runs_of, trusted
 
 COMMAND: ContextVar[str | None] = ContextVar("command", default=None)
@@ -148,6 +148,8 @@ class Setup:
                 )
             if text is not None:
                 check_windows(model, text, skip_first)
+        if evaluation is not None and scored and not set_aside:
+            check_evaluation(evaluation)
         check_hooks(model, skip_first)
         setup._check_run()
         # Their errors are raised now, and not after hours.

@@ -18,7 +18,9 @@ from entangle.show.panels import DASHES, STYLE, Picture, drawable
 
 _MARKS = {"sparsegpt": "o", "wanda": "s", "magnitude": "^"}
 _RIVALS = ("#b8306b", "#8c6d31")
-_COLOURED = ["method", "solve", "experts", "components", "shrinkage", "budget", "strength"]
+_COLOURED = [
+    *("method", "solve", "reconstruct", "experts", "components", "shrinkage", "budget", "strength"),
+]
 _STROKES = ("-", "--", "-.", ":", (0, (1, 3)))  # one per budget across blocks
 _SETS = {  # in the order in which they are drawn
     "wasserstein": "#0b3c5d",

@@ -28,6 +28,7 @@ WORDS: dict[str, Any] = {
     "sets": ["wasserstein"],
     "share": [0.03],
     "seeds": 2,
+    "solve": "greedy",
 }
 
 

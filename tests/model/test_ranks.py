@@ -791,7 +791,9 @@ for words in (
     {"budget": "trim"},
 ):
     model = entangle.load_model(place / "model")
-    pruned = entangle.sparsify(model, calibration, sparsity=0.5, **words, batch_size=2)
+    # Greedy, since the number of steps of exact depends on rounding.
+    words |= {"sparsity": 0.5, "solve": "greedy", "batch_size": 2}
+    pruned = entangle.sparsify(model, calibration, **words)
     rows = pruned.layers[["layer", "zeros", "error", "tokens", "clusters", "damping"]]
     nats = entangle.perplexity(model, evaluation, batch_size=2).nats
     found[str(words)] = {**rows.to_dict(orient="list"), "nats": nats}
@@ -803,7 +805,8 @@ table[:130] -= 5
 tokens = torch.randint(3, 130, (5, 2, 32), generator=torch.Generator().manual_seed(0))
 tokens[::2] += 127
 halves = TokenWindows(tokens.flatten(0, 1), "halves", 10, 0, "never")
-pruned = entangle.sparsify(model, halves, sparsity=0.5, experts=2, propagate="dense", batch_size=2)
+words = {"sparsity": 0.5, "solve": "greedy", "experts": 2, "propagate": "dense", "batch_size": 2}
+pruned = entangle.sparsify(model, halves, **words)
 rows = pruned.layers[["layer", "zeros", "error", "tokens", "smallest_cluster"]]
 nats = entangle.perplexity(model, halves, batch_size=2).nats
 found["halves"] = {**rows.to_dict(orient="list"), "nats": nats}
@@ -813,7 +816,8 @@ table = entangle.sweep(model, calibration, evaluation, sparsity=[0.5], **words)
 found["sweep"] = {"nats": table["nats"].tolist(), "held": table["held_out_error"].tolist()[1:]}
 model = entangle.load_model(place / "model")
 reconstruction.RATE = 5e-3  # a higher rate fits the few tokens too closely
-words = {"sparsity": 0.5, "reconstruct": "mlp", "layers": "*.0.mlp.*", "batch_size": 2}
+words = {"sparsity": 0.5, "solve": "greedy", "layers": "*.0.mlp.*", "batch_size": 2}
+words |= {"reconstruct": "mlp"}
 tuned = entangle.sparsify(model, calibration, **words).layers
 sums = [float(parameter.double().abs().sum()) for parameter in model.parameters()]
 found["tuned"] = tuned[["layer", "zeros", "mlp_error_before", "mlp_error"]].to_dict(orient="list")
@@ -847,8 +851,8 @@ def test_two_processes_prune_as_one_does(place: Path, tmp_path: Path) -> None:
         for name, values in expected.items():
             if name in {"layer", "zeros", "tokens", "clusters", "smallest_cluster", "damping"}:
                 assert shared[words][name] == values, (words, name)
-            else:  # Grams are other sums, and a row that is solved may take one step more
-                assert shared[words][name] == pytest.approx(values, rel=1e-2), (words, name)
+            else:  # Grams are other sums
+                assert shared[words][name] == pytest.approx(values, rel=1e-3), (words, name)
 
 
 def test_more_processes_than_batches_are_too_many(
