@@ -37,7 +37,7 @@ def layers_of_tokens(model: PreTrainedModel, layers: Sequence[LinearLayer]) -> l
     with on_trial(model), torch.inference_mode():
         for name in {name for names in prefixes.values() for name in names}:
             _record(model.get_submodule(name), name, calls)  # on_trial removes the hooks
-        vocabulary = model.get_input_embeddings().num_embeddings
+        vocabulary = len(model.get_input_embeddings().get_parameter("weight"))
         tokens = torch.arange(1, TOKENS + 1) * vocabulary // (TOKENS + 2)
         backbone_of(model)(input_ids=tokens[None].to(input_device(model)), use_cache=False)
         found = {
