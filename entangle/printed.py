@@ -134,7 +134,7 @@ def sparsified(result: dict[str, Any]) -> str:
     errors = {
         layer["block"]: (layer["mlp_error_before"], layer["mlp_error"])
         for layer in result["layers"]
-        if math.isfinite(layer["mlp_error"])
+        if math.isfinite(layer.get("mlp_error", math.nan))
     }
     if errors:
         before, after = (sum(values) / len(errors) for values in zip(*errors.values(), strict=True))
