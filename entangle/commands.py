@@ -514,7 +514,7 @@ def _check_before_writing(
     import torch
 
     from entangle.model.text import OWN, TokenWindows
-    from entangle.pruning.sparsifying import check_layers, check_reconstruction
+    from entangle.pruning.sparsifying import check_prunings
     from entangle.runs.setup import Setup
 
     tokens = torch.ones(args.windows, args.length, dtype=torch.int64)
@@ -522,8 +522,7 @@ def _check_before_writing(
     work = _layers(args) | {"batch_size": args.batch_size, "skip_first": args.skip_first}
     setup = Setup.of(model, windows, pruned=bool(prunings), **work)
     if prunings:
-        check_layers(setup, [pruning.sparsity for pruning in prunings])
-        check_reconstruction(setup, prunings)
+        check_prunings(setup, prunings)
 
 
 def _mixed(

@@ -30,6 +30,7 @@ from entangle.model.quantised import forget_format
 from entangle.model.text import OWN, check_windows
 from entangle.numerics.histograms import Histograms
 from entangle.pruning.options import Pruning, Reconstruct
+from entangle.pruning.reconstruction import check_batches
 
 BATCHES = (2, 16)  # numbers of batches that the small models run
 CONTEXT = 5e8  # bytes: an allowance for CUDA's context; 0.2 to 0.7 GB are reported with torch
@@ -141,11 +142,8 @@ def plan(
     drawn = mixed_windows([part for part in parts if part is not None])
     check_windows(whole.eval(), drawn)
     batches = len(drawn.batches(batch_size))
-    if reconstruct != "none" and batches < 2:
-        raise ValueError(
-            f"reconstruct {reconstruct} needs at least two batches, since one is held out, but the "
-            f"{len(drawn)} windows are one batch: use a smaller batch size, or more windows"
-        )
+    if reconstruct != "none":
+        check_batches(drawn.batches(batch_size))
     blocks = 1 + max(layer.block for layer in chosen)
     few, more = (min(count, batches) for count in BATCHES)
     common = ["--length", str(length), "--batch-size", str(batch_size)]

@@ -44,8 +44,7 @@ from entangle.pruning.options import (
 )
 from entangle.pruning.sparsifying import (
     budget_run,
-    check_layers,
-    check_reconstruction,
+    check_prunings,
     needed_run,
     prune_model,
 )
@@ -94,8 +93,7 @@ def sweep(
     * ``method``: ``sparsegpt``, ``wanda`` or ``magnitude``; ``dense`` is the unpruned model.
     * ``mask``, ``solve``, ``propagate``, ``reconstruct``, ``experts``, ``assign``, ``components``,
       ``shrinkage``, ``budget``, ``strength``, ``across``, ``sparsity``: the options of `sparsify`,
-      as text but for
-      ``experts``; empty where an option does not apply.
+      as text but for ``experts``; empty where an option does not apply.
     * ``realised``: share of zeros in the weights of the chosen layers, over all experts.
     * ``model_sparsity``: share of zeros in all weights of the model.
     * ``least``, ``most``: smallest and largest share of zeros in a row.
@@ -166,8 +164,7 @@ def sweep_arms(
     Raises:
         FileExistsError, LookupError, RuntimeError, ValueError: as `sweep`.
     """
-    check_layers(setup, [pruning.sparsity for pruning in prunings])
-    check_reconstruction(setup, prunings)
+    check_prunings(setup, prunings)
     attributes = setup.provenance() | budget_run(setup)
     attributes |= {"arms": [pruning.settings() for pruning in prunings]}
     equal = dict.fromkeys(setup.blocks, 0.0)  # in place of OWL's ratios, which are not computed yet

@@ -17,6 +17,10 @@ from entangle.model.limits import context_of
 
 Bos = Literal["auto", "always", "never"]
 OWN = "self:"  # names the text that the model writes itself, see `runs.own_text`
+NOT_SCORED = (
+    f"{OWN} is what the model writes itself, so a score on it would not tell how well the model knows "
+    "a text: give a text that the model did not write"
+)
 Ids = npt.NDArray[np.int32]
 
 WHOLE = 2**24  # bytes; a text of at most this size is tokenised at once: 160 times its size
@@ -138,10 +142,7 @@ def token_windows(
             the text is ``self:``, which needs a model (see `runs.own_text.own_windows`).
     """
     if text == OWN and purpose == "evaluation":
-        raise ValueError(
-            f"{OWN} is what the model writes itself, so a score on it would not tell how well the "
-            "model knows a text: give a text that the model did not write"
-        )
+        raise ValueError(NOT_SCORED)
     if text == OWN:
         raise ValueError(
             f"{OWN} is what a model writes itself, and here is no model: call "
@@ -300,10 +301,7 @@ def check_evaluation(windows: TokenWindows) -> None:
         ValueError: they are of several texts, or a model wrote them itself.
     """
     if windows.text == OWN:
-        raise ValueError(
-            f"{OWN} is what the model writes itself, so a score on it would not tell how well the "
-            "model knows a text: give a text that the model did not write"
-        )
+        raise ValueError(NOT_SCORED)
     if windows.parts:
         raise ValueError(
             f"a score is of one text, but these windows are of {windows.text}: score each text by "

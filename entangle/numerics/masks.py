@@ -24,10 +24,10 @@ from functools import partial
 import torch
 
 from entangle.numerics import threads as _threads  # noqa: F401
-from entangle.numerics.kernels.masks_cpu import TILE, mark_lowest, solve_block
+from entangle.numerics.kernels.masks_cpu import mark_lowest, solve_block
 from entangle.numerics.moments import InputMoments, inverse_factor
 from entangle.numerics.processors import kernels_of
-from entangle.numerics.solving import add_product, admm, exact, triton_kernels
+from entangle.numerics.solving import add_product, admm, as_columns, exact, triton_kernels
 from entangle.numerics.sparsity import Mask, Method, Solve, Sparsity
 
 BLOCK = 128  # columns that SparseGPT solves together, as published
@@ -282,9 +282,7 @@ def sparse_gpt(
         check_group(inputs, sparsity)
         zeros = torch.full((neurons,), round(sparsity.share * inputs))
     factors = [inverse_factor(lower) for lower in moments.lower.reshape(-1, inputs, inputs)]
-    # Columns are the first dimension, so that a column's neurons are contiguous.
-    columns = torch.zeros(inputs, -(-neurons // TILE) * TILE, device=weight.device)
-    columns[:, :neurons] = weight.detach().float().T
+    columns = as_columns(weight)
     # The pruned weights of solved blocks; in the others D·R.
     solved = columns.new_zeros(len(factors), *columns.shape)
     blocks = _block_counts(neurons, inputs, sparsity)

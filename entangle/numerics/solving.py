@@ -114,7 +114,7 @@ def _conjugate_gradients(
     The preconditioner is the diagonal. Each row has steps of its own, and stays as it is once its
     residual is below `TOLERANCE`.
     """
-    dense, values = _columns(weight), _columns(pruned)  # (inputs, padded)
+    dense, values = as_columns(weight), as_columns(pruned)  # (inputs, padded)
     inverse = hessian.diagonal().reciprocal().unsqueeze(1) * (values != 0)  # 0 off the support
     residual = _product(hessian, dense.sub_(values))
     direction = residual * inverse
@@ -157,7 +157,7 @@ def _admm(
     neurons, scale = len(weight), hessian.diagonal().sqrt().unsqueeze(1)
     scaled = hessian / scale / scale.mT
     scale = scale.masked_fill(dead.unsqueeze(1), 0)  # their scores are 0: they are pruned first
-    dense, sparse = _columns(weight).mul_(scale), _columns(pruned).mul_(scale)
+    dense, sparse = as_columns(weight).mul_(scale), as_columns(pruned).mul_(scale)
     dual, before = torch.zeros_like(dense), _PENALTIES[0]
     for penalty in _PENALTIES:
         inverse = scaled.clone()
@@ -175,8 +175,11 @@ def _admm(
     return (sparse / scale)[:, :neurons].mT.nan_to_num()
 
 
-def _columns(rows: torch.Tensor) -> torch.Tensor:
-    """Return rows (rows, inputs) as float32 columns (inputs, padded), as `masks.sparse_gpt` has them."""
+def as_columns(rows: torch.Tensor) -> torch.Tensor:
+    """Return rows (rows, inputs) as float32 columns (inputs, padded), padded to whole tiles.
+
+    Columns are the first dimension, so that a column's rows are contiguous.
+    """
     columns = torch.zeros(rows.shape[1], -(-len(rows) // TILE) * TILE, device=rows.device)
     columns[:, : len(rows)] = rows.detach().float().T
     return columns

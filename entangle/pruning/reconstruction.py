@@ -44,18 +44,26 @@ class Reconstruction:
     after: float
 
 
+def check_batches(batches: Sequence[torch.Tensor]) -> None:
+    """Check that there are enough batches (windows, length) for reconstruction.
+
+    Raises:
+        ValueError: there are fewer than two.
+    """
+    if len(batches) < 2:
+        raise ValueError(
+            "reconstruct mlp needs at least two batches, since one is held out, but the "
+            f"{len(batches[0])} windows are one batch: use a smaller batch size, or more windows"
+        )
+
+
 def tuned_layers(setup: Setup) -> list[LinearLayer]:
     """Return the layers of a setup that reconstruction tunes: those that work on each token alone.
 
     Raises:
         ValueError: there is none, or there are fewer than two batches.
     """
-    batches = setup.batches
-    if len(batches) < 2:
-        raise ValueError(
-            f"reconstruct mlp needs at least two batches, since one is held out, but the "
-            f"{len(batches[0])} windows are one batch: use a smaller batch size, or more windows"
-        )
+    check_batches(setup.batches)
     layers = layers_of_tokens(setup.model, setup.layers)
     if not layers:
         raise ValueError(

@@ -182,8 +182,7 @@ def sparsify(
         progress=progress,
         pruned=True,
     )
-    check_layers(setup, [pruning.sparsity])
-    check_reconstruction(setup, [pruning])
+    check_prunings(setup, [pruning])
     if out is None and is_offloaded(model):
         raise ValueError(
             "the model's weights are in files (offload): give a folder for the pruned model as out"
@@ -253,12 +252,14 @@ def check_layers(setup: Setup, sparsities: Sequence[Sparsity]) -> None:
                 check_group(layer.inputs, sparsity)
 
 
-def check_reconstruction(setup: Setup, prunings: Sequence[Pruning]) -> None:
-    """Check, before any computation, that there are layers and windows for reconstruction.
+def check_prunings(setup: Setup, prunings: Sequence[Pruning]) -> None:
+    """Check, before any computation, that the layers can be pruned in these ways.
 
     Raises:
-        ValueError: a pruning has it, and there are none, or only one batch.
+        ValueError: as `check_layers`; or a block is to be reconstructed, and no layer can be tuned
+            or there is only one batch.
     """
+    check_layers(setup, [pruning.sparsity for pruning in prunings])
     if any(pruning.reconstruct != "none" for pruning in prunings):
         tuned_layers(setup)
 
