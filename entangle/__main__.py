@@ -30,10 +30,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args, unknown = top.parse_known_args(argv)
     positional = args.command in {"contexts", "plot"}  # the commands that take neurons by position
     if unknown and (not positional or any(word.startswith("-") for word in unknown)):
-        one = "--evaluation takes one text. " if "evaluation" in args else ""
         commands[args.command].error(
             f"unrecognized arguments: {' '.join(unknown)}. "
-            f"{one}entangle {args.command} --help lists the options"
+            f"entangle {args.command} --help lists the options"
         )
     if unknown:  # neurons after options, which argparse does not assign
         args = argparse.Namespace(**vars(args) | {"neurons": [*args.neurons, *unknown]})

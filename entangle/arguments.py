@@ -200,14 +200,15 @@ def parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
     evaluation.add_argument(
         "--evaluation",
         required=True,
+        nargs="+",
         metavar="TEXT",
-        help=f"held-out text to score or measure on: {TEXT}",
+        help=f"held-out text to score or measure on, several in sweep and disentangle: {TEXT}",
     )
     evaluation.add_argument(
         "--evaluation-windows",
         type=int,
         metavar="N",
-        help="number of windows of --evaluation to use, drawn with --seed [all]",
+        help="number of windows of each text of --evaluation, drawn with --seed [all]",
     )
 
     sizes = argparse.ArgumentParser(add_help=False)

@@ -183,7 +183,7 @@ def run_sweep(args: argparse.Namespace) -> None:
     prunings = arms_of(**options)
     run = None if folder is None else entangle.open_run(folder)
     tokenizer = _tokenizer(args)
-    parts, evaluation = _parts(args, tokenizer), _evaluation(args, tokenizer)
+    parts, evaluation = _parts(args, tokenizer), _evaluations(args, tokenizer)
     model = _model(args)
     _check_before_writing(args, parts, model, prunings)
     windows = _mixed(args, parts, model, tokenizer, folders.partial_of(args.out))
@@ -260,7 +260,7 @@ def _print_table(args: argparse.Namespace, table: "pd.DataFrame", name: str) -> 
     if ranks.rank() > 0:
         return
     file = None
-    if table["perplexity"][1:].notna().any():
+    if (table["perplexity"].notna() & (table.iloc[:, 0] != "dense")).any():
         figure = getattr(entangle.plots, name)(table)
         file = str(store.save_figure(figure, args.out / "figures" / f"{name}.png"))
     result = {str(key): value for key, value in table.attrs.items()}
@@ -289,7 +289,7 @@ def run_ablate(args: argparse.Namespace) -> None:
     run, args = _measured(args)
     tokenizer = _tokenizer(args)
     parts = None if args.text is None else _parts(args, tokenizer)
-    evaluation = _evaluation(args, tokenizer)
+    evaluation = _scored(args, tokenizer, args.evaluation, args.evaluation_windows)
     model, windows = _model(args), None
     if parts is not None and "sparsify" in args.intervention:
         windows = _mixed(args, parts, model, tokenizer, folders.partial_of(args.out))
@@ -317,7 +317,7 @@ def run_disentangle(args: argparse.Namespace) -> None:
     disentangling.check_settings(**settings)
     run, args = _measured(args)
     tokenizer = _tokenizer(args)
-    parts, evaluation = _parts(args, tokenizer), _evaluation(args, tokenizer)
+    parts, evaluation = _parts(args, tokenizer), _evaluations(args, tokenizer)
     model = _model(args)
     windows = _mixed(args, parts, model, tokenizer, folders.partial_of(args.out))
     found = entangle.disentangle(
@@ -547,9 +547,10 @@ def _mixed(
     return entangle.mixed_windows(whole)
 
 
-def _evaluation(args: argparse.Namespace, tokenizer: "PreTrainedTokenizerBase") -> "TokenWindows":
-    """Read the windows of --evaluation."""
-    return _scored(args, tokenizer, [args.evaluation], args.evaluation_windows)
+def _evaluations(args: argparse.Namespace, tokenizer: "PreTrainedTokenizerBase") -> "TokenWindows":
+    """Read the windows of each text of --evaluation."""
+    texts, windows = args.evaluation, args.evaluation_windows
+    return entangle.mixed_windows([_scored(args, tokenizer, [one], windows) for one in texts])
 
 
 def _scored(

@@ -271,3 +271,27 @@ def test_model_is_the_one_that_was_measured(tokenizer: PreTrainedTokenizerBase) 
     with torch.inference_mode():
         likeliest = int(model(prompt).logits[0, -1].argmax())
     assert tokenizer.decode(likeliest) == " Paris"
+
+
+# The quotations.
+
+
+def test_quotations_are_read_once_and_drawings_are_left_out(tmp_path: Path) -> None:
+    installed, here = tmp_path / "installed", tmp_path / "fortunes"
+    installed.mkdir()
+    here.mkdir()
+    shutil.copy(DATA / "fortunes" / "prepare.py", here)
+    (installed / "b").write_text("Third.\n%\nFirst,\nin two lines: 5%\n%\n%\nLast\n%\n")
+    (installed / "a").write_text("First,\nin two lines: 5%\n%\n  Second é.\n")
+    (installed / "ascii-art").write_text("/\\_/\\\n%\n")
+    (installed / "a.dat").write_bytes(b"\x00\xff")
+    command = [sys.executable, str(here / "prepare.py"), str(installed)]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    written = (here / "fortunes.txt").read_bytes()
+    expected = "First,\nin two lines: 5%\n\nSecond é.\n\nThird.\n\nLast\n"
+    assert written == expected.encode()
+    assert f"4 quotations, {len(written)} bytes" in said
+    missing = subprocess.run([*command[:2], str(here)], capture_output=True, text=True, check=False)
+    assert missing.returncode == 1
+    assert re.search(r"fortunes has no quotations.*apt-get install fortunes", missing.stderr)
+    assert written == (here / "fortunes.txt").read_bytes()

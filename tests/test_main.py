@@ -834,6 +834,23 @@ def test_a_sweep_has_a_line_for_each_number_of_experts(
     assert (out / "figures" / "sweep.png").stat().st_size > 10_000
 
 
+def test_sweep_scores_on_two_texts_side_by_side(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    second = tmp_path / "second.txt"
+    second.write_text(" ".join(reversed(WORDS.split())) * 30)
+    words = _pruning(place, "sweep", tmp_path / "run", "--sparsity", "0.5", "--method", "wanda")
+    where = words.index("--evaluation") + 2
+    assert main([*words[:where], str(second), *words[where:]]) == 0
+    said = capsys.readouterr().out
+    heads = next(line for line in said.splitlines() if line.startswith("| method"))
+    assert re.search(r"\| perplexity, [^|]*/other \|.*\| perplexity, [^|]*/second \|", heads)
+    table = sweep_table.read_table(tmp_path / "run")
+    assert table["evaluation"].tolist() == [str(place / "other.txt"), str(second)] * 2
+    assert table["nats"].nunique() == 4
+    assert main(["plot", str(tmp_path / "run"), "sweep"]) == 0
+
+
 def test_sweep_prints_its_table_and_draws_it(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -1524,11 +1541,15 @@ def test_a_repeated_command_and_contexts_have_the_same_tokens(
 
 
 @pytest.mark.parametrize(
-    ("evaluation", "message"),
-    [(["self:"], "entangle: self:.*writes itself"), (["A", "B"], "--evaluation takes one text")],
+    ("command", "evaluation", "message"),
+    [
+        *((name, ["self:"], "self:.*writes itself") for name in ("sweep", "ablate", "disentangle")),
+        ("ablate", ["A", "B"], r"one text, got 2\b.*A, B"),
+        ("sweep", ["TEXT", "self:"], "self:.*writes itself"),
+        ("sweep", ["OTHER", "OTHER"], r"other\.txt.*twice"),
+    ],
 )
-@pytest.mark.parametrize("command", ["sweep", "ablate", "disentangle"])
-def test_an_evaluation_is_one_text_that_the_model_did_not_write(
+def test_an_evaluation_is_text_that_the_model_did_not_write(
     place: Path,
     capsys: pytest.CaptureFixture[str],
     command: str,
@@ -1537,11 +1558,8 @@ def test_an_evaluation_is_one_text_that_the_model_did_not_write(
 ) -> None:
     on = str(place / ("model" if command == "sweep" else "run"))
     words = [command, on, "--text", str(place / "text.txt"), "--length", "32", "--out", "nowhere"]
-    words += ["--sparsity", "0.5", "--evaluation", *evaluation]
-    try:
-        code: Any = main(words)
-    except SystemExit as stopped:
-        code = stopped.code
-    assert code == 2
+    named = {"TEXT": str(place / "text.txt"), "OTHER": str(place / "other.txt")}
+    words += ["--sparsity", "0.5", "--evaluation", *(named.get(one, one) for one in evaluation)]
+    assert main(words) == 2
     assert re.search(message, capsys.readouterr().err)
     assert not Path("nowhere").exists()

@@ -20,7 +20,7 @@ from entangle.model.hooks import check_fired, replacing_outputs
 from entangle.model.layers import LinearLayer, device_of, weight_of
 from entangle.model.placing import check_in_memory
 from entangle.model.scoring import NotFiniteError
-from entangle.model.text import TokenWindows
+from entangle.model.text import TokenWindows, check_one_text
 from entangle.numerics.sparsity import Solve
 from entangle.numerics.torch_settings import with_torch_defaults
 from entangle.pruning.neurons import Kind, Outputs, SparseNeurons, load_neurons, prune_neurons
@@ -132,6 +132,7 @@ def ablate(
     pruned = "sparsify" in ablation.intervention
     if pruned and windows is None:
         raise ValueError("intervention sparsify needs calibration windows: pass them as windows")
+    check_one_text(evaluation)
     setup = Setup.of(
         model,
         windows if pruned else None,

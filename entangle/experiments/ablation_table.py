@@ -278,7 +278,7 @@ def markdown(table: pd.DataFrame) -> str:
         "difference, interpolated between the shares that were run. Both have 95% intervals from a "
         "bootstrap of windows and seeds. Realised is the share of zeros in the treated rows, and "
         "model is the share of zeros in all weights of the model, its embedding included.",
-        *overlap_notes(about.get("overlap", {})),
+        *overlap_notes(about),
         *skipped_notes(about, "treated"),
     ]
     if about["missing_sets"]:

@@ -197,7 +197,7 @@ def markdown(about: Mapping[Any, Any], layers: pd.DataFrame, quantiles: pd.DataF
         f"{about['length']}), and the neurons are measured on {about['held_out_tokens']:,} held-out "
         f"tokens of {about['evaluation']}, both with the dense model. Experts are pruned by "
         f"SparseGPT with mask row, solve {about.get('solve', 'greedy')}. ± is the standard error over layers.",
-        *overlap_notes(about.get("overlap", {})),
+        *overlap_notes(about),
         *dependence_notes(about.get("dependent_on", [])),
         *skipped_notes(about, "measured"),
         "",

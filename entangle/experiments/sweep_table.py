@@ -1,7 +1,7 @@
 """The tables of a sweep: scores of its arms, differences to the dense model, and errors."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import pandas as pd
 from entangle.model.score import Score
 from entangle.pruning.options import EXPERT_DEFAULTS, OPTIONS, UNBUDGETED
 from entangle.runs import store
-from entangle.runs.dataset import overlap_notes, skipped_notes
+from entangle.runs.dataset import overlap_notes, short_names, skipped_notes
 from entangle.runs.markdown import table_lines, with_error
 
 COSTS = (
@@ -26,20 +26,22 @@ COSTS = (
     "disk_bytes",
     "memory_bytes",
 )
-TEXT = {*OPTIONS} - {"experts"} | {
-    "problem"
-}  # columns of text, in which an empty cell is an empty string
+TEXT = {*OPTIONS} - {"experts"} | {"evaluation", "problem"}  # columns in which "" is no NaN
 _MLP_ERROR = (
     "MLP error is the relative squared error of a token's hidden states behind a block, before and "
     "after the block's MLP is reconstructed, on held-out calibration tokens, mean over blocks. "
 )
 Losses = npt.NDArray[np.float64]
+Texts = Mapping[str, Sequence[int]]
 
 
-def tables_of(results: Sequence[Mapping[str, Any]]) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Return a table of arms, the dense model first, and a table of arms and layers.
+def tables_of(
+    results: Sequence[Mapping[str, Any]], texts: Texts
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Return a table of arms and texts, the dense model first, and a table of arms and layers.
 
-    The first has the columns that `sweep` lists. The second has, for each pruned arm:
+    ``texts`` has, by name, the places of each text's windows among all windows of the evaluation.
+    The first table has the columns that `sweep` lists. The second has, for each pruned arm:
 
     * ``method``, ``mask``, ``solve``, ``propagate``, ``reconstruct``, ``experts``, ``assign``,
       ``components``, ``shrinkage``, ``budget``, ``strength``, ``across``, ``sparsity``: the options
@@ -49,14 +51,12 @@ def tables_of(results: Sequence[Mapping[str, Any]]) -> tuple[pd.DataFrame, pd.Da
       calibration inputs, median over the layer's neurons; NaN unless both arms were run.
     * ``held_out_improvement``: the same on inputs from the evaluation windows.
     """
-    nats = [np.array(result["window_nats"], dtype=np.float64) for result in results]
     rows, layers = [], []
-    for result, found in zip(results, nats, strict=True):
+    for result in results:
         arm = {name: str(result.get(name, UNBUDGETED.get(name, ""))) for name in OPTIONS}
         arm["experts"] = result.get("experts", 1)
-        scored, change = Score(found, result["tokens"]), Score(found - nats[0], result["tokens"])
         place = _uniform(result, results)
-        uniform = None if place is None else Score(found - nats[place], result["tokens"])
+        uniform = None if place is None else results[place]
         pruned = pd.DataFrame(result["layers"])
         means = dict.fromkeys(
             ("error", "held_out_error"), 0.0 if result is results[0] else math.nan
@@ -78,20 +78,12 @@ def tables_of(results: Sequence[Mapping[str, Any]]) -> tuple[pd.DataFrame, pd.Da
             for name, values in improvements.items():
                 pruned[name] = _medians(values, result["layers"])
             layers.append(pd.DataFrame([arm]).merge(pruned, how="cross"))
-        row = arm | {
+        before = {
             "realised": result.get("realised", math.nan),
             "model_sparsity": result.get("model_sparsity", math.nan),
             **ranges,
-            "perplexity": scored.perplexity,
-            "perplexity_error": scored.perplexity_error,
-            "ratio": change.perplexity,  # exp of the mean difference: a ratio of perplexities
-            "ratio_error": change.perplexity_error,
-            "nats": scored.nats,
-            "nats_error": scored.nats_error,
-            "difference": change.nats,
-            "difference_error": change.nats_error,
-            "against_uniform": uniform.nats if uniform else math.nan,
-            "against_uniform_error": uniform.nats_error if uniform else math.nan,
+        }
+        after = {
             "layer_error": means["error"],
             "held_out_error": means["held_out_error"],
             "mlp_error_before": means["mlp_error_before"],
@@ -100,12 +92,44 @@ def tables_of(results: Sequence[Mapping[str, Any]]) -> tuple[pd.DataFrame, pd.Da
             "held_out_improvement": _median(improvements.get("held_out_improvement")),
             "damping": damping,
             **{name: result.get("costs", {}).get(name, math.nan) for name in COSTS},
-            "windows": len(found),
-            "tokens": scored.tokens,
-            "problem": result.get("problem", ""),
         }
-        rows.append(row)
+        problem = {"problem": result.get("problem", "")}
+        for text, windows in texts.items():
+            scores = _scores(result, results[0], uniform, windows)
+            size = {name: scores.pop(name) for name in ("windows", "tokens")}
+            rows.append(arm | {"evaluation": text} | before | scores | after | size | problem)
     return pd.DataFrame(rows), pd.concat(layers, ignore_index=True) if layers else pd.DataFrame()
+
+
+def _scores(
+    result: Mapping[str, Any],
+    dense: Mapping[str, Any],
+    uniform: Mapping[str, Any] | None,
+    windows: Sequence[int],
+) -> dict[str, Any]:
+    """Return the columns of an arm's score on some of the evaluation's windows."""
+
+    def nats(one: Mapping[str, Any]) -> Losses:
+        return np.array(one["window_nats"], dtype=np.float64)[[*windows]]
+
+    tokens = result["tokens"] * len(windows) // len(result["window_nats"])
+    scored = Score(nats(result), tokens)
+    change = Score(scored.window_nats - nats(dense), tokens)
+    against = Score(scored.window_nats - nats(uniform), tokens) if uniform else None
+    return {
+        "perplexity": scored.perplexity,
+        "perplexity_error": scored.perplexity_error,
+        "ratio": change.perplexity,  # exp of the mean difference: a ratio of perplexities
+        "ratio_error": change.perplexity_error,
+        "nats": scored.nats,
+        "nats_error": scored.nats_error,
+        "difference": change.nats,
+        "difference_error": change.nats_error,
+        "against_uniform": against.nats if against else math.nan,
+        "against_uniform_error": against.nats_error if against else math.nan,
+        "windows": len(windows),
+        "tokens": tokens,
+    }
 
 
 def _uniform(result: Mapping[str, Any], results: Sequence[Mapping[str, Any]]) -> int | None:
@@ -175,6 +199,9 @@ def read_table(folder: str | Path) -> pd.DataFrame:
     table.columns = ["shrinkage" if name == "pull" else name for name in table]
     if "solve" not in table:  # it was always greedy then
         table.insert(3, "solve", ["" if one == "dense" else "greedy" for one in table["method"]])
+    if "evaluation" not in table:  # it was always one text then
+        place = [*table].index("realised")
+        table.insert(place, "evaluation", table.attrs.get("evaluation", ""))
     if "density" not in table:
         raise ValueError(
             f"{folder} was written by an older version of entangle: run the sweep again"
@@ -183,14 +210,18 @@ def read_table(folder: str | Path) -> pd.DataFrame:
 
 
 def markdown(table: pd.DataFrame) -> str:
-    """Return a sweep's table in Markdown, below a paragraph on models, texts and units."""
-    attributes, tokens = table.attrs, int(table["tokens"].max())
+    """Return a sweep's table in Markdown, below a paragraph on models, texts and units.
+
+    It has a row per arm. The scores on several texts stand beside one another.
+    """
+    attributes = table.attrs
+    texts = [*dict.fromkeys(table["evaluation"])]
     lines = [
         f"{attributes['model']}, layers {' '.join(attributes['layers'])} pruned, calibrated on "
         f"{attributes['tokens']:,} tokens of {attributes['text']} "
-        f"({attributes['windows']} windows of {attributes['length']}), scored on {tokens:,} tokens "
-        f"of {attributes['evaluation']} ({attributes['evaluation_windows']} windows of "
-        f"{attributes['evaluation_length']} that do not overlap, each scored from its own start). "
+        f"({attributes['windows']} windows of {attributes['length']}), scored on "
+        f"{' and on '.join(_sizes(table))}. Windows do not overlap, and each is scored from its own "
+        "start. "
         "± is the standard error over windows. Difference and ratio compare with the dense model, and "
         "`against uniform rows` with the arm with uniform rows, paired by window. Layer error is the "
         "relative squared error of the layers' outputs on the calibration inputs, mean over layers; "
@@ -200,7 +231,7 @@ def markdown(table: pd.DataFrame) -> str:
         "layers and their routers, divided by those of the dense layers. Stored is the number of "
         "non-zero weights of all experts, divided by the number of weights of the dense layers. Disk "
         "and memory are the sizes of the pruned layers.",
-        *overlap_notes(attributes.get("overlap", {})),
+        *overlap_notes(attributes),
         *skipped_notes(attributes, "pruned"),
         "",
     ]
@@ -215,13 +246,13 @@ def markdown(table: pd.DataFrame) -> str:
         names.remove("experts")
     improved = table["held_out_improvement"].notna().any()
     reconstructed = table["mlp_error"].notna().any()
+    scores = ["perplexity", "ratio", "difference (nats)"]
+    scores += ["against uniform rows"] if budgeted else []
+    ends = [f", {name}" for name in short_names(texts)] if texts[1:] else [""]
     heads = [
         "realised",
         *(["of rows", "of layers"] if budgeted else []),
-        "perplexity",
-        "ratio",
-        "difference (nats)",
-        *(["against uniform rows"] if budgeted else []),
+        *(f"{score}{end}" for end in ends for score in scores),
         "layer error",
         "held out",
     ]
@@ -229,7 +260,8 @@ def markdown(table: pd.DataFrame) -> str:
     heads += ["improvement"] if improved else []
     heads += ["multiply-adds", "stored", "disk", "memory"]
     rows = [[*names, *heads]]
-    for row in table.to_dict(orient="records"):
+    for alike in _by_arm(table):
+        row = alike[0]
         cells = [str(row[name]) or "-" for name in names]
         cells = cells if row["method"] != "dense" else ["dense", *["-"] * (len(names) - 1)]
         if row["problem"]:
@@ -238,10 +270,7 @@ def markdown(table: pd.DataFrame) -> str:
         cells += [
             f"{row['realised']:.4f}",
             *([_range(row, ""), _range(row, "_layer")] if budgeted else []),
-            with_error(row["perplexity"], row["perplexity_error"]),
-            f"{row['ratio']:.4g}",
-            with_error(row["difference"], row["difference_error"]),
-            *([_against(row)] if budgeted else []),
+            *(cell for one in alike for cell in _score_cells(one, budgeted)),
             f"{row['layer_error']:.4g}",
             f"{row['held_out_error']:.4g}",
         ]
@@ -258,6 +287,32 @@ def markdown(table: pd.DataFrame) -> str:
         rows.append(cells)
     lines += [*table_lines(rows), *_remarks(table, names)]
     return "\n".join(lines) + "\n"
+
+
+def _by_arm(table: pd.DataFrame) -> Iterator[list[dict[Any, Any]]]:
+    """Yield the rows of each arm: one per text."""
+    rows, texts = table.to_dict(orient="records"), table["evaluation"].nunique()
+    for first in range(0, len(rows), texts):
+        yield rows[first : first + texts]
+
+
+def _sizes(table: pd.DataFrame) -> list[str]:
+    """Return, for each text, its scored tokens and its windows."""
+    length = table.attrs["evaluation_length"]
+    return [
+        f"{int(rows['tokens'].max()):,} tokens of {text} ({int(rows['windows'].max())} windows of "
+        f"{length})"
+        for text, rows in table.groupby("evaluation", sort=False)
+    ]
+
+
+def _score_cells(row: Mapping[Any, Any], budgeted: bool) -> list[str]:
+    return [
+        with_error(row["perplexity"], row["perplexity_error"]),
+        f"{row['ratio']:.4g}",
+        with_error(row["difference"], row["difference_error"]),
+        *([_against(row)] if budgeted else []),
+    ]
 
 
 def _differs(arms: pd.DataFrame, name: str) -> bool:
@@ -282,7 +337,7 @@ def _range(row: Mapping[Any, Any], of: str) -> str:
 def _remarks(table: pd.DataFrame, names: Sequence[str]) -> list[str]:
     """Return remarks on arms without a score and on damping above the default of 0.01."""
     lines = []
-    for row in table.to_dict(orient="records"):
+    for row, *_ in _by_arm(table):
         arm = " ".join(str(row[name]) for name in names)
         if row["problem"]:
             lines.append(f"\nNo score for {arm}: {row['problem']}")

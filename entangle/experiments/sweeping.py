@@ -86,19 +86,23 @@ def sweep(
     With ``out`` the tables are written to that folder. A killed sweep resumes when it is called
     again with the same arguments, and returns the same table. log.json has the seconds of each arm.
 
-    Returns a table with a row per arm, the dense model first; ``attrs`` holds run.json. Errors are
-    standard errors over the evaluation windows; those of ratios and differences are paired by
-    window. A number that an arm does not have is NaN. Columns:
+    The evaluation may be of several texts (see `mixed_windows`). Each is scored by itself, and
+    held-out errors are over all of them.
+
+    Returns a table with a row per arm and evaluation text, the dense model first; ``attrs`` holds
+    run.json. Errors are standard errors over the text's windows; those of ratios and differences are
+    paired by window. A number that an arm does not have is NaN. Columns:
 
     * ``method``: ``sparsegpt``, ``wanda`` or ``magnitude``; ``dense`` is the unpruned model.
     * ``mask``, ``solve``, ``propagate``, ``reconstruct``, ``experts``, ``assign``, ``components``,
       ``shrinkage``, ``budget``, ``strength``, ``across``, ``sparsity``: the options of `sparsify`,
       as text but for ``experts``; empty where an option does not apply.
+    * ``evaluation``: the text that the arm is scored on.
     * ``realised``: share of zeros in the weights of the chosen layers, over all experts.
     * ``model_sparsity``: share of zeros in all weights of the model.
     * ``least``, ``most``: smallest and largest share of zeros in a row.
     * ``least_layer``, ``most_layer``: smallest and largest share of zeros in a layer.
-    * ``perplexity``, ``perplexity_error``: perplexity on the evaluation windows.
+    * ``perplexity``, ``perplexity_error``: perplexity on the text's windows.
     * ``ratio``, ``ratio_error``: perplexity over that of the dense model.
     * ``nats``, ``nats_error``: mean negative log-likelihood, nats per token.
     * ``difference``, ``difference_error``: ``nats`` minus those of the dense model, nats per token.
@@ -122,8 +126,8 @@ def sweep(
     * ``model_dense_multiply_adds``: the same for the dense model.
     * ``stored``: non-zero weights of the pruned layers, over all experts.
     * ``disk_bytes``, ``memory_bytes``: size of the pruned layers and routers, bytes.
-    * ``windows``: evaluation windows.
-    * ``tokens``: scored tokens.
+    * ``windows``: windows of the text.
+    * ``tokens``: its scored tokens.
     * ``problem``: why the arm has no score; empty if it has one.
 
     Raises:
@@ -184,14 +188,15 @@ def sweep_arms(
             if pruning and pruning.propagate == "dense":
                 _calibrate_dense(setup, clusterings, grams)  # only the first call computes
             begin = time.perf_counter()
-            found, losses = _run_arm(setup, pruning, grams, outliers)
+            result, losses = _run_arm(setup, pruning, grams, outliers)
             seconds[file.stem] = round(time.perf_counter() - begin, 3)
             if losses:
                 ranks.on_rank_zero(save_tensors, _losses_file(file), losses)
             ranks.on_rank_zero(store.write_json, log, {"arm_seconds": seconds})
-            ranks.on_rank_zero(store.write_json, file, found)
+            ranks.on_rank_zero(store.write_json, file, result)
         results = [store.read_json(file) for file in files]
-        table, per_layer = tables_of([r | _losses(f) for r, f in zip(results, files, strict=True)])
+        found = [r | _losses(f) for r, f in zip(results, files, strict=True)]
+        table, per_layer = tables_of(found, _places(setup))
         table.attrs.update(attributes)
         if ranks.rank() == 0:
             store.save_table(table, folder / "tables" / "sweep.csv")
@@ -201,6 +206,15 @@ def sweep_arms(
             store.write_log(folder, stopwatch.log() | arms_log, "sweep")
             folders.remove_folder(grams)
     return table
+
+
+def _places(setup: Setup) -> dict[str, list[int]]:
+    """Return, by name, the places of each text's windows among those of the evaluation."""
+    assert setup.evaluation is not None
+    windows = setup.evaluation
+    origins = torch.zeros(len(windows)) if windows.origins is None else windows.origins
+    names = enumerate(windows.names)
+    return {name: (origins == place).nonzero().flatten().tolist() for place, name in names}
 
 
 def _name(pruning: Pruning) -> str:

@@ -10,7 +10,7 @@ from entangle.model import ranks
 from entangle.model.causality import check_causal
 from entangle.model.placing import input_device
 from entangle.model.score import Score
-from entangle.model.text import TokenWindows, check_evaluation, check_windows
+from entangle.model.text import TokenWindows, check_one_text, check_windows
 from entangle.numerics.torch_settings import with_torch_defaults
 
 
@@ -38,7 +38,7 @@ def perplexity(
             model is not causal (see `check_causal`).
     """
     check_windows(model, windows, skip_first)
-    check_evaluation(windows)
+    check_one_text(windows)
     check_causal(model, windows)
     return score_of(model, windows, batch_size=batch_size, skip_first=skip_first, progress=progress)
 

@@ -89,6 +89,13 @@ class TokenWindows:
         ]
 
     @property
+    def names(self) -> list[str]:
+        """The name of each text; several lists, which have one name in Python, are numbered."""
+        texts = [part.text for part in self.parts] or [self.text]
+        before = [texts[:place].count(text) for place, text in enumerate(texts)]
+        return [f"{text} ({n + 1})" if n else text for text, n in zip(texts, before, strict=True)]
+
+    @property
     def places(self) -> torch.Tensor:
         """The places (windows,) of the windows, text after text.
 
@@ -295,13 +302,22 @@ def check_windows(model: PreTrainedModel, windows: TokenWindows, skip_first: int
 
 
 def check_evaluation(windows: TokenWindows) -> None:
-    """Check that a score of these windows is a score of one text.
+    """Check that no model wrote the windows itself.
 
     Raises:
-        ValueError: they are of several texts, or a model wrote them itself.
+        ValueError: a model wrote some of them.
     """
-    if windows.text == OWN:
+    if OWN in windows.names:
         raise ValueError(NOT_SCORED)
+
+
+def check_one_text(windows: TokenWindows) -> None:
+    """Check that a score of these windows is a score of one text, which no model wrote itself.
+
+    Raises:
+        ValueError: they are of several texts, or a model wrote some of them.
+    """
+    check_evaluation(windows)
     if windows.parts:
         raise ValueError(
             f"a score is of one text, but these windows are of {windows.text}: score each text by "

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
+from pathlib import PurePath
 from typing import Any
 
 import numpy as np
@@ -270,17 +271,31 @@ def runs_of(run: xr.DataTree | xr.Dataset) -> npt.NDArray[np.uint64] | None:
     return hashes
 
 
-def overlap_notes(shares: Mapping[str, float | None]) -> list[str]:
-    """Return a line for each text that may have tokens of the evaluation (see `Setup.overlaps`)."""
+def overlap_notes(attributes: Mapping[Any, Any]) -> list[str]:
+    """Return a line for each text that may have tokens of the evaluation (see `Setup.overlaps`).
+
+    ``attributes`` are those of run.json.
+    """
+    several = attributes.get("evaluation_texts", {})
+    shares = {"the evaluation": attributes.get("overlap", {})}
+    shares = {name: facts["overlap"] for name, facts in several.items()} or shares
     texts = {"windows": "calibration windows", "run": "text of the measured run"}
-    return [
+    lines = [
         "The measured run has no hashes of its text: it is only a dataset, or a version before "
         "0.2.0 wrote it. So the evaluation was compared with whole windows only."
         if share is None
-        else f"{share:.2%} of the evaluation's tokens are in a sequence of 16 tokens that is also "
-        f"in the {texts[name]}."
-        for name, share in shares.items()
+        else f"{share:.2%} of the tokens of {evaluation} are in a sequence of 16 tokens that is "
+        f"also in the {texts[name]}."
+        for evaluation, found in shares.items()
+        for name, share in found.items()
     ]
+    return list(dict.fromkeys(lines))
+
+
+def short_names(texts: Sequence[str]) -> list[str]:
+    """Return the ends of the paths of texts, without .txt; the paths if two ends are equal."""
+    ends = ["/".join(PurePath(text).parts[-2:]).removesuffix(".txt") for text in texts]
+    return ends if len({*ends}) == len(ends) else [*texts]
 
 
 def dependence_notes(dependent_on: Sequence[str]) -> list[str]:

@@ -148,7 +148,7 @@ class Setup:
                 )
             if text is not None:
                 check_windows(model, text, skip_first)
-        if evaluation is not None and scored and not set_aside:
+        if evaluation is not None and not set_aside:
             check_evaluation(evaluation)
         check_hooks(model, skip_first)
         setup._check_run()
@@ -213,25 +213,27 @@ class Setup:
         return ranks.from_rank(0, unused | found)
 
     @functools.cached_property
-    def overlaps(self) -> dict[str, float | None]:
-        """Return the shares of the evaluation's tokens that the windows and the run's text have.
+    def overlaps(self) -> list[dict[str, float | None]]:
+        """Return, for each text of the evaluation, the shares of its tokens that were seen before.
 
-        The share of the run's text is None if the run has no hashes of its runs of tokens.
+        ``windows`` is the share that the calibration windows have, ``run`` the share of the run's
+        text. The latter is None if the run has no hashes of its runs of tokens.
 
         Raises:
             ValueError: a share is 4% or more.
         """
-        shares: dict[str, float | None] = {}
-        if self.evaluation is None:
-            return shares
-        if self.windows is not None:
-            text = SeenText.of(self.windows)
+        texts = [] if self.evaluation is None else self.evaluation.by_text()
+        shares: list[dict[str, float | None]] = [{} for _ in texts]
+        if texts and self.windows is not None:
+            seen = SeenText.of(self.windows)
             # Windows set aside are other windows of the same text, which may repeat itself.
-            text = dataclasses.replace(text, runs=None) if self.set_aside else text
-            shares["windows"] = shared_share(text, self.evaluation)
+            seen = dataclasses.replace(seen, runs=None) if self.set_aside else seen
+            for text, found in zip(texts, shares, strict=True):
+                found["windows"] = shared_share(seen, text)
         if self.seen is not None:
-            share = shared_share(self.seen, self.evaluation)
-            shares["run"] = None if self.seen.runs is None else share
+            for text, found in zip(texts, shares, strict=True):
+                share = shared_share(self.seen, text)
+                found["run"] = None if self.seen.runs is None else share
         return shares
 
     @functools.cached_property
@@ -331,7 +333,7 @@ class Setup:
             "device": model.device.type,
             "text": None if text is None else text.text,
             "fingerprint": None if text is None else text.fingerprint,
-            **texts_of(text),
+            **({"texts": texts_of(text)} if text is not None and text.parts else {}),
             "windows": 0 if text is None else len(text),
             "length": drawn.length,
             "available_windows": drawn.available,
@@ -356,24 +358,27 @@ class Setup:
                 "evaluation_fingerprint": held_out.fingerprint,
                 "evaluation_windows": len(held_out),
                 "evaluation_length": held_out.length,
-                "overlap": self.overlaps,
             }
+            facts = texts_of(held_out)
+            for one, shares in zip(facts.values(), self.overlaps, strict=True):
+                one["overlap"] = shares
+            if held_out.parts:
+                about["evaluation_texts"] = facts
+            else:
+                about["overlap"] = self.overlaps[0]
         return about
 
 
-def texts_of(windows: TokenWindows | None) -> dict[str, Any]:
-    """Return ``texts``: by name, what was drawn of each of several texts; empty for one text."""
-    parts = [] if windows is None else windows.by_text()
-    names = [part.text for part in parts]
-    texts: dict[str, Any] = {}
-    for place, part in enumerate(parts):
-        twice = names[:place].count(part.text)  # lists given in Python have one name
-        texts[f"{part.text} ({twice + 1})" if twice else part.text] = {
+def texts_of(windows: TokenWindows) -> dict[str, dict[str, Any]]:
+    """Return, by name, what was drawn of each text."""
+    return {
+        name: {
             "windows": len(part),
             "available_windows": part.available,
             "fingerprint": part.fingerprint,
         }
-    return {"texts": texts} if parts[1:] else {}
+        for name, part in zip(windows.names, windows.by_text(), strict=True)
+    }
 
 
 def _ranked_layers(

@@ -49,23 +49,42 @@ def sweep(table: pd.DataFrame, *, ax: Axes | None = None) -> Figure | Axes:
     Bars are one standard error over windows. Sparsities n:m are single labelled marks. The dashed
     line is the dense model. Each budget of rows has a colour, each budget across blocks a line
     style. Several budgets at a single sparsity, which all keep as many weights, are drawn as a list
-    instead: the difference to the dense model, nats per token, paired by window.
+    instead: the difference to the dense model, nats per token, paired by window. Each evaluation
+    text has a panel; with ``ax`` the table must be of one text.
 
     Raises:
-        ValueError: no arm has a score.
+        ValueError: no arm has a score; or the table is of several texts and there is only ``ax``.
     """
-    older = {name: _default(name) for name in _KINDS if name not in table}
+    older: dict[str, Any] = {name: _default(name) for name in _KINDS if name not in table}
     arms = table[(table["method"] != "dense") & np.isfinite(table["perplexity"])].assign(**older)
     if arms.empty:
         raise ValueError("no arm of this sweep has a score to draw")
     free = arms.loc[~arms["sparsity"].str.contains(":"), "sparsity"]
-    if free.nunique() == 1 and len(arms[[*UNBUDGETED]].drop_duplicates()) > 1:
-        return _budgets(table, arms, ax)
-    figure = Picture(figsize=(8.5, 4.2), layout="constrained")
-    panel = ax or figure.add_subplot()
+    listed = free.nunique() == 1 and len(arms[[*UNBUDGETED]].drop_duplicates()) > 1
+    texts = [*map(str, dict.fromkeys(table["evaluation"]))] if "evaluation" in table else [""]
+    if ax is not None and len(texts) > 1:
+        raise ValueError(
+            f"one panel shows the scores of one text, but the table is of {len(texts)}: choose the "
+            "rows of one, table[table['evaluation'] == NAME]"
+        )
+    draw, height = (_budgets, 1.2 + 0.24 * len(arms) / len(texts)) if listed else (_curve, 4.2)
+    figure = Picture(figsize=(8.5, height * len(texts)), layout="constrained")
+    panels = [ax] if ax else figure.subplots(len(texts), squeeze=False)[:, 0]
+    for text, panel in zip(texts, panels, strict=True):
+        if len(texts) > 1:
+            of_text = table[table["evaluation"] == text]
+            of_text.attrs = table.attrs | {"evaluation": text}
+            draw(panel, of_text, arms[arms["evaluation"] == text])
+        else:
+            draw(panel, table, arms)
+    return ax or figure
+
+
+def _curve(panel: Axes, table: pd.DataFrame, arms: pd.DataFrame) -> None:
+    """Draw perplexity against multiply-adds."""
     tints = _tints(arms)
     for kind, part in arms.groupby(_KINDS, sort=False):
-        options = dict(zip(_KINDS, kind, strict=True))
+        options: dict[str, Any] = dict(zip(_KINDS, kind, strict=True))
         tint = tints[tuple(options[name] for name in _COLOURED)]
         style = {
             "color": tint,
@@ -94,7 +113,6 @@ def sweep(table: pd.DataFrame, *, ax: Axes | None = None) -> Figure | Axes:
     panel.grid(axis="y", alpha=0.25)
     panel.set_title(_subject(table), loc="left")
     panel.legend(loc="upper left", bbox_to_anchor=(1.01, 1))
-    return ax or figure
 
 
 @mpl.rc_context(STYLE)
@@ -222,11 +240,9 @@ def _dots(panel: Axes, part: pd.DataFrame) -> None:
     top.set_xlabel("ratio of perplexities", fontsize=7)
 
 
-def _budgets(table: pd.DataFrame, arms: pd.DataFrame, ax: Axes | None) -> Figure | Axes:
+def _budgets(panel: Axes, table: pd.DataFrame, arms: pd.DataFrame) -> None:
     """Draw arms of one sparsity as a list, by their difference to the dense model, best first."""
     arms = arms.sort_values("difference", kind="stable")
-    figure = Picture(figsize=(8.5, 1.2 + 0.24 * len(arms)), layout="constrained")
-    panel = ax or figure.add_subplot()
     places = np.arange(len(arms))
     uniform = (arms[[*UNBUDGETED]].astype(str) == [*UNBUDGETED.values()]).all(axis=1).to_numpy()
     for kind, tint in ((uniform, "0.45"), (~uniform, _SETS["wasserstein"])):
@@ -246,7 +262,6 @@ def _budgets(table: pd.DataFrame, arms: pd.DataFrame, ax: Axes | None) -> Figure
     sparsities = " and ".join(dict.fromkeys(arms["sparsity"]))
     facts = f"{sparsities} sparse, dense perplexity {dense:.4g}"
     panel.set_title(f"{_subject(table)}\n{facts}", loc="left")
-    return ax or figure
 
 
 def _line(panel: Axes, part: pd.DataFrame, label: str, dashes: Any, style: dict[str, Any]) -> None:

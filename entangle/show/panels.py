@@ -24,6 +24,7 @@ from entangle.runs.dataset import (
     dataset_of,
     disentangled,
     matching,
+    short_names,
     trusted,
 )
 
@@ -64,8 +65,7 @@ def subject_of(data: xr.Dataset) -> str:
     """Return a run's model, text and number of tokens, as far as they are known."""
     attributes = about(data)
     tokens = f"{attributes['tokens']:,} tokens" if "tokens" in attributes else ""
-    texts = attributes.get("texts", [attributes.get("text", "")])
-    names = ["/".join(PurePath(str(text)).parts[-2:]).removesuffix(".txt") for text in texts]
+    names = short_names([*map(str, attributes.get("texts", [attributes.get("text", "")]))])
     model = PurePath(str(attributes.get("model", ""))).name
     return " · ".join(filter(None, [model, " + ".join(names), tokens]))
 
@@ -78,11 +78,13 @@ def drawable(text: str) -> str:
 def held_out_subject(data: xr.Dataset) -> str:
     """Return the model and the held-out tokens that `disentangle` measured on."""
     about = disentangled(data)
+    texts = about.get("evaluation_texts", [about.get("evaluation", "")])
     names = [
-        "/".join(PurePath(str(about.get(key, ""))).parts[-2:]) for key in ("model", "evaluation")
+        *short_names([str(about.get("model", ""))]),
+        " + ".join(short_names([*map(str, texts)])),
     ]
     tokens = f"{about.get('held_out_tokens', 0):,} held-out tokens"
-    return " · ".join(filter(None, [names[0], names[1].removesuffix(".txt"), tokens]))
+    return " · ".join(filter(None, [*names, tokens]))
 
 
 def place_of(data: xr.Dataset, sparsity: str | None) -> int:

@@ -10,6 +10,7 @@ import pytest
 from entangle.experiments.sweep_table import COSTS, markdown, tables_of
 
 NEURONS = (2, 3)  # of two layers
+TEXTS = {"e": [0, 1]}  # the windows of one text
 RNG = np.random.default_rng(0)
 
 
@@ -49,7 +50,7 @@ def test_each_mixture_is_compared_with_one_expert_of_the_same_words() -> None:
     ones = [arm(1, s, mask=m) for s in ("0.5", "0.7") for m in ("row", "block")]
     mixtures = [arm(4, one["sparsity"], mask=one["mask"]) for one in ones]
     mixtures.append(arm(16, "0.7", mask="block", assign="random"))
-    table, layers = tables_of([DENSE, *mixtures, *ones])
+    table, layers = tables_of([DENSE, *mixtures, *ones], TEXTS)
     assert table["improvement"][len(mixtures) + 1 :].isna().all()
     for place, (one, several) in enumerate(zip([*ones, ones[-1]], mixtures, strict=True), start=1):
         for losses, name in (("lost", "improvement"), ("held_out_lost", "held_out_improvement")):
@@ -64,13 +65,13 @@ def test_each_mixture_is_compared_with_one_expert_of_the_same_words() -> None:
 
 def test_mixtures_with_other_inputs_or_no_partner_are_not_compared() -> None:
     sparse = [arm(experts, propagate="sparse") for experts in (1, 4)]
-    table, _ = tables_of([DENSE, *sparse, arm(1, "0.6"), arm(4, "0.7")])
+    table, _ = tables_of([DENSE, *sparse, arm(1, "0.6"), arm(4, "0.7")], TEXTS)
     assert table["improvement"].isna().all()
     assert table["held_out_improvement"].isna().all()
 
 
 def described(results: list[dict[str, Any]]) -> tuple[pd.DataFrame, list[dict[str, str]]]:
-    table, _ = tables_of(results)
+    table, _ = tables_of(results, TEXTS)
     table.attrs |= {"model": "m", "layers": ["*"], "tokens": 9, "text": "t", "windows": 2}
     table.attrs |= {"length": 3, "evaluation_length": 3, "evaluation": "e", "evaluation_windows": 2}
     table.attrs |= {"skipped_parameters": []}

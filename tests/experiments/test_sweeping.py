@@ -1,5 +1,6 @@
 """Sweeps: each arm against the same pruning done alone, and a table that a kill does not change."""
 
+import dataclasses
 import json
 import math
 import re
@@ -21,7 +22,9 @@ import entangle
 from entangle.experiments.sweep_table import read_table
 from entangle.model import packing
 from entangle.model.blocks import BlockWalk
+from entangle.model.mixing import mixed_windows
 from entangle.model.scoring import NotFiniteError
+from entangle.model.text import TokenWindows
 from entangle.runs import setup
 from tests.forking import Forked, forked
 from tests.pruning.test_sparsifying import placed, random_windows
@@ -297,3 +300,59 @@ def test_killed_at_any_time_it_ends_with_the_same_tables(tmp_path: Path) -> None
         assert written[0].read_bytes() == written[1].read_bytes()
     log = json.loads((tmp_path / "killed" / "log.json").read_text())
     assert log["arms_run"] < 15
+
+
+def texts() -> list[TokenWindows]:
+    return [held_out(), dataclasses.replace(random_windows(3, seed=8), text="other/second.txt")]
+
+
+def test_each_evaluation_text_is_scored_by_itself(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"sparsity": [0.5, 0.7], "method": "wanda", **OPTIONS}
+    parts = texts()
+    table = entangle.sweep(
+        tiny_model("llama"), random_windows(), mixed_windows(parts), out=tmp_path / "run", **options
+    )
+    alone = [entangle.sweep(tiny_model("llama"), random_windows(), p, **options) for p in parts]
+    assert table["evaluation"].tolist() == ["random", "other/second.txt"] * 3
+    assert table["sparsity"].tolist() == ["", "", "0.5", "0.5", "0.7", "0.7"]
+    # Held-out errors are over the windows of both texts.
+    same = [name for name in table if not str(name).startswith("held_out")]
+    for place, one in enumerate(alone):
+        rows = table[place::2].reset_index(drop=True)
+        pd.testing.assert_frame_equal(rows[same], one[same], rtol=1e-6)
+    assert table["windows"].tolist() == [5, 3] * 3
+    assert table["tokens"].tolist() == [75, 45] * 3
+    pd.testing.assert_frame_equal(read_table(tmp_path / "run"), table, check_exact=True)
+    facts = table.attrs["evaluation_texts"]
+    assert [one["fingerprint"] for one in facts.values()] == [p.fingerprint for p in parts]
+    words = (tmp_path / "run" / "tables" / "sweep.md").read_text()
+    assert (
+        "75 tokens of random (5 windows of 16) and on 45 tokens of other/second.txt "
+        "(3 windows of 16)" in words
+    )
+    cells = [line.strip("|").split("|") for line in words.splitlines() if line.startswith("|")]
+    heads = [cell.strip() for cell in cells[0]]
+    assert len(cells) == 2 + 3  # a row per arm
+    for place, name in enumerate(["random", "other/second"]):
+        column = heads.index(f"perplexity, {name}")
+        shown = [float(row[column].split(" ± ")[0]) for row in cells[2:]]
+        assert shown == pytest.approx(alone[place]["perplexity"].tolist(), rel=0.01)
+
+
+def test_each_evaluation_text_must_be_held_out() -> None:
+    """Of all tokens few enough are shared; of the second text all are."""
+    first = random_windows(60, seed=9)
+    second = dataclasses.replace(random_windows(), text="second")[:1]
+    with pytest.raises(ValueError, match=r"\b100\.0% .*evaluation \(second\)"):
+        entangle.sweep(
+            tiny_model("llama"), random_windows(), mixed_windows([first, second]), sparsity=0.5
+        )
+
+
+def test_several_texts_or_the_models_own_are_refused_where_a_score_is_of_one() -> None:
+    model, (first, second) = tiny_model("llama"), texts()
+    with pytest.raises(ValueError, match=r"one text.*random \+ other/second"):
+        entangle.perplexity(model, mixed_windows([first, second]))
+    own = dataclasses.replace(second, text="self:")
+    with pytest.raises(ValueError, match=r"self:.*writes itself"):
+        entangle.sweep(model, random_windows(), mixed_windows([first, own]), sparsity=0.5)

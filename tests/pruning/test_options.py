@@ -364,7 +364,7 @@ results = [
     arm.settings() | {"window_nats": [2.0, 2.5 + place], "tokens": 4, "layers": [row], "costs": row}
     for place, arm in enumerate(arms)
 ]
-table = tables_of([dense, *results])[0]
+table = tables_of([dense, *results], {"t": [0, 1]})[0]
 names = [text.get_text() for text in plots.sweep(table).axes[0].get_legend().get_texts()]
 result = arms[-1].settings() | {
     "model": "m", "text": "t", "folder": "o", "layers": [row | {"layer": "l", "damping": 0.01}],

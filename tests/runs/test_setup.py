@@ -100,7 +100,10 @@ def test_shares_below_the_limit_are_stated(tmp_path: Path) -> None:
     words: dict[str, Any] = {"sets": "wasserstein", "intervention": "zero", "out": tmp_path / "run"}
     table = entangle.ablate(model, None, held_out, run=run, **words)
     assert table.attrs["overlap"] == {"run": 1 / 80}
-    assert "1.25% of the evaluation" in (tmp_path / "run" / "tables" / "ablation.md").read_text()
+    assert (
+        "1.25% of the tokens of the evaluation"
+        in (tmp_path / "run" / "tables" / "ablation.md").read_text()
+    )
     words |= {"overwrite": True}
     table = entangle.ablate(model, None, held_out, run=innocent.to_dataset(), **words)
     assert table.attrs["overlap"] == {"run": None}  # a dataset has no hashes of its text's runs

@@ -370,3 +370,18 @@ def test_strengths_of_one_budget_are_said() -> None:
     panel = plots.sweep(frame).axes[0]
     labels = [text.get_text() for text in panel.get_yticklabels()]
     assert labels == [f"sparsegpt, rows std {strength}" for strength in ("0.1", "0.25", "0.4")]
+
+
+def test_each_text_has_a_panel_with_its_own_scores() -> None:
+    first = SWEEP.assign(evaluation="docs/first.txt")
+    second = SWEEP.assign(evaluation="docs/second.txt", perplexity=2 * SWEEP["perplexity"])
+    both = pd.concat([first, second]).sort_index(kind="stable").reset_index(drop=True)
+    figure = plots.sweep(both)
+    for panel, name, alone in zip(figure.axes, ("first", "second"), (first, second), strict=True):
+        assert panel.get_title(loc="left").endswith(f"docs/{name}")
+        expected = plots.sweep(alone).axes[0]
+        for line, other in zip(panel.lines, expected.lines, strict=True):
+            assert np.array_equal(line.get_xydata(), other.get_xydata(), equal_nan=True)
+    with pytest.raises(ValueError, match=r"one text.*\b2\b"):
+        plots.sweep(both, ax=Figure().add_subplot())
+    assert plots.sweep(both[both["evaluation"] == "docs/first.txt"], ax=figure.axes[0])
