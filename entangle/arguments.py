@@ -308,13 +308,14 @@ def parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
     sparsity, experts = OPTIONS["sparsity"].help, OPTIONS["experts"].help
     plan.add_argument("--sparsity", default="0.5", metavar="S", help=f"{sparsity} [0.5]")
     plan.add_argument("--experts", type=int, default=1, metavar="N", help=f"{experts} [1]")
-    tuned = OPTIONS["reconstruct"]
-    plan.add_argument(
-        "--reconstruct",
-        default=tuned.default,
-        choices=tuned.choices,
-        help=f"{tuned.help} [{tuned.default}]",
-    )
+    for name in ("solve", "reconstruct"):
+        option = OPTIONS[name]
+        plan.add_argument(
+            f"--{name}",
+            default=option.default,
+            choices=option.choices,
+            help=f"{option.help} [{option.default}]",
+        )
 
     unpacked = argparse.ArgumentParser(add_help=False)
     unpacked.add_argument("--unpacked", action="store_true", help=UNPACKED)
@@ -376,11 +377,9 @@ def parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
         help="share of each layer's neurons to treat; one or several [0.03]",
         **numbers,
     )
-    ablate.add_argument(
-        "--sparsity", default=("0.9",), help=f"{sparsity}; one or several [0.9]", **names
-    )
-    ablate.add_argument("--experts", default=(1,), help=f"{experts}; one or several [1]", **counts)
-    solve: dict[str, Any] = {"choices": SOLVERS, "default": SOLVE}
+    ablate.add_argument("--sparsity", help=f"{sparsity}; one or several [0.9]", **names)
+    ablate.add_argument("--experts", help=f"{experts}; one or several [1]", **counts)
+    solve: dict[str, Any] = {"choices": SOLVERS}
     solve["help"] = (
         "how the kept weights are computed: greedy, by SparseGPT as published; exact, the weights "
         f"with the least error that its mask allows; admm, by a better mask too [{SOLVE}]"
@@ -424,7 +423,7 @@ def parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
     disentangle.add_argument(
         "--sparsity", default=("0.8",), help=f"{sparsity}; one or several [0.8]", **names
     )
-    disentangle.add_argument("--solve", **solve)
+    disentangle.add_argument("--solve", default=SOLVE, **solve)
     disentangle.add_argument(
         "--neurons",
         nargs="+",

@@ -79,6 +79,7 @@ def run_plan(args: argparse.Namespace) -> None:
         bins=args.bins,
         sparsity=args.sparsity,
         experts=args.experts,
+        solve=args.solve,
         reconstruct=args.reconstruct,
     )
     _print(args, dataclasses.asdict(plan), printed.planned)
@@ -185,7 +186,7 @@ def run_sweep(args: argparse.Namespace) -> None:
     tokenizer = _tokenizer(args)
     parts, evaluation = _parts(args, tokenizer), _evaluations(args, tokenizer)
     model = _model(args)
-    _check_before_writing(args, parts, model, prunings)
+    _check_before_writing(args, parts, model, prunings, evaluation)
     windows = _mixed(args, parts, model, tokenizer, folders.partial_of(args.out))
     table = entangle.sweep(model, windows, evaluation, run=run, **options, **_work(args))
     _print_table(args, table, "sweep")
@@ -282,7 +283,13 @@ def run_ablate(args: argparse.Namespace) -> None:
     from entangle.experiments.interventions import Ablation
 
     names = ("share", "sparsity", "experts", "intervention", "sets", "seeds", "solve")
-    treatment = {name: getattr(args, name) for name in names}
+    treatment = {n: getattr(args, n) for n in names if getattr(args, n) is not None}
+    unused = [n for n in ("sparsity", "experts", "solve") if n in treatment]
+    if unused and "sparsify" not in args.intervention:
+        raise ValueError(
+            f"--{unused[0]} has an effect only on --intervention sparsify: add sparsify, or leave "
+            f"--{unused[0]} out"
+        )
     Ablation.of(**treatment)  # check the options before a model is loaded
     if args.text is None and "sparsify" in args.intervention:
         raise ValueError("--intervention sparsify needs a calibration text: give it with --text")
@@ -292,6 +299,8 @@ def run_ablate(args: argparse.Namespace) -> None:
     evaluation = _scored(args, tokenizer, args.evaluation, args.evaluation_windows)
     model, windows = _model(args), None
     if parts is not None and "sparsify" in args.intervention:
+        measured: dict[str, Any] = {"run": run, "ranked": True, "pruned": True}
+        _check_before_writing(args, parts, model, evaluation=evaluation, **measured)
         windows = _mixed(args, parts, model, tokenizer, folders.partial_of(args.out))
     table = entangle.ablate(
         model,
@@ -319,6 +328,8 @@ def run_disentangle(args: argparse.Namespace) -> None:
     tokenizer = _tokenizer(args)
     parts, evaluation = _parts(args, tokenizer), _evaluations(args, tokenizer)
     model = _model(args)
+    measured: dict[str, Any] = {"run": run, "ranked": True, "pruned": True, "scored": False}
+    _check_before_writing(args, parts, model, evaluation=evaluation, **measured)
     windows = _mixed(args, parts, model, tokenizer, folders.partial_of(args.out))
     found = entangle.disentangle(
         model,
@@ -507,6 +518,8 @@ def _check_before_writing(
     parts: "Sequence[TokenWindows | None]",
     model: "PreTrainedModel",
     prunings: "Sequence[Pruning]" = (),
+    evaluation: "TokenWindows | None" = None,
+    **run: Any,
 ) -> None:
     """Raise what the command would raise about any windows, since writing them takes minutes."""
     if None not in parts:
@@ -520,7 +533,7 @@ def _check_before_writing(
     tokens = torch.ones(args.windows, args.length, dtype=torch.int64)
     windows = TokenWindows(tokens, OWN, None, args.seed, args.bos)
     work = _layers(args) | {"batch_size": args.batch_size, "skip_first": args.skip_first}
-    setup = Setup.of(model, windows, pruned=bool(prunings), **work)
+    setup = Setup.of(model, windows, evaluation, **work | {"pruned": bool(prunings)} | run)
     if prunings:
         check_prunings(setup, prunings)
 

@@ -1217,6 +1217,10 @@ def test_disentangle_where_nothing_is_lost_draws_what_can_be_drawn(
         ("ablate", ["--sparsity", "2:4"], r"down_proj.*\b2:4\b.*groups.*\b37\b"),
         ("ablate", ["--experts", "0"], r"\b1 expert.*\b0\b"),
         ("ablate", ["--seeds", "0"], r"random.*\b1 seed.*\b0\b"),
+        *(
+            ("ablate", ["--intervention", "zero,mean", *unused], f"{unused[0]} has an effect only")
+            for unused in (["--solve", "exact"], ["--sparsity", "0.9"], ["--experts", "1"])
+        ),
         ("ablate", ["--text", "NONE"], r"sparsify.*--text\b"),
         (
             "ablate",

@@ -29,7 +29,7 @@ from entangle.model.placing import bytes_of_block
 from entangle.model.quantised import forget_format
 from entangle.model.text import OWN, check_windows
 from entangle.numerics.histograms import Histograms
-from entangle.pruning.options import Pruning, Reconstruct
+from entangle.pruning.options import Pruning, Reconstruct, SolveOption
 from entangle.pruning.reconstruction import check_batches
 
 BATCHES = (2, 16)  # numbers of batches that the small models run
@@ -97,13 +97,15 @@ def plan(
     bins: int = 1024,
     sparsity: str = "0.5",
     experts: int = 1,
+    solve: SolveOption = "auto",
     reconstruct: Reconstruct = "none",
 ) -> Plan:
     """Estimate the memory, disk space and time that `measure` and `sparsify` need in one process.
 
     The model is not loaded and need not fit into memory. All blocks are assumed to be like the
-    first. ``text`` is a source or several, which are mixed by equal shares. A GPU can be planned on a machine without one: its memory is estimated from that of the
-    commands on the CPU, and the times are the CPU's.
+    first. ``text`` is a source or several, which are mixed by equal shares. A GPU can be planned on a
+    machine without one: its memory is estimated from that of the commands on the CPU, and the times
+    are the CPU's.
 
     Raises:
         FileNotFoundError: the model or the text does not exist.
@@ -121,7 +123,7 @@ def plan(
             "text. Windows of equal number and length cost the same, once they are written"
         )
     # These two lines raise before the slow part.
-    Pruning.of(sparsity=sparsity, experts=experts, reconstruct=reconstruct)
+    Pruning.of(sparsity=sparsity, experts=experts, solve=solve, reconstruct=reconstruct)
     Histograms.zeros(1, bins=bins)
     source, options = source_of(model, revision, trust_remote_code)
     if is_expanded(Path(source)):
@@ -157,7 +159,8 @@ def plan(
     commands = {
         "measure": ["--bins", str(bins)],
         "sparsify": [
-            *("--sparsity", sparsity, "--experts", str(experts), "--reconstruct", reconstruct)
+            *("--sparsity", sparsity, "--experts", str(experts), "--solve", solve),
+            *("--reconstruct", reconstruct),
         ],
     }
     found: dict[str, list[_Cost]] = {name: [] for name in commands}

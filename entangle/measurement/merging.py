@@ -57,7 +57,7 @@ def merge(
         size = trees[0].sizes["neuron"]
         spans = [slice(start, start + NEURONS) for start in range(0, size, NEURONS)]
         merged = (_merged(trees, span, attributes) for span in spans)
-        own_text.copy(Path(shards[0]), folder)
+        own_text.copy(found, folder)
         store.write_run(folder, merged, attributes, stopwatch.log, runs_of(trees[0]))
     return store.open_run(out)
 

@@ -7,6 +7,7 @@ model.
 
 import shutil
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -74,20 +75,28 @@ def _kept(
     folder: Path, model: PreTrainedModel, *, windows: int, length: int, seed: int, bos: Bos
 ) -> torch.Tensor | None:
     """Return the tokens that a command kept in a folder, if it is certain that they are the same."""
-    try:
-        about = store.read_json(folder / "run.json")
-        array = np.load(folder / TOKENS, allow_pickle=False)
-    except (OSError, ValueError, EOFError):  # none, or damaged: they are written anew
+    tokens = _intact(folder)
+    if tokens is None:  # none, or damaged: they are written anew
         return None
-    tokens = torch.from_numpy(array.astype(np.int64))
-    found = TokenWindows(tokens, OWN, None, seed, bos)
-    drawn = about.get("texts", {about.get("text"): about}).get(OWN, {})
-    known = (drawn.get("windows"), about.get("length"), about.get("seed"), about.get("bos"))
-    same = known == (windows, length, seed, bos) and tokens.shape == (windows, length)
-    if not same or drawn.get("fingerprint") != found.fingerprint:
+    about = store.read_json(folder / "run.json")
+    known = (about.get("length"), about.get("seed"), about.get("bos"))
+    if known != (length, seed, bos) or tokens.shape != (windows, length):
         return None
     weights = str(about.get("weights"))
     return tokens if weights_hash(model, kind_of(weights)) == weights else None
+
+
+def _intact(folder: Path) -> torch.Tensor | None:
+    """Return the tokens that are kept in a run's folder, if they are those of its run.json."""
+    try:
+        about = store.read_json(folder / "run.json")
+        array = np.load(folder / TOKENS, allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        return None
+    tokens = torch.from_numpy(array.astype(np.int64))
+    drawn = about.get("texts", {about.get("text"): about}).get(OWN, {})
+    found = TokenWindows(tokens, OWN, None, 0, "auto").fingerprint
+    return tokens if drawn.get("fingerprint") == found else None
 
 
 def keep(folder: Path, windows: TokenWindows | None) -> None:
@@ -101,9 +110,10 @@ def keep(folder: Path, windows: TokenWindows | None) -> None:
             np.save(partial, one.tokens.numpy().astype(np.int32))
 
 
-def copy(run: Path, folder: Path) -> None:
-    """Copy what the model wrote itself from a run's folder to another, if anything."""
+def copy(runs: Iterable[Path], folder: Path) -> None:
+    """Copy what the model wrote itself from the first of some runs that has it undamaged, if any."""
+    run = next((run for run in runs if _intact(run) is not None), None)
     for name in (TEXT, TOKENS):
-        if (run / name).is_file():
+        if run is not None and (run / name).is_file():
             with folders.new_file(folder / name) as partial:
                 shutil.copyfile(run / name, partial)

@@ -226,7 +226,9 @@ def test_commands_are_those_that_the_whole_model_would_be_run_with(
     place: Path, lines: list[list[str]]
 ) -> None:
     save_tiny(place / "model")
-    planned(place, batch_size=2, bins=64, sparsity="2:4", experts=3, layers=["*.1.mlp.*"])
+    planned(
+        place, batch_size=2, bins=64, sparsity="2:4", experts=3, solve="admm", layers=["*.1.mlp.*"]
+    )
     assert [line[0] for line in lines] == ["measure"] * 5 + ["sparsify"] * 5
     for line in lines:
         words = " ".join(line)
@@ -235,7 +237,7 @@ def test_commands_are_those_that_the_whole_model_would_be_run_with(
         assert "--layers *.mlp.down_proj *.mlp.gate_proj *.mlp.up_proj --windows" in words
         assert "--offload" not in words
         assert ("--bins 64" in words) == (line[0] == "measure")
-        given = "--sparsity 2:4 --experts 3 --reconstruct none"
+        given = "--sparsity 2:4 --experts 3 --solve admm --reconstruct none"
         assert (given in words) == (line[0] == "sparsify")
     sizes = [(Path(line[1]).name, line[line.index("--windows") + 1]) for line in lines]
     assert sizes == [("1", "4"), ("1", "4"), ("1", "20"), ("2", "4"), ("2", "20")] * 2

@@ -11,7 +11,7 @@ import torch
 from entangle.numerics import masks, solving
 from entangle.numerics.masks import BLOCK, prune
 from entangle.numerics.moments import InputMoments, output_energy
-from entangle.numerics.solving import _sums, exact
+from entangle.numerics.solving import _damped, _solved, _sums, exact
 from entangle.numerics.sparsity import Mask, Method, Solve, Sparsity
 from tests.numerics.test_masks import on, problem
 
@@ -159,18 +159,19 @@ def test_dead_inputs_and_dead_neurons_change_no_count(solve: Solve) -> None:
 
 
 def test_a_weight_that_is_rounded_to_zero_keeps_its_place() -> None:
-    """In float16 a solved weight below 3e-8 would be a zero more."""
-    rows = torch.tensor([[1.0, 1.0, 0.0], [1.0, -1.0, 0.0], [0.0, 0.0, 1.0]])
+    """In float16 a solved weight below 3e-8 would be a zero more.
+
+    The second and the third input are opposite, and so are what their equal weights do: with the
+    third pruned, the solved second is 0.
+    """
+    rows = torch.tensor([[1.0, 1.0, -1.0], [1.0, -1.0, 1.0], [0.0, 2.0, -2.0]])
     moments = InputMoments.zeros(3)
     moments.add(rows)
-    weight = torch.tensor([[0.5, 1e-8, 1.0]]).half()
-    weight[0, 1] = 6e-8
-    pruned = weight.clone()
-    pruned[0, 2] = 0
-    pruned[0, 0] = 0.25  # worse than the solved one
-    dense = weight.float()
-    dense[0, 1] = 1e-8
-    found = exact(dense, pruned, moments, 0.01)
+    weight = torch.tensor([[0.5, 6e-8, 6e-8]], dtype=torch.float16)
+    pruned = torch.tensor([[0.25, 6e-8, 0.0]], dtype=torch.float16)  # 0.25: worse than solved
+    assert (weight != 0).all()
+    found = exact(weight, pruned, moments, 0.01)
+    assert found.dtype == torch.float16
     assert float(found[0, 0]) == pytest.approx(0.5, rel=0.02)
     assert torch.equal(found == 0, pruned == 0)
 
@@ -179,10 +180,14 @@ def test_a_gram_that_is_not_one_keeps_the_methods_weights() -> None:
     """Steps that diverge lose the comparison in float64."""
     weight, _, moments = problem(neurons=8)
     pruned = prune(weight, moments, Sparsity(0.5)).weight
-    wrong = InputMoments(moments.lower - 5 * moments.lower.diagonal().mean(), moments.count)
+    noise = torch.randn(moments.lower.shape, generator=torch.Generator().manual_seed(0)).tril(-1)
+    wrong = InputMoments(moments.lower + 4 * moments.lower.diagonal().mean() * noise, moments.count)
+    before = errors(weight, pruned, wrong)
+    worse = errors(weight, _solved(weight, pruned, _damped(wrong, 0.01)), wrong) > before
+    assert worse.any()
     found = exact(weight, pruned, wrong, 0.01)
-    assert torch.equal(found == 0, pruned == 0)
-    assert (errors(weight, found, wrong) <= errors(weight, pruned, wrong)).all()
+    assert torch.equal(found[worse], pruned[worse])
+    assert (errors(weight, found, wrong) <= before).all()
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7, 64, 577])

@@ -27,6 +27,7 @@ from tests.torture import damage, lines, place
 
 ROOT = Path(__file__).resolve().parents[2]
 SECONDS = 60  # that a case may take
+OWN_TEXT = re.compile(r"(?m)^entangle: .* wrote \d+ windows of \d+ tokens \(self:\) in .*\n")
 MESSAGE = 1500  # characters of a message at most, beyond those of what it repeats
 # fmt: off
 # What a person who gave a bad input should never read.
@@ -304,6 +305,7 @@ def _decoded(said: bytes | None) -> str:
 def problems(case: Case, done: Outcome, before: place.Content, after: place.Content) -> list[str]:
     """Say what is wrong with what a command did."""
     wrong: list[str] = []
+    done = replace(done, err=OWN_TEXT.sub("", done.err))
     if done.code is None:
         wrong.append(f"it did not end in {SECONDS} s")
     elif done.code not in {0, 2}:

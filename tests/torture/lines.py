@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from entangle.arguments import PLOTS, VARIABLES, parsers
-from tests.torture.place import SCORED, SOME, TEXT
+from tests.torture.place import SCORED, SIZES, SOME, TEXT
 
 UP = "model.layers.0.mlp.up_proj"
 NEW = "--out new"
 LINES: dict[str, Sequence[str]] = {
-    "measure": (f"measure model {TEXT} {SOME} {NEW}", f"measure gpt2 {TEXT} {NEW}"),
+    "measure": (f"measure model {TEXT} {SOME} {NEW}", f"measure gpt2 {TEXT} {NEW}",
+                f"measure model --text text.txt self: {SIZES} {SOME} {NEW}"),
     "merge": (f"merge shard-1 shard-2 {NEW}", f"merge shard-2 shard-1 {NEW}"),
     "plan": ("plan model --text text.txt --windows 4 --length 16 --batch-size 2",),
     "perplexity": (f"perplexity model {TEXT}", f"perplexity pruned {TEXT}",
@@ -20,9 +21,11 @@ LINES: dict[str, Sequence[str]] = {
     "generate": ("generate model --prompt some --tokens 2", "generate expanded --prompt a"),
     "sparsify": (f"sparsify model {TEXT} {SOME} --sparsity 0.5 {NEW}",
                  f"sparsify model {TEXT} {SOME} --sparsity 0.5 --experts 2 {NEW}",
-                 f"sparsify model {TEXT} {SOME} --sparsity 0.5 --budget run {NEW}"),
+                 f"sparsify model {TEXT} {SOME} --sparsity 0.5 --budget run {NEW}",
+                 f"sparsify model --text self: {SIZES} {SOME} --sparsity 0.5 --reconstruct mlp {NEW}"),
     "sweep": (f"sweep model {SCORED} {SOME} --sparsity 0.5 --method wanda --mask row {NEW}",
-              f"sweep model {SCORED} {SOME} --sparsity 2:4 --method sparsegpt --experts 1,2 {NEW}"),
+              f"sweep model {SCORED} {SOME} --sparsity 2:4 --method sparsegpt --experts 1,2 {NEW}",
+              f"sweep model {TEXT} --evaluation evaluation.txt texts {SOME} --sparsity 0.5 {NEW}"),
     "ablate": (f"ablate run {SCORED} {SOME} --seeds 1 --share 0.2 {NEW}",
                f"ablate run {SCORED} {SOME} --seeds 1 --share 0.2 --intervention zero {NEW}"),
     "disentangle": (f"disentangle run {SCORED} {SOME} --experts 2 {NEW}",),
