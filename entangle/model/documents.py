@@ -268,10 +268,10 @@ def _open_hub(name: str) -> tuple[Any, str]:
     if not name:
         raise ValueError("hub: names no data set: expected hub:NAME[/CONFIG][:SPLIT][#COLUMN]")
     parts = name.split("/")
-    # "a/b" is data set b of owner a, or configuration b of data set a, or a folder: try all.
-    short = len(parts) < 3 or Path(name).is_dir()
-    attempts: list[tuple[str, str | None]] = [(name, None)] if short else []
-    attempts += [("/".join(parts[:-1]), parts[-1])] if len(parts) > 1 else []
+    # "a/b" is data set b of owner a, or configuration b of data set a: try both. A folder is itself.
+    folder = Path(name).is_dir()
+    attempts: list[tuple[str, str | None]] = [(name, None)] if folder or len(parts) < 3 else []
+    attempts += [("/".join(parts[:-1]), parts[-1])] if len(parts) > 1 and not folder else []
     problems = []
     for path, config in attempts:
         try:
