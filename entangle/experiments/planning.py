@@ -30,7 +30,7 @@ from entangle.model.quantised import forget_format
 from entangle.model.text import OWN, check_windows
 from entangle.numerics.histograms import Histograms
 from entangle.pruning.options import Pruning, Reconstruct, SolveOption
-from entangle.pruning.reconstruction import check_batches
+from entangle.pruning.reconstruction import step_size
 
 BATCHES = (2, 16)  # numbers of batches that the small models run
 CONTEXT = 5e8  # bytes: an allowance for CUDA's context; 0.2 to 0.7 GB are reported with torch
@@ -145,7 +145,7 @@ def plan(
     check_windows(whole.eval(), drawn)
     batches = len(drawn.batches(batch_size))
     if reconstruct != "none":
-        check_batches(drawn.batches(batch_size))
+        step_size(drawn)
     blocks = 1 + max(layer.block for layer in chosen)
     few, more = (min(count, batches) for count in BATCHES)
     common = ["--length", str(length), "--batch-size", str(batch_size)]

@@ -28,6 +28,7 @@ from entangle.pruning.block import PrunedLayer, prune_layers
 from entangle.pruning.budgets import block_outliers, zeros_of
 from entangle.pruning.calibration import (
     HELD_OUT,
+    HELD_OUT_WINDOWS,
     calibrate,
     load_calibrations,
     load_inputs,
@@ -109,7 +110,7 @@ def sweep(
     * ``against_uniform``, ``against_uniform_error``: ``nats`` minus those of the arm with uniform
       rows and blocks (without one, uniform rows and the same ``across``), nats per token.
     * ``layer_error``: ‖(W - Ŵ)X‖² / ‖WX‖² on the calibration inputs, mean over layers.
-    * ``held_out_error``: the same on inputs from the evaluation windows.
+    * ``held_out_error``: the same on at most 8,192 tokens of at most 32 evaluation windows.
     * ``mlp_error_before``, ``mlp_error``: ‖ŷ - y‖² / ‖y‖² of a token's hidden states behind a block
       (y dense, ŷ pruned), before and after the block is reconstructed, mean over held-out tokens of
       the calibration windows and over blocks; NaN without ``reconstruct``.
@@ -230,7 +231,7 @@ def _calibrate_dense(setup: Setup, clusterings: Sequence[Clustering], folder: Pa
     left = {block for block in files if missing[block]}
     if not left:
         return
-    walk, held_out = setup.walk(), setup.evaluation_walk()
+    walk, held_out = setup.walk(), setup.evaluation_walk(HELD_OUT_WINDOWS)
     blocks = range(setup.last_block + 1)
     for block in tqdm(blocks, unit="block", desc="calibrate", disable=not setup.progress):
         if block not in left:  # already saved, or no chosen layer

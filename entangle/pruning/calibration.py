@@ -17,6 +17,7 @@ from entangle.pruning.options import ONE, Clustering
 
 SAMPLE = 16_384  # tokens that a router is fitted on
 HELD_OUT = 8_192  # held-out tokens that the outputs' error is measured on
+HELD_OUT_WINDOWS = 32  # at most so many, to draw these tokens from
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -23,13 +23,14 @@ import torch
 from entangle.model import ranks
 from entangle.model.blocks import BlockWalk
 from entangle.model.layers import LinearLayer
+from entangle.model.text import TokenWindows
 from entangle.model.tokenwise import layers_of_tokens
 from entangle.runs.setup import Setup
 
 EPOCHS = 4
 RATE = 4e-2  # Adam's first rate, times the root mean square of a layer's kept weights
-STEP = 2_048  # tokens of a step: fewer if there are few batches, more if a batch has more
-HELD_OUT = 16  # one of so many steps chooses the epoch and is not trained on
+STEP = 512  # tokens of a step: fewer if there are few windows, more if a window has more
+HELD_OUT = 16  # one of so many batches chooses the epoch and is not trained on
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,26 +45,28 @@ class Reconstruction:
     after: float
 
 
-def check_batches(batches: Sequence[torch.Tensor]) -> None:
-    """Check that there are enough batches (windows, length) for reconstruction.
+def step_size(windows: TokenWindows) -> int:
+    """Return the number of windows in a step of Adam, which is one batch.
 
     Raises:
-        ValueError: there are fewer than two.
+        ValueError: there is only one window.
     """
-    if len(batches) < 2:
+    if len(windows) < 2:
         raise ValueError(
-            "reconstruct mlp needs at least two batches, since one is held out, but the "
-            f"{len(batches[0])} windows are one batch: use a smaller batch size, or more windows"
+            "reconstruct mlp needs at least two windows, since one is held out, but there is only "
+            "one: use more windows, or a longer text"
         )
+    return max(min(STEP // windows.length, len(windows) // HELD_OUT), 1)
 
 
 def tuned_layers(setup: Setup) -> list[LinearLayer]:
     """Return the layers of a setup that reconstruction tunes: those that work on each token alone.
 
     Raises:
-        ValueError: there is none, or there are fewer than two batches.
+        ValueError: there is none, or there is only one window.
     """
-    check_batches(setup.batches)
+    assert setup.windows is not None
+    step_size(setup.windows)
     layers = layers_of_tokens(setup.model, setup.layers)
     if not layers:
         raise ValueError(
@@ -83,11 +86,11 @@ class Targets:
         Raises:
             ValueError: as `tuned_layers`.
         """
+        assert setup.windows is not None
         self._layers = tuned_layers(setup)
-        batches = setup.batches
-        self._batches = max(min(STEP // batches[0].numel(), len(batches) // HELD_OUT), 1)  # a step
         self._seed = setup.seed
-        self.dense = setup.walk()
+        self.batch_size = step_size(setup.windows)
+        self.dense = setup.walk(self.batch_size)
 
     def advance_past(self, block: int) -> None:
         """Run the block, which is still dense, unless its outputs are known."""
@@ -101,32 +104,29 @@ class Targets:
         own = [layer for layer in self._layers if layer in layers]
         if not own:
             return None
-        numbers = range(len(walk.hidden))
-        steps = [numbers[first : first + self._batches] for first in numbers[:: self._batches]]
-        return lambda: reconstruct(walk, self.dense.hidden, own, steps, seed=self._seed)
+        return lambda: reconstruct(walk, self.dense.hidden, own, seed=self._seed)
 
 
 def reconstruct(
     walk: BlockWalk,
     targets: Sequence[torch.Tensor],
     layers: Sequence[LinearLayer],
-    steps: Sequence[Sequence[int]],
     *,
     seed: int,
 ) -> Reconstruction:
     """Tune the weights of these layers of the walk's block in place.
 
     The block is pruned. ``targets`` are the dense model's hidden states behind it (windows, length,
-    width), of each of the walk's batches, and ``steps`` are the batches of each step. Each of the
-    layers works on its own token (see `layers_of_tokens`). Weights that are zero stay zero, and the
-    others do not become zero. If no epoch lowers the held-out error, all stay as they are. Under
-    torchrun a step takes the batches of one step of each process.
+    width), of each of the walk's batches. Each of the layers works on its own token (see
+    `layers_of_tokens`). Weights that are zero stay zero, and the others do not become zero. If no
+    epoch lowers the held-out error, all stay as they are. A step takes one batch; under torchrun one
+    of each process.
 
     Raises:
         ValueError: the hidden states are not finite.
     """
     tuned = _TunedBlock(walk, targets, layers)
-    trained, held_out = _split(steps)
+    trained, held_out = _split(len(walk.hidden))
     order = np.random.default_rng([seed, walk.block, ranks.rank()])
     best = before = tuned.error(held_out)
     if not math.isfinite(before):
@@ -139,8 +139,8 @@ def reconstruct(
     for _ in range(EPOCHS):
         shuffled = iter(order.permutation(len(trained)).tolist())
         for _ in range(count):
-            place = next(shuffled, None)  # None: only other processes have a step left
-            tuned.step(() if place is None else trained[place], next(rates))
+            place = next(shuffled, None)  # None: only other processes have a batch left
+            tuned.step(None if place is None else trained[place], next(rates))
         error = tuned.error(held_out)
         if error < best:
             best = error
@@ -149,14 +149,13 @@ def reconstruct(
     return Reconstruction(before, best)
 
 
-def _split(steps: Sequence[Sequence[int]]) -> tuple[list[Sequence[int]], list[int]]:
-    """Return the steps of this process that train, and its batches that choose the epoch."""
-    total = sum(ranks.all_gather(len(steps)))
+def _split(batches: int) -> tuple[list[int], list[int]]:
+    """Return the batches of this process that train, and those that choose the epoch."""
+    total = sum(ranks.all_gather(batches))
     chosen = {*range(HELD_OUT - 1, total, HELD_OUT)} or {total - 1}
-    numbers = ranks.shard().batches(total)
-    pairs = list(zip(numbers, steps, strict=True))
-    trained = [step for number, step in pairs if number not in chosen]
-    return trained, [batch for number, step in pairs if number in chosen for batch in step]
+    held_out = [number in chosen for number in ranks.shard().batches(total)]
+    numbers = range(batches)
+    return [n for n in numbers if not held_out[n]], [n for n in numbers if held_out[n]]
 
 
 class _TunedBlock:
@@ -182,10 +181,10 @@ class _TunedBlock:
         self._adam = torch.optim.Adam(groups, fused=True)
         self._best: dict[str, torch.Tensor] = {}
 
-    def step(self, numbers: Sequence[int], rate: float) -> None:
-        """Take a step of Adam on some batches, and on those of the other processes."""
+    def step(self, number: int | None, rate: float) -> None:
+        """Take a step of Adam on a batch, or on none, and on those of the other processes."""
         with torch.inference_mode(False), torch.enable_grad():
-            for number in numbers:
+            if number is not None:
                 self._errors(number).sum().backward()
             for name, weight in self._weights.items():
                 if weight.grad is None:  # no batch, or no token came here

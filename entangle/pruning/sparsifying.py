@@ -31,7 +31,7 @@ from entangle.numerics.torch_settings import with_torch_defaults
 from entangle.pruning import costs
 from entangle.pruning.block import PrunedLayer, prune_layers
 from entangle.pruning.budgets import Zeros, block_outliers, zeros_of
-from entangle.pruning.calibration import HELD_OUT, calibrate
+from entangle.pruning.calibration import HELD_OUT, HELD_OUT_WINDOWS, calibrate
 from entangle.pruning.checkpoint import FinishedBlocks
 from entangle.pruning.options import Pruning, PruningOptions, with_options
 from entangle.pruning.reconstruction import Targets, tuned_layers
@@ -257,7 +257,7 @@ def check_prunings(setup: Setup, prunings: Sequence[Pruning]) -> None:
 
     Raises:
         ValueError: as `check_layers`; or a block is to be reconstructed, and no layer can be tuned
-            or there is only one batch.
+            or there is only one window.
     """
     check_layers(setup, [pruning.sparsity for pruning in prunings])
     if any(pruning.reconstruct != "none" for pruning in prunings):
@@ -283,8 +283,10 @@ def prune_model(
     dense = pruning.propagate == "dense"
     last, layers = setup.last_block, setup.blocks
     targets = None if pruning.reconstruct == "none" else Targets(setup)
-    walk = setup.walk()
-    held_out = None if setup.evaluation is None else setup.evaluation_walk()
+    walk = setup.walk(targets.batch_size if targets else None)
+    held_out = None
+    if setup.evaluation is not None:
+        held_out = setup.evaluation_walk(HELD_OUT_WINDOWS)
     walks = [walk] if held_out is None else [walk, held_out]
     finished = set() if checkpoint is None else checkpoint.finished
     if targets and checkpoint is not None:

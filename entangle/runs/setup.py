@@ -38,7 +38,7 @@ from entangle.model.prunable import unprunable_layers
 from entangle.model.sampling import walk_blocks
 from entangle.model.score import Score
 from entangle.model.scoring import score_of
-from entangle.model.text import TokenWindows, check_evaluation, check_windows
+from entangle.model.text import TokenWindows, check_evaluation, check_windows, evenly_spaced
 from entangle.runs.dataset import TRUSTED_ERROR, about, dataset_of, matching, runs_of, trusted
 
 COMMAND: ContextVar[str | None] = ContextVar("command", default=None)
@@ -293,15 +293,22 @@ class Setup:
         """Return the index of the last block that has a layer."""
         return max(layer.block for layer in self.layers)
 
-    def walk(self) -> BlockWalk:
+    def walk(self, batch_size: int | None = None) -> BlockWalk:
         """Return a walk of the windows through the blocks, before the first block."""
         assert self.windows is not None
-        return walk_blocks(self.model, self.windows, self.batch_size, self.skip_first)
+        size = self.batch_size if batch_size is None else batch_size
+        return walk_blocks(self.model, self.windows, size, self.skip_first)
 
-    def evaluation_walk(self) -> BlockWalk:
-        """Return a walk of the evaluation's windows through the blocks, before the first block."""
+    def evaluation_walk(self, most: int | None = None) -> BlockWalk:
+        """Return a walk of the evaluation's windows through the blocks, before the first block.
+
+        With ``most`` it takes at most so many, evenly spaced in each text, but a batch per process.
+        """
         assert self.evaluation is not None
-        return walk_blocks(self.model, self.evaluation, self.batch_size, self.skip_first)
+        windows = self.evaluation
+        if most is not None:
+            windows = evenly_spaced(windows, max(most, ranks.count() * self.batch_size))
+        return walk_blocks(self.model, windows, self.batch_size, self.skip_first)
 
     def score(self) -> Score:
         """Score the model, with its present weights, on the evaluation.
