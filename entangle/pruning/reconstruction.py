@@ -28,7 +28,7 @@ from entangle.model.tokenwise import layers_of_tokens
 from entangle.runs.setup import Setup
 
 EPOCHS = 4
-RATE = 4e-2  # Adam's first rate, times the root mean square of a layer's kept weights
+RATE = 3e-2  # Adam's first rate, times the root mean square of a layer's kept weights
 STEP = 512  # tokens of a step: fewer if there are few windows, more if a window has more
 HELD_OUT = 16  # one of so many batches chooses the epoch and is not trained on
 
