@@ -64,13 +64,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             os.environ.setdefault("TQDM_DISABLE", "1")
             os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         if "TORCHELASTIC_RUN_ID" in os.environ:
-            _join(args.command)
+            _join(args)
         check_words(sys.argv[1:] if argv is None else argv)
         check_numbers(args)
-        contextvars.copy_context().run(COMMANDS[args.command], args)
-        ranks.leave()
-    except BrokenPipeError:  # the reader of stdout, such as head, has closed it
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        try:
+            contextvars.copy_context().run(COMMANDS[args.command], args)
+        except BrokenPipeError:  # the reader of stdout, such as head, has closed it
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         ranks.leave()
     except KeyboardInterrupt:
         return _fail(args, f"interrupted: {_state(args)}", 130)
@@ -105,18 +105,18 @@ def _message(error: Exception) -> str:
     return str(error.args[0]) if isinstance(error, KeyError) else str(error)
 
 
-def _join(command: str) -> None:
+def _join(args: argparse.Namespace) -> None:
     """Join the processes that torchrun started.
 
     Raises:
-        ValueError: the command does not run in several processes.
+        ValueError: the command does not run in several processes, or not on its device.
     """
-    if command not in PARALLEL:
+    if args.command not in PARALLEL:
         raise ValueError(
-            f"{command} cannot run under torchrun: only {', '.join(PARALLEL)} run in several "
-            f"processes. Run entangle {command} without torchrun"
+            f"{args.command} cannot run under torchrun: only {', '.join(PARALLEL)} run in several "
+            f"processes. Run entangle {args.command} without torchrun"
         )
-    ranks.join()
+    ranks.join(args.device)
 
 
 def _ignores_exit(frame: FrameType | None) -> bool:

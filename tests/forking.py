@@ -109,6 +109,19 @@ def forked(*words: str | Path, **environment: str) -> "subprocess.CompletedProce
     return subprocess.CompletedProcess(words, code, command.stdout, command.stderr)
 
 
+def start_ranks(count: int, *words: str | Path, **environment: str) -> list[Forked]:
+    """Start a command in several processes as torchrun does."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    every = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "forked"}
+    every |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+    return [
+        Forked(words, environment | every | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+        for rank in range(count)
+    ]
+
+
 def forked_ranks(
     count: int, *words: str | Path, **environment: str
 ) -> "subprocess.CompletedProcess[str]":
@@ -116,15 +129,7 @@ def forked_ranks(
 
     The exit code is that of the first that failed, or 0.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    every = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "forked"}
-    every |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
-    ranks = [
-        Forked(words, environment | every | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
-        for rank in range(count)
-    ]
+    ranks = start_ranks(count, *words, **environment)
     end, code = time.monotonic() + 180, 0
     while code == 0 and None in (codes := [rank.poll() for rank in ranks]):
         code = next((one for one in codes if one), 0)

@@ -5,7 +5,7 @@ import shutil
 import textwrap
 import warnings
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +80,10 @@ def load_model(
     CPU, layers with at least half of their weights zero are stored without zeros, which makes a few
     tokens faster; they have no gradients. On other devices it changes nothing.
 
+    On a GPU each tensor goes there when it is read. So the host holds a few tensors and never the
+    model, however many processes load one. Only a GGUF file is read on the host as a whole, by one
+    process of a machine after the other.
+
     In a folder, the sizes and headers of the weights' files are always checked. ``verify`` also
     checks the SHA-256 sum of every file of a pruned or expanded model.
 
@@ -132,27 +136,52 @@ def load_model(
             config = AutoConfig.from_pretrained(source, **options)
             plain = dequantised(config)
         kind = class_of(config, name)
-    with explained(name):
-        if spread:
+    if spread:
+        with explained(name):
             options |= _placement(kind, source, options, device_map, offload, target)
-        loaded: Any = kind.from_pretrained(
+    elif target.type != "cpu" and "gguf_file" not in options:
+        options["device_map"] = {"": target}
+    on_host = target.type != "cpu" and "device_map" not in options
+    with ranks.in_turn() if on_host else nullcontext():
+        on_device = _from_pretrained(kind, name, source, DTYPES[dtype], options, plain)
+        if "device_map" not in options:
+            on_device.to(target)  # type: ignore[arg-type]  # transformers' own annotation
+    if packed and not spread and target.type == "cpu":
+        pack_layers(on_device, find_layers(on_device))
+        on_device.requires_grad_(False)
+    return on_device
+
+
+def _from_pretrained(
+    kind: Any,
+    name: str | Path,
+    source: str,
+    dtype: Any,
+    options: Mapping[str, Any],
+    plain: Mapping[str, Any],
+) -> PreTrainedModel:
+    """Load a model by transformers, and check what it reports.
+
+    ``plain`` are the options that turn quantised weights into plain floats.
+
+    Raises:
+        ValueError: as `load_model`.
+    """
+    with explained(name):
+        model, report = kind.from_pretrained(
             source,
-            dtype=DTYPES[dtype],
+            dtype=dtype,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
             **options,
             **plain,
         )
-    model, report = loaded
     _check_report(name, report)
     _check_blocks(name, model, report["unexpected_keys"])
     if plain:
         forget_quantisation(model)
-    on_device: PreTrainedModel = (model if spread else model.to(target)).eval()
-    if packed and not spread and target.type == "cpu":
-        pack_layers(on_device, find_layers(on_device))
-        on_device.requires_grad_(False)
-    return on_device
+    loaded: PreTrainedModel = model.eval()
+    return loaded
 
 
 def _check_report(name: str | Path, report: Mapping[str, Any]) -> None:
@@ -226,7 +255,7 @@ def _load_expanded(
     wanted = DTYPES[dtype]
     wanted = wanted if isinstance(wanted, torch.dtype) else None
     packed = packed and device.type == "cpu"
-    model = load_expanded(folder, trust_remote_code, dtype=wanted, packed=packed)
+    model = load_expanded(folder, trust_remote_code, device=device, dtype=wanted, packed=packed)
     if wanted is not None:
         routers = {id(p) for m in model.modules() if isinstance(m, Router) for p in m.parameters()}
         for parameter in model.parameters():  # not the buffers, as in transformers
@@ -235,8 +264,8 @@ def _load_expanded(
         model.config.dtype = wanted
     if packed:
         model.requires_grad_(False)
-    on_device: PreTrainedModel = model.to(device).eval()  # type: ignore[arg-type]  # as above
-    return on_device
+    loaded: PreTrainedModel = model.eval()  # type: ignore[no-untyped-call]
+    return loaded
 
 
 def save_model(
@@ -339,10 +368,10 @@ def _device(name: str) -> torch.device:
         ValueError: the device is not available, or is neither a CPU nor a CUDA device.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
+        # It has the index of the GPU: transformers loads in threads, whose current GPU is the first.
+        device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         known = "auto, cpu" + "".join(f", cuda:{i}" for i in range(torch.cuda.device_count()))
         raise ValueError(f"cannot use the device {name!r}: expected one of {known}") from error
@@ -393,10 +422,13 @@ def explained(name: str | Path, part: str = "") -> Iterator[None]:
     """Turn any error of transformers into one message; ``part`` is what is loaded of the model.
 
     Raises:
+        OutOfMemoryError: the device has too little memory.
         ValueError: loading failed; the message quotes the first 300 characters of the error.
     """
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # tokenizers raises bare Exceptions
         problem = (
             "transformers failed"

@@ -258,15 +258,17 @@ def load_expanded(
     folder: Path,
     trust_remote_code: bool = False,
     *,
+    device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
     packed: bool = False,
 ) -> PreTrainedModel:
-    """Read an expanded model onto the CPU, bit for bit as it was written.
+    """Read an expanded model onto a device, bit for bit as it was written.
 
     With a ``dtype`` the experts are converted to it, but not the routers. With ``packed`` see
-    `pack_layer`.
+    `pack_layer`. On a GPU the host never holds more than one block's experts.
 
     Raises:
+        OutOfMemoryError: the device has too little memory.
         OSError: a file cannot be read.
         ValueError: files are missing or were changed, or do not belong together.
     """
@@ -290,7 +292,9 @@ def load_expanded(
         unknown = {"config.json", DENSE, *blocks} - {*expected}
         if unknown:
             raise ValueError(f"it has no SHA-256 sum of {min(unknown)}")
-        _fill(model, folder, described, dtype, packed)
+        _fill(model, folder, described, device, dtype, packed)
+    except torch.OutOfMemoryError:
+        raise
     except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         reason = textwrap.shorten(str(error), 300, placeholder=" ...")  # torch's has many lines
         raise ValueError(
@@ -302,6 +306,7 @@ def load_expanded(
         raise ValueError(
             f"{folder} is damaged: it has no weights for {empty[0]}. Make or copy the folder again"
         )
+    model.to(device)  # type: ignore[arg-type]  # the buffers too
     return model
 
 
@@ -320,6 +325,7 @@ def _fill(
     model: PreTrainedModel,
     folder: Path,
     described: dict[str, dict[str, Any]],
+    device: torch.device | str,
     dtype: torch.dtype | None,
     packed: bool,
 ) -> None:
@@ -340,9 +346,10 @@ def _fill(
             )
     for block in dict.fromkeys(about["block"] for about in described.values()):
         in_block = [layers[name] for name, about in described.items() if about["block"] == block]
-        load_experts(model, folder, in_block, described, dtype=dtype, packed=packed)
-    # Cloned for the reason in `router_from`. assign=True keeps the dtypes of the file.
-    dense = {name: tensor.clone() for name, tensor in load_tensors(folder / DENSE).items()}
+        load_experts(model, folder, in_block, described, device=device, dtype=dtype, packed=packed)
+    # Copied for the reason in `router_from`. assign=True keeps the dtypes of the file.
+    read = load_tensors(folder / DENSE)
+    dense = {name: tensor.to(device, copy=True) for name, tensor in read.items()}
     result = model.load_state_dict(dense, strict=False, assign=True)
     if result.unexpected_keys:
         raise LookupError(f"the model has no {result.unexpected_keys[0]}")

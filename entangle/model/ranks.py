@@ -8,6 +8,7 @@ import dataclasses
 import datetime
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Self, TypeVar
@@ -19,8 +20,11 @@ if TYPE_CHECKING or LAUNCHED:  # commands that only read runs must not import to
 
 Value = TypeVar("Value")
 
-# The timeout of a collective: between two of them rank 0 may write for long while the others wait.
+# How long a process waits for the others. Rank 0 may work alone for hours, when it writes windows,
+# hashes or saves a large model. A process that ends is noticed at once.
 TIMEOUT = datetime.timedelta(hours=12)
+# How long NCCL may take to send tensors when all processes have come: it may hang without an error.
+SENDING = datetime.timedelta(minutes=30)
 
 
 class StoppedError(RuntimeError):
@@ -57,23 +61,38 @@ class Shard:
         return range(self.number, count, self.of)
 
 
-def join() -> None:
-    """Join the process group of torchrun: gloo on the CPU, NCCL on GPUs.
+def join(device: str = "auto") -> None:
+    """Join the process group of torchrun: gloo for tensors on the CPU, NCCL for those on GPUs.
+
+    ``device`` is as in `load_model`. Unless it is the CPU, each process of a machine takes its own
+    GPU, if there are GPUs. NCCL connects the processes only when a tensor on a GPU is sent.
 
     Raises:
-        ValueError: this machine has GPUs, but fewer than processes.
+        RuntimeError: the processes cannot reach one another.
+        ValueError: this machine has GPUs, but fewer than processes, or several processes are to
+            share one GPU.
     """
-    backend = "gloo"
-    if torch.cuda.is_available():
-        processes, gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
+    kind, _, index = device.partition(":")
+    processes, backend = int(os.environ["LOCAL_WORLD_SIZE"]), "gloo"
+    if kind == "cuda" and index and processes > 1:
+        raise ValueError(
+            f"--device {device} is one GPU, but torchrun started {processes} processes on this "
+            "machine: leave out --device, and each process takes a GPU of its own"
+        )
+    if kind != "cpu" and torch.cuda.is_available():
+        gpus = torch.cuda.device_count()
         if processes > gpus:
             raise ValueError(
                 f"{processes} processes need as many GPUs, but this machine has {gpus}: start one "
-                "process for each GPU"
+                "process for each GPU, or use --device cpu"
             )
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        if not index:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        # A failure of NCCL becomes an error here. Otherwise a thread of torch aborts the process.
+        os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")
         backend = "cpu:gloo,cuda:nccl"
-    distributed.init_process_group(backend, timeout=TIMEOUT)
+    with _explaining("init_process_group"):
+        distributed.init_process_group(backend, timeout=TIMEOUT)
 
 
 def leave() -> None:
@@ -81,9 +100,10 @@ def leave() -> None:
 
     A rank that ends before the others may be killed.
     """
-    if count() > 1:
+    group = _group()
+    if group is not None:
         all_gather(None)
-        _group().destroy_process_group()
+        group.destroy_process_group()
 
 
 def count() -> int:
@@ -129,8 +149,7 @@ def all_reduce_max_(tensor: "torch.Tensor") -> None:
 
 
 def _reduce_(tensor: "torch.Tensor", how: str) -> None:
-    with _explaining():
-        _group().all_reduce(tensor, getattr(_group().ReduceOp, how))
+    _send("all_reduce", tensor, op=getattr(_group().ReduceOp, how))
 
 
 def all_gather(value: Value) -> list[Value]:
@@ -141,24 +160,49 @@ def all_gather(value: Value) -> list[Value]:
     if count() == 1:
         return [value]
     found: list[Any] = [None] * count()
-    with _explaining():
+    with _explaining("all_gather"):
         _group().all_gather_object(found, value)
     return found
 
 
+def _send(collective: str, tensor: "torch.Tensor", **options: Any) -> None:
+    """Run a collective on a tensor, and wait until this process has its result.
+
+    For a tensor on a GPU all processes first wait for one another through gloo, which notices at
+    once if one of them ends. NCCL would not, so it begins only when all have come.
+    """
+    send = getattr(_group(), collective)
+    if tensor.device.type == "cpu":
+        with _explaining(collective):
+            send(tensor=tensor, **options)
+    else:
+        all_gather(None)
+        with _explaining(collective, SENDING):
+            send(tensor=tensor, **options, async_op=True).wait(SENDING)
+
+
 @contextmanager
-def _explaining() -> Iterator[None]:
-    """Explain a failed collective.
+def _explaining(collective: str, limit: datetime.timedelta | None = None) -> Iterator[None]:
+    """Explain a failed collective; one that took as long as ``limit`` has timed out.
 
     Raises:
         RuntimeError: the collective failed.
     """
+    begin = time.monotonic()
     try:
         yield
     except RuntimeError as error:
+        waited = time.monotonic() - begin
+        reason = str(error).partition("\n")[0][:200]
+        where = f"after {waited:,.0f} seconds in {collective}: {reason}"
+        if waited < 0.95 * (limit or TIMEOUT).total_seconds():
+            raise RuntimeError(
+                f"another of the processes has ended or cannot be reached, so this one ends too "
+                f"({where}): read the error of the other process"
+            ) from error
         raise RuntimeError(
-            f"another of the {count()} processes has ended or cannot be reached, so this one ends "
-            f"too ({str(error).splitlines()[0][:200]}): read the error of the other process"
+            f"another of the processes did not answer in time, so this one ends too ({where}): "
+            "find out which process hangs, and run the same command again"
         ) from error
 
 
@@ -211,6 +255,20 @@ def _compare(found: list[Any]) -> None:
 
 
 @contextmanager
+def in_turn() -> Iterator[None]:
+    """Run the body on one rank of each machine after the other; all ranks wait for the last."""
+    own = int(os.environ.get("LOCAL_RANK", "0")) if count() > 1 else 0
+    turns = max(all_gather(own)) + 1
+    for _ in range(own):
+        all_gather(None)
+    try:
+        yield
+    finally:
+        for _ in range(own, turns):
+            all_gather(None)
+
+
+@contextmanager
 def raise_on_all_ranks() -> Iterator[None]:
     """Run the body on each rank; if it raises ValueError on one rank, raise it on all ranks.
 
@@ -245,15 +303,14 @@ def broadcast_(tensor: "torch.Tensor", owner: int) -> None:
     """Replace a tensor by that of the rank ``owner``, in place."""
     assert tensor.is_contiguous()  # otherwise the values would be permuted
     if count() > 1:
-        with _explaining():
-            _group().broadcast(tensor, owner)
+        _send("broadcast", tensor, src=owner)
 
 
 def from_rank(owner: int, value: Value | None) -> Value:
     """Return the value of the rank ``owner`` on all ranks. It is pickled, so it should be small."""
     found = [value]
     if count() > 1:
-        with _explaining():
+        with _explaining("broadcast"):
             _group().broadcast_object_list(found, owner)
     return found[0]  # type: ignore[return-value]
 
@@ -266,8 +323,7 @@ def gather(rows: "torch.Tensor", places: "torch.Tensor") -> "torch.Tensor":
     padded = rows.new_zeros(max(lengths), *rows.shape[1:])
     padded[: len(rows)] = rows
     parts = [padded.clone() for _ in lengths]
-    with _explaining():
-        _group().all_gather(parts, padded)
+    _send("all_gather", padded, tensor_list=parts)
     cat = sys.modules["torch"].cat
     every: torch.Tensor = cat([part[:n] for part, n in zip(parts, lengths, strict=True)])
     order = cat(all_gather(places)).argsort()

@@ -95,8 +95,8 @@ def _loaded(model: PreTrainedModel, folder: Path, whole: bool, temporary: Path) 
         ValueError: the files lack a key of the model, or the model lacks a key of the files.
     """
     if expanded_layers(model):
-        expanded: Any = load_expanded(folder, model.is_remote_code())
-        found: PreTrainedModel = expanded.to(model.device).eval()
+        expanded: Any = load_expanded(folder, model.is_remote_code(), device=model.device)
+        found: PreTrainedModel = expanded.eval()
         return found
     place: dict[str, Any] = {"device_map": {"": model.device}}
     if not whole:

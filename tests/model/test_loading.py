@@ -2,7 +2,8 @@
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,18 @@ import numpy as np
 import pytest
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
 
+from entangle.model import loading, ranks
 from entangle.model.hashing import weights_hash
 from entangle.model.loading import load_model, load_tokenizer, save_model
+from tests.forking import forked
 from tests.tiny_models import ARCHITECTURES, CONTEXT, save_tiny, tiny_model, tiny_tokenizer
 
 IDS = torch.arange(3, 27).reshape(2, 12)
@@ -508,3 +517,79 @@ def test_a_folder_with_an_adapter_is_refused(whole: bool, tmp_path: Path) -> Non
     for load in (load_model, load_tokenizer):
         with pytest.raises(ValueError, match=r"adapted .*adapter.*merge_and_unload"):
             load(folder)
+
+
+# On a GPU, for which the meta device stands: its tensors take no memory of the host.
+
+
+PEAK = """
+import sys
+from pathlib import Path
+import torch
+from entangle.model import loading
+
+def kilobytes(name):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(dict(line.split(":", 1) for line in lines)[name].removesuffix("kB"))
+
+loading._device = torch.device
+before = kilobytes("VmRSS")
+model = loading.load_model(sys.argv[1], device=sys.argv[2], dtype="bfloat16")
+assert {p.device.type for p in model.parameters()} == {sys.argv[2]}
+print((kilobytes("VmHWM") - before) * 1024 / sum(p.nbytes for p in model.parameters()))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux tells the peak")
+def test_the_host_does_not_hold_a_model_that_goes_to_a_gpu(tmp_path: Path) -> None:
+    """Converted to another dtype, since weights as they are stored may stay in the file's pages."""
+    config = LlamaConfig(
+        hidden_size=512,
+        intermediate_size=2048,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        vocab_size=64,
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    shares = {}
+    for device in ("cpu", "meta"):
+        done = forked("-c", PEAK, tmp_path, device)
+        assert done.returncode == 0, done.stderr
+        shares[device] = float(done.stdout)
+    assert shares["cpu"] > 1
+    assert shares["meta"] < 0.5  # of which most is transformers' code
+
+
+def test_a_gguf_file_is_read_by_one_process_after_the_other(
+    llama: PreTrainedModel, saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_gguf(tmp_path / "tiny.gguf", llama, "smollm")
+    turns: list[str] = []
+
+    @contextmanager
+    def in_turn() -> Iterator[None]:
+        turns.append("begins")
+        yield
+        turns.append("ends")
+
+    monkeypatch.setattr(loading, "_device", torch.device)
+    monkeypatch.setattr(ranks, "in_turn", in_turn)
+    for name, device, expected in [
+        (saved, "meta", []),
+        (tmp_path / "tiny.gguf", "cpu", []),
+        (tmp_path / "tiny.gguf", "meta", ["begins", "ends"]),
+    ]:
+        model = load_model(name, device=device)
+        assert {parameter.device.type for parameter in model.parameters()} == {device}
+        assert turns == expected
+
+
+def test_too_little_memory_of_a_gpu_is_no_bad_input(
+    saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", full)
+    with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
+        load_model(saved)

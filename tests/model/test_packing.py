@@ -169,6 +169,27 @@ def test_an_expanded_model_comes_back_bit_for_bit(name: str, tmp_path: Path) -> 
     assert all(bits(buffers[key]) == bits(value) for key, value in model.named_buffers())
 
 
+def test_an_expanded_model_goes_to_its_device_block_by_block(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The meta device stands for a GPU."""
+    save_model(expanded(), None, tmp_path)
+    load, on_host = packing.load_experts, []
+
+    def load_experts(model: PreTrainedModel, *args: Any, **options: Any) -> None:
+        on_host.append(sum(p.nbytes for p in model.parameters() if p.device.type == "cpu"))
+        load(model, *args, **options)
+
+    monkeypatch.setattr(packing, "load_experts", load_experts)
+    with pytest.raises(ValueError, match="has no weights"):  # all are on the meta device
+        packing.load_expanded(tmp_path, device="meta")
+    packing.load_expanded(tmp_path)
+    blocks = len(on_host) // 2
+    assert on_host[:blocks] == [0] * blocks
+    assert all(on_host[blocks + 1 :])  # on the CPU the first block is there before the second
+    assert blocks > 1
+
+
 def is_tied(model: Any) -> bool:
     return model.get_input_embeddings().weight is model.get_output_embeddings().weight
 
