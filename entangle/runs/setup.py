@@ -441,7 +441,7 @@ class Stopwatch:
             "seconds": round(time.perf_counter() - self.start, 3),
             **({"own_text_seconds": round(self.written, 3)} if self.written else {}),
             "peak_memory_bytes": _peak_memory(),
-            **({"peak_device_bytes": torch.cuda.max_memory_allocated()} if _has_cuda() else {}),
+            **({"peak_device_bytes": _peak_device_memory()} if _has_cuda() else {}),
             "machine": platform.platform(),
             "processor": platform.processor() or platform.machine(),
             "cores": psutil.cpu_count(),
@@ -453,6 +453,11 @@ class Stopwatch:
 
 def _has_cuda() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_initialized()
+
+
+def _peak_device_memory() -> int:
+    """Return the largest memory in use so far on any GPU of this process, in bytes."""
+    return max(map(torch.cuda.max_memory_allocated, range(torch.cuda.device_count())))
 
 
 def _peak_memory() -> int:
