@@ -37,6 +37,7 @@ from entangle.model.packing import (
 )
 from entangle.model.placing import blocks_in_files, bytes_of_block, is_offloaded
 from entangle.model.quantised import dequantised, forget_quantisation, unused_scales
+from entangle.numerics.processors import kernels_of
 from entangle.numerics.routing import Router
 from entangle.numerics.torch_settings import with_torch_defaults
 
@@ -76,9 +77,9 @@ def load_model(
     in files and come to the device one at a time; transformers writes to the folder only the blocks
     that it cannot read from the model's own files.
 
-    ``packed`` is for running a pruned or expanded model, not for measuring or pruning it. On the
-    CPU, layers with at least half of their weights zero are stored without zeros, which makes a few
-    tokens faster; they have no gradients. On other devices it changes nothing.
+    ``packed`` is for running a pruned or expanded model, not for measuring or pruning it. Layers
+    with at least half of their weights zero (on a GPU 60%) are stored without zeros, which makes a
+    few tokens faster; they have no gradients. On a GPU without Triton it changes nothing.
 
     In a folder, the sizes and headers of the weights' files are always checked. ``verify`` also
     checks the SHA-256 sum of every file of a pruned or expanded model.
@@ -148,10 +149,11 @@ def load_model(
     _check_blocks(name, model, report["unexpected_keys"])
     if plain:
         forget_quantisation(model)
-    on_device: PreTrainedModel = (model if spread else model.to(target)).eval()
-    if packed and not spread and target.type == "cpu":
-        pack_layers(on_device, find_layers(on_device))
-        on_device.requires_grad_(False)
+    model.eval()
+    if packed and not spread and kernels_of(target) != "torch":
+        pack_layers(model, find_layers(model), target)
+        model.requires_grad_(False)
+    on_device: PreTrainedModel = model if spread else model.to(target)
     return on_device
 
 
@@ -225,8 +227,8 @@ def _load_expanded(
 ) -> PreTrainedModel:
     wanted = DTYPES[dtype]
     wanted = wanted if isinstance(wanted, torch.dtype) else None
-    packed = packed and device.type == "cpu"
-    model = load_expanded(folder, trust_remote_code, dtype=wanted, packed=packed)
+    packed = packed and kernels_of(device) != "torch"
+    model = load_expanded(folder, trust_remote_code, dtype=wanted, packed=packed, device=device)
     if wanted is not None:
         routers = {id(p) for m in model.modules() if isinstance(m, Router) for p in m.parameters()}
         for parameter in model.parameters():  # not the buffers, as in transformers

@@ -27,6 +27,8 @@ from entangle.model.experts import ExpertLinear, Packed, PackedLinear, pack, unp
 from entangle.model.layers import LinearLayer, find_layers, is_plain, replace_layer, weight_of
 from entangle.model.placing import stored_buffers, stored_parameters
 from entangle.model.prunable import multiplies
+from entangle.numerics.device_weights import LEAST_ZEROS
+from entangle.numerics.processors import kernels_of
 from entangle.numerics.routing import Router, router_of
 from entangle.numerics.sparse import PACKABLE
 
@@ -166,7 +168,8 @@ def load_experts(
 ) -> None:
     """Replace layers of one block by the expanded ones that `save_experts` wrote.
 
-    With a ``dtype`` the experts are converted to it; with ``packed`` see `pack_layer`.
+    With a ``dtype`` the experts are converted to it. With ``packed``, layers are packed for the
+    device (see `pack_layer`); those that are not packed stay on the CPU.
 
     Raises:
         LookupError: a layer has no tensors in the file.
@@ -177,9 +180,9 @@ def load_experts(
     for layer in layers:
         mixture = _unpack_layer(layer.name, described[layer.name], tensors, routers)
         mixture = mixture if dtype is None else mixture.to(dtype)
-        expanded = replace_layer(model, layer, mixture.to(device))
+        expanded = replace_layer(model, layer, mixture if packed else mixture.to(device))
         if packed:
-            pack_layer(model, expanded)
+            pack_layer(model, expanded, device)
         del mixture, expanded  # frees this layer before the next is unpacked
 
 
@@ -219,18 +222,22 @@ def _pack_layer(layer: LinearLayer, owners: dict[int, str], tensors: Tensors) ->
     }
 
 
-def pack_layer(model: PreTrainedModel, layer: LinearLayer) -> None:
-    """Pack a layer if at least half of its weights are zeros; with fewer, packing gains nothing.
+def pack_layer(
+    model: PreTrainedModel, layer: LinearLayer, device: torch.device | str | None = None
+) -> None:
+    """Pack a layer for a device, by default its own, if it has so many zeros that this gains time.
 
-    Layers whose weights are quantised, float64 or on the meta device are left as they are, and so
-    are those that do more than multiply by their weight.
+    The share of zeros is `LEAST_ZEROS`. Layers whose weights are quantised, float64 or on the meta
+    device are left as they are, and so are those that do more than multiply by their weight.
     """
     if not is_plain(layer.module) or not multiplies(layer.module):
         return
     weight = weight_of(layer)
     weight = weight if weight.ndim == 3 else weight[None]
+    device = torch.device(device or weight.device)
+    least = LEAST_ZEROS.get(kernels_of(device))
     packable = weight.dtype in PACKABLE and not weight.is_meta
-    if not packable or 2 * int((weight == 0).sum()) < weight.numel():
+    if not packable or least is None or int((weight == 0).sum()) < least * weight.numel():
         return
     module = layer.module
     router, owns = None, True
@@ -238,13 +245,15 @@ def pack_layer(model: PreTrainedModel, layer: LinearLayer) -> None:
         router, owns = module.router, module.owns_router
     assert module.bias is None or isinstance(module.bias, torch.Tensor)
     packed = PackedLinear(weight, module.bias, router, owns_router=owns)
-    replace_layer(model, layer, packed.train(module.training))
+    replace_layer(model, layer, packed.train(module.training).to(device))
 
 
-def pack_layers(model: PreTrainedModel, layers: list[LinearLayer]) -> None:
+def pack_layers(
+    model: PreTrainedModel, layers: list[LinearLayer], device: torch.device | str | None = None
+) -> None:
     """Pack layers and empty the list, so that each dense weight is freed once it is packed."""
     while layers:
-        pack_layer(model, layers.pop())
+        pack_layer(model, layers.pop(), device)
 
 
 def weight_bytes(model: PreTrainedModel) -> int:
@@ -260,11 +269,12 @@ def load_expanded(
     *,
     dtype: torch.dtype | None = None,
     packed: bool = False,
+    device: torch.device | str = "cpu",
 ) -> PreTrainedModel:
     """Read an expanded model onto the CPU, bit for bit as it was written.
 
-    With a ``dtype`` the experts are converted to it, but not the routers. With ``packed`` see
-    `pack_layer`.
+    With a ``dtype`` the experts are converted to it, but not the routers. With ``packed``, layers
+    are packed for the ``device`` and moved there, one at a time (see `pack_layer`).
 
     Raises:
         OSError: a file cannot be read.
@@ -290,7 +300,7 @@ def load_expanded(
         unknown = {"config.json", DENSE, *blocks} - {*expected}
         if unknown:
             raise ValueError(f"it has no SHA-256 sum of {min(unknown)}")
-        _fill(model, folder, described, dtype, packed)
+        _fill(model, folder, described, dtype, device if packed else None)
     except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         reason = textwrap.shorten(str(error), 300, placeholder=" ...")  # torch's has many lines
         raise ValueError(
@@ -321,9 +331,9 @@ def _fill(
     folder: Path,
     described: dict[str, dict[str, Any]],
     dtype: torch.dtype | None,
-    packed: bool,
+    device: torch.device | str | None,
 ) -> None:
-    """Load the experts and the dense weights into an empty model.
+    """Load the experts and the dense weights into an empty model, packed if there is a device.
 
     Raises:
         LookupError: a layer or a tensor is not in the model, or a layer has no tensors.
@@ -340,7 +350,8 @@ def _fill(
             )
     for block in dict.fromkeys(about["block"] for about in described.values()):
         in_block = [layers[name] for name, about in described.items() if about["block"] == block]
-        load_experts(model, folder, in_block, described, dtype=dtype, packed=packed)
+        packing: dict[str, Any] = {} if device is None else {"device": device, "packed": True}
+        load_experts(model, folder, in_block, described, dtype=dtype, **packing)
     # Cloned for the reason in `router_from`. assign=True keeps the dtypes of the file.
     dense = {name: tensor.clone() for name, tensor in load_tensors(folder / DENSE).items()}
     result = model.load_state_dict(dense, strict=False, assign=True)
@@ -349,11 +360,11 @@ def _fill(
     # As in transformers: weights that are separate in the file stay so, even if the config ties them.
     model.tie_weights(missing_keys={*result.missing_keys}, recompute_mapping=False)
     del dense
-    if packed:
+    if device is not None:
         others = [layers.pop(name) for name in {*layers} - {*described}]  # they may be pruned
         for layer in others:
             layer.module.to(dtype)
-        pack_layers(model, others)
+        pack_layers(model, others, device)
 
 
 def _unpack_layer(
