@@ -163,7 +163,9 @@ class ExpertLinear(Mixture):
         device, kind, weight = inputs.device, inputs.dtype, self.weight
         if kernels_of(device) != "triton" or kind != weight.dtype or kind not in PACKABLE:
             return None
-        learns = inputs.requires_grad or any(x.requires_grad for x in self.parameters(recurse=False))
+        learns = inputs.requires_grad or any(
+            x.requires_grad for x in self.parameters(recurse=False)
+        )
         if (learns and torch.is_grad_enabled()) or torch.is_autocast_enabled(device.type):
             return None
         return DeviceDense(weight.detach().contiguous())

@@ -18,7 +18,9 @@ from entangle.numerics.sparse import Sliced, as_array
 LEAST_ZEROS: dict[Kernels, float] = {"numba": 0.5, "triton": 0.6}
 _SCRATCH = 1 << 28  # bytes of dense weights that are unpacked at a time
 
-RouterTensors = tuple[torch.Tensor, torch.Tensor]  # the matrix (inputs, experts), the bias (experts,)
+RouterTensors = tuple[
+    torch.Tensor, torch.Tensor
+]  # the matrix (inputs, experts), the bias (experts,)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -127,11 +129,12 @@ class DeviceDense:
         return sparse_triton.multiply(rows, chosen, (self.weight,), neurons, bias, router)
 
     def many(
-        self, rows: torch.Tensor, routes: Routes, bias: torch.Tensor | None
+        self, rows: torch.Tensor, routes: Routes | None, bias: torch.Tensor | None
     ) -> torch.Tensor:
         """Return the products (tokens, neurons) of rows (tokens, inputs), those of all experts at once."""
         from entangle.numerics.kernels import sparse_triton
 
+        assert routes is not None  # experts with zeros have a router
         out = rows.new_empty(len(rows), self.weight.shape[1])
         sparse_triton.multiply_groups(rows, routes.order, routes.offsets, self.weight, bias, out)
         return out

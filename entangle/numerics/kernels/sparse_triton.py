@@ -20,8 +20,9 @@ _LONGEST = 512  # entries of a row that a program reads at once
 _ROUTING = 264  # programs where each one routes first: two for each multiprocessor of an H100
 _ROUTED = 4096  # weights of the router that a program reads at once
 _ZEROS = 512  # columns that a program clears at once
-_TILES = {2: (128, 64), 4: (64, 32)}  # neurons and inputs of a tile, by the bytes of a number
-_WIDE = 256  # neurons of a tile of 128 tokens
+# The most tokens of a tile, its neurons (twice as many with 128 tokens) and its inputs, by the bytes
+# of a number: as many sums as registers hold.
+_TILES = {2: (128, 128, 64), 4: (64, 64, 32)}
 
 
 def multiply(
@@ -234,10 +235,10 @@ def multiply_groups(
     """
     some, neurons, inputs = weight.shape
     tokens = len(rows)
-    each = tokens // (len(offsets) - 1)
-    wide, deep = _TILES[weight.element_size()]
-    high = 1 << min(max(each.bit_length() - 1, 4), 7 if wide == 128 else 6)  # 16 to 128, or to 64
-    wide = _WIDE if high == 128 else wide
+    half = tokens // (2 * (len(offsets) - 1))  # of an expert's tokens: the last tile is half full
+    highest, wide, deep = _TILES[weight.element_size()]
+    high = min(max(1 << max(half.bit_length() - 1, 0), 16), highest)
+    wide = 2 * wide if high == 128 else wide
     with torch.cuda.device_of(rows):
         # Each expert may have one tile that is not full.
         _multiply_groups[(tokens // high + some, triton.cdiv(neurons, wide))](
