@@ -266,21 +266,20 @@ class PackedLinear(Mixture):
 
     def many_tokens(self, rows: torch.Tensor, routes: Routes) -> torch.Tensor:
         """Return the outputs (tokens, neurons) of rows (tokens, inputs)."""
-        spans = routes.spans
-        few = [
-            (e, first, last) for e, first, last in spans if self.sliced.is_faster(last - first, e)
-        ]
+        assert isinstance(self.sliced, Sliced)
+        sliced, spans = self.sliced, routes.spans
+        few = [(e, first, last) for e, first, last in spans if sliced.is_faster(last - first, e)]
         if len(spans) == 1 and not few:
-            return self._unpacked(rows, spans[0][0])
-        outputs = self._finished(self.sliced.products(rows, routes.order, few), rows.dtype)
+            return self._unpacked(rows, sliced.dense(spans[0][0]))
+        outputs = self._finished(sliced.products(rows, routes.order, few), rows.dtype)
         for expert, first, last in spans:
             if (expert, first, last) not in few:
                 part = routes.order[first:last]
-                outputs[part] = self._unpacked(rows[part], expert)
+                outputs[part] = self._unpacked(rows[part], sliced.dense(expert))
         return outputs
 
-    def _unpacked(self, rows: torch.Tensor, expert: int) -> torch.Tensor:
-        return functional.linear(rows, self.sliced.dense(expert).to(rows.dtype), self.bias)
+    def _unpacked(self, rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return functional.linear(rows, weight.to(rows.dtype), self.bias)
 
     def _finished(self, outputs: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         if self.bias is not None:

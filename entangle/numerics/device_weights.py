@@ -142,18 +142,21 @@ class DeviceDense:
 
 def moved(weights: Sliced | DeviceSliced, device: torch.device) -> Sliced | DeviceSliced:
     """Return packed weights as a device's kernels read them; other devices leave them as they are."""
+    sizes = weights.neurons, weights.inputs
     if kernels_of(device) == "triton":
-        if isinstance(weights, DeviceSliced):
-            tensors = weights.tensors
-        else:
-            arrays = weights.values, weights.columns, weights.starts, weights.order
-            values, *others = map(torch.from_numpy, arrays)
-            bits = weights.dtype == torch.bfloat16
-            tensors = values.view(weights.dtype) if bits else values.to(weights.packed), *others
-        found = (tensor.to(device) for tensor in tensors)
-        return DeviceSliced(*found, weights.neurons, weights.inputs)
+        tensors = weights.tensors if isinstance(weights, DeviceSliced) else _tensors(weights)
+        values, columns, starts, order = (tensor.to(device) for tensor in tensors)
+        return DeviceSliced(values, columns, starts, order, *sizes)
     if device.type == "cpu" and isinstance(weights, DeviceSliced):
         values, *others = (tensor.cpu() for tensor in weights.tensors)
-        found = as_array(values), *(tensor.numpy() for tensor in others)
-        return Sliced(*found, weights.neurons, weights.inputs, weights.dtype)
+        columns, starts, order = (tensor.numpy() for tensor in others)
+        return Sliced(as_array(values), columns, starts, order, *sizes, weights.dtype)
     return weights
+
+
+def _tensors(sliced: Sliced) -> tuple[torch.Tensor, ...]:
+    """Return the arrays of the CPU as tensors, the values in the weight's own dtype."""
+    arrays = sliced.values, sliced.columns, sliced.starts, sliced.order
+    values, *others = map(torch.from_numpy, arrays)
+    bits = sliced.dtype == torch.bfloat16
+    return values.view(sliced.dtype) if bits else values.to(sliced.packed), *others

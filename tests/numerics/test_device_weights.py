@@ -36,11 +36,11 @@ def check(
     bias: torch.Tensor | None = None,
 ) -> None:
     """See that each token has its expert's product, but for the roundings of sums and outputs."""
-    weights, rows, shift = weight.double()[chosen], rows.double(), 0.0
+    weights, rows = weight.double()[chosen], rows.double()
     size = torch.einsum("ti,tni->tn", rows.abs(), weights.abs())
+    expected = torch.einsum("ti,tni->tn", rows, weights)
     if bias is not None:
-        shift, size = bias.double(), size + bias.double().abs()
-    expected = torch.einsum("ti,tni->tn", rows, weights) + shift
+        expected, size = expected + bias.double(), size + bias.double().abs()
     bound = ((weights != 0).sum(2) + 2) * ROUNDING * size + CUT[found.dtype] * expected.abs()
     assert found.shape == expected.shape
     assert bool(((found.cpu().double() - expected).abs() <= bound + 1e-7).all())
@@ -74,12 +74,13 @@ def test_products_are_the_dense_ones(name: str, dtype: torch.dtype, gpu: torch.d
 
 
 @pytest.mark.usefixtures("small_tiles")
-@pytest.mark.parametrize("experts", [1, 3, 16, 17])
+@pytest.mark.parametrize("experts", [1, 3, 17])
 def test_one_token_is_routed_and_multiplied_at_once(experts: int, gpu: torch.device) -> None:
     weight, bias = sparse(experts, 27, 50, density=0.5), noise(27, seed=4)
     router = noise(50, experts, seed=1), noise(experts, seed=2)
     on_card = router[0].to(gpu), router[1].to(gpu)
-    for seed, weights in enumerate((on(gpu, weight), DeviceDense(weight.to(gpu)))):
+    twins: list[DeviceSliced | DeviceDense] = [on(gpu, weight), DeviceDense(weight.to(gpu))]
+    for seed, weights in enumerate(twins):
         row, chosen = noise(1, 50, seed=seed), torch.full((1,), -1, device=gpu)
         found = weights.few(row.to(gpu), chosen, bias.to(gpu), on_card)
         expected = (row.double() @ router[0].double() + router[1].double()).argmax(dim=1)
@@ -99,7 +100,7 @@ def test_of_equal_scores_the_first_expert_is_chosen_and_always_one_that_exists(
 
 
 @pytest.mark.usefixtures("small_tiles")
-@pytest.mark.parametrize("counts", [(19, 0, 30), (0, 0, 33), (1, 1, 0), (0, 0, 0)])
+@pytest.mark.parametrize("counts", [(17, 0, 19), (0, 0, 18), (1, 1, 0), (0, 0, 0)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_experts_have_as_many_tokens_as_they_get(
     counts: tuple[int, ...], dtype: torch.dtype, gpu: torch.device, monkeypatch: pytest.MonkeyPatch

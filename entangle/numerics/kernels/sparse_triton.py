@@ -238,6 +238,8 @@ def multiply_groups(
     half = tokens // (2 * (len(offsets) - 1))  # of an expert's tokens: the last tile is half full
     highest, wide, deep = _TILES[weight.element_size()]
     high = min(max(1 << max(half.bit_length() - 1, 0), 16), highest)
+    if inputs % 16:  # then each number is loaded by itself, with its address in registers
+        high, deep = min(high, 32), 16
     wide = 2 * wide if high == 128 else wide
     with torch.cuda.device_of(rows):
         # Each expert may have one tile that is not full.
