@@ -214,7 +214,7 @@ def writer(model: PreTrainedModel, steps: int, record: Callable[[Deed], Deed]) -
     go = record(step)
 
     def write() -> torch.Tensor:
-        cache.reset()
+        cache.reset()  # type: ignore[no-untyped-call]
         token.fill_(1)
         place.zero_()
         tokens = []

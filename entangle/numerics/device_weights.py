@@ -148,9 +148,9 @@ def moved(weights: Sliced | DeviceSliced, device: torch.device) -> Sliced | Devi
         values, columns, starts, order = (tensor.to(device) for tensor in tensors)
         return DeviceSliced(values, columns, starts, order, *sizes)
     if device.type == "cpu" and isinstance(weights, DeviceSliced):
-        values, *others = (tensor.cpu() for tensor in weights.tensors)
-        columns, starts, order = (tensor.numpy() for tensor in others)
-        return Sliced(as_array(values), columns, starts, order, *sizes, weights.dtype)
+        numbers, *others = (tensor.cpu() for tensor in weights.tensors)
+        first, second, third = (tensor.numpy() for tensor in others)
+        return Sliced(as_array(numbers), first, second, third, *sizes, weights.dtype)
     return weights
 
 
