@@ -27,7 +27,7 @@ from entangle.model.layers import LinearLayer, find_layers, replace_layer, weigh
 from entangle.model.packing import weight_bytes
 from entangle.model.sampling import sample_inputs, walk_blocks
 from entangle.numerics.routing import Router, fit_router
-from entangle.numerics.sparse import slice_rows
+from entangle.numerics.sparse import Sliced, slice_rows
 from entangle.pruning.calibration import SAMPLE
 
 DATA = Path(__file__).parents[1] / "data"
@@ -143,6 +143,7 @@ def packed_layer(
     packed = PackedLinear(sparse(weight_of(layer), sparsity)[None], None, routers.get(layer.name))
     if packed.router is not None:
         one, count = packed.sliced, packed.router.experts
+        assert isinstance(one, Sliced)
         steps = np.arange(count)[:, None] * one.starts[0, -1]
         packed.sliced = dataclasses.replace(
             one,

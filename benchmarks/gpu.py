@@ -7,7 +7,6 @@ command then ends with 1. The sizes are arguments of each part, so that
 """
 
 import copy
-import dataclasses
 import gc
 import importlib.util
 import sys
@@ -15,15 +14,16 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 if __name__ == "__main__":  # run as a file: Python looks for modules in its folder, not in the root
     sys.path[0] = str(Path(__file__).parents[1])
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 import entangle
+from benchmarks.gpu_experts import mixture_prompt, mixture_token, packed_token, writing
+from benchmarks.gpu_results import Result, Shape, built, compared
 from benchmarks.prune import Cases, problem, published
 from benchmarks.timing import forward, machine, side_by_side
 from entangle.model.hashing import weights_hash
@@ -36,7 +36,6 @@ from entangle.numerics.moments import InputMoments, output_energy
 from entangle.numerics.routing import fit_router
 from entangle.numerics.sparsity import Sparsity
 
-Shape = dict[str, Any]  # of a Llama, by the names of its configuration
 SEVEN: Shape = {
     "vocab_size": 32_000,
     "hidden_size": 4096,
@@ -63,29 +62,6 @@ ROUNDS = 3  # of the parts that take long; the others have the usual number
 COMPARED = 512  # rows of each layer that the CPU counts too
 MOVED = 1e-3  # largest share of the mask's places that may differ from the CPU's
 CLOSE = 1e-4  # largest relative difference of the layer's error from the CPU's
-
-
-@dataclasses.dataclass(frozen=True)
-class Result:
-    """A row of the table; with a goal above the least value, larger is better."""
-
-    what: str
-    measured: float
-    goal: float
-    least: float
-    details: str
-
-    @property
-    def verdict(self) -> str:
-        """Return whether the goal, or at least the least value, is reached."""
-        sign = 1 if self.goal > self.least else -1
-        if sign * self.measured >= sign * self.goal:
-            return "reached"
-        return "acceptable" if sign * self.measured >= sign * self.least else "missed"
-
-    def __str__(self) -> str:
-        numbers = f"{self.measured:.3g} | {self.goal:g} | {self.least:g}"
-        return f"| {self.what} | {numbers} | {self.verdict} | {self.details} |"
 
 
 Part = Callable[[], list[Result]]
@@ -139,6 +115,10 @@ def parts(device: torch.device) -> list[Part]:
         partial(sparsifying, block, 32, 2048, 1, device, 1.5, 3),
         partial(sparsifying, block, 32, 2048, EXPERTS, device, 10, 20),
         partial(hashing, SEVEN, device),
+        partial(packed_token, MATRICES, device),
+        partial(mixture_token, *MATRICES[1], EXPERTS, device),
+        partial(mixture_prompt, *MATRICES[1], EXPERTS, 4096, device),
+        partial(writing, SMOLLM2, EXPERTS, 64, device),
     ]
 
 
@@ -149,17 +129,6 @@ def card() -> str:
     triton = importlib.import_module("triton").__version__ if found else "is not installed"
     software = f"ROCm {torch.version.hip}" if torch.version.hip else f"CUDA {torch.version.cuda}"
     return f"{torch.cuda.get_device_name()}, {memory:.0f} GB, {software}, Triton {triton}"
-
-
-def built(shape: Shape, device: torch.device) -> PreTrainedModel:
-    """Return a Llama of this shape with random bfloat16 weights, made on the device."""
-    torch.manual_seed(0)
-    with torch.device(device):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-            LlamaConfig(**shape), dtype=torch.bfloat16
-        )
-    model.eval()  # type: ignore[no-untyped-call]
-    return model
 
 
 def random_tokens(model: PreTrainedModel, windows: int, length: int) -> torch.Tensor:
@@ -189,7 +158,7 @@ def recording(
         )
     title = f"recording all layers, {name}, {windows} windows of {length}, times a plain forward"
     times = seconds["recorded"] / seconds["plain"]
-    return [Result(title, times, goal, least, _compared(seconds))]
+    return [Result(title, times, goal, least, compared(seconds))]
 
 
 def check_recording(model: PreTrainedModel, tokens: torch.Tensor) -> None:
@@ -239,7 +208,7 @@ def pruning(shapes: Sequence[tuple[int, int]], device: torch.device) -> list[Res
         }
         seconds = side_by_side(cases, ROUNDS)
         theirs, ours = theirs + seconds["published"], ours + seconds["ours"]
-        details.append(f"{neurons} x {inputs}: {_compared(seconds)}")
+        details.append(f"{neurons} x {inputs}: {compared(seconds)}")
         check_pruned(prune(weight, moments, SPARSITY).weight, weight, moments)
     title = "SparseGPT at 50%, sum over matrices, times faster than published"
     return [Result(title, theirs / ours, 25, 15, "; ".join(details))]
@@ -259,11 +228,7 @@ def expert_pruning(neurons: int, inputs: int, experts: int, device: torch.device
     check_pruned(prune(weight, moments, SPARSITY).weight[-1], weight, each[-1])
     title = f"{experts} experts of {neurons} x {inputs}, times faster than {experts} x published"
     times = seconds["published"] / seconds["ours"]
-    return [Result(title, times, 50, 30, _compared(seconds))]
-
-
-def _compared(seconds: dict[str, float]) -> str:
-    return ", ".join(f"{case} {1e3 * value:.3g} ms" for case, value in seconds.items())
+    return [Result(title, times, 50, 30, compared(seconds))]
 
 
 def check_pruned(pruned: torch.Tensor, weight: torch.Tensor, moments: InputMoments) -> None:

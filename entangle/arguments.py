@@ -42,8 +42,8 @@ PLOTS = {  # kinds of pictures, and what each shows
 TEXT = "a file, a folder of *.txt, or hub:NAME[/CONFIG][:SPLIT][#COLUMN]"
 TEXTS = f"""text: {TEXT}, or self: for what the model writes itself; several are mixed by equal
 shares"""
-UNPACKED = """keep the zeros of sparse layers in memory [on the CPU, layers with at least half of their
-weights zero are packed: they need less memory and generate faster]"""
+UNPACKED = """keep the zeros of sparse layers in memory [layers with at least half of their weights zero,
+on a GPU 60%%, are packed: they need less memory and generate faster]"""
 SPREAD = """spread the model over all devices and main memory, by accelerate [the model is on one
 device]"""
 OFFLOAD = """leave the model's blocks in files and load one block at a time; FOLDER receives weights that

@@ -3,6 +3,7 @@
 import gc
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -40,6 +41,36 @@ def device(request: pytest.FixtureRequest) -> torch.device:
     if request.param == "cuda" and not torch.cuda.is_available():
         pytest.skip("needs a GPU")
     return torch.device(request.param)
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    """A GPU; without one the CPU, on which layers run the GPU's kernels by Triton's interpreter."""
+    pytest.importorskip("triton")
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    for module in ("numerics.device_weights", "model.experts", "model.packing", "model.loading"):
+        monkeypatch.setattr(f"entangle.{module}.kernels_of", lambda _: "triton")
+    _multiply_bfloat16(monkeypatch)
+    return torch.device("cpu")
+
+
+def _multiply_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the interpreter multiply matrices of bfloat16: it takes their bits for whole numbers."""
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    def float32(tensor: Any) -> Any:
+        if tensor.dtype != tl.bfloat16:
+            return tensor
+        return TensorHandle((tensor.data.astype("u4") << 16).view("f4"), tl.float32)
+
+    dot = InterpreterBuilder.create_dot
+    monkeypatch.setattr(
+        InterpreterBuilder,
+        "create_dot",
+        lambda self, a, b, *others: dot(self, float32(a), float32(b), *others),
+    )
 
 
 @pytest.fixture(autouse=True)

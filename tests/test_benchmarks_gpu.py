@@ -4,6 +4,7 @@ import math
 import runpy
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +13,18 @@ import torch
 
 pytest.importorskip("triton")
 
-from benchmarks import gpu
+from benchmarks import gpu, gpu_experts, timing
+from benchmarks.gpu_results import Result, Shape, built
 from benchmarks.prune import problem
 from entangle.numerics import histograms
+from entangle.numerics.device_weights import DeviceSliced
 from entangle.numerics.histograms import Histograms
 from entangle.numerics.kernels import histograms_triton
 from entangle.numerics.masks import prune
 from entangle.numerics.moments import InputMoments
 from tests.numerics.test_masks_triton import DEVICE, by_triton
 
-TINY: gpu.Shape = {
+TINY: Shape = {
     "vocab_size": 64,
     "hidden_size": 8,
     "intermediate_size": 12,
@@ -38,6 +41,45 @@ PARTS: dict[str, gpu.Part] = {
     "mixture": lambda: gpu.sparsifying(TINY, 4, 32, 2, DEVICE, 1, 2),
     "hashing": lambda: gpu.hashing(TINY, DEVICE),
 }
+
+
+EXPERTS: dict[str, gpu.Part] = {
+    "one token, packed": lambda: gpu_experts.packed_token([(24, 40), (9, 24)], DEVICE),
+    "one token, experts": lambda: gpu_experts.mixture_token(12, 40, 3, DEVICE),
+    "a prompt, experts": lambda: gpu_experts.mixture_prompt(12, 40, 3, 30, DEVICE),
+    "writing": lambda: gpu_experts.writing(TINY, 3, 3, DEVICE),
+}
+
+
+@pytest.fixture
+def few_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_experts, "BEYOND_CACHE", 0)
+    monkeypatch.setattr(gpu_experts, "side_by_side", partial(timing.side_by_side, rounds=1))
+
+
+@pytest.mark.usefixtures("gpu", "few_turns")
+@pytest.mark.parametrize("name", EXPERTS)
+def test_each_part_with_experts_gives_its_rows(name: str) -> None:
+    rows = EXPERTS[name]()
+    assert len(rows) == (3 if name == "one token, packed" else 1)
+    assert all(0 < row.measured < math.inf and str(row).count("|") == 7 for row in rows)
+
+
+@pytest.mark.usefixtures("gpu", "few_turns")
+@pytest.mark.parametrize("name", [*EXPERTS][:3])
+def test_a_wrong_product_is_noticed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for method in ("few", "many"):
+        right = getattr(DeviceSliced, method)
+        monkeypatch.setattr(DeviceSliced, method, lambda *args, right=right: 1.05 * right(*args))
+    with pytest.raises(AssertionError, match=r"outputs differ by 0\.0\d"):
+        EXPERTS[name]()
+
+
+@pytest.mark.usefixtures("gpu", "few_turns")
+def test_tokens_that_a_graph_changes_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_experts, "recorded", lambda step: lambda: None)
+    with pytest.raises(AssertionError, match="tokens differ without a CUDA graph"):
+        EXPERTS["writing"]()
 
 
 @pytest.fixture
@@ -70,7 +112,7 @@ def test_each_part_gives_its_rows(name: str, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_the_kernel_counts_the_rows_of_all_layers(counted: list[Histograms]) -> None:
-    model = gpu.built(TINY, DEVICE)
+    model = built(TINY, DEVICE)
     gpu.check_recording(model, gpu.random_tokens(model, 2, 32).to(DEVICE))
     assert len(counted) == 7
     assert all((state.count == 64).all() for state in counted)
@@ -179,14 +221,14 @@ def test_each_pruning_is_checked(part: str, monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_row_says_whether_its_goal_is_reached(
     measured: float, goal: float, least: float, verdict: str
 ) -> None:
-    assert gpu.Result("what", measured, goal, least, "").verdict == verdict
+    assert Result("what", measured, goal, least, "").verdict == verdict
 
 
 def test_a_part_that_differs_does_not_end_the_others(capsys: pytest.CaptureFixture[str]) -> None:
-    def differs() -> list[gpu.Result]:
+    def differs() -> list[Result]:
         raise AssertionError("3 counts differ")
 
-    fine = gpu.Result("hash", 1, 2, 2, "")
+    fine = Result("hash", 1, 2, 2, "")
     assert gpu.table([lambda: [fine]])
     assert not gpu.table([differs, lambda: [fine]])
     assert capsys.readouterr().out.splitlines()[-2:] == [

@@ -22,6 +22,7 @@ ROOMS = {
         "kernels.masks_cpu",
         "kernels.masks_triton",
         "kernels.sparse_cpu",
+        "kernels.sparse_triton",
         "threads",
         "torch_settings",
         "processors",
@@ -38,6 +39,7 @@ ROOMS = {
         "clustering",
         "routing",
         "sparse",
+        "device_weights",
     ),
     "model": (
         "folders",

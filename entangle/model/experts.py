@@ -14,15 +14,18 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from entangle.numerics.device_weights import DeviceDense, DeviceSliced, moved
+from entangle.numerics.processors import kernels_of
 from entangle.numerics.routing import CentroidRouter, Router, Routes
-from entangle.numerics.sparse import slice_rows
+from entangle.numerics.sparse import PACKABLE, Sliced, slice_rows
 
 
 class Mixture(nn.Module):
     """A linear layer whose router gives each token the weights of one expert.
 
     Layers that receive the same inputs share a router. The one that owns it routes the inputs, and
-    the others use its routes.
+    the others use its routes. On a GPU with Triton nothing is copied to the host, so a CUDA graph
+    can record the layers.
     """
 
     in_features: int
@@ -37,6 +40,10 @@ class Mixture(nn.Module):
 
     def many_tokens(self, rows: torch.Tensor, routes: Routes) -> torch.Tensor:
         """Return the outputs (tokens, neurons) of rows (tokens, inputs), for any number but one."""
+        raise NotImplementedError
+
+    def on_device(self, inputs: torch.Tensor) -> DeviceSliced | DeviceDense | None:
+        """Return the weights of a GPU whose kernels take these inputs, or None."""
         raise NotImplementedError
 
     def extra_repr(self) -> str:
@@ -56,22 +63,55 @@ class Mixture(nn.Module):
         width, router = inputs.shape[-1], self.router
         if width != self.in_features:  # the kernels do not check it
             raise ValueError(f"expected {self.in_features} inputs, got {width}")
+        weights = self.on_device(inputs)
+        if weights is not None:
+            return self._products(weights, inputs)
         if inputs.numel() == width:
             return self.one_token(inputs)
         rows = inputs.reshape(-1, width)
         shape = (*inputs.shape[:-1], self.out_features)
         if router is None:
-            tokens = torch.arange(len(rows), device=rows.device)
-            return self.many_tokens(rows, Routes(tokens, [len(rows)])).view(shape)
-        routes: Routes | None = self._kept(inputs)
+            chosen = torch.zeros(len(rows), dtype=torch.int64, device=rows.device)
+            return self.many_tokens(rows, Routes(chosen, 1)).view(shape)
+        return self.many_tokens(rows, self._routes(inputs, router)).view(shape)
+
+    def _products(self, weights: DeviceSliced | DeviceDense, inputs: torch.Tensor) -> torch.Tensor:
+        """Return the outputs (..., neurons) without a copy to the host; they have no gradient."""
+        rows = inputs.detach().reshape(-1, self.in_features).contiguous()
+        router, bias = self.router, None if self.bias is None else self.bias.detach()
+        routes: Routes | None = self._kept(inputs, Routes)
+        parameters = None
+        if routes is None and len(rows) == 1 and isinstance(router, CentroidRouter):
+            # The kernel of the product also fills in the expert.
+            routes = Routes(torch.empty(1, dtype=torch.int64, device=rows.device), router.experts)
+            parameters = router.matrix.detach().contiguous(), router.bias.detach()
+            self._keep(inputs, routes)
+        elif router is not None:
+            routes = self._routes(inputs, router)
+        if weights.is_faster(len(rows)):
+            chosen = None if routes is None else routes.chosen
+            outputs = weights.few(rows, chosen, bias, parameters)
+        else:
+            outputs = weights.many(rows, routes, bias)
+        return outputs.view(*inputs.shape[:-1], self.out_features)
+
+    def _routes(self, inputs: torch.Tensor, router: Router) -> Routes:
+        """Return the routes that the owner of the router has kept for the same inputs, or new ones."""
+        routes: Routes | None = self._kept(inputs, Routes)
         if routes is None:
             routes = router(inputs)
             self._keep(inputs, routes)
-        return self.many_tokens(rows, routes).view(shape)
+        return routes
 
-    def _kept(self, inputs: torch.Tensor) -> Any:
-        """Return what the owner of the router has kept for the same inputs, or None."""
-        return None if self.owns_router or self.router is None else self.router.kept(inputs)
+    def _kept(self, inputs: torch.Tensor, kind: type) -> Any:
+        """Return what the owner of the router has kept for the same inputs, or None.
+
+        The kind is int for one token's expert on the host, else Routes.
+        """
+        if self.owns_router or self.router is None:
+            return None
+        found = self.router.kept(inputs)
+        return found if isinstance(found, kind) else None
 
     def _keep(self, inputs: torch.Tensor, found: Routes | int) -> None:
         if self.owns_router and self.router is not None:
@@ -118,9 +158,21 @@ class ExpertLinear(Mixture):
         self.router, self.owns_router = router, owns_router
         self.counts = [int(count) for count in counts]
 
+    def on_device(self, inputs: torch.Tensor) -> DeviceDense | None:
+        """Return the weights if Triton's kernels take these inputs; they have no gradient."""
+        device, kind, weight = inputs.device, inputs.dtype, self.weight
+        if kernels_of(device) != "triton" or kind != weight.dtype or kind not in PACKABLE:
+            return None
+        learns = inputs.requires_grad or any(
+            x.requires_grad for x in self.parameters(recurse=False)
+        )
+        if (learns and torch.is_grad_enabled()) or torch.is_autocast_enabled(device.type):
+            return None
+        return DeviceDense(weight.detach().contiguous())
+
     def one_token(self, inputs: torch.Tensor) -> torch.Tensor:
         """Return the outputs (..., neurons) of the inputs (..., inputs) of a single token."""
-        expert: int | None = self._kept(inputs)
+        expert: int | None = self._kept(inputs, int)
         if expert is None:
             expert = self.router.one(inputs)
             self._keep(inputs, expert)
@@ -145,11 +197,13 @@ class ExpertLinear(Mixture):
 
 
 class PackedLinear(Mixture):
-    """A mixture, or one pruned layer, stored without zeros, to run on the CPU only.
+    """A mixture, or one pruned layer, stored without zeros, to run only.
 
     A few tokens are multiplied by the packed weights. For more tokens, an expert is unpacked if that
     is faster.
     """
+
+    sliced: Sliced | DeviceSliced
 
     def __init__(
         self,
@@ -166,16 +220,25 @@ class PackedLinear(Mixture):
         """
         super().__init__()
         _, self.out_features, self.in_features = weight.shape
-        self.sliced = slice_rows(weight)
+        self.sliced = moved(slice_rows(weight), weight.device)
         self.bias = None if bias is None else _constant(bias)
         self.router, self.owns_router = router, owns_router
 
     @property
     def weight(self) -> torch.Tensor:
         """The weight with its zeros, unpacked at each access, for models that read it directly."""
-        if self.router is None:
-            return self.sliced.dense(0)
-        return torch.stack([self.sliced.dense(expert) for expert in range(self.router.experts)])
+        sliced, experts = self.sliced, 1 if self.router is None else self.router.experts
+        if isinstance(sliced, DeviceSliced):
+            weight = sliced.dense(0, experts)
+        else:
+            weight = torch.stack([sliced.dense(expert) for expert in range(experts)])
+        return weight[0] if self.router is None else weight
+
+    def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
+        """Move the packed weights as modules move their parameters; their dtype stays."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.sliced = moved(self.sliced, fn(torch.empty(0)).device)
+        return self
 
     def _save_to_state_dict(self, *_: object) -> None:
         raise ValueError(
@@ -183,9 +246,14 @@ class PackedLinear(Mixture):
             "packed=False to save it or to read its state_dict"
         )
 
+    def on_device(self, inputs: torch.Tensor) -> DeviceSliced | None:
+        """Return the packed weights if they are on a GPU."""
+        return self.sliced if isinstance(self.sliced, DeviceSliced) else None
+
     def one_token(self, inputs: torch.Tensor) -> torch.Tensor:
         """Return the outputs (..., neurons) of the inputs (..., inputs) of a single token."""
-        router, expert = self.router, self._kept(inputs)
+        assert isinstance(self.sliced, Sliced)
+        router, expert = self.router, self._kept(inputs, int)
         if router is None:
             expert = 0
         elif expert is None and not isinstance(router, CentroidRouter):
@@ -198,21 +266,20 @@ class PackedLinear(Mixture):
 
     def many_tokens(self, rows: torch.Tensor, routes: Routes) -> torch.Tensor:
         """Return the outputs (tokens, neurons) of rows (tokens, inputs)."""
-        spans = routes.spans
-        few = [
-            (e, first, last) for e, first, last in spans if self.sliced.is_faster(last - first, e)
-        ]
+        assert isinstance(self.sliced, Sliced)
+        sliced, spans = self.sliced, routes.spans
+        few = [(e, first, last) for e, first, last in spans if sliced.is_faster(last - first, e)]
         if len(spans) == 1 and not few:
-            return self._unpacked(rows, spans[0][0])
-        outputs = self._finished(self.sliced.products(rows, routes.order, few), rows.dtype)
+            return self._unpacked(rows, sliced.dense(spans[0][0]))
+        outputs = self._finished(sliced.products(rows, routes.order, few), rows.dtype)
         for expert, first, last in spans:
             if (expert, first, last) not in few:
                 part = routes.order[first:last]
-                outputs[part] = self._unpacked(rows[part], expert)
+                outputs[part] = self._unpacked(rows[part], sliced.dense(expert))
         return outputs
 
-    def _unpacked(self, rows: torch.Tensor, expert: int) -> torch.Tensor:
-        return functional.linear(rows, self.sliced.dense(expert).to(rows.dtype), self.bias)
+    def _unpacked(self, rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return functional.linear(rows, weight.to(rows.dtype), self.bias)
 
     def _finished(self, outputs: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         if self.bias is not None:

@@ -8,11 +8,12 @@ from contextlib import contextmanager
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
-from entangle.model.experts import PackedLinear
+from entangle.model.experts import Mixture, PackedLinear
 from entangle.model.limits import context_of
 from entangle.model.packing import weight_bytes
 from entangle.model.placing import input_device
 from entangle.model.text import start_tokens
+from entangle.numerics.sparse import Sliced
 from entangle.numerics.torch_settings import with_torch_defaults
 
 
@@ -62,13 +63,17 @@ def default_settings(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _compile(model: PreTrainedModel, ids: torch.Tensor) -> None:
-    """Compile all kernels of packed layers, so that the timing does not include it."""
-    packed = [module.sliced for module in model.modules() if isinstance(module, PackedLinear)]
-    for sliced in {one.dtype: one for one in packed}.values():
+    """Compile all kernels of packed layers and experts, so that the timing does not include it."""
+    mixtures = [module for module in model.modules() if isinstance(module, Mixture)]
+    packed = [module.sliced for module in mixtures if isinstance(module, PackedLinear)]
+    for sliced in {one.dtype: one for one in packed if isinstance(one, Sliced)}.values():
         sliced.dense(0)
         sliced.product(torch.zeros(2, sliced.inputs), 0)
-    if packed:
+    on_device = bool(mixtures) and ids.device.type != "cpu"
+    if packed or on_device:
         model(input_ids=ids[:, :1])  # compiles layers with and without a router
+    if on_device:
+        model(input_ids=ids)
 
 
 @with_torch_defaults

@@ -37,6 +37,7 @@ from entangle.model.packing import (
 )
 from entangle.model.placing import blocks_in_files, bytes_of_block, is_offloaded
 from entangle.model.quantised import dequantised, forget_quantisation, unused_scales
+from entangle.numerics.processors import kernels_of
 from entangle.numerics.routing import Router
 from entangle.numerics.torch_settings import with_torch_defaults
 
@@ -76,9 +77,9 @@ def load_model(
     in files and come to the device one at a time; transformers writes to the folder only the blocks
     that it cannot read from the model's own files.
 
-    ``packed`` is for running a pruned or expanded model, not for measuring or pruning it. On the
-    CPU, layers with at least half of their weights zero are stored without zeros, which makes a few
-    tokens faster; they have no gradients. On other devices it changes nothing.
+    ``packed`` is for running a pruned or expanded model, not for measuring or pruning it. Layers
+    with at least half of their weights zero (on a GPU 60%) are stored without zeros, which makes a
+    few tokens faster; they have no gradients. On a GPU without Triton it changes nothing.
 
     On a GPU each tensor goes there when it is read. So the host holds a few tensors and never the
     model, however many processes load one. Only a GGUF file is read on the host as a whole, by one
@@ -146,8 +147,8 @@ def load_model(
         on_device = _from_pretrained(kind, name, source, DTYPES[dtype], options, plain)
         if "device_map" not in options:
             on_device.to(target)  # type: ignore[arg-type]  # transformers' own annotation
-    if packed and not spread and target.type == "cpu":
-        pack_layers(on_device, find_layers(on_device))
+    if packed and not spread and kernels_of(target) != "torch":
+        pack_layers(on_device, find_layers(on_device), target)
         on_device.requires_grad_(False)
     return on_device
 
@@ -254,7 +255,7 @@ def _load_expanded(
 ) -> PreTrainedModel:
     wanted = DTYPES[dtype]
     wanted = wanted if isinstance(wanted, torch.dtype) else None
-    packed = packed and device.type == "cpu"
+    packed = packed and kernels_of(device) != "torch"
     model = load_expanded(folder, trust_remote_code, device=device, dtype=wanted, packed=packed)
     if wanted is not None:
         routers = {id(p) for m in model.modules() if isinstance(m, Router) for p in m.parameters()}

@@ -27,6 +27,8 @@ from entangle.model.experts import ExpertLinear, Packed, PackedLinear, pack, unp
 from entangle.model.layers import LinearLayer, find_layers, is_plain, replace_layer, weight_of
 from entangle.model.placing import stored_buffers, stored_parameters
 from entangle.model.prunable import multiplies
+from entangle.numerics.device_weights import LEAST_ZEROS
+from entangle.numerics.processors import kernels_of
 from entangle.numerics.routing import Router, router_of
 from entangle.numerics.sparse import PACKABLE
 
@@ -166,7 +168,8 @@ def load_experts(
 ) -> None:
     """Replace layers of one block by the expanded ones that `save_experts` wrote.
 
-    With a ``dtype`` the experts are converted to it; with ``packed`` see `pack_layer`.
+    With a ``dtype`` the experts are converted to it. With ``packed``, layers are packed for the
+    device (see `pack_layer`); those that are not packed stay on the CPU.
 
     Raises:
         LookupError: a layer has no tensors in the file.
@@ -177,9 +180,9 @@ def load_experts(
     for layer in layers:
         mixture = _unpack_layer(layer.name, described[layer.name], tensors, routers)
         mixture = mixture if dtype is None else mixture.to(dtype)
-        expanded = replace_layer(model, layer, mixture.to(device))
+        expanded = replace_layer(model, layer, mixture if packed else mixture.to(device))
         if packed:
-            pack_layer(model, expanded)
+            pack_layer(model, expanded, device)
         del mixture, expanded  # frees this layer before the next is unpacked
 
 
@@ -219,18 +222,22 @@ def _pack_layer(layer: LinearLayer, owners: dict[int, str], tensors: Tensors) ->
     }
 
 
-def pack_layer(model: PreTrainedModel, layer: LinearLayer) -> None:
-    """Pack a layer if at least half of its weights are zeros; with fewer, packing gains nothing.
+def pack_layer(
+    model: PreTrainedModel, layer: LinearLayer, device: torch.device | str | None = None
+) -> None:
+    """Pack a layer for a device, by default its own, if it has so many zeros that this gains time.
 
-    Layers whose weights are quantised, float64 or on the meta device are left as they are, and so
-    are those that do more than multiply by their weight.
+    The share of zeros is `LEAST_ZEROS`. Layers whose weights are quantised, float64 or on the meta
+    device are left as they are, and so are those that do more than multiply by their weight.
     """
     if not is_plain(layer.module) or not multiplies(layer.module):
         return
     weight = weight_of(layer)
     weight = weight if weight.ndim == 3 else weight[None]
+    device = torch.device(device or weight.device)
+    least = LEAST_ZEROS.get(kernels_of(device))
     packable = weight.dtype in PACKABLE and not weight.is_meta
-    if not packable or 2 * int((weight == 0).sum()) < weight.numel():
+    if not packable or least is None or int((weight == 0).sum()) < least * weight.numel():
         return
     module = layer.module
     router, owns = None, True
@@ -238,13 +245,15 @@ def pack_layer(model: PreTrainedModel, layer: LinearLayer) -> None:
         router, owns = module.router, module.owns_router
     assert module.bias is None or isinstance(module.bias, torch.Tensor)
     packed = PackedLinear(weight, module.bias, router, owns_router=owns)
-    replace_layer(model, layer, packed.train(module.training))
+    replace_layer(model, layer, packed.train(module.training).to(device))
 
 
-def pack_layers(model: PreTrainedModel, layers: list[LinearLayer]) -> None:
+def pack_layers(
+    model: PreTrainedModel, layers: list[LinearLayer], device: torch.device | str | None = None
+) -> None:
     """Pack layers and empty the list, so that each dense weight is freed once it is packed."""
     while layers:
-        pack_layer(model, layers.pop())
+        pack_layer(model, layers.pop(), device)
 
 
 def weight_bytes(model: PreTrainedModel) -> int:
@@ -264,8 +273,9 @@ def load_expanded(
 ) -> PreTrainedModel:
     """Read an expanded model onto a device, bit for bit as it was written.
 
-    With a ``dtype`` the experts are converted to it, but not the routers. With ``packed`` see
-    `pack_layer`. On a GPU the host never holds more than one block's experts.
+    With a ``dtype`` the experts are converted to it, but not the routers. With ``packed``, layers
+    are packed for the device, one at a time (see `pack_layer`). On a GPU the host never holds more
+    than one block's experts.
 
     Raises:
         OutOfMemoryError: the device has too little memory.
@@ -360,7 +370,7 @@ def _fill(
         others = [layers.pop(name) for name in {*layers} - {*described}]  # they may be pruned
         for layer in others:
             layer.module.to(dtype)
-        pack_layers(model, others)
+        pack_layers(model, others, device)
 
 
 def _unpack_layer(

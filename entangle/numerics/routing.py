@@ -6,6 +6,7 @@ largest z·c - ‖c‖²/2, which is affine in x. So a router is a matrix ``(inp
 """
 
 import dataclasses
+import functools
 import itertools
 import warnings
 import weakref
@@ -35,10 +36,30 @@ _ROWS = 2048  # rows of the sample that are converted to float64 at a time
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Routes:
-    """The tokens of each expert: indices of tokens sorted by expert, ascending within an expert."""
+    """The expert of each token, and the tokens of each expert.
 
-    order: torch.Tensor  # (tokens,) int64
-    counts: list[int]  # tokens of each expert
+    All but ``counts`` and ``spans`` is computed where the tokens are, without waiting for a GPU.
+    """
+
+    chosen: torch.Tensor  # (tokens,) int64
+    experts: int
+
+    @functools.cached_property
+    def order(self) -> torch.Tensor:
+        """Return the tokens (tokens,) int64 sorted by expert, ascending within an expert."""
+        return self.chosen.argsort(stable=True)
+
+    @functools.cached_property
+    def offsets(self) -> torch.Tensor:
+        """Return where the tokens of each expert begin in ``order``, and the end (experts + 1,)."""
+        each = torch.arange(self.experts + 1, device=self.chosen.device)
+        return torch.searchsorted(self.chosen[self.order], each)
+
+    @functools.cached_property
+    def counts(self) -> list[int]:
+        """Return the number of tokens of each expert, on the host."""
+        counts: list[int] = self.chosen.bincount(minlength=self.experts).tolist()
+        return counts
 
     @property
     def spans(self) -> list[tuple[int, int, int]]:
@@ -81,9 +102,7 @@ class Router(nn.Module):
 
     def forward(self, inputs: torch.Tensor) -> Routes:
         """Return the routes of inputs (..., inputs)."""
-        chosen = self.assign(inputs.reshape(-1, self.inputs))
-        counts = chosen.bincount(minlength=self.experts).tolist()
-        return Routes(chosen.argsort(stable=True), counts)
+        return Routes(self.assign(inputs.reshape(-1, self.inputs)), self.experts)
 
     def one(self, inputs: torch.Tensor) -> int:
         """Return the expert of inputs of one row."""

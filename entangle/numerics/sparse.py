@@ -45,6 +45,7 @@ class Sliced:
     order: Array  # (experts, slices * 8) int64: the row at each place; ``neurons``: padding
     neurons: int
     inputs: int
+    packed: torch.dtype  # of the weight that was packed: float16 is stored as float32
 
     @property
     def nbytes(self) -> int:
@@ -187,8 +188,7 @@ def slice_rows(weight: torch.Tensor) -> Sliced:
     if weight.dtype not in PACKABLE:
         raise ValueError(f"only float32, bfloat16 and float16 can be packed, got {weight.dtype}")
     weight = weight.detach().cpu().contiguous()
-    bfloat16 = weight.dtype == torch.bfloat16
-    dense = weight.view(torch.uint16).numpy() if bfloat16 else weight.float().numpy()
+    dense = as_array(weight)
     experts, neurons, inputs = dense.shape
     counts = (weight != 0).sum(2).numpy()  # (experts, neurons)
     slices = -(-neurons // ROWS)
@@ -203,4 +203,10 @@ def slice_rows(weight: torch.Tensor) -> Sliced:
     columns = np.zeros(entries, np.uint16 if inputs <= 1 << 16 else np.uint32)
     for expert in range(experts):
         fill_slices(dense[expert], starts[expert], order[expert], values, columns)
-    return Sliced(values, columns, starts, order, neurons, inputs)
+    return Sliced(values, columns, starts, order, neurons, inputs, weight.dtype)
+
+
+def as_array(values: torch.Tensor) -> Array:
+    """Return numbers of the CPU as float32, or as the bits of bfloat16."""
+    bfloat16 = values.dtype == torch.bfloat16
+    return values.view(torch.uint16).numpy() if bfloat16 else values.float().numpy()

@@ -17,6 +17,7 @@ from entangle.model.experts import ExpertLinear, Mixture, PackedLinear
 from entangle.model.layers import LinearLayer, find_layers, replace_layer, weight_of
 from entangle.model.loading import load_model, save_model
 from entangle.model.packing import pack_layer, weight_bytes
+from entangle.numerics.sparse import Sliced
 from tests.measurement.test_recording import tokens, windows_of
 from tests.model.test_packing import IDS, MODELS, bits, expanded, logits
 from tests.tiny_models import tiny_model
@@ -76,6 +77,7 @@ def check_packed(packed: PreTrainedModel, whole: PreTrainedModel) -> None:
     found = modules(packed)
     assert found.keys() == sparse
     for name, module in found.items():
+        assert isinstance(module.sliced, Sliced)
         for expert, weight in enumerate(weights[name]):
             assert torch.equal(module.sliced.dense(expert), weight)
     saved = sum(w.numel() * w.element_size() for n, w in weights.items() if n in sparse)
@@ -150,6 +152,7 @@ def test_an_expanded_model_becomes_another_dtype_before_it_is_packed(
     weights = dense_weights(whole)
     assert modules(packed).keys() == weights.keys()
     for name, module in modules(packed).items():
+        assert isinstance(module.sliced, Sliced)
         assert module.sliced.dtype == (torch.bfloat16 if dtype == "bfloat16" else torch.float32)
         for expert, weight in enumerate(weights[name]):
             assert torch.equal(module.sliced.dense(expert), weight.to(module.sliced.dtype))
