@@ -579,7 +579,7 @@ def _scored(
     """
     if texts[1:]:
         raise ValueError(
-            f"a score is told of one text, got {len(texts)}: {', '.join(texts)}. Give one of them, "
+            f"a score is of one text, got {len(texts)}: {', '.join(texts)}. Give one of them, "
             "and score the others by themselves"
         )
     sizes = {name: getattr(args, name) for name in ("length", "seed", "bos")}

@@ -76,21 +76,34 @@ class Mixture(nn.Module):
         return self.many_tokens(rows, self._routes(inputs, router)).view(shape)
 
     def _products(self, weights: DeviceSliced | DeviceDense, inputs: torch.Tensor) -> torch.Tensor:
-        """Return the outputs (..., neurons) without a copy to the host; they have no gradient."""
+        """Return the outputs (..., neurons) without a copy to the host; they have no gradient.
+
+        Raises:
+            ValueError: the inputs are on another device, or the kernels do not take their dtype.
+        """
+        if inputs.device != weights.device or inputs.dtype not in PACKABLE:
+            raise ValueError(
+                f"expected inputs on {weights.device} in float32, bfloat16 or float16, got "
+                f"{inputs.dtype} on {inputs.device}"
+            )
         rows = inputs.detach().reshape(-1, self.in_features).contiguous()
-        router, bias = self.router, None if self.bias is None else self.bias.detach()
+        router, bias = self.router, None if self.bias is None else self.bias.detach().contiguous()
         routes: Routes | None = self._kept(inputs, Routes)
         parameters = None
         if routes is None and len(rows) == 1 and isinstance(router, CentroidRouter):
             # The kernel of the product also fills in the expert.
             routes = Routes(torch.empty(1, dtype=torch.int64, device=rows.device), router.experts)
-            parameters = router.matrix.detach().contiguous(), router.bias.detach()
-            self._keep(inputs, routes)
+            parameters = (
+                router.matrix.detach().contiguous(),
+                router.bias.detach().contiguous(),
+            )
         elif router is not None:
             routes = self._routes(inputs, router)
-        if weights.is_faster(len(rows)):
+        if parameters is not None or weights.is_faster(len(rows)):
             chosen = None if routes is None else routes.chosen
             outputs = weights.few(rows, chosen, bias, parameters)
+            if parameters is not None and routes is not None:
+                self._keep(inputs, routes)
         else:
             outputs = weights.many(rows, routes, bias)
         return outputs.view(*inputs.shape[:-1], self.out_features)

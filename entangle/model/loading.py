@@ -79,7 +79,8 @@ def load_model(
 
     ``packed`` is for running a pruned or expanded model, not for measuring or pruning it. Layers
     with at least half of their weights zero (on a GPU 60%) are stored without zeros, which makes a
-    few tokens faster; they have no gradients. On a GPU without Triton it changes nothing.
+    few tokens faster (measured on the CPU only); they have no gradients. On a GPU without Triton it
+    changes nothing.
 
     On a GPU each tensor goes there when it is read. So the host holds a few tensors and never the
     model, however many processes load one. Only a GGUF file is read on the host as a whole, by one

@@ -8,6 +8,7 @@ import dataclasses
 import datetime
 import os
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -193,12 +194,13 @@ def _explaining(collective: str, limit: datetime.timedelta | None = None) -> Ite
         yield
     except RuntimeError as error:
         waited = time.monotonic() - begin
-        reason = str(error).partition("\n")[0][:200]
+        reason = textwrap.shorten(str(error).partition("\n")[0], 200, placeholder=" ...")
         where = f"after {waited:,.0f} seconds in {collective}: {reason}"
         if waited < 0.95 * (limit or TIMEOUT).total_seconds():
             raise RuntimeError(
                 f"another of the processes has ended or cannot be reached, so this one ends too "
-                f"({where}): read the error of the other process"
+                f"({where}): read the error of the other process. If it printed none, torchrun prints "
+                "its exit code: -9 means that it was killed, often for lack of memory"
             ) from error
         raise RuntimeError(
             f"another of the processes did not answer in time, so this one ends too ({where}): "

@@ -75,9 +75,19 @@ class TokenWindows:
         return chosen
 
     def chosen(self, which: torch.Tensor) -> "TokenWindows":
-        """Return the windows at these places, or where a mask (windows,) is true."""
-        origins = None if self.origins is None else self.origins[which]
-        return dataclasses.replace(self, tokens=self.tokens[which], origins=origins)
+        """Return the windows at these places, or where a mask (windows,) is true.
+
+        Of several texts only those that have a window are left.
+        """
+        tokens = self.tokens[which]
+        if self.origins is None or not len(tokens):
+            return dataclasses.replace(self, tokens=tokens)
+        kept, origins = self.origins[which].unique(return_inverse=True)
+        parts = tuple(self.parts[place] for place in kept.tolist())
+        if len(parts) == 1:
+            return dataclasses.replace(parts[0], tokens=tokens)
+        text = " + ".join(part.text for part in parts)
+        return dataclasses.replace(self, tokens=tokens, text=text, parts=parts, origins=origins)
 
     def by_text(self) -> list["TokenWindows"]:
         """Return the windows of each text by themselves."""
@@ -264,11 +274,20 @@ def _chat(tokenizer: PreTrainedTokenizerBase) -> Chat | None:
 
 
 def evenly_spaced(windows: TokenWindows, count: int) -> TokenWindows:
-    """Return at most ``count`` of the windows, evenly spaced in each text."""
+    """Return at most ``count`` of the windows, evenly spaced in each text, but one of each text."""
     if len(windows) <= count:
         return windows
-    which = np.linspace(0, len(windows) - 1, count).round().astype(int)
-    return windows.chosen(windows.places[torch.from_numpy(which)].sort().values)
+    sizes = [len(part) for part in windows.by_text()]
+    # One window of each text, and of the others each text's share, rounded down at its end.
+    ends = np.cumsum(sizes) - np.arange(1, len(sizes) + 1)
+    ends = ends * max(count - len(sizes), 0) // max(len(windows) - len(sizes), 1)
+    shares = np.diff(ends, prepend=0) + 1
+    which = [
+        first + np.linspace(0, size - 1, share).round().astype(int)
+        for first, size, share in zip(np.cumsum([0, *sizes]), sizes, shares, strict=False)
+    ]
+    places = torch.from_numpy(np.concatenate(which))
+    return windows.chosen(windows.places[places].sort().values)
 
 
 def check_windows(model: PreTrainedModel, windows: TokenWindows, skip_first: int = 0) -> None:

@@ -49,6 +49,11 @@ class DeviceSliced:
         """Return the dtype of the values."""
         return self.values.dtype
 
+    @property
+    def device(self) -> torch.device:
+        """Return the GPU."""
+        return self.values.device
+
     def is_faster(self, tokens: int) -> bool:
         """Return whether `few` is faster than `many`. This is assumed: no card was at hand.
 
@@ -85,7 +90,8 @@ class DeviceSliced:
         from entangle.numerics.kernels import sparse_triton
 
         if routes is None:
-            return functional.linear(rows, self.dense(0, 1)[0].to(rows.dtype), bias)
+            with torch.autocast(rows.device.type, enabled=False):  # as the kernels
+                return functional.linear(rows, self.dense(0, 1)[0].to(rows.dtype), bias)
         out = rows.new_empty(len(rows), self.neurons)
         step = max(_SCRATCH // (self.neurons * self.inputs * self.dtype.itemsize), 1)
         for first in range(0, len(self.starts), step):
@@ -110,6 +116,11 @@ class DeviceDense:
     """Weights (experts, neurons, inputs) with all their zeros, on a GPU."""
 
     weight: torch.Tensor
+
+    @property
+    def device(self) -> torch.device:
+        """Return the GPU."""
+        return self.weight.device
 
     def is_faster(self, tokens: int) -> bool:
         """Return whether `few` reads no more weights than `many`, which first sorts the tokens."""

@@ -7,6 +7,8 @@ model.
 
 import shutil
 import time
+import tokenize
+import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,11 @@ from entangle.model.writing import document_ends, text_of, write_windows
 from entangle.runs import store
 
 TOKENS, TEXT = "self.npy", "self.txt"
+# What NumPy raises of a damaged file, whose header it parses as Python or as the archive of a zip.
+_DAMAGED = (
+    *(OSError, ValueError, EOFError, SyntaxError, AttributeError, TypeError, MemoryError),
+    *(tokenize.TokenError, zipfile.BadZipFile),
+)
 
 
 def own_windows(
@@ -91,9 +98,9 @@ def _intact(folder: Path) -> torch.Tensor | None:
     try:
         about = store.read_json(folder / "run.json")
         array = np.load(folder / TOKENS, allow_pickle=False)
-    except (OSError, ValueError, EOFError):
+        tokens = torch.from_numpy(array.astype(np.int64))
+    except _DAMAGED:
         return None
-    tokens = torch.from_numpy(array.astype(np.int64))
     drawn = about.get("texts", {about.get("text"): about}).get(OWN, {})
     found = TokenWindows(tokens, OWN, None, 0, "auto").fingerprint
     return tokens if drawn.get("fingerprint") == found else None

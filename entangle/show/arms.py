@@ -69,7 +69,10 @@ def sweep(table: pd.DataFrame, *, ax: Axes | None = None) -> Figure | Axes:
         )
     draw, height = (_budgets, 1.2 + 0.24 * len(arms) / len(texts)) if listed else (_curve, 4.2)
     figure = Picture(figsize=(8.5, height * len(texts)), layout="constrained")
-    panels = [ax] if ax else figure.subplots(len(texts), squeeze=False)[:, 0]
+    panels = [ax] if ax else figure.subplots(len(texts), squeeze=False, sharex=listed)[:, 0]
+    if listed:  # best first, in all panels by the first text; the rows of an arm stand together
+        order = arms["difference"].to_numpy()[:: len(texts)].argsort(kind="stable")
+        arms = arms.iloc[(order[:, None] * len(texts) + np.arange(len(texts))).ravel()]
     for text, panel in zip(texts, panels, strict=True):
         if len(texts) > 1:
             of_text = table[table["evaluation"] == text]
@@ -241,8 +244,7 @@ def _dots(panel: Axes, part: pd.DataFrame) -> None:
 
 
 def _budgets(panel: Axes, table: pd.DataFrame, arms: pd.DataFrame) -> None:
-    """Draw arms of one sparsity as a list, by their difference to the dense model, best first."""
-    arms = arms.sort_values("difference", kind="stable")
+    """Draw arms of one sparsity as a list, from top to bottom."""
     places = np.arange(len(arms))
     uniform = (arms[[*UNBUDGETED]].astype(str) == [*UNBUDGETED.values()]).all(axis=1).to_numpy()
     for kind, tint in ((uniform, "0.45"), (~uniform, _SETS["wasserstein"])):

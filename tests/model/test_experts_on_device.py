@@ -344,3 +344,19 @@ def test_experts_that_get_no_token_are_passed_over(gpu: torch.device) -> None:
         for rows in (noise(2, INPUTS), noise(30, INPUTS)):
             expected = nn.functional.linear(rows, layer.weight[2], layer.bias)
             torch.testing.assert_close(twin(rows.to(gpu)).cpu(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_packed_layers_keep_the_inputs_dtype_and_refuse_others(gpu: torch.device) -> None:
+    for router in routers():
+        layer = thinned(layer_of(router))
+        packed = both(layer, copy.deepcopy(router), gpu)[1]
+        for count in (1, 3, 90):
+            rows = rows_of(count)
+            with torch.autocast(gpu.type, dtype=torch.bfloat16):
+                found = packed(rows.to(gpu))
+            assert found.dtype == torch.float32
+            torch.testing.assert_close(
+                found.cpu().double(), exactly(layer, rows), rtol=1e-4, atol=1e-4
+            )
+            with pytest.raises(ValueError, match=r"float32, bfloat16 or float16.*float64"):
+                packed(rows.to(gpu).double())

@@ -87,7 +87,7 @@ def test_what_is_chosen_keeps_its_text_and_even_choices_have_each_texts_share(
     for part, whole in zip(mixed[3:9].by_text(), mixed.by_text(), strict=True):
         assert len(part) == 3
         assert {*part.hashes} <= {*whole.hashes}
-    assert [len(part) for part in mixed[::2].by_text()] == [20, 0]  # they take turns
+    assert [len(part) for part in mixed[::2].by_text()] == [20]  # they take turns
     for count in (2, 10, 20, 39):
         shares = [len(part) for part in evenly_spaced(mixed, count).by_text()]
         assert sum(shares) == count
@@ -152,3 +152,23 @@ def test_windows_that_are_not_alike_are_refused(texts: list[Path]) -> None:
 def test_two_lists_of_documents_are_two_texts() -> None:
     parts = [token_windows([letter * 400], TOKENIZER, windows=3, length=LENGTH) for letter in "ab"]
     assert torch.equal(mixed_windows(parts).tokens[1::2], parts[1].tokens)
+
+
+def test_each_text_keeps_a_window_and_a_text_without_one_is_gone() -> None:
+    sizes = {"a": 200, "b": 1, "c": 100}
+    parts = [
+        TokenWindows(torch.full((size, 4), place), name, size, 0, "never")
+        for place, (name, size) in enumerate(sizes.items())
+    ]
+    mixed = mixed_windows(parts)
+    for count in (3, 4, 32, 300):
+        few = evenly_spaced(mixed, count)
+        shares = [len(part) for part in few.by_text()]
+        assert sum(shares) == len(few) == count
+        assert shares[1] == 1
+        assert abs(shares[0] - 2 * shares[2]) <= 3
+    first = mixed[:2]
+    assert (first.text, first.names) == ("a + b", ["a", "b"])
+    assert [part.tokens.unique().tolist() for part in first.by_text()] == [[0], [1]]
+    alone = mixed[:1]
+    assert (alone.text, alone.parts, alone.names) == ("a", (), ["a"])

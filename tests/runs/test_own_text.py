@@ -106,10 +106,14 @@ def test_a_mix_is_told_text_by_text_and_its_shards_merge(tmp_path: Path) -> None
         assert drawn["fingerprint"] == part.fingerprint
     kept = own_windows(tiny_model(), TOKENIZER, **SIZES, folder=tmp_path / "merged")
     assert (kept.seconds, kept.fingerprint) == (0, mixed.by_text()[1].fingerprint)
-    np.save(tmp_path / "2" / "self.npy", np.zeros((6, 24), np.int32))  # damaged
-    merge([tmp_path / "2", tmp_path / "1"], out=tmp_path / "mended")
     whole = (tmp_path / "whole" / "self.npy").read_bytes()
-    assert (tmp_path / "mended" / "self.npy").read_bytes() == whole
+    np.save(tmp_path / "zeros.npy", np.zeros((6, 24), np.int32))
+    header = bytearray(whole)
+    header[8] = ord("6")  # a text that Python cannot parse
+    for number, damaged in enumerate([(tmp_path / "zeros.npy").read_bytes(), header, b"PK"]):
+        (tmp_path / "2" / "self.npy").write_bytes(damaged)
+        merge([tmp_path / "2", tmp_path / "1"], out=tmp_path / f"mended{number}")
+        assert (tmp_path / f"mended{number}" / "self.npy").read_bytes() == whole
     (tmp_path / "1" / "self.npy").unlink()
     merge([tmp_path / "2", tmp_path / "1"], out=tmp_path / "without")
     assert not (tmp_path / "without" / "self.npy").exists()

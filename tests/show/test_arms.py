@@ -385,3 +385,35 @@ def test_each_text_has_a_panel_with_its_own_scores() -> None:
     with pytest.raises(ValueError, match=r"one text.*\b2\b"):
         plots.sweep(both, ax=Figure().add_subplot())
     assert plots.sweep(both[both["evaluation"] == "docs/first.txt"], ax=figure.axes[0])
+
+
+def test_a_list_of_budgets_has_one_order_in_all_panels() -> None:
+    budgets = ["uniform", "std", "ranks"]
+    differences = {"a/first.txt": [0.3, 0.1, 0.2], "a/second.txt": [0.1, 0.2, 0.3]}
+    rows = [{"method": "dense", "sparsity": "", "perplexity": 9.0, "difference": 0.0}]
+    rows += [
+        {"method": "sparsegpt", "sparsity": "0.7", "perplexity": 20.0, "budget": budget}
+        for budget in budgets
+    ]
+    frames = [
+        pd.DataFrame(rows).assign(
+            **ROUTED | {"mask": "row", "propagate": "sparse", "strength": "", "across": "uniform"},
+            difference=[0.0, *values],
+            difference_error=0.0,
+            tokens=511,
+            windows=1,
+            evaluation=name,
+        )
+        for name, values in differences.items()
+    ]
+    both = pd.concat(frames).sort_index(kind="stable").reset_index(drop=True)
+    both["budget"] = both["budget"].fillna("")
+    first, second = plots.sweep(both).axes
+    labels = [[text.get_text() for text in one.get_yticklabels()] for one in (first, second)]
+    assert labels[0] == labels[1]
+    assert [label.split("rows ")[1] for label in labels[0]] == ["std", "ranks", "uniform"]
+    drawn = {}
+    for line in second.lines:
+        drawn |= dict(zip(map(int, line.get_ydata()), line.get_xdata(), strict=True))
+    assert [drawn[place] for place in range(3)] == [0.2, 0.3, 0.1]
+    assert first.get_xlim() == second.get_xlim()
