@@ -82,8 +82,8 @@ class TokenWindows:
         tokens = self.tokens[which]
         if self.origins is None or not len(tokens):
             return dataclasses.replace(self, tokens=tokens)
-        kept, origins = self.origins[which].unique(return_inverse=True)
-        parts = tuple(self.parts[place] for place in kept.tolist())
+        kept, origins = torch.unique(self.origins[which], return_inverse=True)
+        parts: tuple[TokenWindows, ...] = tuple(self.parts[place] for place in kept.tolist())
         if len(parts) == 1:
             return dataclasses.replace(parts[0], tokens=tokens)
         text = " + ".join(part.text for part in parts)

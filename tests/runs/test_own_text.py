@@ -110,7 +110,7 @@ def test_a_mix_is_told_text_by_text_and_its_shards_merge(tmp_path: Path) -> None
     np.save(tmp_path / "zeros.npy", np.zeros((6, 24), np.int32))
     header = bytearray(whole)
     header[8] = ord("6")  # a text that Python cannot parse
-    for number, damaged in enumerate([(tmp_path / "zeros.npy").read_bytes(), header, b"PK"]):
+    for number, damaged in enumerate([(tmp_path / "zeros.npy").read_bytes(), bytes(header), b"PK"]):
         (tmp_path / "2" / "self.npy").write_bytes(damaged)
         merge([tmp_path / "2", tmp_path / "1"], out=tmp_path / f"mended{number}")
         assert (tmp_path / f"mended{number}" / "self.npy").read_bytes() == whole
