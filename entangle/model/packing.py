@@ -312,7 +312,7 @@ def load_expanded(
             f"({reason}). Make or copy the folder again"
         ) from error
     empty = [name for name, parameter in model.named_parameters() if parameter.is_meta]
-    if empty:
+    if empty and torch.device(device).type != "meta":
         raise ValueError(
             f"{folder} is damaged: it has no weights for {empty[0]}. Make or copy the folder again"
         )
