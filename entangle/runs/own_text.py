@@ -82,10 +82,10 @@ def _kept(
     folder: Path, model: PreTrainedModel, *, windows: int, length: int, seed: int, bos: Bos
 ) -> torch.Tensor | None:
     """Return the tokens that a command kept in a folder, if it is certain that they are the same."""
-    tokens = _intact(folder)
-    if tokens is None:  # none, or damaged: they are written anew
+    found = _intact(folder)
+    if found is None:  # none, or damaged: they are written anew
         return None
-    about = store.read_json(folder / "run.json")
+    about, tokens = found
     known = (about.get("length"), about.get("seed"), about.get("bos"))
     if known != (length, seed, bos) or tokens.shape != (windows, length):
         return None
@@ -93,8 +93,8 @@ def _kept(
     return tokens if weights_hash(model, kind_of(weights)) == weights else None
 
 
-def _intact(folder: Path) -> torch.Tensor | None:
-    """Return the tokens that are kept in a run's folder, if they are those of its run.json."""
+def _intact(folder: Path) -> tuple[dict[str, Any], torch.Tensor] | None:
+    """Return a folder's run.json and the tokens kept beside it, if they are those that it names."""
     try:
         about = store.read_json(folder / "run.json")
         array = np.load(folder / TOKENS, allow_pickle=False)
@@ -103,7 +103,7 @@ def _intact(folder: Path) -> torch.Tensor | None:
         return None
     drawn = about.get("texts", {about.get("text"): about}).get(OWN, {})
     found = TokenWindows(tokens, OWN, None, 0, "auto").fingerprint
-    return tokens if drawn.get("fingerprint") == found else None
+    return (about, tokens) if drawn.get("fingerprint") == found else None
 
 
 def keep(folder: Path, windows: TokenWindows | None) -> None:
