@@ -18,7 +18,7 @@ from benchmarks.gpu_results import Result, Shape, built, compared
 from benchmarks.timing import side_by_side
 from entangle.model.experts import ExpertLinear, PackedLinear
 from entangle.model.layers import find_layers, replace_layer, weight_of
-from entangle.numerics.device_weights import DeviceSliced
+from entangle.numerics.device_weights import DeviceSliced, multiply_few
 from entangle.numerics.routing import CentroidRouter
 
 BEYOND_CACHE = 400e6  # bytes of dense weights that are read between two uses of the same weight
@@ -62,14 +62,14 @@ def packed_token(shapes: Sequence[tuple[int, int]], device: torch.device) -> lis
             assert isinstance(packed, DeviceSliced)
             row = torch.randn(1, inputs, device=device).bfloat16()
             expected = row.cpu().float() @ weight.cpu().float().T
-            check_outputs(f"{neurons} x {inputs}", packed.few(row, None, None), expected)
+            check_outputs(f"{neurons} x {inputs}", multiply_few(packed, row, None, None), expected)
             count = max(int(BEYOND_CACHE / weight.nbytes), 2)
             dense = [weight.clone() for _ in range(count)]
             copies = [on_its_own(packed) for _ in range(count)]
             seconds = side_by_side(
                 {
                     "cuBLAS": recorded(lambda: [functional.linear(row, x) for x in dense]),  # noqa: B023
-                    "packed": recorded(lambda: [x.few(row, None, None) for x in copies]),  # noqa: B023
+                    "packed": recorded(lambda: [multiply_few(x, row, None, None) for x in copies]),  # noqa: B023
                 }
             )
             each = {case: value / count for case, value in seconds.items()}

@@ -144,7 +144,8 @@ def _state(args: argparse.Namespace) -> str:
 def _fail(args: argparse.Namespace, message: str, code: int) -> int:
     if args.debug:
         traceback.print_exc()
-    where = f" (rank {ranks.rank()})" if ranks.rank() else ""
+    number = os.environ.get("RANK", "0") if ranks.LAUNCHED else "0"  # also before `join`
+    where = f" (rank {number})" if number != "0" else ""
     sys.stderr.write(f"entangle{where}: {message}\n")
     return code
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from entangle.numerics.device_weights import DeviceDense, DeviceSliced, moved
+from entangle.numerics.device_weights import DeviceDense, DeviceSliced, moved, multiply_few
 from entangle.numerics.processors import kernels_of
 from entangle.numerics.routing import CentroidRouter, Router, Routes
 from entangle.numerics.sparse import PACKABLE, Sliced, slice_rows
@@ -88,25 +88,21 @@ class Mixture(nn.Module):
             )
         rows = inputs.detach().reshape(-1, self.in_features).contiguous()
         router, bias = self.router, None if self.bias is None else self.bias.detach().contiguous()
+        shape = (*inputs.shape[:-1], self.out_features)
         routes: Routes | None = self._kept(inputs, Routes)
-        parameters = None
         if routes is None and len(rows) == 1 and isinstance(router, CentroidRouter):
-            # The kernel of the product also fills in the expert.
+            # The kernel of the product also routes, and writes the expert into the routes.
             routes = Routes(torch.empty(1, dtype=torch.int64, device=rows.device), router.experts)
-            parameters = (
-                router.matrix.detach().contiguous(),
-                router.bias.detach().contiguous(),
-            )
-        elif router is not None:
+            tensors = router.matrix.detach().contiguous(), router.bias.detach().contiguous()
+            outputs = multiply_few(weights, rows, routes.chosen, bias, tensors)
+            self._keep(inputs, routes)
+            return outputs.view(shape)
+        if router is not None:
             routes = self._routes(inputs, router)
-        if parameters is not None or weights.is_faster(len(rows)):
+        if weights.is_faster(len(rows)):
             chosen = None if routes is None else routes.chosen
-            outputs = weights.few(rows, chosen, bias, parameters)
-            if parameters is not None and routes is not None:
-                self._keep(inputs, routes)
-        else:
-            outputs = weights.many(rows, routes, bias)
-        return outputs.view(*inputs.shape[:-1], self.out_features)
+            return multiply_few(weights, rows, chosen, bias).view(shape)
+        return weights.many(rows, routes, bias).view(shape)
 
     def _routes(self, inputs: torch.Tensor, router: Router) -> Routes:
         """Return the routes that the owner of the router has kept for the same inputs, or new ones."""

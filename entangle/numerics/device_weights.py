@@ -55,10 +55,10 @@ class DeviceSliced:
         return self.values.device
 
     def is_faster(self, tokens: int) -> bool:
-        """Return whether `few` is faster than `many`. This is assumed: no card was at hand.
+        """Return whether `multiply_few` is faster than `many`. This is assumed: no card was at hand.
 
         The unit is the time of a dense product of one token, which reads all weights. On an H100 in
-        bfloat16, with weights beyond the cache, a prototype of `few` took 0.88, 0.62, 0.51 and 0.32
+        bfloat16, with weights beyond the cache, a prototype of `multiply_few` took 0.88, 0.62, 0.51 and 0.32
         at 50, 70, 80 and 90% of zeros (4096 x 4096; larger matrices about as much). So each token
         takes 0.15 + 1.6 · density. `many` reads the packed weights, 2 · density, writes the dense
         ones and reads them. It does so for all experts: only the device knows which have tokens.
@@ -66,18 +66,6 @@ class DeviceSliced:
         experts = len(self.starts)
         density = len(self.values) / (experts * self.neurons * self.inputs)
         return tokens * (0.15 + 1.6 * density) < experts * (2 + 2 * density)
-
-    def few(
-        self,
-        rows: torch.Tensor,
-        chosen: torch.Tensor | None,
-        bias: torch.Tensor | None,
-        router: RouterTensors | None = None,
-    ) -> torch.Tensor:
-        """Return the products of few rows by the packed weights; see `sparse_triton.multiply`."""
-        from entangle.numerics.kernels import sparse_triton
-
-        return sparse_triton.multiply(rows, chosen, self.tensors, self.neurons, bias, router)
 
     def many(
         self, rows: torch.Tensor, routes: Routes | None, bias: torch.Tensor | None
@@ -118,26 +106,23 @@ class DeviceDense:
     weight: torch.Tensor
 
     @property
+    def tensors(self) -> tuple[torch.Tensor]:
+        """Return the weight."""
+        return (self.weight,)
+
+    @property
+    def neurons(self) -> int:
+        """Return the number of outputs."""
+        return self.weight.shape[1]
+
+    @property
     def device(self) -> torch.device:
         """Return the GPU."""
         return self.weight.device
 
     def is_faster(self, tokens: int) -> bool:
-        """Return whether `few` reads no more weights than `many`, which first sorts the tokens."""
+        """Return whether `multiply_few` reads no more weights than `many`, which first sorts the tokens."""
         return tokens <= len(self.weight)
-
-    def few(
-        self,
-        rows: torch.Tensor,
-        chosen: torch.Tensor | None,
-        bias: torch.Tensor | None,
-        router: RouterTensors | None = None,
-    ) -> torch.Tensor:
-        """Return the products of few rows, each by itself; see `sparse_triton.multiply`."""
-        from entangle.numerics.kernels import sparse_triton
-
-        neurons = self.weight.shape[1]
-        return sparse_triton.multiply(rows, chosen, (self.weight,), neurons, bias, router)
 
     def many(
         self, rows: torch.Tensor, routes: Routes | None, bias: torch.Tensor | None
@@ -146,9 +131,22 @@ class DeviceDense:
         from entangle.numerics.kernels import sparse_triton
 
         assert routes is not None  # experts with zeros have a router
-        out = rows.new_empty(len(rows), self.weight.shape[1])
+        out = rows.new_empty(len(rows), self.neurons)
         sparse_triton.multiply_groups(rows, routes.order, routes.offsets, self.weight, bias, out)
         return out
+
+
+def multiply_few(
+    weights: DeviceSliced | DeviceDense,
+    rows: torch.Tensor,
+    chosen: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    router: RouterTensors | None = None,
+) -> torch.Tensor:
+    """Return the products of few rows, each by itself; see `sparse_triton.multiply`."""
+    from entangle.numerics.kernels import sparse_triton
+
+    return sparse_triton.multiply(rows, chosen, weights.tensors, weights.neurons, bias, router)
 
 
 def moved(weights: Sliced | DeviceSliced, device: torch.device) -> Sliced | DeviceSliced:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from entangle.numerics import device_weights
-from entangle.numerics.device_weights import DeviceDense, DeviceSliced, moved
+from entangle.numerics.device_weights import DeviceDense, DeviceSliced, moved, multiply_few
 from entangle.numerics.routing import Routes
 from entangle.numerics.sparse import Sliced, slice_rows
 from tests.numerics.test_sparse import ROUNDING, WEIGHTS, noise, sparse
@@ -67,7 +67,7 @@ def test_products_are_the_dense_ones(name: str, dtype: torch.dtype, gpu: torch.d
     assert sliced.dtype == dtype
     assert torch.equal(sliced.dense(0, experts).cpu(), weight)
     for weights in (sliced, DeviceDense(weight.to(gpu))):
-        check(weights.few(rows.to(gpu), routes.chosen, None), weight, rows, chosen)
+        check(multiply_few(weights, rows.to(gpu), routes.chosen, None), weight, rows, chosen)
         found = weights.many(rows.to(gpu), routes, bias.to(gpu))
         assert found.dtype == dtype
         check(found, weight, rows, chosen, bias)
@@ -82,7 +82,7 @@ def test_one_token_is_routed_and_multiplied_at_once(experts: int, gpu: torch.dev
     twins: list[DeviceSliced | DeviceDense] = [on(gpu, weight), DeviceDense(weight.to(gpu))]
     for seed, weights in enumerate(twins):
         row, chosen = noise(1, 50, seed=seed), torch.full((1,), -1, device=gpu)
-        found = weights.few(row.to(gpu), chosen, bias.to(gpu), on_card)
+        found = multiply_few(weights, row.to(gpu), chosen, bias.to(gpu), on_card)
         expected = (row.double() @ router[0].double() + router[1].double()).argmax(dim=1)
         assert torch.equal(chosen.cpu(), expected)
         check(found, weight, row, expected, bias)
@@ -95,7 +95,7 @@ def test_of_equal_scores_the_first_expert_is_chosen_and_always_one_that_exists(
 ) -> None:
     weight, chosen = on(gpu, sparse(3, 5, 6)), torch.full((1,), -1, device=gpu)
     router = torch.ones(6, 3, device=gpu), torch.tensor([0.0, 1.0, 1.0], device=gpu)
-    weight.few(torch.full((1, 6), value, device=gpu), chosen, None, router)
+    multiply_few(weight, torch.full((1, 6), value, device=gpu), chosen, None, router)
     assert int(chosen) in ([1] if value == 0 else [0, 1, 2])
 
 
@@ -122,7 +122,7 @@ def test_experts_have_as_many_tokens_as_they_get(
 def test_tokens_of_one_expert_need_no_routes(gpu: torch.device) -> None:
     weight, rows, bias = sparse(1, 19, 40), noise(3, 40), noise(19, seed=1)
     sliced, none = on(gpu, weight), torch.zeros(3, dtype=torch.int64)
-    check(sliced.few(rows.to(gpu), None, bias.to(gpu)), weight, rows, none, bias)
+    check(multiply_few(sliced, rows.to(gpu), None, bias.to(gpu)), weight, rows, none, bias)
     check(sliced.many(rows.to(gpu), None, bias.to(gpu)), weight, rows, none, bias)
 
 
@@ -136,7 +136,7 @@ def test_columns_beyond_65536_are_not_mixed_up(
     sliced, rows = on(gpu, weight), noise(2, inputs)
     assert sliced.columns.dtype == (torch.uint16 if inputs == 1 << 16 else torch.uint32)
     none = torch.zeros(2, dtype=torch.int64)
-    check(sliced.few(rows.to(gpu), None, None), weight, rows, none)
+    check(multiply_few(sliced, rows.to(gpu), None, None), weight, rows, none)
     assert torch.equal(sliced.dense(0, 1).cpu(), weight)
 
 
