@@ -16,7 +16,7 @@ EVIDENCE ?= runs/evidence/$(notdir $(MODEL))
 FIGURES ?= figures
 
 .DEFAULT_GOAL := help
-.PHONY: help install data demo reproduce figures test torture check bench clean
+.PHONY: help install data demo reproduce figures solving test torture check bench clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -109,6 +109,13 @@ figures: data ## measure again and redraw the figures of README and docs/ (takes
 	@$(call draw,disentangled,improvement)
 	@$(call draw,disentangled,clusters)
 	@$(call draw,disentangled,sparse)
+
+# The second text is of Debian's packages fortunes and fortunes-min.
+data/fortunes/fortunes.txt: data/fortunes/prepare.py | .venv/installed
+	@$(BIN)/python data/fortunes/prepare.py
+
+solving: data/fortunes/fortunes.txt | $(DEMO)/run.json ## run what is left of the evidence on solving again and reconstruction (takes hours), print and draw it
+	$(BIN)/python -m benchmarks.solving
 
 test: check data ## check lint and types, and run the whole test suite
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder

@@ -1,0 +1,176 @@
+"""The evidence of docs/pruning.md on solving again and reconstruction. Run `make solving`.
+
+Each step is one `entangle sweep`, which goes on when it is killed. The arms of a finished step are
+appended to the table `EVIDENCE`, and a step whose arms are all there is not run again, also on
+another machine. `python -m benchmarks.solving STEP ...` runs some of the steps. At the end the tables are
+printed and the picture is drawn, of all arms that are there.
+"""
+
+import fcntl
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+from matplotlib.axes import Axes
+
+from entangle.pruning.options import OPTIONS
+from entangle.runs import store
+
+MODEL, TEXTS = "data/smollm2-135m", ("data/python-docs", "data/fortunes")
+RUN, RUNS = Path("runs/demo"), Path("runs/solving")
+EVIDENCE = Path("figures/evidence/smollm2-135m/solving.csv")
+PICTURE = Path("figures/solving.png")
+ALL = f"sweep {MODEL} --text {TEXTS[0]} --evaluation {' '.join(TEXTS)} --evaluation-windows 41"
+ALL += " --layers *.mlp.* --propagate sparse --batch-size 1"
+BUDGET = f" --budget {RUN}:ranks --across entanglement"
+MIXTURE, RANDOM, TUNED = " --experts 16", " --experts 16 --assign random", " --reconstruct mlp"
+AT_70, OTHERS = " --method sparsegpt --sparsity 0.7", " --method sparsegpt --sparsity 0.5,0.6,0.8"
+SOLVED = " --solve greedy,exact,admm"
+
+STEPS = {
+    "one": AT_70 + SOLVED,
+    "one-budget": AT_70 + SOLVED + BUDGET,
+    "experts": AT_70 + SOLVED + MIXTURE,
+    "experts-budget": AT_70 + SOLVED + MIXTURE + BUDGET,
+    "experts-random": AT_70 + SOLVED + RANDOM,
+}
+for solve in ("greedy", "admm"):
+    end = f" --solve {solve}" + TUNED
+    STEPS |= {
+        f"one-{solve}-tuned": AT_70 + end,
+        f"one-budget-{solve}-tuned": AT_70 + end + BUDGET,
+        f"experts-{solve}-tuned": AT_70 + end + MIXTURE,
+        f"experts-budget-{solve}-tuned": AT_70 + end + MIXTURE + BUDGET,
+        f"experts-random-{solve}-tuned": AT_70 + end + RANDOM,
+    }
+STEPS |= {
+    "magnitude-tuned": " --method magnitude --solve greedy --sparsity 0.7" + TUNED,
+    "others-one": OTHERS + " --solve greedy,exact",
+    "others-experts-budget": OTHERS + " --solve greedy,exact" + MIXTURE + BUDGET,
+}
+for share in ("0.5", "0.6", "0.8"):
+    end = f" --method sparsegpt --sparsity {share} --solve admm" + TUNED
+    STEPS |= {f"{share}-one-tuned": end, f"{share}-experts-budget-tuned": end + MIXTURE + BUDGET}
+
+WAYS = {  # solve, reconstruct
+    "greedy": ("greedy", "none"),
+    "exact": ("exact", "none"),
+    "admm": ("admm", "none"),
+    "greedy + reconstructed": ("greedy", "mlp"),
+    "admm + reconstructed": ("admm", "mlp"),
+}
+SPARSEGPT = "method == 'sparsegpt' and budget "
+GROUPS = {  # as queries of the table
+    "one expert": SPARSEGPT + "== 'uniform' and experts == '1'",
+    "one expert, budget": SPARSEGPT + "!= 'uniform' and experts == '1'",
+    "16 experts": SPARSEGPT + "== 'uniform' and experts == '16' and assign == 'kmeans'",
+    "16 experts, budget": SPARSEGPT + "!= 'uniform' and experts == '16'",
+    "16 random experts": SPARSEGPT + "== 'uniform' and assign == 'random'",
+    "magnitude": "method == 'magnitude'",
+}
+COLUMNS = [
+    *OPTIONS,
+    *("evaluation", "realised", "density", "perplexity", "perplexity_error", "nats", "nats_error"),
+    *("difference", "difference_error", "layer_error", "held_out_error", "mlp_error_before"),
+    *("mlp_error", "windows", "tokens"),
+]
+
+
+def main(steps: Sequence[str]) -> int:
+    """Run the steps whose arms are not in the table."""
+    done = set(pd.read_csv(EVIDENCE)["step"]) if EVIDENCE.is_file() else set()
+    for step in steps or STEPS:
+        if step not in done:
+            words = [*(ALL + STEPS[step]).split(), "--out", str(RUNS / step)]
+            if not (RUNS / step / "run.json").is_file():
+                subprocess.run([sys.executable, "-m", "entangle", *words], check=True)
+            append(step)
+    show()
+    return 0
+
+
+def append(step: str) -> None:
+    """Append the arms of a finished step to the table; those of the first step with the dense model."""
+    table = arms(RUNS / step).assign(step=step)
+    EVIDENCE.parent.mkdir(parents=True, exist_ok=True)
+    with EVIDENCE.open("a", encoding="utf-8") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # other steps may run beside this one
+        first = not file.tell()
+        rows = table if first else table[table["method"] != "dense"]
+        rows.to_csv(file, index=False, header=first, lineterminator="\n")
+
+
+def arms(folder: Path) -> pd.DataFrame:
+    """Return a row for each arm and text of a sweep, with its seconds and its nats of each window."""
+    table = pd.read_csv(folder / "tables" / "sweep.csv", dtype=dict.fromkeys(OPTIONS, str))
+    texts = store.read_json(folder / "run.json")["evaluation_texts"]
+    seconds = store.read_json(folder / "log.json")["arm_seconds"]
+    found: list[dict[str, Any]] = []
+    for name in seconds:
+        nats = store.read_json(folder / "arms" / f"{name}.json")["window_nats"]
+        # The texts take turns, as in `mixed_windows`.
+        found += [
+            {
+                "seconds": seconds[name],
+                "window_nats": " ".join(f"{n:.6f}" for n in nats[i :: len(texts)]),
+            }
+            for i in range(len(texts))
+        ]
+    return pd.concat([table[COLUMNS], pd.DataFrame(found)], axis=1)
+
+
+def show() -> None:
+    """Print the tables of docs/pruning.md from the evidence, and draw its picture."""
+    table = pd.read_csv(EVIDENCE, dtype=dict.fromkeys(OPTIONS, str), keep_default_na=False)
+    figure, panels = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for text, panel in zip(dict.fromkeys(table["evaluation"]), panels, strict=True):
+        rows = table[table["evaluation"] == text]
+        dense = rows[rows["method"] == "dense"].iloc[0]
+        print(f"\n{text}: dense {dense['perplexity']:.2f} ± {dense['perplexity_error']:.2f}")
+        for share, at in rows[rows["method"] != "dense"].groupby("sparsity"):
+            print(
+                f"\n| at {float(share):.0%} | {' | '.join(GROUPS)} |\n{'|---' * (len(GROUPS) + 1)}|"
+            )
+            for way, (solve, reconstruct) in WAYS.items():
+                of_way = at[(at["solve"] == solve) & (at["reconstruct"] == reconstruct)]
+                found = [of_way.query(query) for query in GROUPS.values()]
+                cells = [_cell(one.iloc[0]) if len(one) else "" for one in found]
+                if any(cells):
+                    print(f"| {way} | {' | '.join(cells)} |")
+        _draw(panel, rows[rows["sparsity"] == "0.7"], text)
+    panels[0].legend(fontsize="small")
+    figure.savefig(PICTURE, dpi=150)
+
+
+def _cell(row: "pd.Series[Any]") -> str:
+    change = f"{row['difference']:.3f} ± {row['difference_error']:.3f}"
+    return f"{row['perplexity']:.1f} ({change})"
+
+
+def _draw(panel: Axes, rows: pd.DataFrame, text: str) -> None:
+    """Draw the nats above the dense model's by the way of solving, a line for each group."""
+    ways = list(WAYS.values())
+    for name, query in GROUPS.items():
+        arms = rows.query(query)
+        places = [ways.index(way) for way in zip(arms["solve"], arms["reconstruct"], strict=True)]
+        found = arms.assign(place=places).sort_values("place")
+        error = found["difference_error"]
+        panel.errorbar(found["place"], found["difference"], error, marker="o", label=name)
+    panel.set(title=text, ylabel="nats per token above the dense model", xticks=range(len(WAYS)))
+    panel.set_xticklabels([way.replace(" + ", "\n+ ") for way in WAYS])
+    panel.set_ylim(0)
+
+
+def window_nats(row: "pd.Series[Any]") -> npt.NDArray[np.float64]:
+    """Return the nats per token of each window of a row of the table."""
+    return np.array(row["window_nats"].split(), dtype=np.float64)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
