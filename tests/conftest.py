@@ -3,6 +3,7 @@
 import gc
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,8 +16,12 @@ if not torch.cuda.is_available():
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run the real model first: at the end one process would run it while the others wait."""
-    items.sort(key=lambda item: item.get_closest_marker("real") is None)
+    """Run the longest files first: at the end one process would run them while the others wait.
+
+    They are those of the real model, and then those of whole commands, which lie in no room.
+    """
+    here = Path(__file__).parent
+    items.sort(key=lambda one: (one.get_closest_marker("real") is None, one.path.parent != here))
 
 
 @pytest.fixture(scope="session", autouse=True)

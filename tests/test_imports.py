@@ -5,7 +5,6 @@ import json
 import pkgutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -54,8 +53,9 @@ asked = {}
 class Watch:
     @staticmethod
     def find_spec(name, path=None, target=None):
-        frames = [f for f in traceback.extract_stack() if "/entangle/" in f.filename]
-        asked.setdefault(name, [f"{f.filename}:{f.lineno}" for f in frames])
+        if name in HEAVY:
+            frames = [f for f in traceback.extract_stack() if "/entangle/" in f.filename]
+            asked.setdefault(name, [f"{f.filename}:{f.lineno}" for f in frames])
 
 def loaded():
     return {name: asked.get(name, []) for name in HEAVY if name in sys.modules}
@@ -73,12 +73,16 @@ print(json.dumps(found))
 RAN = """
 from entangle.__main__ import main
 
-try:
-    code = main(sys.argv[1:])
-except SystemExit as end:
-    code = end.code
-print("\\n" + json.dumps(loaded()))
-sys.exit(code)
+found = {}
+for name, words in json.loads(sys.argv[1]).items():
+    before = loaded()
+    try:
+        code = main(words)
+    except SystemExit as end:
+        code = end.code
+    assert not code, (name, code)
+    found[name] = {heavy: lines for heavy, lines in loaded().items() if heavy not in before}
+print("\\n" + json.dumps(found))
 """
 
 Loaded = dict[str, list[str]]  # the heavy modules, each with the lines that led to it
@@ -99,32 +103,30 @@ def imported(*modules: str) -> dict[str, Loaded]:
     return found
 
 
-@functools.cache
-def ran(*words: str) -> Loaded:
-    """Return what is there after a command."""
-    found: Loaded = json.loads(said(RAN, *words))
-    return found
-
-
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder with two runs, of the same layers on the same text."""
+def ran(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Loaded]:
+    """Return what each command adds to those before it, in one process; the runs are of one text."""
     folder = tmp_path_factory.mktemp("place")
     texts = ["The quick brown fox jumps over the lazy dog. " * 40]
     windows, model = entangle.token_windows(texts, tiny_tokenizer(), length=32), tiny_model()
     for name, size in (("run", 4), ("other", 2)):
         entangle.measure(model, windows, layers="*.up_proj", batch_size=size, out=folder / name)
-    yield folder
-    ran.cache_clear()
+    commands = {
+        name: words.replace("RUN", str(folder / "run"))
+        .replace("OTHER", str(folder / "other"))
+        .split()
+        for name, words in COMMANDS.items()
+    }
+    found: dict[str, Loaded] = json.loads(said(RAN, json.dumps(commands)))
+    return found
 
 
 @pytest.mark.parametrize("heavy", HEAVY)
-@pytest.mark.parametrize("words", COMMANDS.values(), ids=COMMANDS)
+@pytest.mark.parametrize("command", COMMANDS)
 def test_a_command_that_only_reads_imports_nothing_heavy(
-    words: str, heavy: str, place: Path
+    command: str, heavy: str, ran: dict[str, Loaded]
 ) -> None:
-    named = words.replace("RUN", str(place / "run")).replace("OTHER", str(place / "other"))
-    assert heavy not in ran(*named.split())
+    assert heavy not in ran[command]
 
 
 @pytest.mark.parametrize("module", LIGHT)

@@ -2,11 +2,12 @@
 
 import ast
 import html
+import itertools
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import nbformat
 import numpy as np
 import pytest
 import torch
@@ -149,22 +150,32 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def executed(folder: Path) -> Iterator[dict[str, Any]]:
-    """All notebooks, by number, run in order on the tiny model."""
+def executed(folder: Path) -> dict[str, Any]:
+    """All notebooks, by number, run in order on the tiny model.
+
+    A kernel needs seconds to start, so one runs them all and forgets its names between them.
+    """
     places = {"MODEL": "model", "TEXT": "text", "RUN": "runs/measured", "OUT": "runs/disentangled"}
-    done = {}
+    books = {file.name[0]: read(file) for file in NOTEBOOKS}
+    joined = read(NOTEBOOKS[0])
+    joined.cells = []
+    for number, book in books.items():
+        cell = parameters_of(book)
+        settings = places | SIZES | SMALL[number]
+        known = assignments(cell.source)
+        cell.source = "\n".join(f"{name} = {settings[name]!r}" for name in known)
+        for one in book.cells:
+            one.id = f"{number}-{one.id}"
+        joined.cells += [*book.cells, nbformat.v4.new_code_cell("%reset -f")]  # type: ignore[no-untyped-call]
+    write(joined, folder / "joined.ipynb")
     with pytest.MonkeyPatch.context() as patch:
         for name in ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS"):
             patch.setenv(name, "1")
-        for file in NOTEBOOKS:
-            notebook, number = read(file), file.name[0]
-            cell = parameters_of(notebook)
-            settings = places | SIZES | SMALL[number]
-            known = assignments(cell.source)
-            cell.source = "\n".join(f"{name} = {settings[name]!r}" for name in known)
-            write(notebook, folder / file.name)
-            done[number] = execute(folder / file.name, folder=folder)
-        yield done
+        cells = iter(execute(folder / "joined.ipynb", folder=folder).cells)
+    for book in books.values():
+        book.cells = [*itertools.islice(cells, len(book.cells))]
+        next(cells)  # which forgets
+    return books
 
 
 @pytest.fixture(scope="module")

@@ -362,7 +362,10 @@ def test_bad_input_is_refused_before_a_command_runs(
 # Commands that are run.
 
 
-def test_a_command_that_fails_is_an_error_with_what_it_says(place: Path) -> None:
+def test_a_command_that_fails_is_an_error_with_what_it_says(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_in_forks(monkeypatch)
     words = ["measure", str(place / "nowhere"), "--text", str(place / "text.txt")]
     with pytest.raises(ValueError, match=r"^measure.*\b2\b.*blocks.*model.*nowhere"):
         _run(words, place / "out", 2, 5)
@@ -416,6 +419,7 @@ def run_in_forks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     peaks: list[int] = []
 
     def run(line: list[str], **_: Any) -> Any:
+        assert line[:3] == [sys.executable, "-m", "entangle"]
         done = forked("-c", LAST_WORDS, *line[3:])
         peaks.append(int(done.stdout.splitlines()[-1]))
         return done

@@ -529,8 +529,7 @@ def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What three ranks did and said."""
     folder = tmp_path_factory.mktemp("together")
     (folder / "together.py").write_text(TOGETHER)
-    words = torchrun(3, folder / "together.py", folder)
-    done = ran(words, PYTHONPATH=str(ROOT))
+    done = forked_ranks(3, folder / "together.py", folder)
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -670,7 +669,7 @@ def test_scoring_on_the_command_line_in_two_processes(
     words += ["--length", "32", "--windows", "13", "--batch-size", "4", "--json"]
     assert main(words) == 0
     alone = json.loads(capsys.readouterr().out)
-    done = ran(torchrun(2, "-m", "entangle", *words))  # as documented; the others are forked
+    done = forked_ranks(2, "-m", "entangle", *words)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == alone
 
