@@ -28,7 +28,11 @@ def describe(summary: dict[str, Any]) -> str:
     lines = [
         _measured_on(summary),
         f"wasserstein: {_distances(summary)}",
-        *([f"wasserstein of inputs: {_distances(summary['inputs'])}"] * ("inputs" in summary)),
+        *(
+            [f"wasserstein of inputs: {_distances(summary['inputs'])}"]
+            if "inputs" in summary
+            else []
+        ),
         *summary["warnings"],
         f"written to {summary['run']} in {log['seconds']:.0f} s, "
         f"peak memory {log['peak_memory_bytes'] / 1e9:.2f} GB",

@@ -537,8 +537,8 @@ SOME = ["*.k_proj", "*.up_proj", "*.c_attn", "*.mlp.c_proj"]
 OPTIONS: list[tuple[str, dict[str, Any]]] = [
     ("llama", {}),
     ("gpt2", {"difficulty": 40, "skip_first": 2, "layers": SOME[2:]}),
-    ("llama", {"layers": ["*.1.*"], "bins": 256}),
-    ("gpt2", {"shard": "2/2", "layers": SOME[2:]}),
+    ("llama", {"layers": ["*.1.*"], "bins": 256, "input_layers": ["*.down_proj", "*.0.*.q_proj"]}),
+    ("gpt2", {"shard": "2/2", "layers": SOME[2:], "input_layers": SOME[3:]}),
 ]
 
 
