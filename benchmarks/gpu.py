@@ -27,8 +27,9 @@ from benchmarks.gpu_results import Result, Shape, built, compared
 from benchmarks.prune import Cases, problem, published
 from benchmarks.timing import forward, machine, side_by_side
 from entangle.model.hashing import weights_hash
-from entangle.model.hooks import recording_outputs
-from entangle.model.layers import LinearLayer, find_layers
+from entangle.model.hooks import recording_rows
+from entangle.model.layers import find_layers
+from entangle.model.sides import Recordable
 from entangle.model.text import TokenWindows
 from entangle.numerics.histograms import Histograms
 from entangle.numerics.masks import prune
@@ -164,7 +165,7 @@ def recording(
 def check_recording(model: PreTrainedModel, tokens: torch.Tensor) -> None:
     """Count a sample of each layer's rows on the device and on the host, and compare the integers."""
 
-    def compare(layer: LinearLayer, rows: torch.Tensor, places: torch.Tensor | None) -> None:
+    def compare(layer: Recordable, rows: torch.Tensor, places: torch.Tensor | None) -> None:
         on_card = Histograms.zeros(layer.neurons, device=rows.device)
         on_card.start(rows, places)
         on_host = on_card.to(torch.device("cpu"))
@@ -174,7 +175,7 @@ def check_recording(model: PreTrainedModel, tokens: torch.Tensor) -> None:
         on_host.add(sample.cpu().float())
         check_integers(layer.name, on_card, on_host)
 
-    with recording_outputs(model, find_layers(model), compare):
+    with recording_rows(model, find_layers(model), compare):
         forward(model, tokens)
 
 

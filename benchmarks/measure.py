@@ -20,7 +20,7 @@ from scipy import stats
 
 import entangle
 from benchmarks.timing import forward, machine, side_by_side
-from entangle.model.hooks import recording_outputs
+from entangle.model.hooks import recording_rows
 from entangle.model.layers import find_layers
 from entangle.numerics import gaussian, wasserstein
 from entangle.numerics.histograms import Histograms
@@ -55,7 +55,7 @@ def recording() -> None:
     twin = copy.deepcopy(model)  # so that the hooks of one do not slow down the other
 
     def with_hooks() -> None:
-        with recording_outputs(model, find_layers(model), lambda *_: None):
+        with recording_rows(model, find_layers(model), lambda *_: None):
             forward(model, tokens)
 
     with entangle.record(twin):

@@ -161,6 +161,16 @@ def parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
         help="patterns of the names of layers to leave out, such as '*.router' [none]",
     )
 
+    inputs = argparse.ArgumentParser(add_help=False)
+    inputs.add_argument(
+        "--input-layers",
+        nargs="+",
+        default=[],
+        metavar="PATTERN",
+        help="patterns of the names of layers whose input channels are measured too, such as "
+        "'*.down_proj'; their rows are named LAYER:input:INDEX [none]",
+    )
+
     device = argparse.ArgumentParser(add_help=False)
     device.add_argument(
         "--device",
@@ -260,7 +270,7 @@ def parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
     bins = "bins of each neuron's histogram [1024]"
     measure = commands.add_parser(
         "measure",
-        parents=[model, verify, spread, text, layers, overwrite, output],
+        parents=[model, verify, spread, text, layers, inputs, overwrite, output],
         help="measure the distribution of every neuron over a text",
     )
     measure.add_argument(
@@ -288,7 +298,7 @@ def parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
 
     plan = commands.add_parser(
         "plan",
-        parents=[model, sizes, layers, output],
+        parents=[model, sizes, layers, inputs, output],
         help="estimate what measure and sparsify cost, without loading the model",
     )
     plan.add_argument(

@@ -31,11 +31,12 @@ def run_measure(args: argparse.Namespace) -> None:
     folders.check_target(args.out, args.overwrite)  # fail before the long computation
     tokenizer = _tokenizer(args)
     parts, model = _parts(args, tokenizer), _model(args)
-    _check_before_writing(args, parts, model)
+    _check_before_writing(args, parts, model, input_layers=args.input_layers)
     windows = _mixed(args, parts, model, tokenizer, folders.partial_of(args.out))
     run = entangle.measure(
         model,
         windows,
+        input_layers=args.input_layers,
         bins=args.bins,
         difficulty=args.difficulty,
         shard=args.shard,
@@ -73,6 +74,7 @@ def run_plan(args: argparse.Namespace) -> None:
         offload=args.offload is not None,
         trust_remote_code=args.trust_remote_code,
         **_layers(args),
+        input_layers=args.input_layers,
         windows=args.windows,
         length=args.length,
         batch_size=args.batch_size,

@@ -9,9 +9,13 @@ from typing import Any
 
 def _measured_on(summary: dict[str, Any]) -> str:
     part = f"shard {summary['shard']} of a run, " if "shard" in summary else ""
+    inputs = summary.get("inputs", {})
+    beside = (
+        f" and {inputs['neurons_measured']:,} inputs of {inputs['layers']} layers" if inputs else ""
+    )
     return (
-        f"{part}{summary['model']}: {summary['neurons_measured']:,} neurons in {summary['layers']} layers, "
-        f"{summary['tokens']:,} tokens of {summary['text']} "
+        f"{part}{summary['model']}: {summary['neurons_measured']:,} neurons in {summary['layers']} "
+        f"layers{beside}, {summary['tokens']:,} tokens of {summary['text']} "
         f"({summary['windows']} windows of {summary['length']})\n"
         f"noise floor {summary['noise_floor']:.4f}: the distance of a Gaussian neuron on as many "
         "independent tokens"
@@ -23,9 +27,12 @@ def describe(summary: dict[str, Any]) -> str:
     log = summary["log"]
     lines = [
         _measured_on(summary),
-        f"wasserstein: median {summary['median']:.4f}, 95% below {summary['quantile_95']:.4f}, "
-        f"largest {summary['largest']:.4f} ± {summary['largest_error']:.4f} "
-        f"({summary['largest_neuron']})",
+        f"wasserstein: {_distances(summary)}",
+        *(
+            [f"wasserstein of inputs: {_distances(summary['inputs'])}"]
+            if "inputs" in summary
+            else []
+        ),
         *summary["warnings"],
         f"written to {summary['run']} in {log['seconds']:.0f} s, "
         f"peak memory {log['peak_memory_bytes'] / 1e9:.2f} GB",
@@ -33,11 +40,19 @@ def describe(summary: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _distances(summary: Mapping[str, Any]) -> str:
+    return (
+        f"median {summary['median']:.4f}, 95% below {summary['quantile_95']:.4f}, largest "
+        f"{summary['largest']:.4f} ± {summary['largest_error']:.4f} ({summary['largest_neuron']})"
+    )
+
+
 def planned(result: dict[str, Any]) -> str:
     """Return the text of the expected costs of commands."""
+    inputs = f", {result['inputs']:,} inputs to be measured" if result["inputs"] else ""
     lines = [
         f"{result['model']}: {result['layers']} layers in {result['blocks']} blocks, "
-        f"{result['neurons']:,} neurons, {result['weights'] / 1e9:.3g} billion weights in these "
+        f"{result['neurons']:,} neurons{inputs}, {result['weights'] / 1e9:.3g} billion weights in these "
         f"layers, {result['model_bytes'] / 1e9:.3g} GB of weights in the whole model",
         f"{result['tokens']:,} tokens of {result['text']} ({result['windows']} windows)",
     ]

@@ -572,7 +572,7 @@ def hold(*args, **words):
     print("ready", flush=True)
     time.sleep(600)
 
-measuring.recording_outputs = hold
+measuring.recording_rows = hold
 main(sys.argv[1:])
 """
 

@@ -52,6 +52,7 @@ ROOMS = {
         "experts",
         "patterns",
         "layers",
+        "sides",
         "prunable",
         "placing",
         "hashing",

@@ -27,6 +27,7 @@ from entangle.model.mixing import mixed_windows, share_windows
 from entangle.model.packing import is_expanded
 from entangle.model.placing import bytes_of_block
 from entangle.model.quantised import forget_format
+from entangle.model.sides import Recordable, by_block, find_inputs, in_order, layer_of
 from entangle.model.text import OWN, check_windows
 from entangle.numerics.histograms import Histograms
 from entangle.pruning.options import Pruning, Reconstruct, SolveOption
@@ -58,6 +59,7 @@ class Plan:
     blocks: int  # up to the last with a chosen layer
     layers: int
     neurons: int
+    inputs: int  # whose distributions `measure` records
     weights: int  # of the chosen layers
     model_bytes: int  # of all weights
     block_bytes: int  # of the first block; all are assumed to be like it
@@ -90,6 +92,7 @@ def plan(
     offload: bool = False,
     trust_remote_code: bool = False,
     layers: str | Sequence[str] = ("*",),
+    input_layers: str | Sequence[str] = (),
     exclude: str | Sequence[str] = (),
     windows: int = 128,
     length: int = 512,
@@ -139,6 +142,7 @@ def plan(
     with explained(model):
         whole = _empty(config, kind, trust_remote_code)
     chosen = find_layers(whole, layers, exclude)
+    inputs = find_inputs(whole, input_layers, exclude)
     tokenizer = load_tokenizer(model, revision=revision, trust_remote_code=trust_remote_code)
     parts = share_windows(texts, tokenizer, windows=windows, length=length)
     drawn = mixed_windows([part for part in parts if part is not None])
@@ -146,18 +150,14 @@ def plan(
     batches = len(drawn.batches(batch_size))
     if reconstruct != "none":
         step_size(drawn)
-    blocks = 1 + max(layer.block for layer in chosen)
+    recorded = in_order(chosen, inputs)
+    blocks = 1 + recorded[-1].block
     few, more = (min(count, batches) for count in BATCHES)
     common = ["--length", str(length), "--batch-size", str(batch_size)]
     without_gpu = device.partition(":")[0] == "cuda" and not torch.cuda.is_available()
-    common += [
-        "--device",
-        "cpu" if without_gpu else device,
-        "--layers",
-        *sorted({f"*.{layer.role}" for layer in chosen}),
-    ]
+    common += ["--device", "cpu" if without_gpu else device, *_flag("--layers", chosen)]
     commands = {
-        "measure": ["--bins", str(bins)],
+        "measure": [*("--bins", str(bins)), *_flag("--input-layers", inputs)],
         "sparsify": [
             *("--sparsity", sparsity, "--experts", str(experts), "--solve", solve),
             *("--reconstruct", reconstruct),
@@ -183,7 +183,8 @@ def plan(
     hidden = batch_size * length * config.get_text_config(decoder=True).hidden_size * kind.itemsize
     block = sum(parameter.nbytes for parameter in find_blocks(whole)[1][0].parameters())
     first = [layer for layer in chosen if layer.block == chosen[0].block]
-    histograms = sum(layer.neurons for layer in first) * (4 * bins + RUN_BYTES)
+    in_block = by_block(recorded)[recorded[0].block]
+    histograms = sum(one.neurons for one in in_block) * (4 * bins + RUN_BYTES)
     linear = sum(layer.neurons * layer.inputs for layer in first) * kind.itemsize
     held = {
         "measure": (block + histograms, hidden if offload else 0),
@@ -205,6 +206,7 @@ def plan(
         blocks,
         len(chosen),
         sum(layer.neurons for layer in chosen),
+        sum(one.neurons for one in inputs),
         sum(layer.neurons * layer.inputs for layer in chosen),
         sum(parameter.nbytes for parameter in whole.parameters()),
         block,
@@ -214,6 +216,12 @@ def plan(
         without_gpu,
         stages,
     )
+
+
+def _flag(name: str, found: Sequence[Recordable]) -> list[str]:
+    """Return a flag with patterns of these layers' roles, or nothing if there are none."""
+    patterns = sorted({f"*.{layer_of(one).role}" for one in found})
+    return [name, *patterns] if patterns else []
 
 
 def _empty(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> Any:

@@ -58,7 +58,7 @@ def diff(
     for one in map(dataset_of, (run, other)):
         kept = one[["wasserstein", "wasserstein_error"]].isel(neuron=trusted(one))
         tables.append(kept.to_dataframe())
-    keys = ["layer", "block", "role", "index"]
+    keys = ["layer", "block", "role", "index", "side"]
     both = tables[0].merge(tables[1], on=keys, suffixes=("_first", ""))
     names = dataset_of(run)["layer"].to_numpy().astype(str)
     wanted = set(names[matching(names, layers, exclude)])

@@ -20,9 +20,10 @@ from scipy.signal import find_peaks
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from entangle.model.hooks import backbone_of, recording_outputs
-from entangle.model.layers import LinearLayer
+from entangle.model.hooks import backbone_of, recording_rows
+from entangle.model.patterns import INPUT
 from entangle.model.placing import input_device
+from entangle.model.sides import Recordable
 from entangle.model.text import TokenWindows
 from entangle.numerics.contributions import bootstrap, distance_parts
 from entangle.numerics.gaussian import from_samples
@@ -123,6 +124,8 @@ def contexts(
 ) -> list[NeuronContexts]:
     """Find the contexts of ``neurons``, written LAYER:INDEX; return them in this order.
 
+    An input channel, LAYER:input:INDEX, has contexts like a neuron; its ``output`` is its value.
+
     ``windows`` must be those that ``run`` was measured on. A token's share of the distance is the
     integral over its own quantile bin (see `distance_parts`). The interval is a basic bootstrap
     interval from 200 draws of whole windows; it is NaN for a single window. Noise only adds to a
@@ -145,11 +148,16 @@ def contexts(
             raise ValueError(
                 f"{name} is dead or not finite, so it has no distance: choose another neuron"
             )
+    layers: dict[str, set[str]] = {"output": set(), "input": set()}
+    for name in names:
+        side = str(data["side"].sel(neuron=name).item())
+        layers[side].add(name.rpartition(":")[0])
     setup = Setup.of(
         model,
         windows,
         run=run,
-        layers=sorted({name.rpartition(":")[0] for name in names}),
+        layers=sorted(layers["output"]),
+        input_layers=sorted(name.removesuffix(INPUT) for name in layers["input"]),
         batch_size=int(data.attrs["batch_size"]),
         skip_first=int(data.attrs["skip_first"]),
         progress=progress,
@@ -192,15 +200,15 @@ def contexts(
 
 
 def _outputs(setup: Setup, neurons: Sequence[str]) -> Floats:
-    """Run the model on the windows; return the outputs (tokens, neurons) of ``neurons``."""
+    """Run the model on the windows; return the outputs (or inputs) of ``neurons`` (tokens, neurons)."""
     wanted: dict[str, list[int]] = {}
     for neuron in neurons:
         layer, _, index = neuron.rpartition(":")
         wanted.setdefault(layer, []).append(int(index))
-    layers = [layer for layer in setup.layers if layer.name in wanted]
+    layers = [layer for layer in setup.recorded if layer.name in wanted]
     kept: dict[str, list[torch.Tensor]] = {layer.name: [] for layer in layers}
 
-    def on_outputs(layer: LinearLayer, rows: torch.Tensor, places: torch.Tensor | None) -> None:
+    def on_rows(layer: Recordable, rows: torch.Tensor, places: torch.Tensor | None) -> None:
         rows = rows[:, wanted[layer.name]]
         rows = rows if places is None else rows.index_select(0, places)
         kept[layer.name].append(rows.float().cpu())
@@ -208,7 +216,7 @@ def _outputs(setup: Setup, neurons: Sequence[str]) -> Floats:
     model, device, skip_first = setup.model, input_device(setup.model), setup.skip_first
     with (
         torch.inference_mode(),
-        recording_outputs(model, layers, on_outputs, skip_first=skip_first),
+        recording_rows(model, layers, on_rows, skip_first=skip_first),
     ):
         for batch in setup.batches:
             backbone_of(model)(input_ids=batch.to(device), use_cache=False)

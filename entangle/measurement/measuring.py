@@ -20,19 +20,19 @@ from entangle.measurement.ranking import rank_correlations
 from entangle.measurement.recording import Recorder
 from entangle.model import folders, ranks
 from entangle.model.blocks import BlockWalk
-from entangle.model.hooks import backbone_of, recording_outputs
-from entangle.model.layers import LinearLayer
+from entangle.model.hooks import backbone_of, recording_rows
 from entangle.model.overlap import run_hashes
 from entangle.model.packing import load_tensors, save_tensors
 from entangle.model.placing import input_device, is_offloaded
 from entangle.model.ranks import Shard
 from entangle.model.sampling import sample_inputs
+from entangle.model.sides import Recordable, by_block
 from entangle.model.text import TokenWindows, evenly_spaced
 from entangle.numerics.difficulty import Difficulty, mapping_difficulty
 from entangle.numerics.histograms import Histograms
 from entangle.numerics.torch_settings import with_torch_defaults
 from entangle.runs import labelling, store
-from entangle.runs.dataset import with_text
+from entangle.runs.dataset import outputs_of, with_text
 from entangle.runs.resuming import resumed_run
 from entangle.runs.setup import Setup, Stopwatch
 
@@ -48,6 +48,7 @@ def measure(
     windows: TokenWindows,
     *,
     layers: str | Sequence[str] = ("*",),
+    input_layers: str | Sequence[str] = (),
     exclude: str | Sequence[str] = (),
     bins: int = 1024,
     difficulty: int = 0,
@@ -62,6 +63,10 @@ def measure(
 
     Layers that match a pattern in ``exclude`` are left out, and so are those that cannot be heard
     (see `hooks.unheard_layers`). It is an error if ``layers`` has the exact name of one of these.
+
+    Of the layers that match ``input_layers`` the input channels are measured too, in the same pass.
+    They are rows of their own, LAYER:input:INDEX, of the layer LAYER:input, which is also the name
+    that ``exclude`` is compared with; their coordinate ``side`` is input.
 
     Return the run: its root has a row per neuron (the variables and units are in
     `runs.dataset.UNITS`), its child ``histogram`` the mergeable state. With ``out`` the run is also
@@ -97,6 +102,7 @@ def measure(
         model,
         windows,
         layers=layers,
+        input_layers=input_layers,
         exclude=exclude,
         batch_size=batch_size,
         skip_first=skip_first,
@@ -124,7 +130,7 @@ def measure(
         difficulties = _difficulties(setup, difficulty) if difficulty else {}
         state = None if folder is None else folder / "state"
         parts = recording.blocks(state) if is_offloaded(model) else recording.whole(state)
-        trees = (_tree(setup.layers, *one, attributes, difficulties) for one in parts)
+        trees = (_tree(setup.recorded, *one, attributes, difficulties) for one in parts)
         if not streamed:
             tree = with_text(_joined(list(trees)), hashes)
             trees = (one for one in [tree])
@@ -132,7 +138,8 @@ def measure(
             store.write_run(folder, trees, attributes, stopwatch.log, hashes)
             folders.remove_folder(folder / "state")
             if difficulty:
-                table = rank_correlations(store.open_run(folder), "wasserstein", ["difficulty"])
+                measured = outputs_of(store.open_run(folder))
+                table = rank_correlations(measured, "wasserstein", ["difficulty"])
                 store.save_table(table, folder / "tables" / "difficulty.csv")
         else:
             for _ in trees:  # reading them makes this rank record its batches
@@ -143,8 +150,8 @@ def measure(
 
 
 def _tree(
-    all_layers: Sequence[LinearLayer],
-    layers: Sequence[LinearLayer],
+    all_layers: Sequence[Recordable],
+    layers: Sequence[Recordable],
     state: Histograms,
     norms: npt.NDArray[np.float64],
     attributes: Mapping[str, Any],
@@ -189,7 +196,7 @@ def _shard(text: str | None, difficulty: int) -> Shard:
 
 
 # Layers, their histograms, and the norms of their neurons' weights (neurons,).
-Part = tuple[Sequence[LinearLayer], Histograms, npt.NDArray[np.float64]]
+Part = tuple[Sequence[Recordable], Histograms, npt.NDArray[np.float64]]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -233,7 +240,7 @@ class _Recording:
 
     def whole(self, folder: Path | None) -> Iterator[Part]:
         """Record all layers, batch by batch; with ``folder``, save states and resume from them."""
-        model, layers, batches = self.setup.model, self.setup.layers, self.batches
+        model, layers, batches = self.setup.model, self.setup.recorded, self.batches
         name = f"{self.shard.number}-of-{self.shard.of}.safetensors"
         file = None if folder is None else folder / name
         recorder = Recorder(layers, self.bins, first_counts=self.first_counts)
@@ -246,7 +253,7 @@ class _Recording:
         backbone, device = backbone_of(model), input_device(model)
         saved, cost = time.monotonic(), 0.0
         with (
-            recording_outputs(model, layers, recorder.add, skip_first=self.setup.skip_first),
+            recording_rows(model, layers, recorder.add, skip_first=self.setup.skip_first),
             torch.inference_mode(),
             self._bar(sum(map(torch.numel, batches)), "token") as bar,
         ):
@@ -265,7 +272,7 @@ class _Recording:
 
     def blocks(self, folder: Path | None) -> Iterator[Part]:
         """Record block by block; with ``folder``, save each block's state and resume from them."""
-        layers = self.setup.blocks
+        layers = by_block(self.setup.recorded)
         files = {} if folder is None else {b: folder / f"block-{b}.safetensors" for b in layers}
         done = ranks.all_gather([block for block, file in files.items() if file.is_file()])[0]
         for block, part in self._recorded(layers, {*layers} - {*done}):
@@ -281,7 +288,7 @@ class _Recording:
             yield layers[block], Histograms(**tensors), known
 
     def _recorded(
-        self, layers: Mapping[int, list[LinearLayer]], left: set[int]
+        self, layers: Mapping[int, list[Recordable]], left: set[int]
     ) -> Iterator[tuple[int, tuple[Histograms, npt.NDArray[np.float64]]]]:
         if not left:
             return
@@ -291,7 +298,7 @@ class _Recording:
             for block in range(max(left) + 1):
                 if block in left:
                     recorder = Recorder(layers[block], self.bins, first_counts=self.first_counts)
-                    walk.record_outputs(layers[block], recorder.add)
+                    walk.record_rows(layers[block], recorder.add)
                     state = _over_ranks(recorder.state())
                     yield block, (state, labelling.weight_norms(layers[block]))
                     del recorder, state

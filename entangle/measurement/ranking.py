@@ -10,7 +10,7 @@ import pandas as pd
 import scipy
 import xarray as xr
 
-from entangle.runs.dataset import dataset_of, matching, rows_by_layer, trusted
+from entangle.runs.dataset import dataset_of, matching, outputs_of, rows_by_layer, trusted
 
 Neurons = dict[str, npt.NDArray[np.int64]]  # the indices of each layer's neurons, ascending
 COLUMNS = ("wasserstein", "wasserstein_error", "mean", "std", "skewness", "kurtosis", "modes")
@@ -26,11 +26,12 @@ def rank(
 ) -> pd.DataFrame:
     """Return the ``top`` neurons of the matching layers with the largest ``by``, largest first.
 
+    Inputs that the run has beside outputs are ranked with them; ``*:input`` matches their layers.
     Layers that match a pattern in ``exclude`` are left out.
     Neurons that have no distance, or an error bound above 0.1, are left out. Neurons without a
     value of ``by`` come last. Ties keep the order of the model. The columns are:
 
-    - ``neuron``: LAYER:INDEX.
+    - ``neuron``: LAYER:INDEX, or LAYER:input:INDEX for an input channel.
     - the variable ``by``, in its unit (`runs.dataset.UNITS`).
     - ``layer_ratio``: ``by`` divided by its median over the layer's ranked neurons.
     - ``wasserstein``, ``wasserstein_error``: the distance and its certified error bound, in std.
@@ -71,7 +72,7 @@ def top_by_layer(
 
     They are a ``share`` of the layer's neurons, at least one, or a ``count`` of them. Neurons that
     have no distance, an error bound above 0.1, or no value of ``by`` are left out. Ties keep the
-    first.
+    first. Input channels that the run has are those of the layer LAYER:input.
 
     Raises:
         LookupError: the run has no such variable, or a pattern matches none of its layers.
@@ -112,7 +113,9 @@ def matched_random(
         LookupError: the run lacks one of the layers.
     """
     dataset = dataset_of(run)
-    places = {name: place for place, name in enumerate(dict.fromkeys(dataset["layer"].to_numpy()))}
+    # Outputs first, so that no draw of theirs depends on which inputs the run has beside them.
+    names = np.append(outputs_of(dataset)["layer"], dataset["layer"])
+    places = {name: place for place, name in enumerate(dict.fromkeys(names))}
     ranked, indices = trusted(dataset), dataset["index"].to_numpy()
     drawn = {}
     for name, rows in rows_by_layer(dataset, list(neurons)).items():

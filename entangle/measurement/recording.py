@@ -1,4 +1,4 @@
-"""Recording of neurons' output distributions while the model runs."""
+"""Recording of the distributions of neurons, and of input channels, while the model runs."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -8,15 +8,16 @@ import torch
 import xarray as xr
 from transformers import PreTrainedModel
 
-from entangle.model.hooks import BatchCounter, check_hooks, recording_outputs, unheard_layers
-from entangle.model.layers import LinearLayer, device_of, find_layers, without_skipped
-from entangle.model.patterns import as_list
+from entangle.model.hooks import BatchCounter, check_hooks, recording_rows, unheard_layers
+from entangle.model.layers import device_of, find_layers
+from entangle.model.patterns import INPUT, as_list
+from entangle.model.sides import Recordable, find_inputs, in_order, layer_of, without_skipped
 from entangle.numerics.histograms import Histograms
 from entangle.runs import labelling
 
 
 class Recorder:
-    """The histograms of some layers' neurons, filled while the model runs.
+    """The histograms of some layers' neurons or input channels, filled while the model runs.
 
     The first batch is the pilot: it places the bins. It is also counted if ``first_counts``; with
     several processes, only one of them counts it.
@@ -24,7 +25,7 @@ class Recorder:
 
     def __init__(
         self,
-        layers: Sequence[LinearLayer],
+        layers: Sequence[Recordable],
         bins: int,
         *,
         first_counts: bool = True,
@@ -47,9 +48,9 @@ class Recorder:
         self._histograms: dict[str, Histograms] = {}
 
     def add(
-        self, layer: LinearLayer, rows: torch.Tensor, places: torch.Tensor | None = None
+        self, layer: Recordable, rows: torch.Tensor, places: torch.Tensor | None = None
     ) -> None:
-        """Add a layer's outputs (tokens, neurons) of a batch; its first batch is the pilot.
+        """Add a layer's outputs or inputs (tokens, neurons) of a batch; its first is the pilot.
 
         ``places`` are the indices of the rows that count; None counts all.
         """
@@ -92,11 +93,11 @@ class Recorder:
         """Continue from a state that `state` returned; each layer's part goes to its device."""
         self._all.copy_(state)
         for layer in self.layers:
-            part, device = self._all[self._slices[layer.name]], device_of(layer)
+            part, device = self._all[self._slices[layer.name]], device_of(layer_of(layer))
             self._histograms[layer.name] = part if device.type == "cpu" else part.to(device)
 
     def dataset(self) -> xr.Dataset:
-        """Return the dataset without the histograms, one row per neuron."""
+        """Return the dataset without the histograms: a row per neuron and per input channel."""
         return self.tree().to_dataset()
 
 
@@ -105,15 +106,17 @@ def record(
     model: PreTrainedModel,
     layers: str | Sequence[str] = ("*",),
     *,
+    input_layers: str | Sequence[str] = (),
     exclude: str | Sequence[str] = (),
     bins: int = 1024,
     skip_first: int = 0,
 ) -> Iterator[Recorder]:
     """Record the layers that match any pattern or name while ``model`` runs in the with block.
 
-    Layers that match a pattern in ``exclude`` are left out, and so are those that cannot be heard
-    (see `unheard_layers`): the model runs once on 16 tokens to find them. It is an error if ``layers``
-    has the exact name of one of them.
+    Of layers that match ``input_layers`` the inputs are recorded too, beside the outputs of ``layers``
+    (see `measure`). Layers that match a pattern in ``exclude`` are left out, and so are those that
+    cannot be heard (see `unheard_layers`): the model runs once on 16 tokens to find them. It is an
+    error if a pattern is the exact name of one of them.
     The first batch is the pilot that places the histograms' bins, so it should be a typical one.
     Tokens that the model's ``attention_mask`` marks as padding are not counted, nor are the first
     ``skip_first`` tokens of each window.
@@ -122,13 +125,18 @@ def record(
         LookupError: a pattern matches no layer, or all layers are excluded.
         RuntimeError: at the end of the block, a layer had not run once in each batch.
         ValueError: the model is compiled, ``bins`` or ``skip_first`` is out of range, or a layer
-            that ``layers`` names cannot be heard, or none can.
+            that a pattern names cannot be heard, or none can.
     """
     check_hooks(model, skip_first)
     matched = find_layers(model, layers, exclude)
-    skipped = unheard_layers(model, matched, _some_tokens(model))
-    recorder = Recorder(without_skipped(matched, skipped, as_list(layers)), bins, skipped=skipped)
-    with recording_outputs(model, recorder.layers, recorder.add, skip_first=skip_first) as counter:
+    inputs = find_inputs(model, input_layers, exclude)
+    skipped = unheard_layers(model, in_order(matched, inputs), _some_tokens(model))
+    recorded = in_order(
+        without_skipped(matched, skipped, as_list(layers)),
+        without_skipped(inputs, skipped, [name + INPUT for name in as_list(input_layers)]),
+    )
+    recorder = Recorder(recorded, bins, skipped=skipped)
+    with recording_rows(model, recorder.layers, recorder.add, skip_first=skip_first) as counter:
         recorder.counter = counter
         yield recorder
 

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from entangle.model.calls import NOT_IN_SEQUENCE, BlockCall, run_short, run_whole
 from entangle.model.hooks import (
     CountedTokens,
-    OnOutputs,
+    OnRecorded,
     OnRows,
     backbone_of,
     check_fired,
@@ -30,6 +30,7 @@ from entangle.model.hooks import (
 )
 from entangle.model.layers import LinearLayer, find_blocks
 from entangle.model.placing import input_device, is_offloaded, load_block, release_block
+from entangle.model.sides import Recordable, inputs_among, listen
 
 
 def _form(tensor: torch.Tensor) -> tuple[Any, ...]:
@@ -39,9 +40,9 @@ def _form(tensor: torch.Tensor) -> tuple[Any, ...]:
 class BlockWalk:
     """The hidden states of all batches, carried through a model's blocks one block at a time.
 
-    ``block`` is the index of the block that runs next. `record_inputs` records the inputs of its layers
-    and `record_outputs` their outputs; `advance` carries the hidden states through it. The weights of the
-    block may change between `record_inputs` and `advance`.
+    ``block`` is the index of the block that runs next. `record_rows` records outputs and inputs of its layers
+    and advances; `record_inputs` records inputs, once where layers share them. `advance` carries the
+    hidden states through it. The weights of the block may change between `record_inputs` and `advance`.
     """
 
     def __init__(
@@ -146,7 +147,7 @@ class BlockWalk:
 
         def hook_on(layer: LinearLayer) -> RemovableHandle:
             def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                inputs = args[0] if args else next(iter(kwargs.values()))
+                inputs = inputs_among(args, kwargs)
                 first = seen.setdefault(id(inputs), (inputs, layer.name))[1]
                 before = owners.setdefault(layer.name, first)
                 if before != first:
@@ -165,8 +166,8 @@ class BlockWalk:
         self._run_batches(map(hook_on, layers), fired, advance=advance, after=seen.clear)
         return owners
 
-    def record_outputs(self, layers: Sequence[LinearLayer], on_outputs: OnOutputs) -> None:
-        """Advance through the block, and call ``on_outputs`` with the outputs of its layers.
+    def record_rows(self, layers: Sequence[Recordable], on_rows: OnRecorded) -> None:
+        """Advance through the block, and call ``on_rows`` with outputs or inputs of its layers.
 
         It receives the layer, all rows (tokens, neurons) of one batch, and the places of those that
         count (None if all do).
@@ -178,12 +179,12 @@ class BlockWalk:
         assert all(layer.block == self.block for layer in layers)
         fired = dict.fromkeys((layer.name for layer in layers), 0)
 
-        def hook_on(layer: LinearLayer) -> RemovableHandle:
-            def hook(_: nn.Module, __: Any, outputs: torch.Tensor) -> None:
+        def hook_on(layer: Recordable) -> RemovableHandle:
+            def hear(values: torch.Tensor) -> None:
                 fired[layer.name] += 1
-                on_outputs(layer, *self.counted[self._batch].rows_and_places(layer, outputs))
+                on_rows(layer, *self.counted[self._batch].rows_and_places(layer, values))
 
-            return layer.module.register_forward_hook(hook)
+            return listen(layer, hear)
 
         self._run_batches(map(hook_on, layers), fired, advance=True)
 

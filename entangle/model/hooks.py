@@ -1,4 +1,4 @@
-"""Forward hooks that record or replace the outputs of a model's linear layers."""
+"""Forward hooks that record the outputs or inputs of a model's linear layers, or replace outputs."""
 
 import dataclasses
 import inspect
@@ -13,9 +13,10 @@ from transformers import PreTrainedModel
 
 from entangle.model.layers import LinearLayer, decoder_of
 from entangle.model.placing import input_device, is_whole
+from entangle.model.sides import Recordable, inputs_among, listen
 
 OnRows = Callable[[LinearLayer, torch.Tensor], None]
-OnOutputs = Callable[[LinearLayer, torch.Tensor, torch.Tensor | None], None]
+OnRecorded = Callable[[Recordable, torch.Tensor, torch.Tensor | None], None]
 Change = Callable[[LinearLayer, torch.Tensor, torch.Tensor], torch.Tensor]
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
@@ -36,7 +37,7 @@ class CountedTokens:
         """The indices in the batch of the counted tokens, (tokens,) int64, on the CPU."""
         return torch.arange(self.size) if self.index is None else self.index.cpu()
 
-    def rows(self, layer: LinearLayer, values: torch.Tensor) -> torch.Tensor:
+    def rows(self, layer: Recordable, values: torch.Tensor) -> torch.Tensor:
         """Return the counted rows (tokens, channels) of a layer's inputs or outputs.
 
         Raises:
@@ -46,7 +47,7 @@ class CountedTokens:
         return rows if places is None else rows.index_select(0, places)
 
     def rows_and_places(
-        self, layer: LinearLayer, values: torch.Tensor
+        self, layer: Recordable, values: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return all rows (size, channels) without a copy, and the places of those that count.
 
@@ -100,7 +101,7 @@ def counted_tokens(
 class BatchCounter:
     """The state of a recording: the numbers of batches, and of counted, padding and skipped tokens."""
 
-    def __init__(self, layers: Sequence[LinearLayer], skip_first: int) -> None:
+    def __init__(self, layers: Sequence[Recordable], skip_first: int) -> None:
         self.layers = list(layers)
         self.skip_first = skip_first
         self.batches = 0
@@ -150,7 +151,7 @@ class BatchCounter:
             self.running = None
 
     def rows_and_places(
-        self, layer: LinearLayer, values: torch.Tensor
+        self, layer: Recordable, values: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return a layer's rows in this batch, and which count (see `CountedTokens`).
 
@@ -207,15 +208,16 @@ def _real_tokens(
 
 
 @contextmanager
-def recording_outputs(
+def recording_rows(
     model: PreTrainedModel,
-    layers: Sequence[LinearLayer],
-    on_outputs: OnOutputs,
+    layers: Sequence[Recordable],
+    on_rows: OnRecorded,
     *,
     skip_first: int = 0,
 ) -> Iterator[BatchCounter]:
-    """Call ``on_outputs(layer, rows, places)`` with each layer's outputs while the model runs.
+    """Call ``on_rows(layer, rows, places)`` with each layer's outputs while the model runs.
 
+    For `LayerInputs` they are the layer's inputs.
     ``rows`` (tokens, neurons) are all of a batch, and ``places`` (counted,) int64 the indices of
     those that count, or None if all do: padding (by the model's ``attention_mask``) and the first
     ``skip_first`` tokens of each window do not. The hooks are removed on every exit.
@@ -234,11 +236,8 @@ def recording_outputs(
     def end(module: nn.Module, *_: Any) -> None:
         counter.end(module)
 
-    def hook_of(layer: LinearLayer) -> Callable[..., None]:
-        def hook(_: nn.Module, __: Any, output: torch.Tensor) -> None:
-            on_outputs(layer, *counter.rows_and_places(layer, output))
-
-        return hook
+    def hear_of(layer: Recordable) -> Callable[[torch.Tensor], None]:
+        return lambda values: on_rows(layer, *counter.rows_and_places(layer, values))
 
     handles = []
     try:
@@ -246,7 +245,7 @@ def recording_outputs(
             handles.append(module.register_forward_pre_hook(begin, with_kwargs=True))
             handles.append(module.register_forward_hook(end))
         for layer in layers:
-            handles.append(layer.module.register_forward_hook(hook_of(layer)))
+            handles.append(listen(layer, hear_of(layer)))
         yield counter
     finally:
         for handle in handles:
@@ -268,7 +267,7 @@ def replacing_outputs(layers: Sequence[LinearLayer], change: Change) -> Iterator
             _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: torch.Tensor
         ) -> torch.Tensor:
             fired[layer.name] += 1
-            return change(layer, args[0] if args else next(iter(kwargs.values())), outputs)
+            return change(layer, inputs_among(args, kwargs), outputs)
 
         return hook
 
@@ -315,42 +314,44 @@ def _buffers(module: nn.Module) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
 
 
 def unheard_layers(
-    model: PreTrainedModel, layers: Sequence[LinearLayer], tokens: torch.Tensor
+    model: PreTrainedModel, layers: Sequence[Recordable], tokens: torch.Tensor
 ) -> dict[str, str]:
     """Run the model once on tokens (windows, length); return why layers cannot be heard, by name.
 
-    A layer is heard if its module runs once in a forward pass and returns one row for each token.
+    A layer is heard if its module runs once in a forward pass and returns one row for each token;
+    its inputs are heard if it receives one row for each token.
     Some models read a layer's weight without running the layer, and a mixture of experts sends only
     some of the tokens to a layer.
     """
-    outputs: dict[str, list[Any]] = {layer.name: [] for layer in layers}
+    heard: dict[str, list[Any]] = {layer.name: [] for layer in layers}
 
-    def hook_of(layer: LinearLayer) -> Callable[..., None]:
-        def hook(_: nn.Module, __: Any, output: Any) -> None:
-            tensor = isinstance(output, torch.Tensor)
-            outputs[layer.name].append(output.shape if tensor else type(output).__name__)
+    def hear_of(layer: Recordable) -> Callable[[Any], None]:
+        def hear(values: Any) -> None:
+            tensor = isinstance(values, torch.Tensor)
+            heard[layer.name].append(values.shape if tensor else type(values).__name__)
 
-        return hook
+        return hear
 
     with on_trial(model), torch.inference_mode():
         for layer in layers:
-            layer.module.register_forward_hook(hook_of(layer))  # removed by on_trial
+            listen(layer, hear_of(layer))  # removed by on_trial
         backbone_of(model)(input_ids=tokens.to(input_device(model)), use_cache=False)
-    found = {layer.name: _deafness(layer, outputs[layer.name], tokens.numel()) for layer in layers}
+    found = {layer.name: _deafness(layer, heard[layer.name], tokens.numel()) for layer in layers}
     return {name: reason for name, reason in found.items() if reason}
 
 
-def _deafness(layer: LinearLayer, outputs: Sequence[Any], tokens: int) -> str:
-    """Return why a layer with these outputs' shapes, or types, cannot be heard; empty if it can."""
-    if len(outputs) != 1:
-        if not outputs:
+def _deafness(layer: Recordable, heard: Sequence[Any], tokens: int) -> str:
+    """Return why a layer with these shapes, or types, heard cannot be used; empty if it can."""
+    if len(heard) != 1:
+        if not heard:
             return "the model did not run it in a trial"
-        return f"the model ran it {len(outputs)} times in a trial, but a layer has to run once"
-    (shape,) = outputs
+        return f"the model ran it {len(heard)} times in a trial, but a layer has to run once"
+    (shape,) = heard
     if isinstance(shape, str):
-        return f"its output is a {shape}, not a tensor"
+        return f"its {layer.side} is a {shape}, not a tensor"
     if not shape or shape[-1] != layer.neurons or shape.numel() != tokens * layer.neurons:
-        return f"its output has shape {' x '.join(map(str, shape))}, not one row for each token"
+        sizes = " x ".join(map(str, shape))
+        return f"its {layer.side} has shape {sizes}, not one row for each token"
     return ""
 
 

@@ -7,9 +7,9 @@ layer is ``(experts, neurons, inputs)``. Outputs are ``(tokens, neurons)``.
 import dataclasses
 import difflib
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
@@ -40,6 +40,7 @@ class LinearLayer:
     block: int
     role: str  # dotted name in the block: mlp.up_proj
     module: nn.Module = dataclasses.field(repr=False, compare=False)
+    side: ClassVar[str] = "output"  # where it is recorded, a layer stands for its outputs
 
     @property
     def neurons(self) -> int:
@@ -230,30 +231,6 @@ def find_layers(
     if wrong is not None:
         raise LookupError(_no_match(wrong, layers))
     return list(itertools.compress(layers, chosen(names, patterns, exclude)))
-
-
-def without_skipped(
-    layers: Sequence[LinearLayer], skipped: Mapping[str, str], patterns: Sequence[str]
-) -> list[LinearLayer]:
-    """Return the layers that are not skipped; ``skipped`` has the reasons by name.
-
-    Raises:
-        ValueError: all are skipped, or the patterns name one that is.
-    """
-    left = [layer for layer in layers if layer.name not in skipped]
-    for name in skipped:
-        if name in patterns:
-            raise ValueError(
-                f"{name} cannot be used: {skipped[name]}. Leave it out with exclude, or name other "
-                "layers"
-            )
-    if not left:
-        name = layers[0].name
-        raise ValueError(
-            f"none of the {len(layers)} layers that match can be used, for example {name}: "
-            f"{skipped[name]}"
-        )
-    return left
 
 
 def _walk(model: "PreTrainedModel") -> Iterator[LinearLayer]:

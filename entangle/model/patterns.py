@@ -5,6 +5,8 @@ from collections.abc import Iterable, Sequence
 
 Patterns = str | Sequence[str]
 
+INPUT = ":input"  # after the name of a layer: its inputs
+
 
 def as_list(patterns: Patterns) -> list[str]:
     """Return one pattern or several as a list."""

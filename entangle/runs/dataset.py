@@ -1,4 +1,4 @@
-"""The dataset of a run: a row per neuron, and the names and units of its variables."""
+"""The dataset of a run: a row per neuron or input, and the names and units of its variables."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,7 +11,7 @@ import numpy.typing as npt
 import pandas as pd
 import xarray as xr
 
-from entangle.model.patterns import as_list, chosen, unmatched
+from entangle.model.patterns import INPUT, as_list, chosen, unmatched
 from entangle.numerics import gaussian
 
 Array = npt.NDArray[np.float64]
@@ -28,7 +28,11 @@ UNITS = {
     "max": ("largest output", "output"),
     "count": ("tokens counted", "tokens"),
     "nonfinite": ("outputs that are NaN, infinite or too large to be summed", "tokens"),
-    "weight_norm": ("Euclidean norm of the weights (in an expanded layer, mean over experts)", "1"),
+    "weight_norm": (
+        "Euclidean norm of the weights, of an input those of its column (in an expanded layer, mean "
+        "over experts)",
+        "1",
+    ),
     "difficulty": ("mapping difficulty", "1"),
     "difficulty_pairs": ("pairs of tokens in the mean of the mapping difficulty", "pairs"),
     "difficulty_equal": (
@@ -59,7 +63,10 @@ NAMED_ERROR = 0.02  # neurons with a larger error bound are named in the summary
 
 _MAPPINGS = ("versions", "disentangled", "skipped_layers", "texts")  # attributes that are mappings
 # Attributes that are lists.
-_LISTS = ("layers", "exclude", "skipped_parameters", "dependent_on", "window_hashes", "notes")
+_LISTS = (
+    *("layers", "input_layers", "exclude", "skipped_parameters", "dependent_on", "window_hashes"),
+    "notes",
+)
 
 
 def labelled(name: str, values: npt.NDArray[Any]) -> tuple[str, npt.NDArray[Any], dict[str, str]]:
@@ -72,11 +79,22 @@ def dataset_of(run: xr.DataTree | xr.Dataset) -> xr.Dataset:
     return upgraded(run.to_dataset() if isinstance(run, xr.DataTree) else run)
 
 
+def outputs_of(run: xr.DataTree | xr.Dataset) -> xr.Dataset:
+    """Return the dataset of a run's neurons alone, without rows of layers' inputs."""
+    data = dataset_of(run)
+    output = data["side"].to_numpy() == "output"
+    return data if output.all() else data.isel(neuron=output)
+
+
 def upgraded(data: xr.Dataset) -> xr.Dataset:
     """Return a dataset of an older version in this version's form; others are unchanged.
 
-    Older datasets lack the index ``neuron`` and have attributes that netCDF cannot hold.
+    Older datasets have only outputs, and no ``side``. Those of 0.1.0 also lack the index ``neuron``
+    and have attributes that netCDF cannot hold.
     """
+    if "side" not in data.coords:
+        side = np.full(data.sizes["neuron"], "output")
+        data = data.assign_coords(side=("neuron", side))
     if "neuron" in data.coords:
         return data
     pairs = zip(data["layer"].to_numpy(), data["index"].to_numpy(), strict=True)
@@ -127,13 +145,12 @@ def trusted(run: xr.DataTree | xr.Dataset) -> npt.NDArray[np.bool_]:
 
 
 def summary(run: xr.DataTree | xr.Dataset) -> dict[str, Any]:
-    """Return what a run was measured on, the quantiles of its distances (in std), and warnings."""
+    """Return what a run was measured on, the quantiles of its distances (in std), and warnings.
+
+    They are of its neurons. If it has input channels too, those of these are in ``inputs``.
+    """
     dataset = dataset_of(run)
-    distance, error = dataset["wasserstein"].to_numpy(), dataset["wasserstein_error"].to_numpy()
-    layers = dataset["layer"].to_numpy()
-    known = np.where(trusted(dataset), distance, np.nan)
-    largest = int(np.nanargmax(known)) if np.isfinite(known).any() else None
-    median, quantile = np.nanquantile(known, [0.5, 0.95]) if largest is not None else (np.nan,) * 2
+    inputs = dataset.isel(neuron=dataset["side"].to_numpy() == "input")
     tokens = int(dataset["count"].max())
     names = ("model", "text", "windows", "length")
     shard = {name: dataset.attrs[name] for name in ("shard",) if name in dataset.attrs}
@@ -142,28 +159,46 @@ def summary(run: xr.DataTree | xr.Dataset) -> dict[str, Any]:
         | shard
         | {
             "tokens": tokens,
-            "neurons_measured": dataset.sizes["neuron"],
-            "layers": len(set(layers)),
             "noise_floor": gaussian.noise_floor(tokens),
-            "median": float(median),
-            "quantile_95": float(quantile),
-            "largest": np.nan if largest is None else float(distance[largest]),
-            "largest_error": np.nan if largest is None else float(error[largest]),
-            "largest_neuron": "none" if largest is None else dataset["neuron"][largest].item(),
-            "warnings": _warnings(dataset, distance, error),
+            **_distances(outputs_of(dataset)),
+            **({"inputs": _distances(inputs)} if inputs.sizes["neuron"] else {}),
+            "warnings": [
+                *_warnings(outputs_of(dataset), "neuron", "outputs"),
+                *_warnings(inputs, "input", "values"),
+                *dependence_notes(about(dataset).get("dependent_on", [])),
+                *skipped_notes(about(dataset), "measured"),
+            ],
         }
     )
 
 
-def _warnings(dataset: xr.Dataset, distance: Array, error: Array) -> list[str]:
-    """Return warnings of neurons without a distance or with a large bound, and skipped matrices."""
+def _distances(dataset: xr.Dataset) -> dict[str, Any]:
+    """Return how many neurons, or inputs, there are, and the quantiles of their distances in std."""
+    distance, error = dataset["wasserstein"].to_numpy(), dataset["wasserstein_error"].to_numpy()
+    known = np.where(trusted(dataset), distance, np.nan)
+    largest = int(np.nanargmax(known)) if np.isfinite(known).any() else None
+    median, quantile = np.nanquantile(known, [0.5, 0.95]) if largest is not None else (np.nan,) * 2
+    return {
+        "neurons_measured": dataset.sizes["neuron"],
+        "layers": len(set(dataset["layer"].to_numpy())),
+        "median": float(median),
+        "quantile_95": float(quantile),
+        "largest": np.nan if largest is None else float(distance[largest]),
+        "largest_error": np.nan if largest is None else float(error[largest]),
+        "largest_neuron": "none" if largest is None else dataset["neuron"][largest].item(),
+    }
+
+
+def _warnings(dataset: xr.Dataset, what: str, values: str) -> list[str]:
+    """Return warnings of neurons, or inputs, without a distance or with a large bound."""
+    distance, error = dataset["wasserstein"].to_numpy(), dataset["wasserstein_error"].to_numpy()
     broken = dataset["nonfinite"].to_numpy() > 0
     dead, large = np.isnan(distance) & ~broken, error > TRUSTED_ERROR
     cases = [
-        (broken, "neuron{} with NaN, infinite or too large outputs, so without a distance"),
-        (dead, "dead neuron{} (constant outputs), so without a distance"),
-        (large, f"neuron{{}} with an error bound above {TRUSTED_ERROR}, so not ranked"),
-        ((error > NAMED_ERROR) & ~large, f"neuron{{}} with an error bound above {NAMED_ERROR}"),
+        (broken, f"{what}{{}} with NaN, infinite or too large {values}, so without a distance"),
+        (dead, f"dead {what}{{}} (constant {values}), so without a distance"),
+        (large, f"{what}{{}} with an error bound above {TRUSTED_ERROR}, so not ranked"),
+        ((error > NAMED_ERROR) & ~large, f"{what}{{}} with an error bound above {NAMED_ERROR}"),
     ]
     warnings = []
     for mask, text in cases:
@@ -172,8 +207,6 @@ def _warnings(dataset: xr.Dataset, distance: Array, error: Array) -> list[str]:
             count = int(mask.sum())
             plural, more = "s" * (count > 1), ", ..." * (count > len(first))
             warnings.append(f"{count:,} {text.format(plural)}: {', '.join(first)}{more}")
-    warnings += dependence_notes(about(dataset).get("dependent_on", []))
-    warnings += skipped_notes(about(dataset), "measured")
     return warnings
 
 
@@ -192,6 +225,12 @@ def check_neuron(data: xr.Dataset, name: str) -> None:
         return
     layer = name.rpartition(":")[0]
     names = data["layer"].to_numpy().astype(str)
+    inputs_of = layer.removesuffix(INPUT)
+    if layer not in names and inputs_of != layer and inputs_of in names:
+        raise LookupError(
+            f"no neuron {name!r}: the run has no inputs of {inputs_of}. Measure them with "
+            f"--input-layers {inputs_of}"
+        )
     if layer not in names:
         near = get_close_matches(layer or name, {*names}, 3, 0.3) or names[:1]
         close = " or ".join(f"{one}:0" for one in near)

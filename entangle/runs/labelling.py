@@ -5,23 +5,25 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 import xarray as xr
 
-from entangle.model.layers import LinearLayer, dequantised, device_of
+from entangle.model.layers import dequantised, device_of
 from entangle.model.placing import load_block, release_block
+from entangle.model.sides import LayerInputs, Recordable, layer_of
 from entangle.numerics import wasserstein
 from entangle.numerics.difficulty import Difficulty
 from entangle.numerics.histograms import Histograms
 from entangle.runs.dataset import Array, attributes_of, labelled
 
 _DIMENSIONS = {"counts": ("neuron", "bin")} | dict.fromkeys(
-    ("tail_count", "tail_excess", "tail_square"), ("neuron", "side")
+    ("tail_count", "tail_excess", "tail_square"), ("neuron", "tail")
 )
 
 
 def to_tree(
-    histograms: Histograms, layers: Sequence[LinearLayer], attributes: Mapping[str, Any]
+    histograms: Histograms, layers: Sequence[Recordable], attributes: Mapping[str, Any]
 ) -> xr.DataTree:
     """Return the run: its root is the dataset, its child ``histogram`` the mergeable state.
 
@@ -66,11 +68,15 @@ def tree_of(
 
 
 def with_difficulty(tree: xr.DataTree, found: Mapping[str, Difficulty]) -> xr.DataTree:
-    """Return the run with the mapping difficulty of its neurons, given by layer name."""
+    """Return the run with the mapping difficulty of its neurons, given by layer name.
+
+    It is of a layer's map from inputs to outputs: for input channels it is NaN, of 0 pairs.
+    """
     dataset = tree.to_dataset()
     names = dataset["layer"].to_numpy()
-    layers = [found[name] for name in dict.fromkeys(names)]
-    sizes = [len(layer.difficulty) for layer in layers]
+    sizes = pd.Series(names).groupby(names, sort=False).size()
+    none = [Difficulty(np.full(size, np.nan), 0, 0) for size in sizes]
+    layers = [found.get(name, nan) for name, nan in zip(sizes.index, none, strict=True)]
     values = {
         "difficulty": np.concatenate([layer.difficulty for layer in layers]),
         "difficulty_pairs": np.repeat([layer.pairs for layer in layers], sizes),
@@ -97,11 +103,12 @@ def from_tree(tree: xr.DataTree, span: slice = slice(None)) -> Histograms:
 
 
 def labels_of(
-    layers: Sequence[LinearLayer], among: Sequence[LinearLayer] | None = None
+    layers: Sequence[Recordable], among: Sequence[Recordable] | None = None
 ) -> xr.Dataset:
-    """Return the coordinates of the neurons: ``neuron``, ``layer``, ``block``, ``role``, ``index``.
+    """Return the coordinates ``neuron``, ``layer``, ``block``, ``role``, ``index`` and ``side``.
 
-    ``neuron``, LAYER:INDEX, is the index of the dataset. All strings are as wide as the longest of
+    ``neuron``, LAYER:INDEX, is the index of the dataset. Inputs are of the layer LAYER:input, and
+    their ``side`` is input; that of neurons is output. All strings are as wide as the longest of
     the ``among`` layers (default: ``layers``), so that datasets can be concatenated.
     """
     sizes = [layer.neurons for layer in layers]
@@ -118,25 +125,29 @@ def labels_of(
         "block": ("neuron", np.repeat([layer.block for layer in layers], sizes)),
         "role": ("neuron", np.repeat(np.array([layer.role for layer in layers], role), sizes)),
         "index": ("neuron", np.concatenate([np.arange(size) for size in sizes])),
+        "side": ("neuron", np.repeat(np.array([layer.side for layer in layers], "<U6"), sizes)),
     }
     return xr.Dataset(coords=coordinates)
 
 
-def weight_norms(layers: Sequence[LinearLayer]) -> Array:
+def weight_norms(layers: Sequence[Recordable]) -> Array:
     """Return the Euclidean norm of each neuron's weights (neurons,), of experts the mean norm.
 
-    It is NaN for quantised weights that torch cannot dequantise.
+    The weights of a neuron are a row of its layer's weight; those of an input channel are the
+    column that is multiplied by it. It is NaN for quantised weights that torch cannot dequantise.
     """
 
-    def norms(layer: LinearLayer) -> torch.Tensor:
+    def norms(one: Recordable) -> torch.Tensor:
+        layer = layer_of(one)
         in_file = device_of(layer).type == "meta"
         if in_file:
             load_block(layer.module)
         weight = dequantised(layer)
         if weight is None:
-            norm = torch.full((layer.neurons,), torch.nan, dtype=torch.float64)
+            norm = torch.full((one.neurons,), torch.nan, dtype=torch.float64)
         else:
-            norm = torch.linalg.vector_norm(weight.double(), dim=-1)
+            column = isinstance(one, LayerInputs)
+            norm = torch.linalg.vector_norm(weight.double(), dim=-2 if column else -1)
         if in_file:
             release_block(layer.module)
         mean: torch.Tensor = norm.reshape(-1, norm.shape[-1]).mean(dim=0).cpu()

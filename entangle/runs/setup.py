@@ -26,20 +26,23 @@ from entangle.model.blocks import BlockWalk
 from entangle.model.causality import check_causal, dependences
 from entangle.model.hashing import KIND, kind_of, weights_hash
 from entangle.model.hooks import check_hooks, unheard_layers
-from entangle.model.layers import (
-    LinearLayer,
-    find_layers,
-    skipped_parameters,
-    without_skipped,
-)
+from entangle.model.layers import LinearLayer, find_layers, skipped_parameters
 from entangle.model.overlap import SeenText, shared_share
-from entangle.model.patterns import as_list
+from entangle.model.patterns import INPUT, as_list
 from entangle.model.prunable import unprunable_layers
 from entangle.model.sampling import walk_blocks
 from entangle.model.score import Score
 from entangle.model.scoring import score_of
+from entangle.model.sides import (
+    LayerInputs,
+    Recordable,
+    by_block,
+    find_inputs,
+    in_order,
+    without_skipped,
+)
 from entangle.model.text import TokenWindows, check_evaluation, check_windows, evenly_spaced
-from entangle.runs.dataset import TRUSTED_ERROR, about, dataset_of, matching, runs_of, trusted
+from entangle.runs.dataset import TRUSTED_ERROR, about, matching, outputs_of, runs_of, trusted
 
 COMMAND: ContextVar[str | None] = ContextVar("command", default=None)
 """The command line, which is written to run.json; None in Python."""
@@ -71,8 +74,9 @@ class Setup:
     model: PreTrainedModel
     windows: TokenWindows | None  # calibration windows, or those to measure
     evaluation: TokenWindows | None  # windows to score, or to measure as held-out data
-    run: xr.Dataset | None  # measured on this model
+    run: xr.Dataset | None  # measured on this model; only its outputs
     patterns: list[str]  # of layers' names
+    input_patterns: list[str]  # of the names of layers whose inputs are recorded
     exclude: list[str]  # of the names of layers to leave out
     batch_size: int
     skip_first: int
@@ -92,6 +96,7 @@ class Setup:
         *,
         run: xr.DataTree | xr.Dataset | None = None,
         layers: str | Sequence[str] = ("*",),
+        input_layers: str | Sequence[str] = (),
         exclude: str | Sequence[str] = (),
         batch_size: int = 4,
         skip_first: int = 0,
@@ -126,8 +131,9 @@ class Setup:
             model,
             windows,
             evaluation,
-            None if run is None else dataset_of(run),
+            None if run is None else outputs_of(run),
             as_list(layers),
+            as_list(input_layers),
             as_list(exclude),
             batch_size,
             skip_first,
@@ -153,7 +159,7 @@ class Setup:
         check_hooks(model, skip_first)
         setup._check_run()
         # Their errors are raised now, and not after hours.
-        _ = setup.layers, setup.overlaps, setup.dependent_on
+        _ = setup.recorded, setup.overlaps, setup.dependent_on
         return setup
 
     def _check_run(self) -> None:
@@ -191,8 +197,18 @@ class Setup:
             ValueError: a layer that a pattern names is skipped, all are, or the run ranks no neuron
                 of the layers.
         """
-        matched = self._matched
-        return without_skipped(matched, self.skipped, self.patterns) if matched else matched
+        return without_skipped(self._matched, self.skipped, self.patterns)
+
+    @functools.cached_property
+    def recorded(self) -> list[Recordable]:
+        """Return what `measure` records, block by block: `layers`, and inputs that are not `skipped`.
+
+        Raises:
+            LookupError: as `layers`, also for the patterns of input layers.
+            ValueError: likewise.
+        """
+        names = [name + INPUT for name in self.input_patterns]
+        return in_order(self.layers, without_skipped(self._inputs, self.skipped, names))
 
     @functools.cached_property
     def _matched(self) -> list[LinearLayer]:
@@ -201,14 +217,18 @@ class Setup:
         return find_layers(self.model, self.patterns, self.exclude)
 
     @functools.cached_property
+    def _inputs(self) -> list[LayerInputs]:
+        return find_inputs(self.model, self.input_patterns, self.exclude)
+
+    @functools.cached_property
     def skipped(self) -> dict[str, str]:
-        """Return, by name, why layers that match a pattern are not used.
+        """Return, by name, why layers, or inputs, that match a pattern are not used.
 
         With ``ranked`` no trial is needed: the run heard these layers.
         """
-        found = {}
-        if self.windows is not None and self._matched and not self.ranked:
-            found = unheard_layers(self.model, self._matched, self.batches[0][:1])
+        found, matched = {}, in_order(self._matched, self._inputs)
+        if self.windows is not None and matched and not self.ranked:
+            found = unheard_layers(self.model, matched, self.batches[0][:1])
         unused = unprunable_layers(self._matched) if self.pruned else {}
         return ranks.from_rank(0, unused | found)
 
@@ -283,10 +303,7 @@ class Setup:
     @property
     def blocks(self) -> dict[int, list[LinearLayer]]:
         """Return the layers by block; blocks without a layer are left out."""
-        found: dict[int, list[LinearLayer]] = {}
-        for layer in self.layers:
-            found.setdefault(layer.block, []).append(layer)
-        return found
+        return by_block(self.layers)
 
     @property
     def last_block(self) -> int:
@@ -349,6 +366,7 @@ class Setup:
             "skip_first": self.skip_first,
             "batch_size": self.batch_size,
             "layers": self.patterns,
+            **({"input_layers": self.input_patterns} if self.input_patterns else {}),
             **({"exclude": self.exclude} if self.exclude else {}),
             "skipped_parameters": skipped_parameters(model),
             **({"skipped_layers": self.skipped} if self.skipped else {}),

@@ -209,6 +209,9 @@ def open_run(folder: str | Path) -> xr.DataTree:
         _check_sum(folder)
         tree = xr.open_datatree(folder.absolute() / DATASET, engine="zarr", chunks=None)
         tree.dataset = upgraded(tree.to_dataset())
+        for held in tree.children.values():
+            if "side" in held.dims:  # the name of `tail` before a neuron had a side
+                held.dataset = held.to_dataset(inherit=False).rename(side="tail")
         if (folder / TEXT).is_file():
             with_text(tree, np.load(folder / TEXT))
     except (OSError, ValueError, KeyError) as error:

@@ -30,7 +30,7 @@ class Entangle:
         self._run = run
 
     def neuron(self, name: str) -> "Neuron":
-        """Return one neuron, written LAYER:INDEX.
+        """Return one neuron, written LAYER:INDEX, or input channel, LAYER:input:INDEX.
 
         Raises:
             LookupError: the run has no such neuron.
@@ -162,6 +162,7 @@ class Neuron:
     def _sketch(self) -> str:
         """Return the histogram and the fitted Gaussian as a small SVG, empty without them."""
         mean, std = float(self.values["mean"]), float(self.values["std"])
+        side = str(self.values["side"].item())
         if "histogram" not in self._run.children or not 0 < std < np.inf:
             return ""
         held = self._run.children["histogram"].to_dataset(inherit=False)
@@ -184,8 +185,8 @@ class Neuron:
         )
         return (
             f"<figure style='margin:0'><svg width='{4 * _BARS}' height='104' role='img' "
-            f"aria-label='histogram of the outputs over the fitted Gaussian'>{bars}"
+            f"aria-label='histogram of the {side}s over the fitted Gaussian'>{bars}"
             f"<polyline points='{line}' fill='none' stroke='#d55e00' stroke-width='1.5'/></svg>"
-            f"<figcaption><small>outputs from {rims[0]:.3g} to {rims[-1]:.3g}, over the fitted "
+            f"<figcaption><small>{side}s from {rims[0]:.3g} to {rims[-1]:.3g}, over the fitted "
             f"Gaussian</small></figcaption></figure>"
         )

@@ -15,6 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 from numpy.typing import NDArray
 
+from entangle.model.patterns import INPUT
 from entangle.numerics.gaussian import noise_floor
 from entangle.numerics.kernels.bins import HALF_RANGE
 from entangle.runs.dataset import (
@@ -168,8 +169,8 @@ def panels_of(
             break
     for place, (role, ax) in enumerate(panels.items()):
         ends = frame[frame["role"] == role].groupby("layer").size().agg(["min", "max"]).unique()
-        neurons = " to ".join(f"{end:,}" for end in ends)
-        ax.set_title(f"{names[place]}\n{neurons} neurons")
+        sizes = " to ".join(f"{end:,}" for end in ends)
+        ax.set_title(f"{names[place]}\n{sizes} {'inputs' if role.endswith(INPUT) else 'neurons'}")
         ax.tick_params(labelbottom=place + columns >= len(roles))
         if labels[1] == DISTANCE:
             ax.set_yscale("log")

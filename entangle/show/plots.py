@@ -3,7 +3,8 @@
 Figures are 8.5 inches wide: 850 pixels at 100 dpi, the width of a README. Neurons without a
 distance (dead or not finite) or with an error bound above 0.1 are left out of figures of the distance;
 a line below the figure says how many. `layers` are patterns of layer names. `figure` is an empty
-figure or subfigure to draw into; the whole figure is returned.
+figure or subfigure to draw into; the whole figure is returned. Input channels that a run has beside
+its neurons are drawn in panels of their own, with roles such as mlp.down_proj:input.
 """
 
 from collections.abc import Sequence
@@ -65,6 +66,7 @@ __all__ = [
 ]
 
 _BARS = 64  # in the histogram of each of several neurons
+_VALUES = {"output": "output of the neuron", "input": "input of the layer"}
 
 REFERENCES = {  # exact W1 of known distributions to their fitted Gaussians, std
     "two equal points": [0.53538],
@@ -201,14 +203,16 @@ def neuron(run: xr.DataTree, name: str, *, ax: Axes | None = None) -> Figure | A
     span = min(mean - 3.5 * std, low), max(mean + 3.5 * std, high)
     figure = Picture(figsize=(8.5, 3.6), layout="constrained")
     panel = ax or figure.add_subplot()
-    unseen = below[-1] - _draw_density(panel, edges, below, span, mean=mean, std=std)
+    side = str(row["side"].item())
+    drawn = _draw_density(panel, edges, below, span, mean=mean, std=std, label=f"{side}s")
+    unseen = below[-1] - drawn
     note = f"all {below[-1]:,} tokens are within the picture"
     if unseen:
-        reach = f"outputs reach from {_number(row['min'])} to {_number(row['max'])}"
+        reach = f"{side}s reach from {_number(row['min'])} to {_number(row['max'])}"
         note = f"{unseen:,} of {below[-1]:,} tokens are outside the picture ({reach}), "
         note += f"{below[0] + below[-1] - below[-2]:,} of them beyond the histogram"
-    across = f"output of the neuron (output units)\n{note}"
-    panel.set(xlabel=across, ylabel="density (share of tokens per output unit)")
+    across = f"{_VALUES[side]} ({side} units)\n{note}"
+    panel.set(xlabel=across, ylabel=f"density (share of tokens per {side} unit)")
     panel.set_title(f"{name}\n{drawable(subject_of(data))}".strip(), loc="left")
     both = (lambda x: np.subtract(x, mean) / std), (lambda z: np.multiply(z, std) + mean)
     top = panel.secondary_xaxis("top", functions=both)
@@ -237,6 +241,7 @@ def neurons(run: xr.DataTree, names: Sequence[str]) -> Figure:
     part = data.sel(neuron=list(names)).load()
     mean, std = part["mean"].to_numpy(), part["std"].to_numpy()
     drawn = sketch(held.sel(neuron=list(names)).load(), mean, std, bars=_BARS)
+    sides = [*dict.fromkeys(part["side"].to_numpy().astype(str))]
     figure = Picture(figsize=(8.5, 3.0), layout="constrained")
     grid = figure.subplots(1, len(names), sharex=True, sharey=True, squeeze=False)[0]
     for place, ax in enumerate(grid):
@@ -245,7 +250,8 @@ def neurons(run: xr.DataTree, names: Sequence[str]) -> Figure:
         ends = (np.array([drawn.low[place], drawn.high[place]]) - mean[place]) / std[place]
         rims = np.linspace(ends[0], ends[1], _BARS + 1)
         heights = drawn.shares[place] / np.diff(rims)
-        ax.stairs(heights, rims, fill=True, color=BAND, alpha=0.6, label="outputs")
+        label = " or ".join(f"{side}s" for side in sides)
+        ax.stairs(heights, rims, fill=True, color=BAND, alpha=0.6, label=label)
         x = np.linspace(max(ends[0], -8), min(ends[1], 8), 401)
         ax.plot(x, np.exp(-(x**2) / 2) / np.sqrt(2 * np.pi), color=FIT, label="N(0, 1)")
         row = part.isel(neuron=place)
@@ -253,7 +259,8 @@ def neurons(run: xr.DataTree, names: Sequence[str]) -> Figure:
         ax.set_title(f"{names[place]}\n{facts}", loc="left")
     low, high = grid[0].get_xlim()
     grid[0].set_xlim(max(low, -8), min(high, 8))
-    figure.supxlabel("output of the neuron, in its std from its mean")
+    values = " or ".join(_VALUES[side] for side in sides)
+    figure.supxlabel(f"{values}, in its std from its mean")
     figure.supylabel("density (share of tokens per std)")
     figure.suptitle(drawable(subject_of(data)), x=0.01, ha="left")
     figure.legend(*grid[0].get_legend_handles_labels(), loc="outside upper right", ncols=2)
@@ -275,7 +282,14 @@ def _histograms(run: xr.DataTree) -> xr.Dataset:
 
 
 def _draw_density(
-    ax: Axes, edges: Floats, below: Counts, span: tuple[float, float], *, mean: float, std: float
+    ax: Axes,
+    edges: Floats,
+    below: Counts,
+    span: tuple[float, float],
+    *,
+    mean: float,
+    std: float,
+    label: str,
 ) -> int:
     """Draw bars of whole fine bins, and the Gaussian, over a range; return the tokens in bars."""
     low, high = span
@@ -287,7 +301,7 @@ def _draw_density(
     last = np.clip(np.searchsorted(edges, high), first + 1, len(edges) - 1)
     starts = np.append(np.arange(first, last, step), last)
     rims, shares = edges[starts], np.diff(below[starts]) / below[-1]
-    ax.stairs(shares / np.diff(rims), rims, fill=True, color=BAND, alpha=0.6, label="outputs")
+    ax.stairs(shares / np.diff(rims), rims, fill=True, color=BAND, alpha=0.6, label=label)
     x = np.linspace(min(low, rims[0]), max(high, rims[-1]), 801)
     gaussian = np.exp(-0.5 * ((x - mean) / std) ** 2) / (std * np.sqrt(2 * np.pi))
     ax.plot(x, gaussian, color=FIT, linewidth=1.4, label="fitted Gaussian")

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from entangle.measurement.comparing import diff
 from entangle.measurement.ranking import rank_correlations
-from entangle.runs.dataset import dataset_of, matching
+from entangle.runs.dataset import dataset_of, matching, outputs_of
 from entangle.show.panels import (
     BAND,
     DASHES,
@@ -50,14 +50,14 @@ def difficulty(run: Run, *, layers: Names = None, figure: Sheet = None) -> Figur
         raise LookupError(
             "the run has no mapping difficulty: measure it with --difficulty PAIRS, such as 4096"
         )
-    frame, _ = frame_of(run, "wasserstein", layers)
-    data = dataset_of(run)
+    data = outputs_of(run)
+    frame, _ = frame_of(data, "wasserstein", layers)
     chosen = matching(data["layer"].to_numpy(), layers or "*")
     frame["other"] = data["difficulty"].to_numpy()[chosen]
     if not np.isfinite(frame[["value", "other"]]).all(axis=1).any():
         raise ValueError("no neuron has a mapping difficulty to draw")
     frame["other"] /= frame.groupby("layer")["other"].transform("median")
-    rho = rank_correlations(run, "wasserstein", ["difficulty"], layers=layers or "*")
+    rho = rank_correlations(data, "wasserstein", ["difficulty"], layers=layers or "*")
     rhos = rho.groupby("role", sort=False)["difficulty"].median()
     down = "mapping difficulty\nover the layer's median"
     panels, sheet = panels_of(frame, figure, most=4, height=2.0, labels=(DISTANCE, down))

@@ -37,7 +37,7 @@ _FLOATS = (
 _MADE_OF = (
     *("command", "model", "class", "revision", "weights", "dtype", "device", "text", "windows"),
     *("length", "tokens", "seed", "bos", "skip_first", "evaluation", "evaluation_windows"),
-    *("fingerprint", "layers", "versions"),
+    *("fingerprint", "layers", "input_layers", "versions"),
 )
 READERS = {"sweep": sweep_table.read_table, "ablation": ablation_table.read_table}
 _FIGURES = {  # by kind of run, besides the interactive ones
@@ -152,7 +152,7 @@ def _table_section(
 
 def _findings(about: Mapping[str, Any]) -> dict[str, str]:
     """Return the summary of a measured run, as text with units."""
-    return {
+    found = {
         "neurons": f"{about['neurons_measured']:,} in {about['layers']:,} layers",
         "tokens": f"{about['tokens']:,} ({about['windows']} windows of {about['length']})",
         "median distance": f"{about['median']:.4f} std",
@@ -161,6 +161,16 @@ def _findings(about: Mapping[str, Any]) -> dict[str, str]:
         f"{about['largest_neuron']}",
         "noise floor": f"{about['noise_floor']:.4f} std",
     }
+    if "inputs" in about:
+        inputs = about["inputs"]
+        found |= {
+            "inputs": f"{inputs['neurons_measured']:,} of {inputs['layers']:,} layers",
+            "median distance of inputs": f"{inputs['median']:.4f} std",
+            "95% of inputs below": f"{inputs['quantile_95']:.4f} std",
+            "largest of inputs": f"{inputs['largest']:.4f} ± {inputs['largest_error']:.4f} std, "
+            f"{inputs['largest_neuron']}",
+        }
+    return found
 
 
 def _made_of(about: Mapping[Any, Any], folder: Path) -> dict[str, str]:
@@ -233,6 +243,7 @@ def _interactive(run: xr.DataTree, contexts: Mapping[str, Any]) -> tuple[dict[st
                 "name": str(names[start]),
                 "block": int(data["block"].to_numpy()[start]),
                 "role": str(data["role"].to_numpy()[start]),
+                "side": str(data["side"].to_numpy()[start]),
                 "neurons": int(end - start),
                 "shown": len(ranked),
             }

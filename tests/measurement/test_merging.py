@@ -111,7 +111,7 @@ def test_on_disk_only_the_float_sums_differ(
         (4, {"name": "gpt2"}),  # as many as there are batches
         (2, {"name": "mixtral", "windows": 5, "skip_first": 3}),
         (2, {"name": "opt", "batch_size": 4, "bins": 64, "layers": ["*.1.*", "*.q_proj"]}),
-        (5, {"name": "qwen2", "batch_size": 1}),
+        (5, {"name": "qwen2", "batch_size": 1, "input_layers": ["*.1.*"]}),
     ],
 )
 def test_of_any_number_of_shards_and_any_options(

@@ -13,11 +13,12 @@ from transformers import PreTrainedModel
 from entangle.model.hooks import (
     BatchCounter,
     on_trial,
-    recording_outputs,
+    recording_rows,
     replacing_outputs,
     unheard_layers,
 )
 from entangle.model.layers import LinearLayer, find_layers
+from entangle.model.sides import Recordable
 from tests.tiny_models import tiny_llama4, tiny_mamba, tiny_model, tiny_vision_model
 
 Heard = dict[str, list[torch.Tensor]]
@@ -25,7 +26,7 @@ IDS = torch.arange(3, 27).reshape(2, 12)
 
 
 class Listening:
-    """A model, some of its layers, and what `recording_outputs` gives of them."""
+    """A model, some of its layers, and what `recording_rows` gives of them."""
 
     def __init__(self, name: str = "llama", pattern: str = "*.mlp.*") -> None:
         self.model = tiny_model(name)
@@ -33,7 +34,7 @@ class Listening:
         self.heard: Heard = {layer.name: [] for layer in self.layers}
 
     def start(self, **options: Any) -> Any:
-        return recording_outputs(self.model, self.layers, self.on_rows, **options)
+        return recording_rows(self.model, self.layers, self.on_rows, **options)
 
     def hear(self, *actions: Callable[[], Any], **options: Any) -> None:
         """Do this while outputs are recorded; by default, run the model once."""
@@ -41,7 +42,7 @@ class Listening:
             for action in actions or [lambda: self.model(IDS)]:
                 action()
 
-    def on_rows(self, layer: LinearLayer, rows: torch.Tensor, places: torch.Tensor | None) -> None:
+    def on_rows(self, layer: Recordable, rows: torch.Tensor, places: torch.Tensor | None) -> None:
         self.heard[layer.name].append(rows.clone() if places is None else rows[places])
 
     def outputs(self, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:

@@ -25,10 +25,10 @@ from entangle.model.layers import (
     replace_layer,
     skipped_parameters,
     weight_of,
-    without_skipped,
     write_weight,
 )
 from entangle.model.prunable import check_prunable
+from entangle.model.sides import without_skipped
 from entangle.numerics.routing import CentroidRouter, random_router
 from tests.tiny_models import ARCHITECTURES, VOCABULARY, tiny_model, tiny_vision_model
 

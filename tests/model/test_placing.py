@@ -20,7 +20,7 @@ from entangle.measurement import measuring
 from entangle.model import ranks
 from entangle.model.blocks import BlockWalk
 from entangle.model.hashing import weights_hash
-from entangle.model.layers import LinearLayer, find_blocks, find_layers, weight_of
+from entangle.model.layers import find_blocks, find_layers, weight_of
 from entangle.model.loading import load_model, save_model
 from entangle.model.packing import save_tensors
 from entangle.model.placing import (
@@ -35,6 +35,7 @@ from entangle.model.placing import (
     release_block,
     stored_parameters,
 )
+from entangle.model.sides import Recordable
 from entangle.runs import store
 from entangle.runs.store import open_run
 from tests.model.test_blocks import BATCHES, whole_outputs
@@ -387,7 +388,7 @@ def test_a_walk_is_that_of_the_model_in_memory_with_one_block_there(
     steps: list[Callable[[], object]] = [
         walk.advance,
         lambda: walk.record_inputs([], lambda *_: None, advance=True),
-        lambda: walk.record_outputs([], lambda *_: None),
+        lambda: walk.record_rows([], lambda *_: None),
     ]
     for number, outputs in enumerate(truth):
         found: list[torch.Tensor] = []
@@ -420,13 +421,13 @@ def test_a_second_walk_has_one_block_in_memory_too(models: Path) -> None:
 # What is recorded.
 
 
-def recorded(walk: BlockWalk, layers: Sequence[LinearLayer]) -> dict[str, list[torch.Tensor]]:
+def recorded(walk: BlockWalk, layers: Sequence[Recordable]) -> dict[str, list[torch.Tensor]]:
     rows: dict[str, list[torch.Tensor]] = {layer.name: [] for layer in layers}
 
-    def keep(layer: LinearLayer, values: torch.Tensor, places: torch.Tensor | None) -> None:
+    def keep(layer: Recordable, values: torch.Tensor, places: torch.Tensor | None) -> None:
         rows[layer.name].append(values.clone() if places is None else values[places])
 
-    walk.record_outputs(layers, keep)
+    walk.record_rows(layers, keep)
     return rows
 
 
@@ -496,7 +497,7 @@ def test_nothing_is_left_after_an_error_of_what_records(error: BaseException) ->
     model = tiny_model()
     walk = BlockWalk(model, BATCHES)
     with pytest.raises(type(error)) as caught:
-        walk.record_outputs([find_layers(model)[0]], explode(error))
+        walk.record_rows([find_layers(model)[0]], explode(error))
     assert caught.value is error
     assert hooks_left(model) == 0
     assert not any("forward" in vars(module) for module in model.modules())
@@ -536,8 +537,8 @@ SOME = ["*.k_proj", "*.up_proj", "*.c_attn", "*.mlp.c_proj"]
 OPTIONS: list[tuple[str, dict[str, Any]]] = [
     ("llama", {}),
     ("gpt2", {"difficulty": 40, "skip_first": 2, "layers": SOME[2:]}),
-    ("llama", {"layers": ["*.1.*"], "bins": 256}),
-    ("gpt2", {"shard": "2/2", "layers": SOME[2:]}),
+    ("llama", {"layers": ["*.1.*"], "bins": 256, "input_layers": ["*.down_proj", "*.0.*.q_proj"]}),
+    ("gpt2", {"shard": "2/2", "layers": SOME[2:], "input_layers": SOME[3:]}),
 ]
 
 
@@ -573,7 +574,7 @@ class Interrupted:
 
 @pytest.fixture
 def records(monkeypatch: pytest.MonkeyPatch) -> Interrupted:
-    state, record = Interrupted(), BlockWalk.record_outputs
+    state, record = Interrupted(), BlockWalk.record_rows
 
     def noting(self: BlockWalk, *args: Any) -> None:
         block = self.block
@@ -584,7 +585,7 @@ def records(monkeypatch: pytest.MonkeyPatch) -> Interrupted:
         if block == state.at:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(BlockWalk, "record_outputs", noting)
+    monkeypatch.setattr(BlockWalk, "record_rows", noting)
     return state
 
 

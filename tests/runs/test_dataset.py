@@ -121,15 +121,17 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, xr.DataTree]:
     words: dict[str, Any] = {"layers": layers, "out": place / "run"}
     measured = entangle.measure(model, windows, difficulty=20, **words)
     about = store.read_json(place / "run" / "run.json")
+    held = measured.children["histogram"].to_dataset(inherit=False)
     older = xr.DataTree.from_dict(
         {
-            "/": measured.to_dataset().drop_vars("neuron"),
-            "/histogram": measured.children["histogram"].to_dataset(inherit=False),
+            "/": measured.to_dataset().drop_vars(["neuron", "side"]),
+            "/histogram": held.rename(tail="side"),  # as the dimension was called
         }
     )
     store.write_run(place, [older], about, dict)
-    assert (place / "run" / "neurons.zarr" / "neuron").is_dir()
-    assert not (place / "neurons.zarr" / "neuron").exists()
+    for name in ("neuron", "side"):
+        assert (place / "run" / "neurons.zarr" / name).is_dir()
+        assert not (place / "neurons.zarr" / name).exists()
     texts = random_windows(40, seed=1), random_windows(30, seed=2)
     found = entangle.disentangle(model, *texts, run=measured, experts=[2], neurons=[NEURON])
     return {
@@ -172,6 +174,7 @@ def test_a_histogram_is_found_by_its_neurons_name(name: str, runs: dict[str, xr.
 
 def test_an_older_run_is_the_run_once_it_is_opened(runs: dict[str, xr.DataTree]) -> None:
     assert runs["older"].identical(runs["opened"].drop_nodes("text"))
+    assert (runs["older"]["side"] == "output").all()
     assert runs["opened"].identical(runs["measured"])
 
 

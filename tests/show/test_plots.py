@@ -105,7 +105,7 @@ def make_tree(rows: Array, **variables: Any) -> xr.DataTree:
 
 
 def make_parts(root: xr.Dataset, histograms: Histograms) -> xr.DataTree:
-    sides = {"counts": ("neuron", "bin"), "tail_count": ("neuron", "side")}
+    sides = {"counts": ("neuron", "bin"), "tail_count": ("neuron", "tail")}
     names = ("counts", "center", "scale", "tail_count")
     state = {name: (sides.get(name, ("neuron",)), getattr(histograms, name)) for name in names}
     return xr.DataTree.from_dict({"/": root, "/histogram": xr.Dataset(state)})

@@ -18,7 +18,7 @@ Array = npt.NDArray[np.float64]
 
 TOKENS = 4099  # no thousandth of it is whole, so that each quantile is one of its outputs
 EPS = 1e-3  # fine bins: more than float32 arithmetic moves an output
-SIDES = {"counts": ("neuron", "bin"), "tail_count": ("neuron", "side")}
+SIDES = {"counts": ("neuron", "bin"), "tail_count": ("neuron", "tail")}
 
 
 def massive(tokens: int) -> Array:

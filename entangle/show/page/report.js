@@ -163,10 +163,10 @@ class Explorer {
       const text = key.startsWith("wasserstein") ? this[key][row].toFixed(4) : short(this[key][row]);
       facts.append(make("div", {}, make("dt", {}, label), make("dd", {}, text)));
     }
-    this.picture = make("div", { class: "picture", role: "img", "aria-label": `histogram of the outputs of ${name} over the fitted Gaussian` });
+    this.picture = make("div", { class: "picture", role: "img", "aria-label": `histogram of the ${layer.side}s of ${name} over the fitted Gaussian` });
     this.neuron.replaceChildren(
       make("h3", {}, name),
-      make("p", { class: "quiet" }, `rank ${rank.toLocaleString("en")} of the ${layer.neurons.toLocaleString("en")} neurons of its layer, on ${this.header.tokens.toLocaleString("en")} tokens`),
+      make("p", { class: "quiet" }, `rank ${rank.toLocaleString("en")} of the ${layer.neurons.toLocaleString("en")} ${layer.side === "input" ? "inputs" : "neurons"} of its layer, on ${this.header.tokens.toLocaleString("en")} tokens`),
       this.picture, facts, this.contexts(name));
     const back = make("button", { type: "button", class: "plain" }, "back to where it was opened");
     back.addEventListener("click", () => this.back());
@@ -176,15 +176,16 @@ class Explorer {
 
   drawPicture() {
     const row = this.current, heights = this.heights(row), bars = heights.length;
+    const side = this.header.layers[this.layerOf[row]].side;
     const width = (this.high[row] - this.low[row]) / bars;
     const middles = Array.from(heights, (_, bar) => this.low[row] + (bar + 0.5) * width);
     const fine = Array.from({ length: 201 }, (_, i) => this.low[row] + (i / 200) * (this.high[row] - this.low[row]));
     Plotly.react(this.picture, [
-      { type: "bar", x: middles, y: Array.from(heights, (share) => share / width), width: width, marker: { color: colour("--bar") }, name: "outputs", hovertemplate: "output %{x:.4g}: density %{y:.4g}<extra></extra>" },
+      { type: "bar", x: middles, y: Array.from(heights, (share) => share / width), width: width, marker: { color: colour("--bar") }, name: `${side}s`, hovertemplate: `${side} %{x:.4g}: density %{y:.4g}<extra></extra>` },
       { type: "scatter", mode: "lines", x: fine, y: fine.map((x) => this.gaussian(row, x)), line: { color: colour("--fit"), width: 2, simplify: false }, name: "fitted Gaussian", hoverinfo: "skip" },
     ], layout({
       height: 260, margin: { l: 64, r: 8, t: 8, b: 40 }, bargap: 0,
-      xaxis: { title: { text: "output (output units)" } }, yaxis: { title: { text: "density" } },
+      xaxis: { title: { text: `${side} (${side} units)` } }, yaxis: { title: { text: "density" } },
       legend: { x: 1, xanchor: "right", y: 1, bgcolor: "rgba(0,0,0,0)" },
     }), CONFIG);
   }
@@ -266,6 +267,7 @@ class Heatmap {
   constructor(explorer, role, top) {
     Object.assign(this, { explorer, role });
     this.layers = explorer.header.layers.filter((layer) => layer.role === role);
+    const kind = this.layers[0].side === "input" ? "inputs" : "neurons";
     this.wide = Math.max(...this.layers.map((layer) => layer.shown), 1);
     // Square roots of ranks: the few at the left are wide enough to point at.
     this.edges = Array.from({ length: this.wide + 1 }, (_, rank) => Math.sqrt(rank / this.wide));
@@ -277,8 +279,8 @@ class Heatmap {
       this.text.push(rows.map((row) => (row === null ? "" : `${explorer.names[row]}<br>W1 ${explorer.wasserstein[row].toFixed(4)} std`)));
     }
     const size = [...new Set(this.layers.map((layer) => layer.neurons))].map((n) => n.toLocaleString("en")).join(" or ");
-    this.plot = make("div", { tabindex: "0", role: "application", "aria-roledescription": "heatmap", "aria-label": `${role}: ${this.layers.length} blocks, ${size} neurons each, most entangled first; arrow keys move, Enter opens a neuron` });
-    this.box = make("div", { class: "panel" }, make("h4", {}, `${role} `, make("small", {}, `${size} neurons`)), this.plot);
+    this.plot = make("div", { tabindex: "0", role: "application", "aria-roledescription": "heatmap", "aria-label": `${role}: ${this.layers.length} blocks, ${size} ${kind} each, most entangled first; arrow keys move, Enter opens a neuron` });
+    this.box = make("div", { class: "panel" }, make("h4", {}, `${role} `, make("small", {}, `${size} ${kind}`)), this.plot);
     explorer.panels.append(this.box);
     this.top = top;
     this.place = [0, 0];
