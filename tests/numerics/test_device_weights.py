@@ -118,6 +118,14 @@ def test_experts_have_as_many_tokens_as_they_get(
     assert torch.equal(found, sliced.many(rows.to(gpu), routes, None))
 
 
+def test_an_expert_may_have_more_tokens_than_a_tile(gpu: torch.device) -> None:
+    """The tiles are those of a GPU: at most 128 tokens."""
+    weight, chosen = sparse(2, 19, 21), torch.tensor([1] * 131 + [0] * 3 + [1])
+    rows, routes = noise(len(chosen), 21), Routes(chosen.to(gpu), 2)
+    found = on(gpu, weight).many(rows.to(gpu), routes, None)
+    check(found, weight, rows, chosen)
+
+
 @pytest.mark.usefixtures("small_tiles")
 def test_tokens_of_one_expert_need_no_routes(gpu: torch.device) -> None:
     weight, rows, bias = sparse(1, 19, 40), noise(3, 40), noise(19, seed=1)
