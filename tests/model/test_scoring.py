@@ -87,7 +87,7 @@ def test_divergence_is_that_of_both_models_logits(name: str, skip_first: int) ->
         for share in ("agreement", "lost", "gained"):
             values = np.array(expected[share])
             assert getattr(score.divergence, share) == pytest.approx(values)
-            assert 0 < values.mean() < 1
+            assert skip_first or 0 < values.mean() < 1  # later on some texts repeat themselves
     same = entangle.perplexity(dense, windows, against=kept, batch_size=3).divergence
     assert same is not None
     assert (same.kl.max(), same.agreement.min(), same.lost.max(), same.gained.max()) == (0, 1, 0, 0)
@@ -101,7 +101,7 @@ def test_a_token_that_both_models_exclude_adds_nothing() -> None:
     for excluded in (False, True):
         models = [tiny_model(seed=seed) for seed in (0, 1)]
         for model in models if excluded else ():
-            model.get_output_embeddings().register_forward_hook(excluding)
+            model.get_output_embeddings().register_forward_hook(excluding)  # type: ignore[no-untyped-call]
         score = entangle.perplexity(models[0], windows, against=models[1])
         assert score.divergence is not None
         found.append(score.divergence.kl)
