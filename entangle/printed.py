@@ -6,8 +6,6 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from entangle.runs.markdown import with_error
-
 
 def _measured_on(summary: dict[str, Any]) -> str:
     part = f"shard {summary['shard']} of a run, " if "shard" in summary else ""
@@ -112,6 +110,7 @@ def scored(result: dict[str, Any]) -> str:
         )
     if "generation" in result:
         from entangle.model.repeating import PROMPT, PROMPTS, TOKENS
+        from entangle.runs.markdown import with_error
 
         rows = [
             {"model": model}

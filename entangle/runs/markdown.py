@@ -2,9 +2,10 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
+if TYPE_CHECKING:
+    import pandas as pd
 
 DIVERGENCE_HEADS = ["KL (nats)", "KL 99.9%", "agreement", "lost", "gained"]
 DIVERGENCE = (
@@ -34,7 +35,7 @@ def with_error(value: float, error: float) -> str:
     return f"{value:.{digits}f} ± {error:.{digits}f}"
 
 
-def is_compared(table: pd.DataFrame) -> bool:
+def is_compared(table: "pd.DataFrame") -> bool:
     """Return whether arms are compared with the dense model token by token (see `divergence`)."""
     return "kl" in table and bool(table["kl"].notna().any())
 
