@@ -37,9 +37,8 @@ class KeptLogits:
         def output_of(index: int, hidden: torch.Tensor, _: Callable[[], Any]) -> Any:
             if index == len(self.blocks) - 1:
                 kept, device = self.hidden[number]
-                hidden = kept.to(
-                    device, copy=True
-                )  # a copy, since the model may change it in place
+                # Copied, since what follows may change it in place.
+                hidden = kept.to(device, copy=True)
             extra = self.extras[index]
             return hidden if extra is None else (hidden, *(None,) * extra)
 
