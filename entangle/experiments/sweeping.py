@@ -25,7 +25,7 @@ from entangle.model.text import TokenWindows
 from entangle.numerics.torch_settings import with_torch_defaults
 from entangle.pruning import costs
 from entangle.pruning.block import PrunedLayer, prune_layers
-from entangle.pruning.budgets import block_outliers, zeros_of
+from entangle.pruning.budgets import SCORED, block_scores, zeros_of
 from entangle.pruning.calibration import (
     HELD_OUT,
     HELD_OUT_WINDOWS,
@@ -172,10 +172,10 @@ def sweep_arms(
     check_prunings(setup, prunings)
     attributes = setup.provenance() | budget_run(setup)
     attributes |= {"arms": [pruning.settings() for pruning in prunings]}
-    equal = dict.fromkeys(setup.blocks, 0.0)  # in place of OWL's ratios, which are not computed yet
+    equal = dict.fromkeys(setup.blocks, 0.0)  # in place of scores, which are not computed yet
     for arm in prunings:  # raise for an impossible budget before pruning starts
-        zeros_of(setup.layers, arm, run=setup.run, outliers=equal, seed=setup.seed)
-    outliers = functools.cache(lambda: block_outliers(setup.walk(), setup.layers))
+        zeros_of(setup.layers, arm, run=setup.run, scores=equal, seed=setup.seed)
+    scores = functools.cache(lambda across: block_scores(across, setup.walk(), setup.layers))
     clusterings = list(dict.fromkeys(p.clustering for p in prunings if p.propagate == "dense"))
     stopwatch = Stopwatch(setup.windows)
     with resumed_run(out, attributes, setup.windows, overwrite=overwrite) as folder:
@@ -189,7 +189,7 @@ def sweep_arms(
             if pruning and pruning.propagate == "dense":
                 _calibrate_dense(setup, clusterings, grams)  # only the first call computes
             begin = time.perf_counter()
-            result, losses = _run_arm(setup, pruning, grams, outliers)
+            result, losses = _run_arm(setup, pruning, grams, scores)
             seconds[file.stem] = round(time.perf_counter() - begin, 3)
             if losses:
                 ranks.on_rank_zero(save_tensors, _losses_file(file), losses)
@@ -268,7 +268,7 @@ def _losses(file: Path) -> dict[str, Any]:
 
 
 def _run_arm(
-    setup: Setup, pruning: Pruning | None, grams: Path, outliers: Callable[[], dict[int, float]]
+    setup: Setup, pruning: Pruning | None, grams: Path, scores: Callable[[str], dict[int, float]]
 ) -> tuple[Row, dict[str, torch.Tensor]]:
     """Prune, score, and restore the dense weights; return the arm's result and errors by neuron.
 
@@ -283,7 +283,7 @@ def _run_arm(
     dense = costs.model_multiply_adds(setup.model)
     with _restored(setup.model, setup.layers):
         try:
-            pruned = _prune(setup, pruning, grams, outliers) if pruning else []
+            pruned = _prune(setup, pruning, grams, scores) if pruning else []
         except ValueError as error:
             return settings | nothing | {"problem": str(error)}, {}
         try:
@@ -315,11 +315,11 @@ def _share_of_zeros(weights: Iterable[torch.Tensor]) -> float:
 
 
 def _prune(
-    setup: Setup, pruning: Pruning, grams: Path, outliers: Callable[[], dict[int, float]]
+    setup: Setup, pruning: Pruning, grams: Path, scores: Callable[[str], dict[int, float]]
 ) -> list[PrunedLayer]:
     """Prune the model in place; dense propagation reads the saved calibrations."""
-    ratios = outliers() if pruning.across == "owl" else None
-    zeros = zeros_of(setup.layers, pruning, run=setup.run, outliers=ratios, seed=setup.seed)
+    known = scores(pruning.across) if pruning.across in SCORED else None
+    zeros = zeros_of(setup.layers, pruning, run=setup.run, scores=known, seed=setup.seed)
     if pruning.propagate == "sparse":
         return prune_model(setup, pruning, zeros=zeros)
     pruned: list[PrunedLayer] = []

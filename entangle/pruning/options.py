@@ -42,7 +42,7 @@ Budget = Literal[
     "shuffled",
     "trim",
 ]
-Across = Literal["uniform", "entanglement", "shuffled", "depth", "owl"]
+Across = Literal["uniform", "entanglement", "shuffled", "depth", "owl", "lsa"]
 Scope = Literal[
     "every", "experts", "budget"
 ]  # which prunings have it: every, those with several experts, with a budget
@@ -210,7 +210,7 @@ class Pruning:
         Option(
             "how weights are divided among blocks: uniform; entanglement, by each block's share of "
             "entangled neurons in --budget's RUN; shuffled, these shares shuffled as a control; "
-            "depth, more in early blocks; or owl, OWL's rule",
+            "depth, more in early blocks; owl, OWL's rule; or lsa, LSA's rule",
             scope="budget",
         ),
     ] = UNIFORM

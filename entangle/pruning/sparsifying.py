@@ -30,7 +30,7 @@ from entangle.numerics.sparsity import Sparsity
 from entangle.numerics.torch_settings import with_torch_defaults
 from entangle.pruning import costs
 from entangle.pruning.block import PrunedLayer, prune_layers
-from entangle.pruning.budgets import Zeros, block_outliers, zeros_of
+from entangle.pruning.budgets import SCORED, Zeros, block_scores, zeros_of
 from entangle.pruning.calibration import HELD_OUT, HELD_OUT_WINDOWS, calibrate
 from entangle.pruning.checkpoint import FinishedBlocks
 from entangle.pruning.options import Pruning, PruningOptions, with_options
@@ -194,10 +194,10 @@ def sparsify(
         nullcontext() if out is None else resumed_run(out, attributes, windows, overwrite=overwrite)
     )
     with kept as folder:
-        outliers = None
-        if pruning.across == "owl":
-            outliers = block_outliers(setup.walk(), setup.layers)
-        zeros = zeros_of(setup.layers, pruning, run=setup.run, outliers=outliers, seed=setup.seed)
+        scores = None
+        if pruning.across in SCORED:
+            scores = block_scores(pruning.across, setup.walk(), setup.layers)
+        zeros = zeros_of(setup.layers, pruning, run=setup.run, scores=scores, seed=setup.seed)
         checkpoint = None if folder is None else FinishedBlocks(model, folder)
         pruned = prune_model(setup, pruning, zeros=zeros, checkpoint=checkpoint)
         found = Sparsified(pd.DataFrame([layer.row for layer in pruned]), attributes)
