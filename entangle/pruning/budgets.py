@@ -24,7 +24,7 @@ from entangle.numerics.shares import (
 )
 from entangle.numerics.sparsity import Sparsity
 from entangle.pruning.calibration import Calibrations, calibrate
-from entangle.pruning.options import DISTANCE, ONE, SHUFFLED, TRIM, UNIFORM, Pruning
+from entangle.pruning.options import DISTANCE, ONE, SEARCH, SHUFFLED, TRIM, UNIFORM, Pruning
 from entangle.runs.dataset import values_of
 
 Floats = npt.NDArray[np.float64]
@@ -43,6 +43,7 @@ def zeros_of(
     *,
     run: xr.Dataset | None = None,
     scores: Mapping[int, float] | None = None,
+    blocks: Mapping[int, int] | None = None,
     seed: int = 0,
 ) -> Zeros:
     """Return the number of weights to prune in each row of each layer; empty for uniform rows.
@@ -65,9 +66,13 @@ def zeros_of(
     * ``depth``: early blocks are denser.
     * ``owl``, ``lsa``: the ``scores`` of the blocks (see `block_scores`).
 
+    With ``across`` ``search`` each block has as many zeros as ``blocks`` says, and its layers are
+    pruned alike.
+
     Raises:
         LookupError: the run lacks a layer, a neuron or the variable.
-        ValueError: the run or the scores are needed and missing; or ``across`` is not
+        ValueError: the run, the scores or the blocks' zeros are needed and missing, or those are
+            of other blocks or another total; or ``across`` is not
             uniform, and all layers are of one block or all blocks have the same share of entangled
             neurons.
     """
@@ -78,29 +83,96 @@ def zeros_of(
         raise ValueError(f"budget {budget} across {across} needs a measured run: pass it as run")
     sizes = np.array([layer.neurons * layer.inputs for layer in layers])
     totals = np.array([layer.neurons * round(sparsity.share * layer.inputs) for layer in layers])
-    if across != UNIFORM:
+    of_block = np.array([layer.block for layer in layers])
+    if across == SEARCH:
+        parts = _check_blocks(blocks, of_block, sizes, int(totals.sum()))
+        for block, total in parts.items():
+            here = of_block == block
+            totals[here] = _divided(total, sizes[here])
+    elif across != UNIFORM:
         of_blocks = _scores(layers, across, run, scores, seed)
         if len(of_blocks) == 1:
             raise ValueError(
                 f"across {across} moves weights between blocks, but all chosen layers are in block "
                 f"{layers[0].block}: choose layers of several blocks, or across uniform"
             )
-        blocks = np.array([layer.block for layer in layers])
-        weights = [sizes[blocks == block].sum() for block in of_blocks]
+        weights = [sizes[of_block == block].sum() for block in of_blocks]
         width = WIDTH if across in {"depth", *SCORED} else ENTANGLED_WIDTH
         by_score = sparsity_by_score(sparsity.share, [*of_blocks.values()], weights, width)
         by_block = dict(zip(of_blocks, by_score, strict=True))
-        shares = np.array([by_block[block] for block in blocks.tolist()])
+        shares = np.array([by_block[block] for block in of_block.tolist()])
         totals = largest_remainder(shares, sizes, int(totals.sum()))
+    return _of_rows(layers, totals, pruning, run, seed)
+
+
+def zeros_of_block(
+    layers: Sequence[LinearLayer], total: int, pruning: Pruning, run: xr.Dataset | None
+) -> Zeros:
+    """Return the number of weights to prune in each row of a block's layers, ``total`` in all.
+
+    The layers are pruned alike, and their rows differ by the budget as in `zeros_of`.
+    """
+    sizes = np.array([layer.neurons * layer.inputs for layer in layers])
+    return _of_rows(layers, _divided(total, sizes), pruning, run, 0)
+
+
+def _divided(total: int, sizes: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Divide a block's zeros among its layers, which have the same share."""
+    return largest_remainder(np.full(len(sizes), total / sizes.sum()), sizes, total)
+
+
+def _check_blocks(
+    blocks: Mapping[int, int] | None,
+    of_block: npt.NDArray[np.int64],
+    sizes: npt.NDArray[np.int64],
+    total: int,
+) -> Mapping[int, int]:
+    """Return the zeros of each block, if they are of these layers and have this total.
+
+    Raises:
+        ValueError: they are missing, or have other blocks, more zeros than weights or another total.
+    """
+    if blocks is None:
+        raise ValueError(
+            f"across {SEARCH} needs the zeros of each block: pass those that choose_budget found as blocks"
+        )
+    expected = sorted({*of_block.tolist()})
+    if sorted(blocks) != expected:
+        raise ValueError(
+            f"the zeros are of blocks {sorted(blocks)}, but the chosen layers are in blocks "
+            f"{expected}: choose the layers of the search"
+        )
+    for block, zeros in blocks.items():
+        size = int(sizes[of_block == block].sum())
+        if not 0 <= zeros <= size:
+            raise ValueError(f"block {block} has {size:,} weights, but {zeros:,} are to be zero")
+    if sum(blocks.values()) != total:
+        raise ValueError(
+            f"the blocks have {sum(blocks.values()):,} zeros in all, but this sparsity prunes {total:,} "
+            "weights: use the sparsity and the layers of the search"
+        )
+    return blocks
+
+
+def _of_rows(
+    layers: Sequence[LinearLayer],
+    totals: npt.NDArray[np.int64],
+    pruning: Pruning,
+    run: xr.Dataset | None,
+    seed: int,
+) -> Zeros:
+    """Divide each layer's total among its rows."""
+    budget = pruning.budget
     if budget == TRIM:
         return {layer.name: int(total) for layer, total in zip(layers, totals, strict=True)}
     zeros: Zeros = {}
     rng = np.random.default_rng(seed)
-    for layer, total, size in zip(layers, totals, sizes, strict=True):
+    for layer, total in zip(layers, totals, strict=True):
         rank = np.full(layer.neurons, 0.5)
         if run is not None and budget != UNIFORM:
             rank = ranks_of(_values(layer, budget, run))
             rank = rng.permutation(rank) if budget == SHUFFLED else rank
+        size = layer.neurons * layer.inputs
         rows = sparsity_by_rank(total / size, rank, pruning.strength)
         counts = largest_remainder(rows, np.full(layer.neurons, layer.inputs), int(total))
         zeros[layer.name] = torch.from_numpy(counts)

@@ -42,7 +42,7 @@ Budget = Literal[
     "shuffled",
     "trim",
 ]
-Across = Literal["uniform", "entanglement", "shuffled", "depth", "owl", "lsa"]
+Across = Literal["uniform", "entanglement", "shuffled", "depth", "owl", "lsa", "search"]
 Scope = Literal[
     "every", "experts", "budget"
 ]  # which prunings have it: every, those with several experts, with a budget
@@ -51,6 +51,7 @@ Value = TypeVar("Value")
 
 UNIFORM: Literal["uniform"] = "uniform"
 TRIM: Literal["trim"] = "trim"
+SEARCH: Literal["search"] = "search"
 SHUFFLED: Literal["shuffled"] = "shuffled"
 SOLVE: Solve = "exact"  # of SparseGPT, unless another is given
 DISTANCE: Budget = "wasserstein*std"  # the distance in output units; the default budget of a run
@@ -210,7 +211,8 @@ class Pruning:
         Option(
             "how weights are divided among blocks: uniform; entanglement, by each block's share of "
             "entangled neurons in --budget's RUN; shuffled, these shares shuffled as a control; "
-            "depth, more in early blocks; owl, OWL's rule; or lsa, LSA's rule",
+            "depth, more in early blocks; owl, OWL's rule; lsa, LSA's rule; or search, as a search "
+            "found",
             scope="budget",
         ),
     ] = UNIFORM
