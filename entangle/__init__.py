@@ -23,7 +23,9 @@ if TYPE_CHECKING:
     from entangle.model.generating import generate
     from entangle.model.loading import load_model, load_tokenizer
     from entangle.model.mixing import mixed_windows
+    from entangle.model.repeating import repetition
     from entangle.model.scoring import perplexity
+    from entangle.model.sliding import sliding_windows
     from entangle.model.text import token_windows
     from entangle.pruning.sparsifying import sparsify
     from entangle.runs.own_text import own_windows
@@ -54,7 +56,9 @@ __all__ = [
     "rank",
     "rank_correlations",
     "record",
+    "repetition",
     "report",
+    "sliding_windows",
     "sparsify",
     "sweep",
     "token_windows",
@@ -82,6 +86,8 @@ _HOMES = {
     "rank_correlations": "entangle.measurement.ranking",
     "record": "entangle.measurement.recording",
     "perplexity": "entangle.model.scoring",
+    "repetition": "entangle.model.repeating",
+    "sliding_windows": "entangle.model.sliding",
     "sparsify": "entangle.pruning.sparsifying",
     "sweep": "entangle.experiments.sweeping",
     "token_windows": "entangle.model.text",

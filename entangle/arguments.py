@@ -50,6 +50,12 @@ OFFLOAD = """leave the model's blocks in files and load one block at a time; FOL
 transformers has to convert [the whole model is in memory]"""
 VERIFY = """check the SHA-256 sum of each file of a model that sparsify wrote, before it is loaded [sizes and
 headers of the weights' files are always checked]"""
+STRIDE = """slide the windows by N tokens and score only the last N of each, so that each token is scored
+once with as much context as a window has [windows do not overlap, and all their tokens are scored]"""
+AGAINST = """also compare with this model, the dense one: KL divergence, agreement of the most likely next
+tokens, and tokens lost and gained [no comparison]"""
+GENERATE = """also let the model go on after 20 prompts of 64 tokens from --text, by 128 tokens each, and
+count distinct n-grams and repeated tokens [do not]"""
 SHARD = """count only this part of the batches, such as 3/8; entangle merge makes one run of all parts
 [all batches]"""
 AUTO_STRENGTH = """; auto chooses the strength, and the variable if --budget names none, on a fourth of
@@ -320,11 +326,17 @@ def parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
     unpacked = argparse.ArgumentParser(add_help=False)
     unpacked.add_argument("--unpacked", action="store_true", help=UNPACKED)
 
-    commands.add_parser(
+    perplexity = commands.add_parser(
         "perplexity",
         parents=[model, verify, spread, windows, unpacked, output],
         help="score a model on a text",
-    ).add_argument("--text", required=True, nargs="+", metavar="TEXT", help=f"text: {TEXT}")
+    )
+    perplexity.add_argument(
+        "--text", required=True, nargs="+", metavar="TEXT", help=f"text: {TEXT}"
+    )
+    perplexity.add_argument("--stride", type=int, metavar="N", help=STRIDE)
+    perplexity.add_argument("--against", metavar="MODEL", help=AGAINST)
+    perplexity.add_argument("--generate", action="store_true", help=GENERATE)
 
     generate = commands.add_parser(
         "generate",

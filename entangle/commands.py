@@ -87,26 +87,50 @@ def run_plan(args: argparse.Namespace) -> None:
 
 def run_perplexity(args: argparse.Namespace) -> None:
     """Score a model on a text."""
-    from entangle.model import ranks
+    from entangle.model import ranks, repeating
 
-    windows = _scored(args, _tokenizer(args), args.text, args.windows)
+    windows = _scored(args, _tokenizer(args), args.text, args.windows, args.stride)
+    if args.generate:
+        repeating.check_prompts(windows)
+    dense = None if args.against is None else _dense(args, windows)
     model = _model(args, packed=not args.unpacked)
-    score = entangle.perplexity(
-        model,
-        windows,
-        batch_size=args.batch_size,
-        skip_first=args.skip_first,
-        progress=_progress(),
-    )
-    if ranks.rank() > 0:
-        return
+    work: dict[str, Any] = {"batch_size": args.batch_size, "progress": _progress()}
+    score = entangle.perplexity(model, windows, against=dense, skip_first=args.skip_first, **work)
     numbers = {
         name: getattr(score, name)
         for name in ("perplexity", "perplexity_error", "nats", "nats_error", "tokens")
     }
     about = {"model": args.model, "text": windows.text, "fingerprint": windows.fingerprint}
     about |= {"windows": len(windows), "length": windows.length}
-    _print(args, numbers | about, printed.scored)
+    about |= {"stride": windows.stride} if windows.stride else {}
+    about |= {"against": args.against} if dense is not None else {}
+    numbers |= score.divergence.columns() if score.divergence is not None else {}
+    generation = {
+        str(name): entangle.repetition(one, windows, **work).columns()
+        for name, one in ((args.model, model), (args.against, dense))
+        if args.generate and one is not None
+    }
+    about |= {"generation": generation} if generation else {}
+    if ranks.rank() == 0:
+        _print(args, numbers | about, printed.scored)
+
+
+def _dense(args: argparse.Namespace, windows: "TokenWindows") -> "PreTrainedModel":
+    """Load the model of --against.
+
+    Raises:
+        ValueError: its tokenizer makes other tokens of the text.
+    """
+    settings = {"model": args.against, "revision": None}
+    settings |= {"offload": args.offload and args.offload / "against"}
+    dense = argparse.Namespace(**vars(args) | settings)
+    others = _scored(dense, _tokenizer(dense), args.text, args.windows, args.stride, tell=False)
+    if others.fingerprint != windows.fingerprint:
+        raise ValueError(
+            f"the tokenizers of {args.model} and of {args.against} make other tokens of {windows.text}, "
+            "so their predictions cannot be compared: give models with the same tokenizer"
+        )
+    return _model(dense)
 
 
 def run_generate(args: argparse.Namespace) -> None:
@@ -571,8 +595,10 @@ def _scored(
     tokenizer: "PreTrainedTokenizerBase",
     texts: Sequence[str],
     windows: int | None,
+    stride: int | None = None,
+    tell: bool = True,
 ) -> "TokenWindows":
-    """Read the windows of a text to score.
+    """Read the windows of a text to score; with a stride they slide.
 
     Raises:
         ValueError: there are several texts.
@@ -583,10 +609,12 @@ def _scored(
             "and score the others by themselves"
         )
     sizes = {name: getattr(args, name) for name in ("length", "seed", "bos")}
-    found = entangle.token_windows(
-        texts[0], tokenizer, windows=windows, purpose="evaluation", **sizes
+    found = (
+        entangle.token_windows(texts[0], tokenizer, windows=windows, purpose="evaluation", **sizes)
+        if stride is None
+        else entangle.sliding_windows(texts[0], tokenizer, windows=windows, stride=stride, **sizes)
     )
-    _tell(found.notes)
+    _tell(found.notes if tell else ())
     return found
 
 

@@ -6,6 +6,8 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from entangle.runs.markdown import with_error
+
 
 def _measured_on(summary: dict[str, Any]) -> str:
     part = f"shard {summary['shard']} of a run, " if "shard" in summary else ""
@@ -84,14 +86,45 @@ def _duration(seconds: float) -> str:
 
 def scored(result: dict[str, Any]) -> str:
     """Return the text of a score."""
-    return (
-        f"{result['model']} on {result['tokens']:,} tokens of {result['text']} "
-        f"({result['windows']} windows of {result['length']} that do not overlap, each scored "
-        "from its own start)\n"
+    stride, length = result.get("stride"), result["length"]
+    how = f"{result['windows']} windows of {length} that do not overlap, each scored from its own start"
+    over = "windows"
+    if stride:
+        how = f"{result['windows']} windows of {length} that slide by {stride}, each token scored once"
+        over = f"the windows' pieces of {stride} tokens, as if they did not depend on one another"
+    lines = [
+        f"{result['model']} on {result['tokens']:,} tokens of {result['text']} ({how})",
         f"perplexity {result['perplexity']:.4f} ± {result['perplexity_error']:.4f}, "
         f"{result['nats']:.5f} ± {result['nats_error']:.5f} nats a token "
-        "(± is the standard error over windows)"
-    )
+        f"(± is the standard error over {over})",
+    ]
+    if "kl" in result:
+        shares = [
+            f"{100 * result[name]:.2f}% ± {100 * result[f'{name}_error']:.2f}%"
+            for name in ("agreement", "lost", "gained")
+        ]
+        lines.append(
+            f"compared with {result['against']}: KL divergence {result['kl']:.5f} ± "
+            f"{result['kl_error']:.5f} nats a token, 99.9% of the tokens below "
+            f"{result['kl_tail']:.4g} ± {result['kl_tail_error']:.2g} (bootstrap of windows); the most "
+            f"likely next token is the same at {shares[0]} of the tokens; it is the text's only there at "
+            f"{shares[1]} (lost), and only here at {shares[2]} (gained)"
+        )
+    if "generation" in result:
+        from entangle.model.repeating import PROMPT, PROMPTS, TOKENS
+
+        rows = [
+            {"model": model}
+            | {n: with_error(one[n], one[f"{n}_error"]) for n in one if f"{n}_error" in one}
+            for model, one in result["generation"].items()
+        ]
+        lines += [
+            f"{TOKENS} tokens after each of at most {PROMPTS} prompts of {PROMPT}, always the most likely "
+            "one: shares of distinct n-grams, and of tokens that are among the 32 before them "
+            "(± is the standard error over prompts)",
+            *_columns(rows),
+        ]
+    return "\n".join(lines)
 
 
 def generated(result: dict[str, Any]) -> str:

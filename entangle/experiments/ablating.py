@@ -17,6 +17,7 @@ from entangle.experiments.interventions import BOTTOM, RANDOM, SETS, Ablation, A
 from entangle.measurement.ranking import Neurons, matched_random, top_by_layer
 from entangle.model import folders, ranks
 from entangle.model.hooks import check_fired, replacing_outputs
+from entangle.model.kept_logits import KeptLogits
 from entangle.model.layers import LinearLayer, device_of, weight_of
 from entangle.model.placing import check_in_memory
 from entangle.model.scoring import NotFiniteError
@@ -100,6 +101,8 @@ def ablate(
     * ``ratio``, ``ratio_error``: perplexity over that of the dense model.
     * ``difference``, ``difference_error``: difference to the dense model, nats per token.
     * ``difference_low``, ``difference_high``: its 95% t-interval over seeds, nats per token.
+    * ``kl``, ``kl_tail``, ``agreement``, ``lost``, ``gained``, each with its ``_error``: as the
+      columns of `sweep`.
     * ``windows``: evaluation windows.
     * ``tokens``: scored tokens.
     * ``problem``: why the row has no score; empty if it has one.
@@ -165,13 +168,14 @@ def ablate(
         rows = folder / "rows"
         wanted = _wanted([arm for arm in left.values() if arm], treated)
         prune = functools.cache(lambda: _prune(setup, wanted, rows, solve))
+        dense = setup.keep_logits() if left else None
         for file, arm in tqdm(left.items(), unit="arm", disable=not progress):
             if arm is None:
                 found = {"intervention": "dense", "model_sparsity": zeros[0] / zeros[1]}
-                found |= _score(setup, [], None)
+                found |= _score(setup, [], None, dense)
             else:
                 problem = prune() if arm.sparsity else ""
-                found = _run_arm(setup, arm, treated[arm], rows, problem, zeros)
+                found = _run_arm(setup, arm, treated[arm], rows, problem, zeros, dense)
             ranks.on_rank_zero(store.write_json, file, found)
         results = [store.read_json(file) for file in files]
         table = effects_of(results)
@@ -248,12 +252,19 @@ def _name(arm: Arm | None) -> str:
 
 
 def _run_arm(
-    setup: Setup, arm: Arm, chosen: Neurons, folder: Path, problem: str, zeros: tuple[int, int]
+    setup: Setup,
+    arm: Arm,
+    chosen: Neurons,
+    folder: Path,
+    problem: str,
+    zeros: tuple[int, int],
+    logits: KeptLogits | None,
 ) -> Row:
     """Score the model with an arm's neurons treated.
 
     If there are no neurons to treat, pruning failed (``problem``) or the score is not finite, the
-    result holds the reason. ``zeros`` are the dense model's number of zeros and of weights.
+    result holds the reason. ``zeros`` are the dense model's number of zeros and of weights, and
+    ``logits`` its logits.
     """
     layers = [layer for layer in setup.layers if layer.name in chosen]
     neurons = {x.name: torch.from_numpy(chosen[x.name]).to(device_of(x)) for x in layers}
@@ -272,12 +283,14 @@ def _run_arm(
     means = _means(setup, chosen) if arm.intervention == "mean" else {}
     change = changed_outputs(arm.intervention, neurons, means=means, sparse=sparse)
     try:
-        return result | _score(setup, layers, change)
+        return result | _score(setup, layers, change, logits)
     except NotFiniteError as error:
         return result | nothing | {"problem": str(error)}
 
 
-def _score(setup: Setup, layers: Sequence[LinearLayer], change: Any) -> Row:
+def _score(
+    setup: Setup, layers: Sequence[LinearLayer], change: Any, logits: KeptLogits | None
+) -> Row:
     """Score the model with the outputs of these layers changed.
 
     Raises:
@@ -285,10 +298,10 @@ def _score(setup: Setup, layers: Sequence[LinearLayer], change: Any) -> Row:
     """
     assert setup.evaluation is not None
     with replacing_outputs(layers, change) as fired:
-        scored = setup.score()
+        scored = setup.score(logits)
     batches = len(setup.evaluation.batches(setup.batch_size))
     check_fired(fired, len(ranks.shard().batches(batches)))
-    return {"window_nats": scored.window_nats.tolist(), "tokens": scored.tokens}
+    return scored.stored(setup.texts.values())
 
 
 def _means(setup: Setup, chosen: Neurons) -> dict[str, torch.Tensor]:

@@ -12,10 +12,18 @@ import pandas as pd
 import scipy
 
 from entangle.experiments.interventions import RANDOM
+from entangle.model.divergence import divergence_columns
 from entangle.model.score import Score
 from entangle.runs import store
 from entangle.runs.dataset import overlap_notes, skipped_notes
-from entangle.runs.markdown import table_lines, with_error
+from entangle.runs.markdown import (
+    DIVERGENCE,
+    DIVERGENCE_HEADS,
+    divergence_cells,
+    is_compared,
+    table_lines,
+    with_error,
+)
 
 Array = npt.NDArray[np.float64]
 Result = Mapping[str, Any]
@@ -44,7 +52,7 @@ def table_of(results: Sequence[Result]) -> pd.DataFrame:
     """
     dense = _nats(results[0])
     return pd.DataFrame(
-        [_arm(result) | _scored(_nats(result)[None], dense, result) for result in results]
+        [_arm(result) | _scored(_nats(result)[None], dense, [result]) for result in results]
     )
 
 
@@ -68,6 +76,8 @@ def effects_of(results: Sequence[Result]) -> pd.DataFrame:
     * ``ratio``, ``ratio_error``: perplexity over that of the dense model.
     * ``difference``, with ``_error``, ``_low``, ``_high``: difference to the dense model, nats per
       token.
+    * ``kl``, ``kl_tail``, ``agreement``, ``lost``, ``gained``, each with its ``_error``: as the
+      columns of `sweep`; for random sets means over seeds, and errors of these means over windows.
     * ``windows``: evaluation windows.
     * ``tokens``: scored tokens.
     * ``problem``: why the row has no score; empty if it has one.
@@ -90,7 +100,7 @@ def effects_of(results: Sequence[Result]) -> pd.DataFrame:
     for key, members in groups.items():
         nats = np.array([_nats(member) for member in members])  # (seeds, windows)
         row = _arm(members[0]) | {"seeds": len(members) if key[-1] == RANDOM else 0}
-        row |= _scored(nats, dense, members[0])
+        row |= _scored(nats, dense, members)
         problems = [member["problem"] for member in members if "problem" in member]
         row |= {"problem": "; ".join(dict.fromkeys(problems))}
         rows.append(row | _against_random(key, nats, groups, dense))
@@ -118,9 +128,9 @@ def _arm(result: Result) -> dict[str, Any]:
     }
 
 
-def _scored(nats: Array, dense: Array, result: Result) -> dict[str, Any]:
+def _scored(nats: Array, dense: Array, members: Sequence[Result]) -> dict[str, Any]:
     """Return the score columns of nats (seeds, windows): means, errors over windows, intervals."""
-    tokens = int(result["tokens"])
+    tokens = int(members[0]["tokens"])
     mean = nats.mean(axis=0)  # (windows,)
     change = Score(mean - dense, tokens)
     perplexities = np.array([Score(one, tokens).perplexity for one in nats])
@@ -139,9 +149,10 @@ def _scored(nats: Array, dense: Array, result: Result) -> dict[str, Any]:
         "difference_error": change.nats_error,
         "difference_low": difference - difference_half,
         "difference_high": difference + difference_half,
+        **divergence_columns([member.get("divergence") for member in members], range(len(dense))),
         "windows": len(dense),
         "tokens": tokens,
-        "problem": result.get("problem", ""),
+        "problem": members[0].get("problem", ""),
     }
 
 
@@ -258,6 +269,7 @@ def read_table(folder: str | Path) -> pd.DataFrame:
 def markdown(table: pd.DataFrame) -> str:
     """Return the table in Markdown, below a paragraph on models, texts and units."""
     about, run = table.attrs, table.attrs["run"]
+    compared = is_compared(table)
     pruned = (
         f" Sparsified rows were pruned by SparseGPT with mask row, solve "
         f"{about.get('solve', 'greedy')}, calibrated on "
@@ -277,7 +289,8 @@ def markdown(table: pd.DataFrame) -> str:
         "the same share. Equivalent share is the share of random neurons that causes the same "
         "difference, interpolated between the shares that were run. Both have 95% intervals from a "
         "bootstrap of windows and seeds. Realised is the share of zeros in the treated rows, and "
-        "model is the share of zeros in all weights of the model, its embedding included.",
+        "model is the share of zeros in all weights of the model, its embedding included."
+        + (f" {DIVERGENCE}Random sets have means over seeds." if compared else ""),
         *overlap_notes(about),
         *skipped_notes(about, "treated"),
     ]
@@ -287,8 +300,9 @@ def markdown(table: pd.DataFrame) -> str:
             f"\nThe run has no {' and no '.join(about['missing_sets'])}: {left_out} left out."
         )
     heads = ["intervention", "sparsity", "experts", "block", "share", "neurons", "realised"]
-    heads += ["model", "perplexity", "ratio", "difference, nats", "over random, nats"]
-    heads += ["times random", "equivalent share"]
+    heads += ["model", "perplexity", "ratio", "difference, nats"]
+    heads += DIVERGENCE_HEADS if compared else []
+    heads += ["over random, nats", "times random", "equivalent share"]
     rows = []
     for row in table.to_dict(orient="records"):
         if row["intervention"] == "dense":
@@ -298,7 +312,7 @@ def markdown(table: pd.DataFrame) -> str:
             cells += [row["block"] or "-", f"{row['share']:.2%}".replace(".00%", "%")]
             cells += [f"{display_name(row['set'])}, {row['neurons']:,}"]
             cells += [_share(row["realised"]), _share(row["model_sparsity"])]
-        rows.append([*cells, *_numbers(row)])
+        rows.append([*cells, *_numbers(row, compared)])
     kept = [i for i, head in enumerate(heads) if head != "block" or table["block"].any()]
     lines += ["", *table_lines([[row[i] for i in kept] for row in [heads, *rows]])]
     for row in table.to_dict(orient="records"):
@@ -318,10 +332,10 @@ def _share(value: float) -> str:
     return f"{value:.2%}" if math.isfinite(value) else "-"
 
 
-def _numbers(row: Mapping[Any, Any]) -> list[str]:
+def _numbers(row: Mapping[Any, Any], compared: bool) -> list[str]:
     """Return the cells from perplexity on, as text."""
     if row["problem"]:
-        return ["-"] * 6
+        return ["-"] * (11 if compared else 6)
     if row["set"] == RANDOM:
         perplexity = _with_interval(row, "perplexity")
         difference = _with_interval(row, "difference")
@@ -329,6 +343,7 @@ def _numbers(row: Mapping[Any, Any]) -> list[str]:
         perplexity = with_error(row["perplexity"], row["perplexity_error"])
         difference = with_error(row["difference"], row["difference_error"])
     cells = [perplexity, f"{row['ratio']:.4g}", difference]
+    cells += divergence_cells(row) if compared else []
     if not math.isfinite(row["over_random"]):
         return [*cells, "-", "-", "-"]
     cells += [with_error(row["over_random"], row["over_random_error"])]

@@ -9,11 +9,19 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from entangle.model.divergence import divergence_columns
 from entangle.model.score import Score
 from entangle.pruning.options import EXPERT_DEFAULTS, OPTIONS, UNBUDGETED
 from entangle.runs import store
 from entangle.runs.dataset import overlap_notes, short_names, skipped_notes
-from entangle.runs.markdown import table_lines, with_error
+from entangle.runs.markdown import (
+    DIVERGENCE,
+    DIVERGENCE_HEADS,
+    divergence_cells,
+    is_compared,
+    table_lines,
+    with_error,
+)
 
 COSTS = (
     "density",
@@ -94,8 +102,9 @@ def tables_of(
             **{name: result.get("costs", {}).get(name, math.nan) for name in COSTS},
         }
         problem = {"problem": result.get("problem", "")}
-        for text, windows in texts.items():
+        for place, (text, windows) in enumerate(texts.items()):
             scores = _scores(result, results[0], uniform, windows)
+            scores |= divergence_columns([result.get("divergence")], windows, place)
             size = {name: scores.pop(name) for name in ("windows", "tokens")}
             rows.append(arm | {"evaluation": text} | before | scores | after | size | problem)
     return pd.DataFrame(rows), pd.concat(layers, ignore_index=True) if layers else pd.DataFrame()
@@ -226,6 +235,7 @@ def markdown(table: pd.DataFrame) -> str:
         "`against uniform rows` with the arm with uniform rows, paired by window. Layer error is the "
         "relative squared error of the layers' outputs on the calibration inputs, mean over layers; "
         "held out is the same on held-out inputs. "
+        + (DIVERGENCE if is_compared(table) else "")
         + (_MLP_ERROR if table["mlp_error"].notna().any() else "")
         + "Multiply-adds are those of a token in the pruned "
         "layers and their routers, divided by those of the dense layers. Stored is the number of "
@@ -248,6 +258,8 @@ def markdown(table: pd.DataFrame) -> str:
     reconstructed = table["mlp_error"].notna().any()
     scores = ["perplexity", "ratio", "difference (nats)"]
     scores += ["against uniform rows"] if budgeted else []
+    compared = is_compared(table)
+    scores += DIVERGENCE_HEADS if compared else []
     ends = [f", {name}" for name in short_names(texts)] if texts[1:] else [""]
     heads = [
         "realised",
@@ -270,7 +282,7 @@ def markdown(table: pd.DataFrame) -> str:
         cells += [
             f"{row['realised']:.4f}",
             *([_range(row, ""), _range(row, "_layer")] if budgeted else []),
-            *(cell for one in alike for cell in _score_cells(one, budgeted)),
+            *(cell for one in alike for cell in _score_cells(one, budgeted, compared)),
             f"{row['layer_error']:.4g}",
             f"{row['held_out_error']:.4g}",
         ]
@@ -306,12 +318,13 @@ def _sizes(table: pd.DataFrame) -> list[str]:
     ]
 
 
-def _score_cells(row: Mapping[Any, Any], budgeted: bool) -> list[str]:
+def _score_cells(row: Mapping[Any, Any], budgeted: bool, compared: bool) -> list[str]:
     return [
         with_error(row["perplexity"], row["perplexity_error"]),
         f"{row['ratio']:.4g}",
         with_error(row["difference"], row["difference_error"]),
         *([_against(row)] if budgeted else []),
+        *(divergence_cells(row) if compared else []),
     ]
 
 

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from entangle.experiments.sweep_table import markdown, tables_of
 from entangle.model import folders, ranks
+from entangle.model.kept_logits import KeptLogits
 from entangle.model.layers import LinearLayer, find_layers, replace_layer, weight_of, write_weight
 from entangle.model.packing import load_tensors, save_tensors
 from entangle.model.placing import check_in_memory
@@ -109,6 +110,16 @@ def sweep(
     * ``difference``, ``difference_error``: ``nats`` minus those of the dense model, nats per token.
     * ``against_uniform``, ``against_uniform_error``: ``nats`` minus those of the arm with uniform
       rows and blocks (without one, uniform rows and the same ``across``), nats per token.
+    * ``kl``, ``kl_error``: KL divergence of the arm's next-token probabilities from the dense
+      model's, KL(dense ‖ arm), mean over tokens, nats.
+    * ``kl_tail``, ``kl_tail_error``: its 99.9% quantile over tokens; the error is from a bootstrap
+      of windows.
+    * ``agreement``, ``agreement_error``: share of tokens at which the most likely next token is the
+      dense model's.
+    * ``lost``, ``lost_error``: share of tokens at which the dense model's most likely token is the
+      text's, and the arm's is not.
+    * ``gained``, ``gained_error``: the reverse. ``kl`` to ``gained_error`` are NaN for all arms if
+      the dense model's logits cannot be made again (see `model.kept_logits`).
     * ``layer_error``: ‖(W - Ŵ)X‖² / ‖WX‖² on the calibration inputs, mean over layers.
     * ``held_out_error``: the same on at most 8,192 tokens of at most 32 evaluation windows.
     * ``mlp_error_before``, ``mlp_error``: ‖ŷ - y‖² / ‖y‖² of a token's hidden states behind a block
@@ -183,13 +194,14 @@ def sweep_arms(
         arms: dict[Path, Pruning | None] = dict(zip(files, (None, *prunings), strict=True))
         left = unwritten(arms)
         grams, log = folder / "grams", folder / "log.json"
+        dense = setup.keep_logits() if left else None
         # Of the arms that are finished, by name.
         seconds = store.read_json(log)["arm_seconds"] if log.exists() else {}
         for file, pruning in tqdm(left.items(), unit="arm", disable=not setup.progress):
             if pruning and pruning.propagate == "dense":
                 _calibrate_dense(setup, clusterings, grams)  # only the first call computes
             begin = time.perf_counter()
-            result, losses = _run_arm(setup, pruning, grams, scores)
+            result, losses = _run_arm(setup, pruning, grams, scores, dense)
             seconds[file.stem] = round(time.perf_counter() - begin, 3)
             if losses:
                 ranks.on_rank_zero(save_tensors, _losses_file(file), losses)
@@ -197,7 +209,7 @@ def sweep_arms(
             ranks.on_rank_zero(store.write_json, file, result)
         results = [store.read_json(file) for file in files]
         found = [r | _losses(f) for r, f in zip(results, files, strict=True)]
-        table, per_layer = tables_of(found, _places(setup))
+        table, per_layer = tables_of(found, setup.texts)
         table.attrs.update(attributes)
         if ranks.rank() == 0:
             store.save_table(table, folder / "tables" / "sweep.csv")
@@ -207,15 +219,6 @@ def sweep_arms(
             store.write_log(folder, stopwatch.log() | arms_log, "sweep")
             folders.remove_folder(grams)
     return table
-
-
-def _places(setup: Setup) -> dict[str, list[int]]:
-    """Return, by name, the places of each text's windows among those of the evaluation."""
-    assert setup.evaluation is not None
-    windows = setup.evaluation
-    origins = torch.zeros(len(windows)) if windows.origins is None else windows.origins
-    names = enumerate(windows.names)
-    return {name: (origins == place).nonzero().flatten().tolist() for place, name in names}
 
 
 def _name(pruning: Pruning) -> str:
@@ -268,11 +271,15 @@ def _losses(file: Path) -> dict[str, Any]:
 
 
 def _run_arm(
-    setup: Setup, pruning: Pruning | None, grams: Path, scores: Callable[[str], dict[int, float]]
+    setup: Setup,
+    pruning: Pruning | None,
+    grams: Path,
+    scores: Callable[[str], dict[int, float]],
+    logits: KeptLogits | None,
 ) -> tuple[Row, dict[str, torch.Tensor]]:
     """Prune, score, and restore the dense weights; return the arm's result and errors by neuron.
 
-    If an arm cannot be pruned, or its score is not finite, its result holds the reason and the
+    ``logits`` are those of the dense model. If an arm cannot be pruned, or its score is not finite, its result holds the reason and the
     sweep continues.
 
     Raises:
@@ -287,16 +294,15 @@ def _run_arm(
         except ValueError as error:
             return settings | nothing | {"problem": str(error)}, {}
         try:
-            scored = setup.score()
+            scored = setup.score(logits)
         except NotFiniteError as error:
             if pruning is None:
                 raise
             return settings | nothing | {"problem": str(error)}, {}
         layers = find_layers(setup.model, [layer.name for layer in setup.layers])
         rows = [layer.row for layer in pruned]
-        found = settings | {
-            "window_nats": scored.window_nats.tolist(),
-            "tokens": scored.tokens,
+        found = settings | scored.stored(setup.texts.values())
+        found |= {
             "realised": _share_of_zeros(weight_of(layer) for layer in layers),
             "model_sparsity": _share_of_zeros(setup.model.parameters()),
             "costs": costs.totals(rows or list(map(costs.dense_costs_of, layers)), dense),

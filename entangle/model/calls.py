@@ -53,8 +53,8 @@ class BlockCall:
         """Call a block with these arguments and ``hidden``, and return its hidden states."""
         args, kwargs = _pytree.tree_unflatten(self.leaves, self.form)
         if self.named:
-            return _hidden_of(block(*args, hidden_states=hidden, **kwargs), self.block)
-        return _hidden_of(block(hidden, *args, **kwargs), self.block)
+            return hidden_of(block(*args, hidden_states=hidden, **kwargs), self.block)
+        return hidden_of(block(hidden, *args, **kwargs), self.block)
 
     def copied(self) -> "BlockCall":
         """Return an equal call with copies of the tensors."""
@@ -83,7 +83,12 @@ def _same(a: Any, b: Any) -> bool:
     return type(a) is type(b) and (a is b or bool(a == b))
 
 
-def _hidden_of(output: Any, block: int) -> torch.Tensor:
+def hidden_of(output: Any, block: int) -> torch.Tensor:
+    """Return the hidden states in the output of the block with this index.
+
+    Raises:
+        RuntimeError: the output has none.
+    """
     hidden = output[0] if isinstance(output, tuple | list) else output
     if not isinstance(hidden, torch.Tensor):
         fact = f"block {block} returns a {type(output).__name__}"
@@ -163,13 +168,13 @@ def _catch(
                 raise RuntimeError(NOT_IN_SEQUENCE.format(fact))
             output = output_of(index, hidden, lambda: forward(*args, **kwargs))
             # Copied, since code between the blocks may change it in place.
-            last = _hidden_of(output, index).clone()
+            last = hidden_of(output, index).clone()
             calls.append(call)
             return output
 
         return run
 
-    with _replaced(blocks, make):
+    with replaced_forwards(blocks, make):
         backbone(**arguments, use_cache=False)
     if first is None or len(calls) != len(blocks):
         fact = f"only {len(calls)} of {len(blocks)} blocks ran"
@@ -178,7 +183,7 @@ def _catch(
 
 
 @contextmanager
-def _replaced(
+def replaced_forwards(
     blocks: Sequence[nn.Module], make: Callable[[int, Forward], Forward]
 ) -> Iterator[None]:
     """Replace each block's forward by one made from it, and restore it on exit."""

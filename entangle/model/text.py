@@ -44,6 +44,8 @@ class TokenWindows:
     origins: torch.Tensor | None = None  # (windows,): the index in ``parts`` of each window
     decode: Callable[[list[int]], str] | None = None  # of the model's own text: makes text of it
     seconds: float = 0.0  # that the model took to write its own text
+    stride: int = 0  # of sliding windows: the number of scored tokens of each window
+    firsts: torch.Tensor | None = None  # (windows,): of sliding windows, the first scored token
 
     @property
     def fingerprint(self) -> str:
@@ -81,7 +83,8 @@ class TokenWindows:
         """
         tokens = self.tokens[which]
         if self.origins is None or not len(tokens):
-            return dataclasses.replace(self, tokens=tokens)
+            firsts = None if self.firsts is None else self.firsts[which]
+            return dataclasses.replace(self, tokens=tokens, firsts=firsts)
         kept, origins = torch.unique(self.origins[which], return_inverse=True)
         parts: tuple[TokenWindows, ...] = tuple(self.parts[place] for place in kept.tolist())
         if len(parts) == 1:
@@ -295,7 +298,8 @@ def check_windows(model: PreTrainedModel, windows: TokenWindows, skip_first: int
 
     Raises:
         ValueError: the model is in training mode, the windows are longer than its context or have
-            tokens outside its vocabulary, or ``skip_first`` is negative or skips all tokens.
+            tokens outside its vocabulary, ``skip_first`` is negative or skips all tokens, or it is
+            given with sliding windows.
     """
     if not 0 <= skip_first < windows.length:
         raise ValueError(
@@ -309,6 +313,11 @@ def check_windows(model: PreTrainedModel, windows: TokenWindows, skip_first: int
         raise ValueError(
             f"windows of {windows.length} tokens are longer than the model's context of {context}: "
             "use a smaller length"
+        )
+    if windows.stride and skip_first:
+        raise ValueError(
+            f"expected no skip_first for sliding windows, whose first tokens are not scored anyway, got "
+            f"{skip_first}: leave it out"
         )
     embedding = model.get_input_embeddings().weight
     assert isinstance(embedding, torch.Tensor)

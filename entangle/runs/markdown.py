@@ -1,7 +1,18 @@
 """Tables in Markdown, and numbers with their errors."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+
+DIVERGENCE_HEADS = ["KL (nats)", "KL 99.9%", "agreement", "lost", "gained"]
+DIVERGENCE = (
+    "KL is the divergence of next-token probabilities from the dense model's, mean over tokens, and "
+    "beside it the 99.9% quantile over tokens (its error is from a bootstrap of windows). Agreement is "
+    "the share of tokens at which the most likely next token is the dense model's. Lost is the share at "
+    "which only the dense model's is the text's, and gained the reverse. "
+)
 
 
 def table_lines(rows: Sequence[Sequence[str]]) -> list[str]:
@@ -21,3 +32,15 @@ def with_error(value: float, error: float) -> str:
         return f"{value:.4g}"
     digits = max(0, 1 - math.floor(math.log10(error)))
     return f"{value:.{digits}f} ± {error:.{digits}f}"
+
+
+def is_compared(table: pd.DataFrame) -> bool:
+    """Return whether arms are compared with the dense model token by token (see `divergence`)."""
+    return "kl" in table and bool(table["kl"].notna().any())
+
+
+def divergence_cells(row: Mapping[Any, Any]) -> list[str]:
+    """Return the cells below `DIVERGENCE_HEADS`, with errors, in nats and in percent."""
+    nats = [with_error(row[name], row[f"{name}_error"]) for name in ("kl", "kl_tail")]
+    shares = ("agreement", "lost", "gained")
+    return nats + [f"{with_error(100 * row[n], 100 * row[f'{n}_error'])}%" for n in shares]

@@ -26,6 +26,7 @@ from entangle.model.blocks import BlockWalk
 from entangle.model.causality import check_causal, dependences
 from entangle.model.hashing import KIND, kind_of, weights_hash
 from entangle.model.hooks import check_hooks, unheard_layers
+from entangle.model.kept_logits import KeptLogits, keep_logits
 from entangle.model.layers import (
     LinearLayer,
     find_layers,
@@ -115,7 +116,7 @@ class Setup:
         Raises:
             LookupError: a pattern matches no layer, or all layers are excluded.
             TypeError: the windows or the evaluation are not windows of a text.
-            ValueError: the windows do not fit the model; the model is compiled, not loaded or in
+            ValueError: the windows do not fit the model, or slide; the model is compiled, not loaded or in
                 training mode; there is an evaluation and the model is not causal; the windows or
                 the run's text have 4% or more of the evaluation's tokens; the run was measured on
                 other weights or is a shard; a number is out of range; a layer that a pattern names
@@ -148,6 +149,11 @@ class Setup:
                 )
             if text is not None:
                 check_windows(model, text, skip_first)
+            if text is not None and text.stride:
+                raise ValueError(
+                    f"windows that slide by {text.stride} tokens have the same tokens several times, and "
+                    "are for perplexity only: give those of token_windows"
+                )
         if evaluation is not None and not set_aside:
             check_evaluation(evaluation)
         check_hooks(model, skip_first)
@@ -310,8 +316,29 @@ class Setup:
             windows = evenly_spaced(windows, max(most, ranks.count() * self.batch_size))
         return walk_blocks(self.model, windows, self.batch_size, self.skip_first)
 
-    def score(self) -> Score:
+    @property
+    def texts(self) -> dict[str, list[int]]:
+        """Return, by name, the places of each text's windows among those of the evaluation."""
+        assert self.evaluation is not None
+        windows = self.evaluation
+        origins = torch.zeros(len(windows)) if windows.origins is None else windows.origins
+        names = enumerate(windows.names)
+        return {name: (origins == place).nonzero().flatten().tolist() for place, name in names}
+
+    def keep_logits(self) -> KeptLogits | None:
+        """Keep the logits of the model, with its present weights, on the evaluation.
+
+        Return None if they cannot be made again (see `kept_logits`).
+        """
+        assert self.evaluation is not None
+        return keep_logits(
+            self.model, self.evaluation, batch_size=self.batch_size, progress=self.progress
+        )
+
+    def score(self, against: KeptLogits | None = None) -> Score:
         """Score the model, with its present weights, on the evaluation.
+
+        ``against`` are the logits that it had when it was dense.
 
         Raises:
             NotFiniteError: the model's outputs are not finite.
@@ -320,6 +347,7 @@ class Setup:
         return score_of(
             self.model,
             self.evaluation,
+            against=against,
             batch_size=self.batch_size,
             skip_first=self.skip_first,
             progress=self.progress,
