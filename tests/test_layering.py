@@ -40,6 +40,7 @@ ROOMS = {
         "routing",
         "sparse",
         "device_weights",
+        "evolution",
     ),
     "model": (
         "folders",
@@ -87,6 +88,8 @@ ROOMS = {
         "block",
         "neurons",
         "checkpoint",
+        "levels",
+        "searching",
         "sparsifying",
     ),
     "experiments": (

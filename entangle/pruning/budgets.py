@@ -33,7 +33,7 @@ Zeros = dict[
 ]  # by layer: of each row (neurons,), or for TRIM's rule of the layer
 ENTANGLED = 0.15  # std: a neuron with a larger distance counts as entangled
 WIDTH = 0.08  # largest deviation of a block's density: OWL's λ as published
-SCORED = {"owl", "lsa"}  # values of across that need `block_scores`
+BY_INPUTS = {"owl", "lsa"}  # values of across that need `block_importance`
 ENTANGLED_WIDTH = 0.16  # the same if the score is the share of entangled neurons
 
 
@@ -42,7 +42,7 @@ def zeros_of(
     pruning: Pruning,
     *,
     run: xr.Dataset | None = None,
-    scores: Mapping[int, float] | None = None,
+    importance: Mapping[int, float] | None = None,
     blocks: Mapping[int, int] | None = None,
     seed: int = 0,
 ) -> Zeros:
@@ -64,14 +64,14 @@ def zeros_of(
     * ``entanglement``: the share of neurons with a distance above 0.15 std.
     * ``shuffled``: these shares, permuted over the blocks; the control.
     * ``depth``: early blocks are denser.
-    * ``owl``, ``lsa``: the ``scores`` of the blocks (see `block_scores`).
+    * ``owl``, ``lsa``: the ``importance`` of the blocks (see `block_importance`).
 
     With ``across`` ``search`` each block has as many zeros as ``blocks`` says, and its layers are
     pruned alike.
 
     Raises:
         LookupError: the run lacks a layer, a neuron or the variable.
-        ValueError: the run, the scores or the blocks' zeros are needed and missing, or those are
+        ValueError: the run, the blocks' importance or zeros are needed and missing, or those are
             of other blocks or another total; or ``across`` is not
             uniform, and all layers are of one block or all blocks have the same share of entangled
             neurons.
@@ -90,14 +90,14 @@ def zeros_of(
             here = of_block == block
             totals[here] = _divided(total, sizes[here])
     elif across != UNIFORM:
-        of_blocks = _scores(layers, across, run, scores, seed)
+        of_blocks = _scores(layers, across, run, importance, seed)
         if len(of_blocks) == 1:
             raise ValueError(
                 f"across {across} moves weights between blocks, but all chosen layers are in block "
                 f"{layers[0].block}: choose layers of several blocks, or across uniform"
             )
         weights = [sizes[of_block == block].sum() for block in of_blocks]
-        width = WIDTH if across in {"depth", *SCORED} else ENTANGLED_WIDTH
+        width = WIDTH if across in {"depth", *BY_INPUTS} else ENTANGLED_WIDTH
         by_score = sparsity_by_score(sparsity.share, [*of_blocks.values()], weights, width)
         by_block = dict(zip(of_blocks, by_score, strict=True))
         shares = np.array([by_block[block] for block in of_block.tolist()])
@@ -179,20 +179,22 @@ def _of_rows(
     return zeros
 
 
-def block_scores(across: str, walk: BlockWalk, layers: Sequence[LinearLayer]) -> dict[int, float]:
-    """Run the dense model and return the score of each block by a rule that needs its inputs.
+def block_importance(
+    across: str, walk: BlockWalk, layers: Sequence[LinearLayer]
+) -> dict[int, float]:
+    """Run the dense model and return the importance of each block by a rule that needs its inputs.
 
     * ``owl``: the outlier ratio of all weights of the block (see `outlier_ratio`; arXiv 2310.05175).
     * ``lsa``: one minus the block's share of all blocks' errors (LSA, ICLR 2026). A block's error is
       the mean over its layers of ‖(W - V)X‖² / ‖WX‖², the least that is possible when the half of each
       row's weights with the lowest scores of Wanda are zero.
     """
-    score = {"owl": _outliers, "lsa": _least_error}[across]
+    measure = {"owl": _outliers, "lsa": _least_error}[across]
     found = {}
     for block in range(max(layer.block for layer in layers) + 1):
         here = [layer for layer in layers if layer.block == block]
         if here:
-            found[block] = score(here, calibrate(walk, here, advance=True)[ONE])
+            found[block] = measure(here, calibrate(walk, here, advance=True)[ONE])
         else:
             walk.advance()
     if across == "owl":
@@ -219,24 +221,24 @@ def _scores(
     layers: Sequence[LinearLayer],
     across: str,
     data: xr.Dataset | None,
-    scores: Mapping[int, float] | None,
+    importance: Mapping[int, float] | None,
     seed: int,
 ) -> dict[int, float]:
     """Return each block's score.
 
     Raises:
-        ValueError: the scores of OWL or LSA are missing, or all blocks have the same share of
+        ValueError: the importance of OWL or LSA is missing, or all blocks have the same share of
             entangled neurons.
     """
     blocks = sorted({layer.block for layer in layers})
     if across == "depth":
         return {block: -float(block) for block in blocks}
-    if across in SCORED:
-        if scores is None:
+    if across in BY_INPUTS:
+        if importance is None:
             raise ValueError(
-                f"across {across} needs the scores of the blocks: pass those of block_scores"
+                f"across {across} needs the importance of the blocks: pass that of block_importance"
             )
-        return {block: scores[block] for block in blocks}
+        return {block: importance[block] for block in blocks}
     assert data is not None  # needs_run
     found = {}
     for block in blocks:

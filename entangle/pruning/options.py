@@ -43,9 +43,8 @@ Budget = Literal[
     "trim",
 ]
 Across = Literal["uniform", "entanglement", "shuffled", "depth", "owl", "lsa", "search"]
-Scope = Literal[
-    "every", "experts", "budget"
-]  # which prunings have it: every, those with several experts, with a budget
+# Which prunings have an option: every, those with several experts, with a budget, with a search.
+Scope = Literal["every", "experts", "budget", "search"]
 
 Value = TypeVar("Value")
 
@@ -211,11 +210,20 @@ class Pruning:
         Option(
             "how weights are divided among blocks: uniform; entanglement, by each block's share of "
             "entangled neurons in --budget's RUN; shuffled, these shares shuffled as a control; "
-            "depth, more in early blocks; owl, OWL's rule; lsa, LSA's rule; or search, as a search "
-            "found",
+            "depth, more in early blocks; owl, OWL's rule; lsa, LSA's rule; or search, as an "
+            "evolutionary search finds for this text, which takes a while",
             scope="budget",
         ),
     ] = UNIFORM
+    scores: Annotated[
+        int,
+        Option(
+            "number of scores that --across search takes at most",
+            read_count,
+            "N",
+            "search",
+        ),
+    ] = 440
     sparsity: Annotated[
         Sparsity,
         Option(
@@ -285,6 +293,8 @@ class Pruning:
             )
         if not isinstance(self.strength, int | float) or not 0 <= self.strength <= 1:
             raise ValueError(f"strength must be a number from 0 to 1, got {self.strength!r}")
+        if not isinstance(self.scores, int) or self.scores < 1:
+            raise ValueError(f"a search needs at least 1 score, got scores={self.scores!r}")
         if self.budgeted and (self.mask == "block" or self.sparsity.group):
             why = "mask block chooses the zeros among all rows"
             why = (
@@ -313,6 +323,7 @@ class Pruning:
     def settings(self) -> dict[str, Any]:
         """Return the options for run.json, without those of experts or a budget that are unused."""
         scopes = {"every": True, "experts": self.experts > 1, "budget": self.budgeted}
+        scopes |= {"search": self.across == SEARCH}
         options = {name: getattr(self, name) for name, one in OPTIONS.items() if scopes[one.scope]}
         options |= {"sparsity": str(self.sparsity)}
         if options.get("components", 0) is None:
@@ -352,6 +363,7 @@ class PruningOptions(TypedDict, total=False):
     budget: Several[Budget]
     strength: Several[float]
     across: Several[Across]
+    scores: Several[int]
     sparsity: Required[Several[str | float]]
 
 
@@ -446,7 +458,7 @@ def arms_of(**options: Unpack[PruningOptions]) -> list[Pruning]:
 
     Arms that differ only in options without effect are one arm: ``propagate`` of magnitude, which
     uses no inputs unless it is solved or reconstructed; the router's options with one expert; the
-    strength of budgets without one. Wanda and magnitude have one expert. If arms with sparse
+    strength of budgets without one; the scores without a search. Wanda and magnitude have one expert. If arms with sparse
     propagation are run too, those with dense propagation are not reconstructed. If masks by row are
     run too, masks by block have no
     budget; if shares of zeros are run too, n:m has none. Both are as published.
@@ -492,6 +504,8 @@ def arms_of(**options: Unpack[PruningOptions]) -> list[Pruning]:
             arm = _without(arm, "budget")
         if arm.get("budget", UNIFORM) in {UNIFORM, TRIM}:
             arm.pop("strength", None)
+        if arm.get("across", UNIFORM) != SEARCH:
+            arm = _without(arm, "search")
         pruning = Pruning.of(**arm)
         if pruning.sparsity.group:  # groups of n:m lie within a row
             pruning = dataclasses.replace(pruning, mask="row")

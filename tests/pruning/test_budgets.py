@@ -11,7 +11,7 @@ import xarray as xr
 import entangle
 from entangle.model.layers import LinearLayer, find_layers, weight_of
 from entangle.model.sampling import walk_blocks
-from entangle.pruning.budgets import Zeros, block_scores, zeros_of
+from entangle.pruning.budgets import Zeros, block_importance, zeros_of
 from entangle.pruning.options import OPTIONS, Pruning
 from entangle.runs.dataset import dataset_of
 from tests.measurement.test_recording import captured
@@ -37,13 +37,13 @@ def made(
     layers: Sequence[LinearLayer] = LAYERS,
     *,
     run: xr.DataTree | xr.Dataset | None = None,
-    scores: dict[int, float] | None = None,
+    importance: dict[int, float] | None = None,
     seed: int = 0,
     **options: Any,
 ) -> Zeros:
     pruning = Pruning.of(**{"sparsity": 0.7} | options)
     data = None if run is None else dataset_of(run)
-    return zeros_of(layers, pruning, run=data, scores=scores, seed=seed)
+    return zeros_of(layers, pruning, run=data, importance=importance, seed=seed)
 
 
 def counts(**options: Any) -> dict[str, torch.Tensor]:
@@ -57,7 +57,7 @@ def counts(**options: Any) -> dict[str, torch.Tensor]:
 def test_all_budgets_prune_as_many_weights_as_uniform_rows(
     run: xr.DataTree, budget: str, across: str
 ) -> None:
-    found = made(budget=budget, across=across, run=run, scores=OUTLIERS, seed=1)
+    found = made(budget=budget, across=across, run=run, importance=OUTLIERS, seed=1)
     uniform = sum(layer.neurons * round(0.7 * layer.inputs) for layer in LAYERS)
     if budget == across == "uniform":
         assert found == {}
@@ -126,7 +126,7 @@ def test_blocks_are_denser_by_their_share_of_entangled_neurons(run: xr.DataTree)
 
 def test_depth_and_owl_are_linear_in_their_scores(run: xr.DataTree) -> None:
     def densities(across: str) -> Any:
-        found = counts(across=across, scores=OUTLIERS)
+        found = counts(across=across, importance=OUTLIERS)
         parts = [[x for x in LAYERS if x.block == block] for block in range(3)]
         return np.array(
             [
@@ -158,7 +158,7 @@ def inputs_of(windows: Any) -> dict[str, Any]:
 
 def test_outlier_ratios_are_those_of_the_scores_of_all_weights_of_a_block() -> None:
     windows = random_windows(12)
-    found = block_scores("owl", walk_blocks(MODEL, windows, 4, 0), LAYERS)
+    found = block_importance("owl", walk_blocks(MODEL, windows, 4, 0), LAYERS)
     assert [*found] == [0, 1, 2]
     inputs = inputs_of(windows)
     for block, ratio in found.items():
@@ -172,7 +172,7 @@ def test_outlier_ratios_are_those_of_the_scores_of_all_weights_of_a_block() -> N
 
 def test_lsa_scores_blocks_by_their_least_errors_at_a_half() -> None:
     windows = random_windows(12)
-    found = block_scores("lsa", walk_blocks(MODEL, windows, 4, 0), LAYERS)
+    found = block_importance("lsa", walk_blocks(MODEL, windows, 4, 0), LAYERS)
     inputs, errors = inputs_of(windows), dict.fromkeys(found, 0.0)
     for layer in LAYERS:
         rows, weight = inputs[layer.name], weight_of(layer).double().numpy()
@@ -211,8 +211,8 @@ def test_a_dead_neuron_is_in_the_middle_and_a_missing_one_an_error(run: xr.DataT
         ({"across": "width"}, "across.*uniform, .*'width'"),
         ({"budget": "std"}, "std.*measured run"),
         ({"across": "entanglement"}, "entanglement.*measured run"),
-        ({"across": "owl"}, "owl.*scores"),
-        ({"across": "lsa"}, "lsa.*scores"),
+        ({"across": "owl"}, "owl.*importance"),
+        ({"across": "lsa"}, "lsa.*importance"),
     ],
 )
 def test_what_makes_no_budget_is_refused(options: dict[str, Any], message: str) -> None:
