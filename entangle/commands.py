@@ -90,10 +90,11 @@ def run_perplexity(args: argparse.Namespace) -> None:
     from entangle.model import ranks, repeating
 
     windows = _scored(args, _tokenizer(args), args.text, args.windows, args.stride)
-    if args.generate:
-        repeating.check_prompts(windows)
     dense = None if args.against is None else _dense(args, windows)
     model = _model(args, packed=not args.unpacked)
+    models = {args.model: model} | ({args.against: dense} if dense is not None else {})
+    for one in models.values() if args.generate else ():
+        repeating.check_prompts(one, windows)  # before the score is computed
     work: dict[str, Any] = {"batch_size": args.batch_size, "progress": _progress()}
     score = entangle.perplexity(model, windows, against=dense, skip_first=args.skip_first, **work)
     numbers = {
@@ -105,12 +106,9 @@ def run_perplexity(args: argparse.Namespace) -> None:
     about |= {"stride": windows.stride} if windows.stride else {}
     about |= {"against": args.against} if dense is not None else {}
     numbers |= score.divergence.columns() if score.divergence is not None else {}
-    generation = {
-        str(name): entangle.repetition(one, windows, **work).columns()
-        for name, one in ((args.model, model), (args.against, dense))
-        if args.generate and one is not None
-    }
-    about |= {"generation": generation} if generation else {}
+    if args.generate:
+        found = {name: entangle.repetition(one, windows, **work) for name, one in models.items()}
+        about["generation"] = {name: one.columns() for name, one in found.items()}
     if ranks.rank() == 0:
         _print(args, numbers | about, printed.scored)
 

@@ -497,6 +497,53 @@ def test_perplexity_is_that_of_the_python_function(
     assert "20 windows of 32" in said
 
 
+def test_perplexity_against_another_model_on_sliding_windows_and_prompts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for seed, name in enumerate(("model", "dense")):
+        save_tiny(tmp_path / name, seed=seed, max_position_embeddings=200)
+    (tmp_path / "text.txt").write_text(WORDS * 6)
+    words = ["perplexity", str(tmp_path / "model"), "--text", str(tmp_path / "text.txt")]
+    words += ["--length", "64", "--stride", "32", "--windows", "3", "--batch-size", "20"]
+    words += ["--against", str(tmp_path / "dense"), "--generate"]
+    assert main([*words, "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    models = {name: entangle.load_model(tmp_path / name) for name in ("model", "dense")}
+    tokenizer = entangle.load_tokenizer(tmp_path / "model")
+    windows = entangle.sliding_windows(
+        tmp_path / "text.txt", tokenizer, stride=32, windows=3, length=64
+    )
+    score = entangle.perplexity(models["model"], windows, against=models["dense"], batch_size=20)
+    assert score.divergence is not None
+    assert printed["perplexity"] == score.perplexity
+    columns = score.divergence.columns()
+    assert {name: printed[name] for name in columns} == columns
+    assert (printed["tokens"], printed["stride"]) == (3 * 32, 32)
+    assert printed["against"] == str(tmp_path / "dense")
+    assert [*printed["generation"]] == [str(tmp_path / name) for name in models]
+    generated = printed["generation"][str(tmp_path / "dense")]
+    assert generated == entangle.repetition(models["dense"], windows, batch_size=20).columns()
+    assert main(words) == 0
+    said = capsys.readouterr().out
+    assert f"KL divergence {columns['kl']:.5f} ± {columns['kl_error']:.5f}" in said
+    assert "3 windows of 64 that slide by 32" in said
+    assert re.search(rf"dense .*{generated['distinct_2']:.2f}", said)
+
+
+def test_models_with_other_tokenizers_are_not_compared(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_tiny(tmp_path / "dense", adds_bos=True)
+    words = ["perplexity", str(place / "model"), "--text", str(place / "text.txt")]
+    words += ["--length", "32", "--windows", "3"]
+    assert main([*words, "--against", str(tmp_path / "dense")]) == 2
+    assert re.search(r"tokenizers of .*model.* and of .*dense.*", capsys.readouterr().err)
+    assert main([*words, "--generate"]) == 2
+    assert "prompts of 64 tokens" in capsys.readouterr().err
+    assert main([*words, "--stride", "32"]) == 2
+    assert "stride of 32" in capsys.readouterr().err
+
+
 def _generated(capsys: pytest.CaptureFixture[str], folder: Path, *options: str) -> dict[str, Any]:
     words = ["generate", str(folder), "--prompt", "The quick", "--tokens", "6", "--json", *options]
     assert main(words) == 0

@@ -94,13 +94,17 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "stablelm": ("StableLmConfig", _ALL_HEADS | {"hidden_size": 48}),
 }
 ARCHITECTURES = tuple(_CONFIGS)
+_SCALED: dict[str, tuple[str, dict[str, Any]]] = {  # these multiply or divide their logits
+    "cohere": ("CohereConfig", _LLAMA_LIKE),
+    "granite": ("GraniteConfig", _LLAMA_LIKE | {"logits_scaling": 3.0}),
+}
 
 
 def tiny_model(
     name: str = "llama", *, dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any
 ) -> PreTrainedModel:
     """Return a random model in eval mode; ``changes`` go to its configuration."""
-    kind, options = _CONFIGS[name]
+    kind, options = (_CONFIGS | _SCALED)[name]
     ids: dict[str, Any] = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     make: Callable[..., PreTrainedConfig] = getattr(transformers, kind)
     config = make(vocab_size=VOCABULARY, **ids | options | changes)

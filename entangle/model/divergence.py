@@ -13,8 +13,8 @@ Floats = npt.NDArray[np.float64]
 TAIL = 0.999  # the quantile of the tail
 _DRAWS = 500  # bootstrap samples of windows
 MEANS = ("kl", "agreement", "lost", "gained")  # means over the tokens of a window
-COLUMNS = ("kl", "kl_error", "kl_tail", "kl_tail_error", "agreement", "agreement_error")
-COLUMNS += ("lost", "lost_error", "gained", "gained_error")
+NAMES = ("kl", "kl_tail", "agreement", "lost", "gained")
+COLUMNS = tuple(f"{name}{end}" for name in NAMES for end in ("", "_error"))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -73,7 +73,7 @@ def mixed_windows(parts: Sequence[TokenWindows]) -> TokenWindows:
     of one text are returned as they are.
 
     Raises:
-        ValueError: there are none; or they are of the same text, or differ in length, in seed or in
+        ValueError: there are none, or they slide; or they are of the same text, or differ in length, in seed or in
             the tokens that they begin with.
     """
     if not parts:
@@ -82,6 +82,8 @@ def mixed_windows(parts: Sequence[TokenWindows]) -> TokenWindows:
         return parts[0]
     parts = [part for mixture in parts for part in mixture.by_text()]
     first = parts[0]
+    if any(part.stride for part in parts):
+        raise ValueError("windows that slide cannot be mixed: score each text by itself")
     for part in parts[1:]:
         for name in ("length", "seed", "bos", "starts"):
             one, other = getattr(first, name), getattr(part, name)

@@ -60,17 +60,9 @@ def repetition(
     Under torchrun each process generates its share of the batches, and all return the same.
 
     Raises:
-        ValueError: the windows are shorter than a prompt or were written by a model; a number is too
-            small; or the prompt and the tokens exceed the model's context.
+        ValueError: as `check_prompts`.
     """
-    check_evaluation(windows)
-    check_prompts(windows, prompts=prompts, prompt_tokens=prompt_tokens, tokens=tokens)
-    context = context_of(model)
-    if context is not None and prompt_tokens + tokens > context:
-        raise ValueError(
-            f"prompts of {prompt_tokens} tokens and {tokens} generated tokens exceed the model's "
-            f"context of {context} tokens"
-        )
+    check_prompts(model, windows, prompts=prompts, prompt_tokens=prompt_tokens, tokens=tokens)
     chosen = evenly_spaced(windows, prompts).tokens[:, :prompt_tokens]
     batches = torch.split(chosen, batch_size)
     found = torch.zeros(len(NAMES), len(chosen), dtype=torch.float64)
@@ -96,26 +88,35 @@ def repetition(
 
 
 def check_prompts(
+    model: PreTrainedModel,
     windows: TokenWindows,
     *,
     prompts: int = PROMPTS,
     prompt_tokens: int = PROMPT,
     tokens: int = TOKENS,
 ) -> None:
-    """Check that prompts can be cut from windows.
+    """Check that a model can go on after prompts from windows, as `repetition` has it.
 
     Raises:
-        ValueError: the windows are shorter than a prompt, or a number is too small.
+        ValueError: the windows are shorter than a prompt or were written by a model; a number is too
+            small; or the prompt and the tokens exceed the model's context.
     """
-    if windows.length < prompt_tokens:
-        raise ValueError(
-            f"prompts of {prompt_tokens} tokens cannot be cut from windows of {windows.length}: give "
-            "longer windows"
-        )
+    check_evaluation(windows)
     if prompts < 1 or prompt_tokens < 1 or tokens < LONGEST:
         raise ValueError(
             f"expected at least 1 prompt of at least 1 token, and at least {LONGEST} tokens to generate, "
             f"got {prompts} prompts of {prompt_tokens} tokens and {tokens} tokens"
+        )
+    if windows.length < prompt_tokens:
+        raise ValueError(
+            f"prompts of {prompt_tokens} tokens cannot be cut from windows of {windows.length}: use a "
+            "larger length"
+        )
+    context = context_of(model)
+    if context is not None and prompt_tokens + tokens > context:
+        raise ValueError(
+            f"prompts of {prompt_tokens} tokens and {tokens} generated tokens exceed the context of "
+            f"{model.name_or_path or type(model).__name__}, which is {context} tokens"
         )
 
 

@@ -178,6 +178,11 @@ def test_an_arm_is_the_dense_model_with_its_rows_pruned(
         treated, zeros = treated + alone.numel(), zeros + int((alone == 0).sum())
     row = arm_of(table, set="wasserstein")
     assert scores_as(row, nats_of(replaced, {}), name)
+    score = entangle.perplexity(replaced, held_out(), against=tiny_model(name), batch_size=2)
+    assert score.divergence is not None
+    for column, value in score.divergence.columns().items():
+        assert row[column] == pytest.approx(value, rel=1e-3, abs=1e-6), column
+    assert row["kl"] > 1e-5
     parameters = list(replaced.parameters())
     sizes = sum(p.numel() for p in parameters)
     assert row["realised"] == zeros / treated

@@ -22,6 +22,7 @@ import entangle
 from entangle.experiments.sweep_table import read_table
 from entangle.model import packing
 from entangle.model.blocks import BlockWalk
+from entangle.model.divergence import COLUMNS
 from entangle.model.mixing import mixed_windows
 from entangle.model.scoring import NotFiniteError
 from entangle.model.text import TokenWindows
@@ -57,14 +58,19 @@ def test_each_arm_scores_as_the_model_pruned_alone(device: torch.device) -> None
     dense = entangle.perplexity(placed(tiny_model("llama"), device), held_out(), batch_size=2)
     assert table["method"][0] == "dense"
     assert (table["perplexity"][0], table["ratio"][0]) == (dense.perplexity, 1)
+    assert [table[name][0] for name in COLUMNS[::2]] == [0, 0, 1, 0, 0]
     for arm in table[1:].to_dict(orient="records"):
         alone = placed(tiny_model("llama"), device)
         words = {name: arm[name] for name in ("method", "mask", "propagate")}
         found = entangle.sparsify(
             alone, random_windows(), sparsity=arm["sparsity"], **words, **OPTIONS
         )
-        score = entangle.perplexity(alone, held_out(), batch_size=2)
+        unpruned = placed(tiny_model("llama"), device)
+        score = entangle.perplexity(alone, held_out(), against=unpruned, batch_size=2)
         tolerance = 0 if device.type == "cpu" else 1e-6
+        assert score.divergence is not None
+        found_columns = {name: arm[name] for name in COLUMNS}
+        assert found_columns == pytest.approx(score.divergence.columns(), rel=tolerance)
         assert arm["nats"] == pytest.approx(score.nats, rel=tolerance), words
         assert arm["perplexity_error"] == pytest.approx(score.perplexity_error, rel=tolerance)
         change = score.window_nats - dense.window_nats

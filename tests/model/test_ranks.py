@@ -443,6 +443,7 @@ from torch import distributed
 import entangle
 from entangle.__main__ import main
 from entangle.model import ranks
+from entangle.model.kept_logits import keep_logits
 from tests.model.test_ranks import odd, random_state, told, windows_of, tokens
 from tests.tiny_models import tiny_model
 
@@ -472,6 +473,12 @@ spoilt[2, 5] = 1  # which is in no other window, and is rank 1's
 with torch.no_grad():
     broken.get_input_embeddings().weight[1] = torch.nan
 said["score"] = [score.window_nats.tolist(), score.tokens, score.perplexity]
+kept = keep_logits(tiny_model("gpt2", seed=1), windows_of(tokens(7)), batch_size=2)
+score = entangle.perplexity(tiny_model("gpt2"), windows_of(tokens(7)), against=kept, batch_size=2)
+said["divergence"] = score.divergence.columns()
+said["repetition"] = entangle.repetition(
+    tiny_model("gpt2"), windows_of(tokens(7)), prompt_tokens=4, tokens=6, batch_size=3
+).columns()
 
 state = random_state(rank)
 state.reduce_(ranks.all_reduce_sum_, ranks.all_reduce_min_, ranks.all_reduce_max_)
@@ -584,6 +591,14 @@ def test_ranks_score_what_one_process_does(said: list[dict[str, Any]]) -> None:
     assert (score.window_nats > 0).all()
     for rank in range(3):
         assert said[rank]["score"] == [score.window_nats.tolist(), score.tokens, score.perplexity]
+    dense = tiny_model("gpt2", seed=1)
+    divergence = entangle.perplexity(model, windows, against=dense, batch_size=2).divergence
+    written = entangle.repetition(model, windows, prompt_tokens=4, tokens=6, batch_size=3)
+    assert divergence is not None
+    assert divergence.kl.min() > 0
+    for rank in range(3):
+        assert said[rank]["divergence"] == divergence.columns()
+        assert said[rank]["repetition"] == written.columns()
 
 
 def test_ranks_reduce_as_states_merge(together: Path) -> None:
