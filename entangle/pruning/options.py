@@ -384,9 +384,9 @@ EXPERT_DEFAULTS = {  # defaults of the options of several experts, as text in ta
     if option.scope == "experts"
 }
 UNBUDGETED = {  # text in tables for arms without a budget
-    name: "" if name == "strength" else str(option.default)
+    name: "" if name in {"strength", "scores"} else str(option.default)
     for name, option in OPTIONS.items()
-    if option.scope == "budget"
+    if option.scope in {"budget", "search"}
 }
 SHRINKAGE: float = OPTIONS["shrinkage"].default
 STRENGTH: float = OPTIONS["strength"].default

@@ -38,12 +38,13 @@ def made(
     *,
     run: xr.DataTree | xr.Dataset | None = None,
     importance: dict[int, float] | None = None,
+    blocks: dict[int, int] | None = None,
     seed: int = 0,
     **options: Any,
 ) -> Zeros:
     pruning = Pruning.of(**{"sparsity": 0.7} | options)
     data = None if run is None else dataset_of(run)
-    return zeros_of(layers, pruning, run=data, importance=importance, seed=seed)
+    return zeros_of(layers, pruning, run=data, importance=importance, blocks=blocks, seed=seed)
 
 
 def counts(**options: Any) -> dict[str, torch.Tensor]:
@@ -57,8 +58,14 @@ def counts(**options: Any) -> dict[str, torch.Tensor]:
 def test_all_budgets_prune_as_many_weights_as_uniform_rows(
     run: xr.DataTree, budget: str, across: str
 ) -> None:
-    found = made(budget=budget, across=across, run=run, importance=OUTLIERS, seed=1)
     uniform = sum(layer.neurons * round(0.7 * layer.inputs) for layer in LAYERS)
+    blocks = {0: uniform // 4, 1: uniform // 3, 2: uniform - uniform // 4 - uniform // 3}
+    words: dict[str, Any] = {"run": run, "importance": OUTLIERS, "blocks": blocks, "seed": 1}
+    found = made(budget=budget, across=across, **words)
+    if across == "search":
+        for block, total in blocks.items():
+            here = [layer.name for layer in LAYERS if layer.block == block]
+            assert sum(int(torch.as_tensor(found[name]).sum()) for name in here) == total
     if budget == across == "uniform":
         assert found == {}
     else:
@@ -213,6 +220,7 @@ def test_a_dead_neuron_is_in_the_middle_and_a_missing_one_an_error(run: xr.DataT
         ({"across": "entanglement"}, "entanglement.*measured run"),
         ({"across": "owl"}, "owl.*importance"),
         ({"across": "lsa"}, "lsa.*importance"),
+        ({"across": "search"}, "search.*blocks"),
     ],
 )
 def test_what_makes_no_budget_is_refused(options: dict[str, Any], message: str) -> None:
