@@ -114,7 +114,8 @@ def _add_options(command: argparse.ArgumentParser, *, several: bool) -> None:
         default = METHODS if several and option.name == "method" else option.default
         # The strength has no default here: `commands` refuses one that has no effect.
         unset = default is ... or option.name == "strength"
-        routed = option.scope == "experts"  # nor have these: they need several experts
+        # Nor have these: they need several experts, or a search.
+        routed = option.scope in {"experts", "search"}
         settings: dict[str, Any] = {"required": default is ..., "metavar": option.metavar}
         read, choices = _one(option.read), option.choices if option.metavar is None else None
         help, value = option.help, default

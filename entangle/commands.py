@@ -151,7 +151,8 @@ def run_sparsify(args: argparse.Namespace) -> None:
 
     folders.check_target(args.out, args.overwrite)  # before torch is imported, which takes seconds
     from entangle.model import ranks
-    from entangle.pruning.options import STRENGTH, Pruning
+    from entangle.pruning.options import SEARCH, STRENGTH, Pruning
+    from entangle.pruning.searching import SEARCH_FILE
     from entangle.runs import store
     from entangle.runs.setup import hashed_once
 
@@ -184,6 +185,8 @@ def run_sparsify(args: argparse.Namespace) -> None:
     whole = store.read_json(args.out / "sparsity.json")
     result |= {name: whole[name] for name in whole if name not in {"sparsity", "error"}}
     result |= {"layers": found.layers.to_dict(orient="records")}
+    if pruning.across == SEARCH:
+        result["search"] = store.read_json(args.out / SEARCH_FILE)["candidates"]
     if chosen is not None:
         store.save_table(chosen.table, args.out / "budget.csv")
         result["chosen"] = {
@@ -224,7 +227,7 @@ def _options(args: argparse.Namespace) -> tuple[dict[str, Any], Path | None]:
     Raises:
         ValueError: the budgets name several runs, or no run where an option needs one.
     """
-    from entangle.pruning.options import OPTIONS, TRIM, UNIFORM, needs_run, several
+    from entangle.pruning.options import OPTIONS, SEARCH, TRIM, UNIFORM, needs_run, several
 
     options = {name: getattr(args, name) for name in OPTIONS if name in args}
     routed = [name for name in options if OPTIONS[name].scope == "experts"]
@@ -232,6 +235,15 @@ def _options(args: argparse.Namespace) -> tuple[dict[str, Any], Path | None]:
         raise ValueError(
             f"--{routed[0]} has an effect only on several experts: give --experts above 1, or leave "
             f"--{routed[0]} out"
+        )
+    if "scores" in options and SEARCH not in several(args.across):
+        raise ValueError(
+            "--scores has an effect only on a search: give --across search, or leave --scores out"
+        )
+    if SEARCH in several(args.across) and args.strength == "auto":
+        raise ValueError(
+            "--strength auto chooses how rows differ, and --across search how blocks do: choose one of "
+            "them, such as --strength 0.25"
         )
     budgets, folder = _budgets(several(args.budget))
     options["budget"] = budgets if isinstance(args.budget, tuple) else budgets[0]

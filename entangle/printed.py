@@ -199,6 +199,14 @@ def sparsified(result: dict[str, Any]) -> str:
             f"row, and {min(row['realised'] for row in rows):.1%} to "
             f"{max(row['realised'] for row in rows):.1%} of a layer"
         )
+    if "search" in result:
+        names = [" from ".join(filter(None, (x["across"], x["start"]))) for x in result["search"]]
+        found = [f"{name} {x['kl']:.4f}" for name, x in zip(names, result["search"], strict=True)]
+        lines.append(
+            f"KL divergence from the dense model on {result['search'][0]['windows']} calibration windows "
+            f"that were set aside, nats a token: {', '.join(found)}. Details are in "
+            f"{result['folder']}/search.json"
+        )
     if "chosen" in result:
         chosen = result["chosen"]
         difference = f"{chosen['against_uniform']:.3f} ± {chosen['against_uniform_error']:.3f} nats"

@@ -40,6 +40,7 @@ ROOMS = {
         "routing",
         "sparse",
         "device_weights",
+        "evolution",
     ),
     "model": (
         "folders",
@@ -88,6 +89,8 @@ ROOMS = {
         "block",
         "neurons",
         "checkpoint",
+        "levels",
+        "searching",
         "sparsifying",
     ),
     "experiments": (

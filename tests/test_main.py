@@ -659,6 +659,31 @@ def _pruning(place: Path, command: str, out: Path, *options: str) -> list[str]:
     return [*words, "--length", "32", "--windows", "20", "--sparsity", "0.5", *options]
 
 
+def test_a_search_for_blocks_is_told_and_kept(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "pruned"
+    options = ["--layers", "*.mlp.*", "--across", "search", "--scores", "11"]
+    assert main(_pruning(place, "sparsify", out, *options)) == 0
+    said = capsys.readouterr().out
+    noted = json.loads((out / "search.json").read_text())
+    start, found = noted["candidates"]
+    assert f"uniform {start['kl']:.4f}, search from uniform {found['kl']:.4f}" in said
+    layers = json.loads((out / "sparsity.json").read_text())["layers"]
+    zeros = {str(layer["block"]): 0 for layer in layers}
+    for layer in layers:
+        zeros[str(layer["block"])] += layer["zeros"]
+    assert zeros == noted["zeros"]
+    assert json.loads((out / "run.json").read_text())["scores"] == 11
+    for more, message in (
+        (["--scores", "11"], "--scores"),
+        (["--across", "search", "--scores", "3"], "11"),
+        (["--across", "search", "--strength", "auto"], "--strength auto"),
+    ):
+        assert main([*_pruning(place, "sparsify", out, *more), "--overwrite"]) == 2
+        assert message in capsys.readouterr().err
+
+
 def test_sparsify_writes_a_model_that_every_command_takes(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

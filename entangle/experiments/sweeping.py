@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Unpack
@@ -26,7 +26,7 @@ from entangle.model.text import TokenWindows
 from entangle.numerics.torch_settings import with_torch_defaults
 from entangle.pruning import costs
 from entangle.pruning.block import PrunedLayer, prune_layers
-from entangle.pruning.budgets import block_outliers, zeros_of
+from entangle.pruning.budgets import BY_INPUTS, Zeros, block_importance, zeros_of
 from entangle.pruning.calibration import (
     HELD_OUT,
     HELD_OUT_WINDOWS,
@@ -38,17 +38,20 @@ from entangle.pruning.calibration import (
 )
 from entangle.pruning.options import (
     METHODS,
+    SEARCH,
     Clustering,
     Pruning,
     PruningOptions,
     arms_of,
     with_options,
 )
+from entangle.pruning.searching import check_search, search_name, searched, uniform_zeros
 from entangle.pruning.sparsifying import (
     budget_run,
     check_prunings,
     needed_run,
     prune_model,
+    searched_blocks,
 )
 from entangle.runs import store
 from entangle.runs.resuming import resumed_run, unwritten
@@ -67,6 +70,7 @@ def sweep(
     evaluation: TokenWindows,
     *,
     run: xr.DataTree | xr.Dataset | None = None,
+    blocks: Mapping[int, int] | None = None,
     layers: str | Sequence[str] = ("*",),
     exclude: str | Sequence[str] = (),
     batch_size: int = 4,
@@ -165,13 +169,14 @@ def sweep(
         progress=progress,
         pruned=True,
     )
-    return sweep_arms(setup, prunings, out=out, overwrite=overwrite)
+    return sweep_arms(setup, prunings, blocks=blocks, out=out, overwrite=overwrite)
 
 
 def sweep_arms(
     setup: Setup,
     prunings: Sequence[Pruning],
     *,
+    blocks: Mapping[int, int] | None = None,
     out: str | Path | None = None,
     overwrite: bool = False,
 ) -> pd.DataFrame:
@@ -183,10 +188,14 @@ def sweep_arms(
     check_prunings(setup, prunings)
     attributes = setup.provenance() | budget_run(setup)
     attributes |= {"arms": [pruning.settings() for pruning in prunings]}
-    equal = dict.fromkeys(setup.blocks, 0.0)  # in place of OWL's ratios, which are not computed yet
+    attributes |= searched_blocks(prunings, blocks)
+    equal = dict.fromkeys(setup.blocks, 0.0)  # in place of the importance, which is not known yet
     for arm in prunings:  # raise for an impossible budget before pruning starts
-        zeros_of(setup.layers, arm, run=setup.run, outliers=equal, seed=setup.seed)
-    outliers = functools.cache(lambda: block_outliers(setup.walk(), setup.layers))
+        known: dict[str, Any] = {"run": setup.run, "importance": equal, "seed": setup.seed}
+        if arm.across == SEARCH and blocks is None:
+            check_search(arm, 1 if setup.run is None else 2)
+            known["blocks"] = uniform_zeros(setup, arm)
+        zeros_of(setup.layers, arm, **{"blocks": blocks} | known)
     clusterings = list(dict.fromkeys(p.clustering for p in prunings if p.propagate == "dense"))
     stopwatch = Stopwatch(setup.windows)
     with resumed_run(out, attributes, setup.windows, overwrite=overwrite) as folder:
@@ -195,13 +204,25 @@ def sweep_arms(
         left = unwritten(arms)
         grams, log = folder / "grams", folder / "log.json"
         dense = setup.keep_logits() if left else None
+        importance = functools.cache(
+            lambda across: block_importance(across, setup.walk(), setup.layers)
+        )
+
+        def zeros(arm: Pruning) -> Zeros:
+            known: dict[str, Any] = {"run": setup.run, "seed": setup.seed, "blocks": blocks}
+            if arm.across in BY_INPUTS:
+                known["importance"] = importance(arm.across)
+            if arm.across == SEARCH and blocks is None:
+                known["blocks"] = searched(setup, arm, folder / "searches" / search_name(arm))[0]
+            return zeros_of(setup.layers, arm, **known)
+
         # Of the arms that are finished, by name.
         seconds = store.read_json(log)["arm_seconds"] if log.exists() else {}
         for file, pruning in tqdm(left.items(), unit="arm", disable=not setup.progress):
             if pruning and pruning.propagate == "dense":
                 _calibrate_dense(setup, clusterings, grams)  # only the first call computes
             begin = time.perf_counter()
-            result, losses = _run_arm(setup, pruning, grams, outliers, dense)
+            result, losses = _run_arm(setup, pruning, grams, zeros, dense)
             seconds[file.stem] = round(time.perf_counter() - begin, 3)
             if losses:
                 ranks.on_rank_zero(save_tensors, _losses_file(file), losses)
@@ -274,13 +295,13 @@ def _run_arm(
     setup: Setup,
     pruning: Pruning | None,
     grams: Path,
-    outliers: Callable[[], dict[int, float]],
+    zeros: Callable[[Pruning], Zeros],
     logits: KeptLogits | None,
 ) -> tuple[Row, dict[str, torch.Tensor]]:
     """Prune, score, and restore the dense weights; return the arm's result and errors by neuron.
 
-    ``logits`` are those of the dense model. If an arm cannot be pruned, or its score is not finite, its result holds the reason and the
-    sweep continues.
+    ``logits`` are those of the dense model. If an arm cannot be pruned, or its score is not finite,
+    its result holds the reason and the sweep continues.
 
     Raises:
         NotFiniteError: the score of the dense model is not finite.
@@ -290,7 +311,7 @@ def _run_arm(
     dense = costs.model_multiply_adds(setup.model)
     with _restored(setup.model, setup.layers):
         try:
-            pruned = _prune(setup, pruning, grams, outliers) if pruning else []
+            pruned = _prune(setup, pruning, grams, zeros(pruning)) if pruning else []
         except ValueError as error:
             return settings | nothing | {"problem": str(error)}, {}
         try:
@@ -320,12 +341,8 @@ def _share_of_zeros(weights: Iterable[torch.Tensor]) -> float:
     return sum(zeros for zeros, _ in counts) / sum(size for _, size in counts)
 
 
-def _prune(
-    setup: Setup, pruning: Pruning, grams: Path, outliers: Callable[[], dict[int, float]]
-) -> list[PrunedLayer]:
+def _prune(setup: Setup, pruning: Pruning, grams: Path, zeros: Zeros) -> list[PrunedLayer]:
     """Prune the model in place; dense propagation reads the saved calibrations."""
-    ratios = outliers() if pruning.across == "owl" else None
-    zeros = zeros_of(setup.layers, pruning, run=setup.run, outliers=ratios, seed=setup.seed)
     if pruning.propagate == "sparse":
         return prune_model(setup, pruning, zeros=zeros)
     pruned: list[PrunedLayer] = []

@@ -11,10 +11,10 @@ import numpy.typing as npt
 import torch
 import xarray as xr
 
-from entangle.model import ranks
 from entangle.model.blocks import BlockWalk
 from entangle.model.layers import LinearLayer, weight_of
-from entangle.numerics.masks import wanda_scores
+from entangle.numerics.masks import prune, wanda_scores
+from entangle.numerics.moments import output_energy
 from entangle.numerics.shares import (
     largest_remainder,
     outlier_ratio,
@@ -22,7 +22,9 @@ from entangle.numerics.shares import (
     sparsity_by_rank,
     sparsity_by_score,
 )
-from entangle.pruning.options import DISTANCE, SHUFFLED, TRIM, UNIFORM, Pruning
+from entangle.numerics.sparsity import Sparsity
+from entangle.pruning.calibration import Calibrations, calibrate
+from entangle.pruning.options import DISTANCE, ONE, SEARCH, SHUFFLED, TRIM, UNIFORM, Pruning
 from entangle.runs.dataset import values_of
 
 Floats = npt.NDArray[np.float64]
@@ -31,6 +33,7 @@ Zeros = dict[
 ]  # by layer: of each row (neurons,), or for TRIM's rule of the layer
 ENTANGLED = 0.15  # std: a neuron with a larger distance counts as entangled
 WIDTH = 0.08  # largest deviation of a block's density: OWL's λ as published
+BY_INPUTS = {"owl", "lsa"}  # values of across that need `block_importance`
 ENTANGLED_WIDTH = 0.16  # the same if the score is the share of entangled neurons
 
 
@@ -39,7 +42,8 @@ def zeros_of(
     pruning: Pruning,
     *,
     run: xr.Dataset | None = None,
-    outliers: Mapping[int, float] | None = None,
+    importance: Mapping[int, float] | None = None,
+    blocks: Mapping[int, int] | None = None,
     seed: int = 0,
 ) -> Zeros:
     """Return the number of weights to prune in each row of each layer; empty for uniform rows.
@@ -60,11 +64,15 @@ def zeros_of(
     * ``entanglement``: the share of neurons with a distance above 0.15 std.
     * ``shuffled``: these shares, permuted over the blocks; the control.
     * ``depth``: early blocks are denser.
-    * ``owl``: the outlier ratios of the blocks, ``outliers``.
+    * ``owl``, ``lsa``: the ``importance`` of the blocks (see `block_importance`).
+
+    With ``across`` ``search`` each block has as many zeros as ``blocks`` says, and its layers are
+    pruned alike.
 
     Raises:
         LookupError: the run lacks a layer, a neuron or the variable.
-        ValueError: the run or the outlier ratios are needed and missing; or ``across`` is not
+        ValueError: the run, the blocks' importance or zeros are needed and missing, or those are
+            of other blocks or another total; or ``across`` is not
             uniform, and all layers are of one block or all blocks have the same share of entangled
             neurons.
     """
@@ -75,88 +83,162 @@ def zeros_of(
         raise ValueError(f"budget {budget} across {across} needs a measured run: pass it as run")
     sizes = np.array([layer.neurons * layer.inputs for layer in layers])
     totals = np.array([layer.neurons * round(sparsity.share * layer.inputs) for layer in layers])
-    if across != UNIFORM:
-        scores = _scores(layers, across, run, outliers, seed)
-        if len(scores) == 1:
+    of_block = np.array([layer.block for layer in layers])
+    if across == SEARCH:
+        parts = _check_blocks(blocks, of_block, sizes, int(totals.sum()))
+        for block, total in parts.items():
+            here = of_block == block
+            totals[here] = _divided(total, sizes[here])
+    elif across != UNIFORM:
+        of_blocks = _scores(layers, across, run, importance, seed)
+        if len(of_blocks) == 1:
             raise ValueError(
                 f"across {across} moves weights between blocks, but all chosen layers are in block "
                 f"{layers[0].block}: choose layers of several blocks, or across uniform"
             )
-        blocks = np.array([layer.block for layer in layers])
-        weights = [sizes[blocks == block].sum() for block in scores]
-        width = WIDTH if across in {"depth", "owl"} else ENTANGLED_WIDTH
-        by_score = sparsity_by_score(sparsity.share, [*scores.values()], weights, width)
-        by_block = dict(zip(scores, by_score, strict=True))
-        shares = np.array([by_block[block] for block in blocks.tolist()])
+        weights = [sizes[of_block == block].sum() for block in of_blocks]
+        width = WIDTH if across in {"depth", *BY_INPUTS} else ENTANGLED_WIDTH
+        by_score = sparsity_by_score(sparsity.share, [*of_blocks.values()], weights, width)
+        by_block = dict(zip(of_blocks, by_score, strict=True))
+        shares = np.array([by_block[block] for block in of_block.tolist()])
         totals = largest_remainder(shares, sizes, int(totals.sum()))
+    return _of_rows(layers, totals, pruning, run, seed)
+
+
+def zeros_of_block(
+    layers: Sequence[LinearLayer], total: int, pruning: Pruning, run: xr.Dataset | None
+) -> Zeros:
+    """Return the number of weights to prune in each row of a block's layers, ``total`` in all.
+
+    The layers are pruned alike, and their rows differ by the budget as in `zeros_of`.
+    """
+    sizes = np.array([layer.neurons * layer.inputs for layer in layers])
+    return _of_rows(layers, _divided(total, sizes), pruning, run, 0)
+
+
+def _divided(total: int, sizes: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Divide a block's zeros among its layers, which have the same share."""
+    return largest_remainder(np.full(len(sizes), total / sizes.sum()), sizes, total)
+
+
+def _check_blocks(
+    blocks: Mapping[int, int] | None,
+    of_block: npt.NDArray[np.int64],
+    sizes: npt.NDArray[np.int64],
+    total: int,
+) -> Mapping[int, int]:
+    """Return the zeros of each block, if they are of these layers and have this total.
+
+    Raises:
+        ValueError: they are missing, or have other blocks, more zeros than weights or another total.
+    """
+    if blocks is None:
+        raise ValueError(
+            f"across {SEARCH} needs the zeros of each block: pass those that choose_budget found as blocks"
+        )
+    expected = sorted({*of_block.tolist()})
+    if sorted(blocks) != expected:
+        raise ValueError(
+            f"the zeros are of blocks {sorted(blocks)}, but the chosen layers are in blocks "
+            f"{expected}: choose the layers of the search"
+        )
+    for block, zeros in blocks.items():
+        size = int(sizes[of_block == block].sum())
+        if not 0 <= zeros <= size:
+            raise ValueError(f"block {block} has {size:,} weights, but {zeros:,} are to be zero")
+    if sum(blocks.values()) != total:
+        raise ValueError(
+            f"the blocks have {sum(blocks.values()):,} zeros in all, but this sparsity prunes {total:,} "
+            "weights: use the sparsity and the layers of the search"
+        )
+    return blocks
+
+
+def _of_rows(
+    layers: Sequence[LinearLayer],
+    totals: npt.NDArray[np.int64],
+    pruning: Pruning,
+    run: xr.Dataset | None,
+    seed: int,
+) -> Zeros:
+    """Divide each layer's total among its rows."""
+    budget = pruning.budget
     if budget == TRIM:
         return {layer.name: int(total) for layer, total in zip(layers, totals, strict=True)}
     zeros: Zeros = {}
     rng = np.random.default_rng(seed)
-    for layer, total, size in zip(layers, totals, sizes, strict=True):
+    for layer, total in zip(layers, totals, strict=True):
         rank = np.full(layer.neurons, 0.5)
         if run is not None and budget != UNIFORM:
             rank = ranks_of(_values(layer, budget, run))
             rank = rng.permutation(rank) if budget == SHUFFLED else rank
+        size = layer.neurons * layer.inputs
         rows = sparsity_by_rank(total / size, rank, pruning.strength)
         counts = largest_remainder(rows, np.full(layer.neurons, layer.inputs), int(total))
         zeros[layer.name] = torch.from_numpy(counts)
     return zeros
 
 
-def block_outliers(walk: BlockWalk, layers: Sequence[LinearLayer]) -> dict[int, float]:
-    """Run the dense model and return each block's outlier ratio (see `outlier_ratio`).
+def block_importance(
+    across: str, walk: BlockWalk, layers: Sequence[LinearLayer]
+) -> dict[int, float]:
+    """Run the dense model and return the importance of each block by a rule that needs its inputs.
 
-    The mean is over the weights of all layers of a block, as published.
+    * ``owl``: the outlier ratio of all weights of the block (see `outlier_ratio`; arXiv 2310.05175).
+    * ``lsa``: one minus the block's share of all blocks' errors (LSA, ICLR 2026). A block's error is
+      the mean over its layers of ‖(W - V)X‖² / ‖WX‖², the least that is possible when the half of each
+      row's weights with the lowest scores of Wanda are zero.
     """
+    measure = {"owl": _outliers, "lsa": _least_error}[across]
     found = {}
     for block in range(max(layer.block for layer in layers) + 1):
         here = [layer for layer in layers if layer.block == block]
-        if not here:
+        if here:
+            found[block] = measure(here, calibrate(walk, here, advance=True)[ONE])
+        else:
             walk.advance()
-            continue
-        squares: dict[str, torch.Tensor] = {}
+    if across == "owl":
+        return found
+    return {block: 1 - error / sum(found.values()) for block, error in found.items()}
 
-        def on_inputs(
-            layer: LinearLayer, rows: torch.Tensor, into: dict[str, torch.Tensor] = squares
-        ) -> None:
-            with torch.inference_mode(False):
-                added = rows.detach().double().square().sum(dim=0)
-                into[layer.name] = into.get(layer.name, 0) + added
 
-        owners = walk.record_inputs(here, on_inputs, advance=True)
-        for one in squares.values():
-            ranks.all_reduce_sum_(one)
-        scores = [
-            wanda_scores(weight_of(layer), squares[owners[layer.name]].float()).flatten()
-            for layer in here
-        ]
-        found[block] = outlier_ratio(torch.cat(scores))
-    return found
+def _outliers(layers: Sequence[LinearLayer], calibrations: Calibrations) -> float:
+    scores = [wanda_scores(weight_of(x), calibrations[x.name].moments.squares) for x in layers]
+    return outlier_ratio(torch.cat([one.flatten() for one in scores]))
+
+
+def _least_error(layers: Sequence[LinearLayer], calibrations: Calibrations) -> float:
+    errors = []
+    for layer in layers:
+        weight, one = weight_of(layer), calibrations[layer.name]
+        pruned = prune(weight, one.moments, Sparsity(0.5), method="wanda", solve="exact").weight
+        lost = float(output_energy(pruned.double() - weight.double(), one.moments).sum())
+        errors.append(lost / one.energy if one.energy else 0.0)
+    return sum(errors) / len(errors)
 
 
 def _scores(
     layers: Sequence[LinearLayer],
     across: str,
     data: xr.Dataset | None,
-    outliers: Mapping[int, float] | None,
+    importance: Mapping[int, float] | None,
     seed: int,
 ) -> dict[int, float]:
     """Return each block's score.
 
     Raises:
-        ValueError: OWL's outlier ratios are missing, or all blocks have the same share of
+        ValueError: the importance of OWL or LSA is missing, or all blocks have the same share of
             entangled neurons.
     """
     blocks = sorted({layer.block for layer in layers})
     if across == "depth":
         return {block: -float(block) for block in blocks}
-    if across == "owl":
-        if outliers is None:
+    if across in BY_INPUTS:
+        if importance is None:
             raise ValueError(
-                "across owl needs the outlier ratios of the blocks: pass them as outliers"
+                f"across {across} needs the importance of the blocks: pass that of block_importance"
             )
-        return {block: outliers[block] for block in blocks}
+        return {block: importance[block] for block in blocks}
     assert data is not None  # needs_run
     found = {}
     for block in blocks:

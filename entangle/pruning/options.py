@@ -42,15 +42,15 @@ Budget = Literal[
     "shuffled",
     "trim",
 ]
-Across = Literal["uniform", "entanglement", "shuffled", "depth", "owl"]
-Scope = Literal[
-    "every", "experts", "budget"
-]  # which prunings have it: every, those with several experts, with a budget
+Across = Literal["uniform", "entanglement", "shuffled", "depth", "owl", "lsa", "search"]
+# Which prunings have an option: every, those with several experts, with a budget, with a search.
+Scope = Literal["every", "experts", "budget", "search"]
 
 Value = TypeVar("Value")
 
 UNIFORM: Literal["uniform"] = "uniform"
 TRIM: Literal["trim"] = "trim"
+SEARCH: Literal["search"] = "search"
 SHUFFLED: Literal["shuffled"] = "shuffled"
 SOLVE: Solve = "exact"  # of SparseGPT, unless another is given
 DISTANCE: Budget = "wasserstein*std"  # the distance in output units; the default budget of a run
@@ -210,10 +210,20 @@ class Pruning:
         Option(
             "how weights are divided among blocks: uniform; entanglement, by each block's share of "
             "entangled neurons in --budget's RUN; shuffled, these shares shuffled as a control; "
-            "depth, more in early blocks; or owl, OWL's rule",
+            "depth, more in early blocks; owl, OWL's rule; lsa, LSA's rule; or search, as an "
+            "evolutionary search finds for this text, which takes a while",
             scope="budget",
         ),
     ] = UNIFORM
+    scores: Annotated[
+        int,
+        Option(
+            "number of scores that --across search takes at most",
+            read_count,
+            "N",
+            "search",
+        ),
+    ] = 440
     sparsity: Annotated[
         Sparsity,
         Option(
@@ -283,6 +293,8 @@ class Pruning:
             )
         if not isinstance(self.strength, int | float) or not 0 <= self.strength <= 1:
             raise ValueError(f"strength must be a number from 0 to 1, got {self.strength!r}")
+        if not isinstance(self.scores, int) or self.scores < 1:
+            raise ValueError(f"a search needs at least 1 score, got scores={self.scores!r}")
         if self.budgeted and (self.mask == "block" or self.sparsity.group):
             why = "mask block chooses the zeros among all rows"
             why = (
@@ -311,6 +323,7 @@ class Pruning:
     def settings(self) -> dict[str, Any]:
         """Return the options for run.json, without those of experts or a budget that are unused."""
         scopes = {"every": True, "experts": self.experts > 1, "budget": self.budgeted}
+        scopes |= {"search": self.across == SEARCH}
         options = {name: getattr(self, name) for name, one in OPTIONS.items() if scopes[one.scope]}
         options |= {"sparsity": str(self.sparsity)}
         if options.get("components", 0) is None:
@@ -350,6 +363,7 @@ class PruningOptions(TypedDict, total=False):
     budget: Several[Budget]
     strength: Several[float]
     across: Several[Across]
+    scores: Several[int]
     sparsity: Required[Several[str | float]]
 
 
@@ -370,9 +384,9 @@ EXPERT_DEFAULTS = {  # defaults of the options of several experts, as text in ta
     if option.scope == "experts"
 }
 UNBUDGETED = {  # text in tables for arms without a budget
-    name: "" if name == "strength" else str(option.default)
+    name: "" if name in {"strength", "scores"} else str(option.default)
     for name, option in OPTIONS.items()
-    if option.scope == "budget"
+    if option.scope in {"budget", "search"}
 }
 SHRINKAGE: float = OPTIONS["shrinkage"].default
 STRENGTH: float = OPTIONS["strength"].default
@@ -444,7 +458,7 @@ def arms_of(**options: Unpack[PruningOptions]) -> list[Pruning]:
 
     Arms that differ only in options without effect are one arm: ``propagate`` of magnitude, which
     uses no inputs unless it is solved or reconstructed; the router's options with one expert; the
-    strength of budgets without one. Wanda and magnitude have one expert. If arms with sparse
+    strength of budgets without one; the scores without a search. Wanda and magnitude have one expert. If arms with sparse
     propagation are run too, those with dense propagation are not reconstructed. If masks by row are
     run too, masks by block have no
     budget; if shares of zeros are run too, n:m has none. Both are as published.
@@ -490,6 +504,8 @@ def arms_of(**options: Unpack[PruningOptions]) -> list[Pruning]:
             arm = _without(arm, "budget")
         if arm.get("budget", UNIFORM) in {UNIFORM, TRIM}:
             arm.pop("strength", None)
+        if arm.get("across", UNIFORM) != SEARCH:
+            arm = _without(arm, "search")
         pruning = Pruning.of(**arm)
         if pruning.sparsity.group:  # groups of n:m lie within a row
             pruning = dataclasses.replace(pruning, mask="row")

@@ -5,7 +5,7 @@ its inputs. One expert is plain pruning.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Unpack
@@ -30,11 +30,12 @@ from entangle.numerics.sparsity import Sparsity
 from entangle.numerics.torch_settings import with_torch_defaults
 from entangle.pruning import costs
 from entangle.pruning.block import PrunedLayer, prune_layers
-from entangle.pruning.budgets import Zeros, block_outliers, zeros_of
+from entangle.pruning.budgets import BY_INPUTS, Zeros, block_importance, zeros_of
 from entangle.pruning.calibration import HELD_OUT, HELD_OUT_WINDOWS, calibrate
 from entangle.pruning.checkpoint import FinishedBlocks
-from entangle.pruning.options import Pruning, PruningOptions, with_options
+from entangle.pruning.options import SEARCH, Pruning, PruningOptions, with_options
 from entangle.pruning.reconstruction import Targets, tuned_layers
+from entangle.pruning.searching import SEARCH_FILE, check_search, searched
 from entangle.runs import store
 from entangle.runs.dataset import about
 from entangle.runs.resuming import resumed_run
@@ -111,6 +112,7 @@ def sparsify(
     windows: TokenWindows,
     *,
     run: xr.DataTree | xr.Dataset | None = None,
+    blocks: Mapping[int, int] | None = None,
     layers: str | Sequence[str] = ("*",),
     exclude: str | Sequence[str] = (),
     batch_size: int = 4,
@@ -151,6 +153,7 @@ def sparsify(
     * ``strength``: how much rows differ, from 0 (not at all) to 1.
     * ``across``: score by which blocks differ in sparsity, or ``uniform`` (see `zeros_of`).
 
+    ``blocks`` has the number of zeros of each block, for ``across`` ``search`` (see `choose_budget`).
     ``run`` is a measured run of this model. A ``budget`` by a variable needs it, and so does
     ``across`` by ``entanglement`` or ``shuffled``.
 
@@ -188,16 +191,22 @@ def sparsify(
             "the model's weights are in files (offload): give a folder for the pruned model as out"
         )
     attributes = setup.provenance() | pruning.settings() | budget_run(setup)
+    attributes |= searched_blocks([pruning], blocks)
+    if pruning.across == SEARCH and blocks is None:
+        check_search(pruning, 1 if setup.run is None else 2)
     stopwatch = Stopwatch(windows)
     dense = costs.model_multiply_adds(model)
     kept = (
         nullcontext() if out is None else resumed_run(out, attributes, windows, overwrite=overwrite)
     )
     with kept as folder:
-        outliers = None
-        if pruning.across == "owl":
-            outliers = block_outliers(setup.walk(), setup.layers)
-        zeros = zeros_of(setup.layers, pruning, run=setup.run, outliers=outliers, seed=setup.seed)
+        known: dict[str, Any] = {"run": setup.run, "seed": setup.seed, "blocks": blocks}
+        if pruning.across in BY_INPUTS:
+            known["importance"] = block_importance(pruning.across, setup.walk(), setup.layers)
+        if pruning.across == SEARCH and blocks is None:
+            file = None if folder is None else folder / SEARCH_FILE
+            known["blocks"] = searched(setup, pruning, file)[0]
+        zeros = zeros_of(setup.layers, pruning, **known)
         checkpoint = None if folder is None else FinishedBlocks(model, folder)
         pruned = prune_model(setup, pruning, zeros=zeros, checkpoint=checkpoint)
         found = Sparsified(pd.DataFrame([layer.row for layer in pruned]), attributes)
@@ -217,18 +226,21 @@ def sparsify(
 def needed_run(
     prunings: Sequence[Pruning], run: xr.DataTree | xr.Dataset | None
 ) -> xr.DataTree | xr.Dataset | None:
-    """Return the run if a budget needs it, else None.
+    """Return the run if a budget needs it or a search can use it, else None.
 
     Raises:
         ValueError: a budget needs a run, and none is given.
     """
     needed = [pruning for pruning in prunings if pruning.needs_run]
+    searches = any(
+        pruning.across == SEARCH for pruning in prunings
+    )  # it may begin with the run's budget
     if needed and run is None:
         raise ValueError(
             f"budget {needed[0].budget} across {needed[0].across} needs a measured run of the model: "
             "pass it as run"
         )
-    return run if needed else None
+    return run if needed or searches else None
 
 
 def budget_run(setup: Setup) -> dict[str, Any]:
@@ -236,6 +248,21 @@ def budget_run(setup: Setup) -> dict[str, Any]:
     if setup.run is None:
         return {}
     return {"budget_run": {name: about(setup.run).get(name) for name in _OF_RUN}}
+
+
+def searched_blocks(
+    prunings: Sequence[Pruning], blocks: Mapping[int, int] | None
+) -> dict[str, Any]:
+    """Return the attribute with the zeros of each block that a search found; empty without one.
+
+    Raises:
+        ValueError: zeros are given, and no pruning has them.
+    """
+    if blocks is None:
+        return {}
+    if all(pruning.across != SEARCH for pruning in prunings):
+        raise ValueError(f"blocks are for across {SEARCH}: give it, or leave the blocks out")
+    return {"blocks": {str(block): zeros for block, zeros in blocks.items()}}
 
 
 def check_layers(setup: Setup, sparsities: Sequence[Sparsity]) -> None:

@@ -11,7 +11,7 @@ import xarray as xr
 import entangle
 from entangle.model.layers import LinearLayer, find_layers, weight_of
 from entangle.model.sampling import walk_blocks
-from entangle.pruning.budgets import Zeros, block_outliers, zeros_of
+from entangle.pruning.budgets import Zeros, block_importance, zeros_of
 from entangle.pruning.options import OPTIONS, Pruning
 from entangle.runs.dataset import dataset_of
 from tests.measurement.test_recording import captured
@@ -37,13 +37,14 @@ def made(
     layers: Sequence[LinearLayer] = LAYERS,
     *,
     run: xr.DataTree | xr.Dataset | None = None,
-    outliers: dict[int, float] | None = None,
+    importance: dict[int, float] | None = None,
+    blocks: dict[int, int] | None = None,
     seed: int = 0,
     **options: Any,
 ) -> Zeros:
     pruning = Pruning.of(**{"sparsity": 0.7} | options)
     data = None if run is None else dataset_of(run)
-    return zeros_of(layers, pruning, run=data, outliers=outliers, seed=seed)
+    return zeros_of(layers, pruning, run=data, importance=importance, blocks=blocks, seed=seed)
 
 
 def counts(**options: Any) -> dict[str, torch.Tensor]:
@@ -57,8 +58,14 @@ def counts(**options: Any) -> dict[str, torch.Tensor]:
 def test_all_budgets_prune_as_many_weights_as_uniform_rows(
     run: xr.DataTree, budget: str, across: str
 ) -> None:
-    found = made(budget=budget, across=across, run=run, outliers=OUTLIERS, seed=1)
     uniform = sum(layer.neurons * round(0.7 * layer.inputs) for layer in LAYERS)
+    blocks = {0: uniform // 4, 1: uniform // 3, 2: uniform - uniform // 4 - uniform // 3}
+    words: dict[str, Any] = {"run": run, "importance": OUTLIERS, "blocks": blocks, "seed": 1}
+    found = made(budget=budget, across=across, **words)
+    if across == "search":
+        for block, total in blocks.items():
+            here = [layer.name for layer in LAYERS if layer.block == block]
+            assert sum(int(torch.as_tensor(found[name]).sum()) for name in here) == total
     if budget == across == "uniform":
         assert found == {}
     else:
@@ -126,7 +133,7 @@ def test_blocks_are_denser_by_their_share_of_entangled_neurons(run: xr.DataTree)
 
 def test_depth_and_owl_are_linear_in_their_scores(run: xr.DataTree) -> None:
     def densities(across: str) -> Any:
-        found = counts(across=across, outliers=OUTLIERS)
+        found = counts(across=across, importance=OUTLIERS)
         parts = [[x for x in LAYERS if x.block == block] for block in range(3)]
         return np.array(
             [
@@ -140,10 +147,8 @@ def test_depth_and_owl_are_linear_in_their_scores(run: xr.DataTree) -> None:
     np.testing.assert_allclose(owl - owl[1], np.array([0.4, 0, 1]) * 0.16, atol=2e-3)
 
 
-def test_outlier_ratios_are_those_of_the_scores_of_all_weights_of_a_block() -> None:
-    windows = random_windows(12)
-    found = block_outliers(walk_blocks(MODEL, windows, 4, 0), LAYERS)
-    assert [*found] == [0, 1, 2]
+def inputs_of(windows: Any) -> dict[str, Any]:
+    """Return the inputs (tokens, inputs) of each layer, caught by hooks."""
     inputs: dict[str, list[Any]] = {layer.name: [] for layer in LAYERS}
     handles = [
         layer.module.register_forward_pre_hook(
@@ -155,14 +160,41 @@ def test_outlier_ratios_are_those_of_the_scores_of_all_weights_of_a_block() -> N
         MODEL(windows.tokens)
     for handle in handles:
         handle.remove()
+    return {name: torch.cat(rows).double().numpy() for name, rows in inputs.items()}
+
+
+def test_outlier_ratios_are_those_of_the_scores_of_all_weights_of_a_block() -> None:
+    windows = random_windows(12)
+    found = block_importance("owl", walk_blocks(MODEL, windows, 4, 0), LAYERS)
+    assert [*found] == [0, 1, 2]
+    inputs = inputs_of(windows)
     for block, ratio in found.items():
         scores = []
         for layer in (layer for layer in LAYERS if layer.block == block):
-            rows = torch.cat(inputs[layer.name]).double().numpy()
             weight = weight_of(layer).double().numpy()
-            scores.append((np.abs(weight) * np.linalg.norm(rows, axis=0)).ravel())
+            scores.append((np.abs(weight) * np.linalg.norm(inputs[layer.name], axis=0)).ravel())
         joined = np.concatenate(scores)
         assert ratio == pytest.approx((joined > 5 * joined.mean()).mean(), abs=1e-9)
+
+
+def test_lsa_scores_blocks_by_their_least_errors_at_a_half() -> None:
+    windows = random_windows(12)
+    found = block_importance("lsa", walk_blocks(MODEL, windows, 4, 0), LAYERS)
+    inputs, errors = inputs_of(windows), dict.fromkeys(found, 0.0)
+    for layer in LAYERS:
+        rows, weight = inputs[layer.name], weight_of(layer).double().numpy()
+        scores = np.abs(weight) * np.linalg.norm(rows, axis=0)
+        lost = 0.0
+        for row, score in zip(weight, scores, strict=True):
+            kept = np.argsort(score)[round(layer.inputs / 2) :]
+            solved = np.linalg.lstsq(rows[:, kept], rows @ row, rcond=None)[0]
+            lost += float(np.square(rows[:, kept] @ solved - rows @ row).sum())
+        in_block = sum(other.block == layer.block for other in LAYERS)
+        errors[layer.block] += lost / float(np.square(rows @ weight.T).sum()) / in_block
+    total = sum(errors.values())
+    assert [*found] == [0, 1, 2]
+    for block, error in errors.items():
+        assert 1 - found[block] == pytest.approx(error / total, rel=0.01)
 
 
 def test_a_dead_neuron_is_in_the_middle_and_a_missing_one_an_error(run: xr.DataTree) -> None:
@@ -186,7 +218,9 @@ def test_a_dead_neuron_is_in_the_middle_and_a_missing_one_an_error(run: xr.DataT
         ({"across": "width"}, "across.*uniform, .*'width'"),
         ({"budget": "std"}, "std.*measured run"),
         ({"across": "entanglement"}, "entanglement.*measured run"),
-        ({"across": "owl"}, "owl.*outlier ratios"),
+        ({"across": "owl"}, "owl.*importance"),
+        ({"across": "lsa"}, "lsa.*importance"),
+        ({"across": "search"}, "search.*blocks"),
     ],
 )
 def test_what_makes_no_budget_is_refused(options: dict[str, Any], message: str) -> None:
@@ -276,14 +310,14 @@ def test_a_sweep_of_budgets_is_one_table_of_equal_totals(run: xr.DataTree) -> No
         propagate=["dense"],
         budget=["uniform", "std", "trim"],
         strength=[0.1, 0.4],
-        across=["uniform", "owl"],
+        across=["uniform", "owl", "lsa"],
         run=run,
         layers="*.mlp.up_proj",
     )
     arms = table[table["method"] != "dense"]
     words = ["mask", "budget", "strength", "across", "sparsity"]
     kinds = [tuple(row) for row in arms[words].astype(str).itertuples(index=False)]
-    assert len({*kinds}) == len(kinds) == 10
+    assert len({*kinds}) == len(kinds) == 14
     assert [kind for kind in kinds if kind[0] == "block"] == [
         ("block", "uniform", "", "uniform", "0.5")
     ]
@@ -291,12 +325,12 @@ def test_a_sweep_of_budgets_is_one_table_of_equal_totals(run: xr.DataTree) -> No
         ("row", "uniform", "", "uniform", "2:4")
     ]
     assert {k[1:4] for k in kinds if k[0] == "row" and k[4] == "0.5"} == {
-        *(("uniform", "", across) for across in ("uniform", "owl")),
-        *(("trim", "", across) for across in ("uniform", "owl")),
+        *(("uniform", "", across) for across in ("uniform", "owl", "lsa")),
+        *(("trim", "", across) for across in ("uniform", "owl", "lsa")),
         *(
             ("std", strength, across)
             for strength in ("0.1", "0.4")
-            for across in ("uniform", "owl")
+            for across in ("uniform", "owl", "lsa")
         ),
     }
     rows = arms[(arms["mask"] == "row") & (arms["sparsity"] == "0.5")]
@@ -385,7 +419,7 @@ def test_an_arm_of_a_sweep_is_what_sparsify_makes(run: xr.DataTree, propagate: A
         method=["sparsegpt"],
         propagate=[propagate],
         budget=["uniform", "std"],
-        across=["uniform", "owl"],
+        across=["uniform", "owl", "lsa"],
         **words,
     )
     nats, arms = {}, table[1:].to_dict(orient="records")
@@ -394,7 +428,7 @@ def test_an_arm_of_a_sweep_is_what_sparsify_makes(run: xr.DataTree, propagate: A
         kind = {name: arm[name] for name in ("budget", "across", "propagate")}
         entangle.sparsify(model, windows, sparsity=0.7, **kind, **words)
         nats[arm["budget"], arm["across"]] = entangle.perplexity(model, evaluation)
-    assert len({score.nats for score in nats.values()}) == 4
+    assert len({score.nats for score in nats.values()}) == 6
     base = nats["uniform", "uniform"].window_nats
     for arm in arms:
         score = nats[arm["budget"], arm["across"]]

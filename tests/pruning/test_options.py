@@ -105,7 +105,8 @@ def test_defaults_agree() -> None:
     one = parsed("sparsify")
     assert (one["solve"], usual.solve) == ("auto", "exact")
     assert one.pop("strength") is None  # it needs a budget, if it is said
-    assert {*NAMES} - {*one} == {"strength", "assign", "components", "shrinkage"}  # or experts
+    routed = {"assign", "components", "shrinkage"}  # they need experts
+    assert {*NAMES} - {*one} == {"strength", "scores"} | routed  # these need a budget
     said = {"sparsity": "0.5", "solve": "auto"}
     assert one == {name: getattr(usual, name) for name in one} | said
     assert Pruning.of(**one) == Pruning.of(sparsity=0.5) == usual
@@ -127,6 +128,7 @@ VALUES: dict[str, list[Any]] = {
     "components": [None, 0],
     "shrinkage": [0.0, 2.5],
     "strength": [0.1, 1.0],
+    "scores": [110, 22],
     "sparsity": ["0.25", "2:4"],
 }
 
@@ -147,7 +149,7 @@ def test_flags_read_one_value_or_several(name: str, capsys: pytest.CaptureFixtur
 
 def test_columns_of_tables_are_those_of_experts_and_budgets() -> None:
     assert EXPERT_DEFAULTS == {"assign": "kmeans", "components": "auto", "shrinkage": "0.5"}
-    assert UNBUDGETED == {"budget": "uniform", "strength": "", "across": "uniform"}
+    assert UNBUDGETED == {"budget": "uniform", "strength": "", "across": "uniform", "scores": ""}
 
 
 # One of each.
@@ -223,7 +225,10 @@ def test_words_leave_out_what_is_of_experts_or_a_budget_where_there_are_none() -
         found = Pruning.of(sparsity=0.5, budget=budget, across=across, strength=0.75).settings()
         graded = {"budget": budget, "strength": strength, "across": across}
         assert found == every | {"experts": 1, "sparsity": "0.5"} | graded
-    both = Pruning.of(sparsity=0.5, experts=4, budget="std").settings()
+    search = Pruning.of(sparsity=0.5, across="search", scores=33).settings()
+    graded = {"budget": "uniform", "strength": "", "across": "search", "scores": 33}
+    assert search == every | {"experts": 1, "sparsity": "0.5"} | graded
+    both = Pruning.of(sparsity=0.5, experts=4, budget="std", across="search").settings()
     assert [*both] == NAMES  # in their order
 
 

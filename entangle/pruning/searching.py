@@ -1,0 +1,233 @@
+"""A search for the number of zeros of each block, on calibration windows set aside (EvoPress)."""
+
+import dataclasses
+import math
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from tqdm.auto import tqdm
+
+from entangle.model import ranks
+from entangle.model.divergence import mean_over_windows
+from entangle.model.kept_logits import KeptLogits, keep_logits
+from entangle.model.score import Score
+from entangle.model.scoring import NotFiniteError, score_of
+from entangle.model.text import TokenWindows
+from entangle.numerics.evolution import SCORES, Fitness, Zeros, evolve
+from entangle.pruning.budgets import zeros_of
+from entangle.pruning.levels import PrunedBlocks
+from entangle.pruning.options import SEARCH, SHUFFLED, UNIFORM, Pruning
+from entangle.runs import store
+from entangle.runs.setup import Setup
+
+ASIDE = 4  # one window in this many is set aside
+STEP = 0.02  # a level's zeros, as a share of the weights of the smallest block
+SEARCH_FILE = "search.json"  # in the folder of a pruned model
+FEW, MANY = 2, 8  # windows on which offspring are scored, and survivors and parents
+
+
+def set_aside(setup: Setup) -> Setup:
+    """Return a setup whose evaluation is a fourth of the calibration windows; it has the others.
+
+    Raises:
+        ValueError: there are fewer than four windows, or the model is not causal.
+    """
+    windows = setup.windows
+    assert windows is not None
+    if len(windows) < ASIDE:
+        raise ValueError(
+            f"too few calibration windows to choose a budget: expected at least {ASIDE}, got "
+            f"{len(windows)}. Give more windows, or a budget that needs no choice"
+        )
+    aside = torch.zeros(len(windows), dtype=torch.bool)
+    aside[windows.places[::ASIDE]] = True
+    rest, scored = windows.chosen(~aside), windows.chosen(aside)
+    found = dataclasses.replace(
+        setup, windows=rest, evaluation=scored, seen=None, set_aside=True, scored=True
+    )
+    _ = found.layers, found.dependent_on  # their errors are raised now
+    return found
+
+
+def check_search(pruning: Pruning, starts: int) -> None:
+    """Check the options of a search that has some starts.
+
+    Raises:
+        ValueError: there are too few scores for a generation, or the budget is a control.
+    """
+    if pruning.scores // starts < SCORES:
+        raise ValueError(
+            f"a generation takes {SCORES} scores, and {starts} searches have {pruning.scores}: give at "
+            f"least {SCORES * starts} scores"
+        )
+    if pruning.budget == SHUFFLED:
+        raise ValueError(f"a search has no control: give another budget than {SHUFFLED}")
+
+
+def searched(
+    setup: Setup, pruning: Pruning, file: Path | None = None
+) -> tuple[Zeros, pd.DataFrame]:
+    """Return the zeros of each block that a search finds, and the table of `search_blocks`.
+
+    With a ``file`` both are read from it, or written to it.
+    """
+    if file is None or not file.exists():
+        zeros, table = search_blocks(set_aside(setup), pruning)
+        rows = table.to_dict(orient="records")
+        if file is not None:
+            ranks.on_rank_zero(store.write_json, file, {"zeros": zeros, "candidates": rows})
+        return zeros, table
+    found = store.read_json(file)
+    return {int(b): n for b, n in found["zeros"].items()}, pd.DataFrame(found["candidates"])
+
+
+def search_name(pruning: Pruning) -> str:
+    """Return the name of the file of a search, the same for prunings that have the same search."""
+    one = pruning
+    parts = (one.method, one.mask, one.budget, one.strength, one.scores, one.sparsity)
+    return "-".join(map(str, parts)).replace("*", "x") + ".json"
+
+
+def uniform_zeros(setup: Setup, pruning: Pruning) -> Zeros:
+    """Return the zeros of each block if all rows are alike."""
+    return {
+        block: sum(x.neurons * round(pruning.sparsity.share * x.inputs) for x in here)
+        for block, here in setup.blocks.items()
+    }
+
+
+def search_blocks(setup: Setup, pruning: Pruning) -> tuple[Zeros, pd.DataFrame]:
+    """Search from uniform blocks and, with a run, from the entanglement budget.
+
+    The setup's evaluation are the windows set aside. Pairs of them score offspring, and groups of
+    eight score survivors and parents, in turns. A candidate's weights are those of the method as
+    published, with one expert and dense propagation. Each search has its share of the scores. Return
+    the zeros of each block of the candidate with the lowest KL divergence on all windows set aside,
+    and a table of the starts and of what was found (see `choose_budget`).
+
+    Raises:
+        ValueError: there are too few scores, the dense model's logits cannot be made again, the
+            inputs of a layer cannot be used, or no candidate has a finite score.
+    """
+    assert setup.evaluation is not None
+    pruning = dataclasses.replace(
+        pruning, solve="greedy", propagate="dense", reconstruct="none", experts=1
+    )
+    starts = _starts(setup, pruning)
+    check_search(pruning, len(starts))
+    sizes = {b: sum(x.neurons * x.inputs for x in here) for b, here in setup.blocks.items()}
+    step, share = max(int(STEP * min(sizes.values())), 1), pruning.scores // len(starts)
+    whole, few, many = _kept(setup, setup.evaluation), _groups(setup, FEW), _groups(setup, MANY)
+    candidates: list[tuple[str, str, int, Zeros]] = []
+    with (
+        tempfile.TemporaryDirectory() as temporary,
+        tqdm(total=pruning.scores, unit="score", disable=not setup.progress) as bar,
+    ):
+        blocks = PrunedBlocks(setup, pruning, Path(ranks.from_rank(0, temporary)))
+
+        def fitness(texts: list[_Text]) -> Fitness:
+            def kl(zeros: Mapping[int, int], generation: int) -> float:
+                bar.update()
+                found = _score(setup, blocks, zeros, texts[generation % len(texts)])
+                return math.inf if found is None else float(_kl_of_windows(found).mean())
+
+            return kl
+
+        try:
+            for name, start in starts.items():
+                candidates.append((name, "", 0, start))
+                how: Any = {"few": fitness(few), "many": fitness(many), "scores": share}
+                found = evolve(start, sizes, step, seed=setup.seed, **how)
+                candidates.append((SEARCH, name, share, found))
+            scores = [_score(setup, blocks, zeros, whole) for *_, zeros in candidates]
+        finally:
+            blocks.restore()
+    table = pd.DataFrame(
+        {"across": across, "start": start, "scores": count} | _columns(one, scores[0])
+        for (across, start, count, _), one in zip(candidates, scores, strict=True)
+    )
+    if table["kl"].isna().all():
+        raise ValueError("the search found no blocks with a finite score: prune fewer weights")
+    return candidates[int(np.nanargmin(table["kl"].to_numpy()))][3], table
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Text:
+    """Some windows, and the dense model's logits on them."""
+
+    windows: TokenWindows
+    logits: KeptLogits
+
+
+def _starts(setup: Setup, pruning: Pruning) -> dict[str, Zeros]:
+    """Return the zeros of each block that the searches begin with, by their rule."""
+    uniform = uniform_zeros(setup, pruning)
+    if setup.run is None:
+        return {UNIFORM: uniform}
+    rule = dataclasses.replace(pruning, across="entanglement", budget=UNIFORM)
+    rows = zeros_of(setup.layers, rule, run=setup.run, seed=setup.seed)
+    counts = {
+        block: sum(int(torch.as_tensor(rows[x.name]).sum()) for x in here)
+        for block, here in setup.blocks.items()
+    }
+    return {UNIFORM: uniform, "entanglement": counts}
+
+
+def _groups(setup: Setup, size: int) -> list[_Text]:
+    """Return the windows set aside in groups of this size; what is left over is in none."""
+    assert setup.evaluation is not None
+    windows, places = setup.evaluation, setup.evaluation.places
+    groups = places.split(min(size, len(windows)))
+    whole = [group for group in groups if len(group) == len(groups[0])]
+    return [_kept(setup, windows.chosen(group)) for group in whole]
+
+
+def _kept(setup: Setup, windows: TokenWindows) -> _Text:
+    logits = keep_logits(setup.model, windows, batch_size=setup.batch_size)
+    if logits is None:
+        raise ValueError(
+            "a search compares logits with the dense model's, but those of this model cannot be made "
+            "again from its last block: choose blocks by a rule, such as across entanglement"
+        )
+    return _Text(windows, logits)
+
+
+def _score(
+    setup: Setup, blocks: PrunedBlocks, zeros: Mapping[int, int], text: _Text
+) -> Score | None:
+    """Return the score of the model with these numbers of zeros; None if it is not finite."""
+    blocks.put(zeros)
+    try:
+        return score_of(
+            setup.model,
+            text.windows,
+            against=text.logits,
+            batch_size=setup.batch_size,
+            skip_first=setup.skip_first,
+            progress=False,
+        )
+    except NotFiniteError:
+        return None
+
+
+def _columns(score: Score | None, uniform: Score | None) -> dict[str, Any]:
+    """Return the columns of one candidate; differences are to uniform blocks, paired by window."""
+    found: dict[str, Any] = {}
+    for name, of in (("kl", _kl_of_windows), ("nats", lambda one: one.window_nats)):
+        values = None if score is None else of(score)
+        change = None if values is None or uniform is None else values - of(uniform)
+        pair = {name: values, f"{name}_against_uniform": change}
+        for column, one in pair.items():
+            numbers = (math.nan, math.nan) if one is None else mean_over_windows(one)
+            found[column], found[f"{column}_error"] = numbers
+    return found | {"windows": 0 if score is None else len(score.window_nats)}
+
+
+def _kl_of_windows(score: Score) -> Any:
+    assert score.divergence is not None
+    return score.divergence.kl.mean(axis=1, dtype=np.float64)
