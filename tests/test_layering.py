@@ -116,7 +116,9 @@ ROOMS = {
         "reporting",
     ),
 }
+PLUGIN = "entangle.lm_eval"  # for lm-eval and its users: none of our modules imports it
 ORDER = [f"entangle.{room}.{module}" for room, modules in ROOMS.items() for module in modules]
+ORDER.append(PLUGIN)
 PACKAGES = {f"entangle.{room}" for room in ROOMS} | {"entangle.numerics.kernels"}
 MODULES = {name.rpartition(".")[2] for name in ORDER} | set(ROOMS)
 OPTIONAL = {"datasets", "ot", "pyarrow", "resource", "triton"}
@@ -172,6 +174,8 @@ def violations(name: str, source: str) -> list[str]:
             wrong.append(f"{name} imports {target} inside a function")
         if target.startswith("."):
             wrong.append(f"{name} imports {target}: say the whole name")
+        if f"{target}.".startswith((f"{PLUGIN}.", "lm_eval.")) and name != PLUGIN:
+            wrong.append(f"{name} imports {target}, which takes seconds")
         if name in LAZY or target.split(".")[0] != "entangle":
             continue
         above = ORDER[: ORDER.index(name)] if name in ORDER else []
@@ -221,6 +225,9 @@ def test_the_package_keeps_the_rules(name: str) -> None:
             "def f():\n    from entangle.numerics.kernels import bins",
             "inside a fun",
         ),
+        ("commands", "def f():\n    from entangle import lm_eval", "takes seconds"),
+        ("show.plots", "from entangle.lm_eval import EntangleLM", "takes seconds"),
+        ("model.text", "import lm_eval", "takes seconds"),
         ("runs.misc", "", "vague name"),
         ("model.utils.text", "", "vague name"),
         ("runs.novelty", "", "has no place in ROOMS"),
