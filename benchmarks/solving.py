@@ -19,7 +19,6 @@ import numpy.typing as npt
 import pandas as pd
 from matplotlib.axes import Axes
 
-from entangle.pruning.options import OPTIONS
 from entangle.runs import store
 
 MODEL, TEXTS = "data/smollm2-135m", ("data/python-docs", "data/fortunes")
@@ -74,8 +73,9 @@ GROUPS = {  # as queries of the table
     "16 random experts": SPARSEGPT + "== 'uniform' and assign == 'random'",
     "magnitude": "method == 'magnitude'",
 }
+CHOSEN = ["method", "solve", "reconstruct", "experts", "assign", "budget", "across", "sparsity"]
 COLUMNS = [
-    *OPTIONS,
+    *CHOSEN,
     *("evaluation", "realised", "density", "perplexity", "perplexity_error", "nats", "nats_error"),
     *("difference", "difference_error", "layer_error", "held_out_error", "mlp_error_before"),
     *("mlp_error", "windows", "tokens"),
@@ -108,7 +108,7 @@ def append(step: str) -> None:
 
 def arms(folder: Path) -> pd.DataFrame:
     """Return a row for each arm and text of a sweep, with its seconds and its nats of each window."""
-    table = pd.read_csv(folder / "tables" / "sweep.csv", dtype=dict.fromkeys(OPTIONS, str))
+    table = pd.read_csv(folder / "tables" / "sweep.csv", dtype=dict.fromkeys(CHOSEN, str))
     texts = store.read_json(folder / "run.json")["evaluation_texts"]
     seconds = store.read_json(folder / "log.json")["arm_seconds"]
     found: list[dict[str, Any]] = []
@@ -127,7 +127,7 @@ def arms(folder: Path) -> pd.DataFrame:
 
 def show() -> None:
     """Print the tables of docs/pruning.md from the evidence, and draw its picture."""
-    table = pd.read_csv(EVIDENCE, dtype=dict.fromkeys(OPTIONS, str), keep_default_na=False)
+    table = pd.read_csv(EVIDENCE, dtype=dict.fromkeys(CHOSEN, str), keep_default_na=False)
     figure, panels = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     for text, panel in zip(dict.fromkeys(table["evaluation"]), panels, strict=True):
         rows = table[table["evaluation"] == text]
