@@ -60,8 +60,10 @@ def shards(place: Path, numbers: Sequence[int] = (1, 2, 3)) -> list[Path]:
 # What is merged.
 
 
-@pytest.mark.parametrize("order", [(1, 2, 3), (3, 1, 2), (2, 3, 1)])
-@pytest.mark.parametrize("neurons", [2**16, 486, 485, 100])
+@pytest.mark.parametrize(
+    ("neurons", "order"),
+    [(2**16, (1, 2, 3)), (486, (3, 1, 2)), (485, (2, 3, 1)), (100, (3, 1, 2))],
+)
 def test_merged_shards_are_what_one_process_measured(
     order: tuple[int, ...],
     neurons: int,
