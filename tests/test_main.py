@@ -1022,9 +1022,8 @@ def test_every_architecture_is_measured_ranked_and_drawn(
     top = json.loads(capsys.readouterr().out)["neurons"][0]
     largest = float(entangle.open_run(run)["wasserstein"].max())
     assert top["wasserstein"] == largest
-    for words in (["heatmap"], ["layers"], ["ranks"], ["neuron", top["neuron"]]):
-        assert main(["plot", run, *words]) == 0
-        assert Path(capsys.readouterr().out.strip()).stat().st_size > 10_000
+    assert main(["plot", run, "heatmap"]) == 0  # which has a panel for each role
+    assert Path(capsys.readouterr().out.strip()).stat().st_size > 10_000
 
 
 @pytest.mark.parametrize(
