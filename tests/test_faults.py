@@ -52,7 +52,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a model, and with a text of more windows than are measured."""
     folder = tmp_path_factory.mktemp("place")
     save_tiny(folder / "model", "gpt2")
-    (folder / "text.txt").write_text(WORDS * 4000)
+    (folder / "text.txt").write_text(WORDS * 900)
     return folder
 
 
@@ -182,9 +182,9 @@ print(json.dumps(said))
 def test_killed_at_any_time_and_often_the_run_is_the_unbroken_one(
     place: Path, tmp_path: Path
 ) -> None:
-    words = words_of(place, tmp_path, windows=3001)[:-2]
+    words = words_of(place, tmp_path, windows=1201)[:-2]
     targets = [str(tmp_path / "whole"), str(tmp_path / "run")]
-    command = [sys.executable, "-c", KILLS, *targets, "21", "1501", *words]
+    command = [sys.executable, "-c", KILLS, *targets, "21", "601", *words]
     process = ran(command, timeout=600, NUMBA_THREADING_LAYER="workqueue")
     assert process.returncode == 0, process.stdout + process.stderr
     said = json.loads(process.stdout.splitlines()[-1])
@@ -192,9 +192,9 @@ def test_killed_at_any_time_and_often_the_run_is_the_unbroken_one(
     done = said["done"][:21]
     assert done == sorted(done), said  # none of it was lost
     assert len({*done} - {0}) >= 3, said  # and it was gone on with
-    assert max(done) < 1501
+    assert max(done) < 601
     assert_same_bytes(tmp_path / "run", tmp_path / "whole")
-    assert open_run(tmp_path / "run").attrs["tokens"] == 3001 * 32
+    assert open_run(tmp_path / "run").attrs["tokens"] == 1201 * 32
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "whole"]
 
 
@@ -315,7 +315,7 @@ def test_when_a_rank_dies_all_end_and_the_next_ones_go_on(
     (tmp_path / "rank.py").write_text(RANK)
     target = tmp_path / "runs" / "run"
     partial = folders.partial_of(target)
-    command = torchrun(2, tmp_path / "rank.py", *words_of(place, target, windows=6001))
+    command = torchrun(2, tmp_path / "rank.py", *words_of(place, target, windows=2001))
     with (tmp_path / "said").open("w") as said:
         process = subprocess.Popen(
             command,
@@ -340,11 +340,11 @@ def test_when_a_rank_dies_all_end_and_the_next_ones_go_on(
     assert not target.exists()
     state = {file.name: packing.load_tensors(file) for file in partial.glob("state/*-of-2.*")}
     assert len(state) == 2  # what both had done is kept
-    assert all(0 < int(tensors["done"]) < 1501 for tensors in state.values())
-    done = forked_ranks(2, "-c", RANK, *words_of(place, target, windows=6001))
+    assert all(0 < int(tensors["done"]) < 501 for tensors in state.values())
+    done = forked_ranks(2, "-c", RANK, *words_of(place, target, windows=2001))
     assert done.returncode == 0, done.stderr
     assert [path.name for path in target.parent.iterdir()] == ["run"]
-    assert main(words_of(place, tmp_path / "whole", windows=6001)) == 0
+    assert main(words_of(place, tmp_path / "whole", windows=2001)) == 0
     assert_same_run(open_run(target), open_run(tmp_path / "whole"))
     one, two = ((folder / "run.json").read_bytes() for folder in (target, tmp_path / "whole"))
     assert one == two

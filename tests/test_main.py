@@ -80,16 +80,18 @@ def test_help_and_import_do_not_import_torch() -> None:
         assert command in done.stdout
 
 
-def test_measure_says_what_it_measured_and_found_and_no_more(place: Path) -> None:
-    words = [sys.executable, "-m", "entangle", *_measure(place, "said")]
-    said = subprocess.run(words, capture_output=True, text=True, check=True)
+def test_measure_says_what_it_measured_and_found_and_no_more(
+    place: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert main(_measure(place, "said")) == 0
+    said = capfd.readouterr()
     run = entangle.open_run(place / "said")
-    assert "640 tokens" in said.stdout
-    assert "20 windows of 32" in said.stdout
-    assert re.search(rf"\b{run.sizes['neuron']:,} neurons.*\b21 layers\b", said.stdout)
-    assert f"{float(run['wasserstein'].max()):.4f}" in said.stdout
-    assert "noise floor 0.0329" in said.stdout  # 0.833 / √640
-    assert said.stderr == ""
+    assert "640 tokens" in said.out
+    assert "20 windows of 32" in said.out
+    assert re.search(rf"\b{run.sizes['neuron']:,} neurons.*\b21 layers\b", said.out)
+    assert f"{float(run['wasserstein'].max()):.4f}" in said.out
+    assert "noise floor 0.0329" in said.out  # 0.833 / √640
+    assert said.err == ""
 
 
 def test_unknown_tokens_are_said_and_noted(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -418,9 +420,9 @@ def test_a_full_disk_leaves_the_old_run(
 def test_stopped_by_a_signal_it_leaves_nothing(
     place: Path, tmp_path: Path, number: signal.Signals, code: int
 ) -> None:
-    (tmp_path / "long.txt").write_text(WORDS * 20_000)
+    (tmp_path / "long.txt").write_text(WORDS * 2_000)
     words = ["-m", "entangle", "measure", str(place / "model"), "--text"]
-    words += [str(tmp_path / "long.txt"), "--windows", "100000", "--length", "16"]
+    words += [str(tmp_path / "long.txt"), "--windows", "10000", "--length", "16"]
     process = Forked([*words, "--batch-size", "1", "--out", str(tmp_path / "out")])
     deadline = time.monotonic() + 120
     while not (tmp_path / "out.partial").exists():
@@ -1092,9 +1094,8 @@ def test_every_architecture_is_measured_ranked_and_drawn(
     top = json.loads(capsys.readouterr().out)["neurons"][0]
     largest = float(entangle.open_run(run)["wasserstein"].max())
     assert top["wasserstein"] == largest
-    for words in (["heatmap"], ["layers"], ["ranks"], ["neuron", top["neuron"]]):
-        assert main(["plot", run, *words]) == 0
-        assert Path(capsys.readouterr().out.strip()).stat().st_size > 10_000
+    assert main(["plot", run, "heatmap"]) == 0  # which has a panel for each role
+    assert Path(capsys.readouterr().out.strip()).stat().st_size > 10_000
 
 
 @pytest.mark.parametrize(

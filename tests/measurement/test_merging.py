@@ -60,8 +60,10 @@ def shards(place: Path, numbers: Sequence[int] = (1, 2, 3)) -> list[Path]:
 # What is merged.
 
 
-@pytest.mark.parametrize("order", [(1, 2, 3), (3, 1, 2), (2, 3, 1)])
-@pytest.mark.parametrize("neurons", [2**16, 486, 485, 100])
+@pytest.mark.parametrize(
+    ("neurons", "order"),
+    [(2**16, (1, 2, 3)), (486, (3, 1, 2)), (485, (2, 3, 1)), (100, (3, 1, 2))],
+)
 def test_merged_shards_are_what_one_process_measured(
     order: tuple[int, ...],
     neurons: int,
@@ -363,8 +365,9 @@ def parts_of(tree: xr.DataTree, ends: Sequence[int]) -> list[xr.DataTree]:
     return [tree.isel(neuron=span) for span in spans]
 
 
-@pytest.mark.parametrize("chunk", [4096, 7])
-@pytest.mark.parametrize("ends", [(1,), (63, 65), (7, 14, 200)])
+@pytest.mark.parametrize(
+    ("ends", "chunk"), [((1,), 7), ((63, 65), 7), ((7, 14, 200), 7), ((63, 65), 4096)]
+)
 def test_a_run_written_in_parts_is_the_run_written_at_once(
     ends: tuple[int, ...],
     chunk: int,
