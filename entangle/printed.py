@@ -307,7 +307,7 @@ def contexts(result: dict[str, Any]) -> str:
     brief = len(result["neurons"]) > FEW
     if not brief:
         lines += [
-            "columns: output, deviation from the mean, window:position, text with the [[token]]",
+            "columns: output (or input), deviation from the mean, window:position, text with the [[token]]",
             "",
         ]
     for one in result["neurons"]:

@@ -226,19 +226,22 @@ def test_commands_are_those_that_the_whole_model_would_be_run_with(
     place: Path, lines: list[list[str]]
 ) -> None:
     save_tiny(place / "model")
-    planned(
-        place, batch_size=2, bins=64, sparsity="2:4", experts=3, solve="admm", layers=["*.1.mlp.*"]
-    )
+    words: dict[str, Any] = {
+        "layers": ["*.1.mlp.*"],
+        "input_layers": ["*.down_proj", "*.1.*.q_proj"],
+    }
+    planned(place, batch_size=2, bins=64, sparsity="2:4", experts=3, solve="admm", **words)
     assert [line[0] for line in lines] == ["measure"] * 5 + ["sparsify"] * 5
     for line in lines:
-        words = " ".join(line)
-        assert f"--text {place / 'text.txt'}" in words
-        assert f"--length {LENGTH} --batch-size 2" in words
-        assert "--layers *.mlp.down_proj *.mlp.gate_proj *.mlp.up_proj --windows" in words
-        assert "--offload" not in words
-        assert ("--bins 64" in words) == (line[0] == "measure")
+        said = " ".join(line)
+        assert f"--text {place / 'text.txt'}" in said
+        assert f"--length {LENGTH} --batch-size 2" in said
+        assert "--layers *.mlp.down_proj *.mlp.gate_proj *.mlp.up_proj --windows" in said
+        assert "--offload" not in said
+        given = "--bins 64 --input-layers *.mlp.down_proj *.self_attn.q_proj"
+        assert (given in said) == (line[0] == "measure")
         given = "--sparsity 2:4 --experts 3 --solve admm --reconstruct none"
-        assert (given in words) == (line[0] == "sparsify")
+        assert (given in said) == (line[0] == "sparsify")
     sizes = [(Path(line[1]).name, line[line.index("--windows") + 1]) for line in lines]
     assert sizes == [("1", "4"), ("1", "4"), ("1", "20"), ("2", "4"), ("2", "20")] * 2
     lines.clear()
@@ -297,13 +300,14 @@ def test_the_command_line_says_the_plan(
     save_tiny(place / "model", num_hidden_layers=20)
     words = ["plan", str(place / "model"), "--text", str(place / "text.txt")]
     words += ["--windows", str(WINDOWS), "--length", str(LENGTH), "--layers", "*.mlp.*"]
+    words += ["--input-layers", "*.up_proj"]
     assert main([*words, "--json"]) == 0
-    expected = dataclasses.asdict(planned(place, layers=["*.mlp.*"]))
+    expected = dataclasses.asdict(planned(place, layers=["*.mlp.*"], input_layers="*.up_proj"))
     assert json.loads(capsys.readouterr().out) == expected
     assert main(words) == 0
     said = capsys.readouterr().out
-    neurons = f"{expected['neurons']:,}"
-    assert re.search(rf"{place / 'model'}\W.*\b60 layers.*\b20 blocks.*\b{neurons} neurons", said)
+    neurons = f"{expected['neurons']:,} neurons, 480 inputs"
+    assert re.search(rf"{place / 'model'}\W.*\b60 layers.*\b20 blocks.*\b{neurons}", said)
     assert re.search(rf"\b640 tokens.*{place / 'text.txt'}.*\b20 windows\b", said)
     seconds = Law().seconds(20, 5)
     for command in ("measure", "sparsify"):
@@ -436,8 +440,8 @@ def test_a_plan_of_a_model_whose_weights_are_not_there_is_what_it_then_costs(
     save_tiny(place / "model")
     model = entangle.load_model(place / "model")
     (place / "model" / "model.safetensors").unlink()
-    found = planned(place, batch_size=10)
-    assert (found.blocks, found.layers, found.neurons) == (3, 21, 486)
+    found = planned(place, batch_size=10, input_layers="*.up_proj")
+    assert (found.blocks, found.layers, found.neurons, found.inputs) == (3, 21, 486, 3 * 24)
     assert found.model_bytes == sum(parameter.nbytes for parameter in model.parameters())
     windows = entangle.token_windows(
         place / "text.txt",
@@ -446,7 +450,7 @@ def test_a_plan_of_a_model_whose_weights_are_not_there_is_what_it_then_costs(
         length=LENGTH,
     )
     tokenizer = entangle.load_tokenizer(place / "model")
-    entangle.measure(model, windows, out=place / "measure")
+    entangle.measure(model, windows, input_layers="*.up_proj", out=place / "measure")
     entangle.sparsify(model, windows, sparsity=0.5, tokenizer=tokenizer, out=place / "sparsify")
     for stage in found.stages:
         files = [path for path in (place / stage.command).rglob("*") if path.is_file()]

@@ -79,6 +79,7 @@ NEURONS = (
 PROMPTS = ("", " ", "a" * 65, "a" * 64, "a" * 9999, "神🙂", "\0", "\n", "\udcff", "<s>", "</s>" * 3)
 GOOD = {  # values that work, so that others are reached
     "layers": ["*.1.*", "*.0.*", "*", "*.q_proj"],
+    "input_layers": ["*.down_proj", "*"],
     "windows": ["1", "3", "4"],
     "length": ["2", "8", "16", "64"],
     "batch_size": ["1", "3"],
