@@ -209,6 +209,12 @@ def _options(args: argparse.Namespace) -> tuple[dict[str, Any], Path | None]:
             f"--{routed[0]} has an effect only on several experts: give --experts above 1, or leave "
             f"--{routed[0]} out"
         )
+    sparse = [name.replace("_", "-") for name in options if OPTIONS[name].scope == "inputs"]
+    if sparse and {*several(args.inputs)} <= {"dense"}:
+        raise ValueError(
+            f"--{sparse[0]} has an effect only on sparse inputs: give --inputs teal or wina, or leave "
+            f"--{sparse[0]} out"
+        )
     budgets, folder = _budgets(several(args.budget))
     options["budget"] = budgets if isinstance(args.budget, tuple) else budgets[0]
     blocks = [across for across in several(args.across) if needs_run(UNIFORM, across)]

@@ -87,9 +87,9 @@ def test_dense_arms_share_one_pass_over_the_calibration(monkeypatch: pytest.Monk
             walks.append(self)
             super().__init__(*args, **options)
 
-        def _run(self, number: int) -> torch.Tensor:
+        def run(self, number: int) -> torch.Tensor:
             steps.append(number)
-            return super()._run(number)
+            return super().run(number)
 
     monkeypatch.setattr("entangle.model.sampling.BlockWalk", Counted)
     table = run(tiny_model("llama"), [0.3, 0.5, 0.7], mask=("row", "block"), propagate=("dense",))
