@@ -108,12 +108,13 @@ class Magnitudes:
         Raises:
             ValueError: there is no value, or the quantile is not finite.
         """
-        below = self.counts.cumsum(0)
+        counts = self.counts.numpy()
+        below = counts.cumsum()
         total = int(below[-1])
         if not total:
             raise ValueError("there are no inputs to take a threshold from")
         wanted = share * total
-        place = int(torch.searchsorted(below, wanted, right=True).clamp(max=len(below) - 1))
+        place = min(int(below.searchsorted(wanted, side="right")), len(below) - 1)
         before = int(below[place - 1]) if place else 0
         edges = torch.tensor([place, place + 1], dtype=torch.int32) << _DROPPED
         low, high = map(float, edges.view(torch.float32))
@@ -121,7 +122,7 @@ class Magnitudes:
             raise ValueError(f"{share:.0%} of the inputs are not all finite: try another dtype")
         if not math.isfinite(high):  # of the largest floats
             return low
-        return low + (high - low) * (wanted - before) / max(int(self.counts[place]), 1)
+        return low + (high - low) * (wanted - before) / max(int(counts[place]), 1)
 
 
 def greedy_shares(
@@ -141,13 +142,15 @@ def greedy_shares(
     step = total / max(math.ceil(total / (STEP * max(sizes)) - 1e-9), 1)
     shares, left = [0.0] * len(sizes), total
     while left > 1e-9 * total:
+        rooms = [(1 - share) * size for share, size in zip(shares, sizes, strict=True)]
+        size_of_step = min(step, left)
+        # Only whole steps compare; at the end of a high share there may be none.
+        whole = [place for place, room in enumerate(rooms) if room >= (1 - 1e-9) * size_of_step]
+        parts = [place for place, room in enumerate(rooms) if room > 1e-9 * sizes[place]]
         best, raised = math.inf, shares
-        for place, size in enumerate(sizes):
-            room = (1 - shares[place]) * size
-            if room <= 1e-9 * size:
-                continue
-            more = shares[place] + min(step, left, room) / size
-            tried = [*shares[:place], more, *shares[place + 1 :]]
+        for place in whole or parts:
+            more = min(size_of_step, rooms[place]) / sizes[place]
+            tried = [*shares[:place], shares[place] + more, *shares[place + 1 :]]
             error = error_of(tried)
             if error < best:
                 best, raised = error, tried

@@ -58,7 +58,7 @@ def choose_inputs(
         chosen.begin()
         sizes = [costs_of(layer)["multiply_adds"] for layer in here]
         shares = greedy_shares(sizes, pruning.input_sparsity, chosen.error)
-    rules = chosen.rules(shares)
+    rules = {one.name: chosen.rule(one, share) for one, share in zip(here, shares, strict=True)}
     hooks = sparsify_inputs(walk.model, rules)
     with counting_nonzero(walk.blocks[walk.block]):
         walk.advance()
@@ -114,17 +114,18 @@ class _Chooser:
         else:
             self._norms = {layer.name: column_norms(weight_of(layer)) for layer in layers}
         self._dense: dict[int, torch.Tensor] = {}
+        self._hooks: dict[str, SparseInputs] = {}
 
-    def rules(self, shares: Sequence[float]) -> dict[str, Rule]:
-        """Return the layers' rules for these shares."""
-        found: dict[str, Rule] = {}
-        for layer, share in zip(self._layers, shares, strict=True):
-            with naming(layer):
-                if layer.name in self._norms:
-                    found[layer.name] = top_inputs(self._norms[layer.name], share)
-                else:
-                    found[layer.name] = Threshold(self._magnitudes[layer.name].quantile(share))
-        return found
+    def rule(self, layer: LinearLayer, share: float) -> Rule:
+        """Return a layer's rule for a share of zero inputs.
+
+        Raises:
+            ValueError: the inputs are not finite.
+        """
+        with naming(layer):
+            if layer.name in self._norms:
+                return top_inputs(self._norms[layer.name], share)
+            return Threshold(self._magnitudes[layer.name].quantile(share))
 
     def begin(self) -> None:
         """Run the block with dense inputs, on the tokens that errors are measured on."""
@@ -133,10 +134,12 @@ class _Chooser:
         count = min(max(round(TOKENS / per_batch / ranks.count()), 1), batches)
         numbers = [batches * place // count for place in range(count)]
         self._dense = {number: self._walk.run(number) for number in numbers}
+        self._hooks = sparsify_inputs(self._walk.model, {one.name: None for one in self._layers})
 
     def error(self, shares: Sequence[float]) -> float:
         """Return the squared error of the block's outputs on these tokens, of all processes."""
-        sparsify_inputs(self._walk.model, self.rules(shares))
+        for layer, share in zip(self._layers, shares, strict=True):
+            self._hooks[layer.name].rule = self.rule(layer, share) if share else None
         total = 0.0
         for number, dense in self._dense.items():
             total += float((self._walk.run(number).float() - dense.float()).square().double().sum())
