@@ -48,14 +48,13 @@ class RunningPass:
 class SparseInputs:
     """The pre-hook of a layer that sets inputs to zero by a rule; without a rule none.
 
-    ``nonzero`` (inputs,) counts the inputs that are not zero, over ``tokens`` tokens, while it is not
-    None.
+    While ``counting``, ``nonzero`` (inputs,) counts the inputs that are not zero, over ``tokens``.
     """
 
     def __init__(self, running: RunningPass, rule: Rule | None) -> None:
         self.running, self.rule = running, rule
-        self.nonzero: torch.Tensor | None = None
-        self.tokens = 0
+        self.counting, self.tokens = False, 0
+        self.nonzero = torch.zeros((), dtype=torch.int64)
 
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -81,7 +80,7 @@ class SparseInputs:
             )
         spared = first.to(inputs.device).reshape(*inputs.shape[:-1], 1)
         sparse = torch.where(self.rule.keep(inputs) | spared, inputs, 0)
-        if self.nonzero is not None:
+        if self.counting:
             self.nonzero = self.nonzero + (sparse != 0).reshape(-1, width).sum(dim=0).cpu()
             self.tokens += first.numel()
         return (sparse,), {"routed_by": inputs} if isinstance(module, Mixture) else {}
@@ -157,12 +156,16 @@ def first_tokens_are(module: nn.Module, first: torch.Tensor) -> Iterator[None]:
 
 @contextmanager
 def counting_nonzero(model: nn.Module) -> Iterator[dict[str, SparseInputs]]:
-    """Count the inputs that are not zero in layers with sparse inputs, and yield their hooks."""
+    """Count the inputs that are not zero in layers with sparse inputs, and yield the hooks by name.
+
+    The hooks keep the counts.
+    """
     hooks = input_hooks(model)
     try:
         for hook in hooks.values():
-            hook.nonzero, hook.tokens = torch.zeros((), dtype=torch.int64), 0
+            hook.counting, hook.tokens = True, 0
+            hook.nonzero = torch.zeros((), dtype=torch.int64)
         yield hooks
     finally:
         for hook in hooks.values():
-            hook.nonzero = None
+            hook.counting = False

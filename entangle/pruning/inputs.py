@@ -78,7 +78,6 @@ def _threshold(rule: Rule) -> float:
 
 def _realised(layer: LinearLayer, hook: SparseInputs) -> dict[str, float]:
     """Return a layer's share of zero inputs and its multiply-adds, mean over the counted tokens."""
-    assert hook.nonzero is not None
     nonzero = hook.nonzero.clone()
     ranks.all_reduce_sum_(nonzero)
     kept = nonzero.double() / sum(ranks.all_gather(hook.tokens))
