@@ -78,7 +78,7 @@ def _threshold(rule: Rule) -> float:
 
 def _realised(layer: LinearLayer, hook: SparseInputs) -> dict[str, float]:
     """Return a layer's share of zero inputs and its multiply-adds, mean over the counted tokens."""
-    nonzero = hook.nonzero.clone()
+    nonzero = hook.nonzero + torch.zeros(layer.inputs, dtype=torch.int64)  # this rank may have none
     ranks.all_reduce_sum_(nonzero)
     kept = nonzero.double() / sum(ranks.all_gather(hook.tokens))
     return {

@@ -319,14 +319,17 @@ def _label(options: dict[str, Any], arms: pd.DataFrame) -> str:
         parts.append(f"rows {options['budget']} {options['strength']}".rstrip())
     if arms["across"].nunique() > 1:
         parts.append(f"blocks {options['across']}")
-    parts += [f"mask by {options['mask']}"] if arms["mask"].nunique() > 1 else []
-    parts += [f"{options['propagate']} propagation"] if arms["propagate"].nunique() > 1 else []
+    differ = {
+        name for name in _KINDS if {*arms[name]} - {"", options[name]} and options[name] != ""
+    }
+    parts += [f"mask by {options['mask']}"] if "mask" in differ else []
+    parts += [f"{options['propagate']} propagation"] if "propagate" in differ else []
     if options["inputs"] != "dense":
         parts += [f"inputs {options['inputs']}"]
-        parts += [options["input_shares"]] if arms["input_shares"].nunique() > 2 else []
+        parts += [options["input_shares"]] if "input_shares" in differ else []
         parts += [f"weights {options['weights']}"] if options["method"] != "none" else []
     others = [name for name in _KINDS if name not in {*_LABELLED, *EXPERT_DEFAULTS}]
-    parts += [f"{name} {options[name]}" for name in others if arms[name].nunique() > 1]
+    parts += [f"{name} {options[name]}" for name in others if name in differ]
     return ", ".join(parts)
 
 

@@ -121,7 +121,7 @@ def test_a_walk_through_the_blocks_is_the_model() -> None:
         walk.advance()
     with torch.no_grad():
         expected = model.base_model(input_ids=TOKENS, output_hidden_states=True)
-    normed = model.base_model.norm(torch.cat(walk.hidden))
+    normed = model.get_submodule("model.norm")(torch.cat(walk.hidden))
     torch.testing.assert_close(normed, expected.last_hidden_state)
     layer = find_layers(model, ["*.0.mlp.up_proj"])[0].module
     with pytest.raises(RuntimeError, match="only the model"):
@@ -142,7 +142,7 @@ def expanded(value: float) -> tuple[PreTrainedModel, torch.Tensor]:
     many = rows[0].flatten(0, 1).repeat(20, 1)
     router = fit_router(many + 0.1 * torch.randn(many.shape), 3, components=0)
     assert router.experts > 1
-    weight = torch.randn(router.experts, *layer.module.weight.shape)  # type: ignore[arg-type, misc]
+    weight = torch.randn(router.experts, layer.neurons, layer.inputs)
     weight[torch.rand(weight.shape) < 0.7] = 0
     bias: Any = layer.module.bias
     entangle_layer = ExpertLinear(weight, bias.detach(), router, [1] * router.experts)
@@ -181,12 +181,16 @@ def test_a_saved_model_keeps_its_rules_and_transformers_cannot_load_it(tmp_path:
         for packed in (False, True):
             again = load_model(folder, packed=packed)
             torch.testing.assert_close(logits(again), logits(model), rtol=1e-5, atol=1e-5)
+        with pytest.raises(ValueError, match="sparse inputs" if place == 0 else "expanded"):
+            entangle.plan(folder, "a text")
         with pytest.raises(OSError, match=r"model\.safetensors"):
             AutoModelForCausalLM.from_pretrained(folder)
         hook = next(iter(input_hooks(model).values()))
         hook.rule = Threshold(7.0)
         with pytest.raises(OSError, match="threshold"):
             check_saved(model, folder, TOKENS[:1], tmp_path)
+    offloaded = load_model(tmp_path / "0", offload=tmp_path / "blocks")
+    torch.testing.assert_close(logits(offloaded), logits(load_model(tmp_path / "0")))
     densify_inputs(model)
     save_model(model, None, folder)  # into the same folder
     assert not (folder / INPUTS).exists()
