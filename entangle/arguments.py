@@ -114,8 +114,8 @@ def _add_options(command: argparse.ArgumentParser, *, several: bool) -> None:
         default = METHODS if several and option.name == "method" else option.default
         # The strength has no default here: `commands` refuses one that has no effect.
         unset = default is ... or option.name == "strength"
-        # Nor have these: they need several experts, or a search.
-        routed = option.scope in {"experts", "search"}
+        # Nor have these: they need several experts, a search or sparse inputs.
+        routed = option.scope in {"experts", "search", "inputs"}
         settings: dict[str, Any] = {"required": default is ..., "metavar": option.metavar}
         read, choices = _one(option.read), option.choices if option.metavar is None else None
         help, value = option.help, default
@@ -130,7 +130,7 @@ def _add_options(command: argparse.ArgumentParser, *, several: bool) -> None:
         help += "" if default is ... else f" [{shown}]"
         settings |= {"default": None if unset else value, "help": help.replace("%", "%%")}
         settings |= {"default": argparse.SUPPRESS} if routed else {}
-        command.add_argument(f"--{option.name}", **settings)
+        command.add_argument(f"--{option.name.replace('_', '-')}", **settings)
 
 
 def parser() -> argparse.ArgumentParser:

@@ -245,6 +245,12 @@ def _options(args: argparse.Namespace) -> tuple[dict[str, Any], Path | None]:
             "--strength auto chooses how rows differ, and --across search how blocks do: choose one of "
             "them, such as --strength 0.25"
         )
+    sparse = [name.replace("_", "-") for name in options if OPTIONS[name].scope == "inputs"]
+    if sparse and {*several(args.inputs)} <= {"dense"}:
+        raise ValueError(
+            f"--{sparse[0]} has an effect only on sparse inputs: give --inputs teal or wina, or leave "
+            f"--{sparse[0]} out"
+        )
     budgets, folder = _budgets(several(args.budget))
     options["budget"] = budgets if isinstance(args.budget, tuple) else budgets[0]
     blocks = [across for across in several(args.across) if needs_run(UNIFORM, across)]

@@ -162,16 +162,16 @@ def timed(result: dict[str, Any]) -> str:
 
 def sparsified(result: dict[str, Any]) -> str:
     """Return the text of the result of `sparsify`."""
-    from entangle.pruning.options import EXPERT_DEFAULTS, OPTIONS, UNBUDGETED
+    from entangle.pruning.options import EXPERT_DEFAULTS, OF_INPUTS, OPTIONS, UNBUDGETED
     from entangle.runs.dataset import dependence_notes, skipped_notes
 
-    every = [name for name, option in OPTIONS.items() if option.scope == "every"]
-    settings = _settings(result, [n for n in every if n not in {"method", "experts", "sparsity"}])
+    every = [name for name, option in OPTIONS.items() if option.scope in {"every", "weights"}]
+    unlisted = {"method", "experts", "sparsity", "inputs"}
+    settings = _settings(result, [name for name in every if name not in unlisted])
     known = [layer for layer in result["layers"] if math.isfinite(layer["error"])]
     worst = max(known or result["layers"], key=lambda layer: layer["error"])
     lines = [
-        f"{result['model']}: {len(result['layers'])} layers pruned to {result['sparsity']} by "
-        f"{result['method']} ({settings}), calibrated on "
+        f"{result['model']}: {len(result['layers'])} layers {_how(result, settings)}, calibrated on "
         f"{result['tokens']:,} tokens of {result['text']} ({result['windows']} windows of "
         f"{result['length']})",
         f"{result['realised']:.4%} of their weights are zero; relative squared error of the layers' "
@@ -206,6 +206,18 @@ def sparsified(result: dict[str, Any]) -> str:
             f"KL divergence from the dense model on {result['search'][0]['windows']} calibration windows "
             f"that were set aside, nats a token: {', '.join(found)}. Details are in "
             f"{result['folder']}/search.json"
+        )
+    if result.get("inputs", "dense") != "dense":
+        layers, sizes = (
+            result["layers"],
+            [row["neurons"] * row["inputs"] for row in result["layers"]],
+        )
+        realised = sum(row["realised_inputs"] * n for row, n in zip(layers, sizes, strict=True))
+        lines.append(
+            f"sparse inputs ({_settings(result, OF_INPUTS)}): {realised / sum(sizes):.2%} of the "
+            f"inputs are zero on these tokens, {min(row['realised_inputs'] for row in layers):.1%} to "
+            f"{max(row['realised_inputs'] for row in layers):.1%} of a layer; the first token of each "
+            "window keeps its inputs. The errors above are of the weights alone"
         )
     if "chosen" in result:
         chosen = result["chosen"]
@@ -243,6 +255,13 @@ def sparsified(result: dict[str, Any]) -> str:
         f"peak memory {log['peak_memory_bytes'] / 1e9:.2f} GB"
     )
     return "\n".join(lines)
+
+
+def _how(result: Mapping[str, Any], settings: str) -> str:
+    """Return how layers were pruned, or that they were not."""
+    if result["method"] == "none":
+        return "with dense weights"
+    return f"pruned to {result['sparsity']} by {result['method']} ({settings})"
 
 
 def _settings(result: Mapping[str, Any], names: Iterable[str]) -> str:

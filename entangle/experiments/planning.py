@@ -22,7 +22,14 @@ from transformers import AutoConfig
 
 from entangle.model.classes import class_of
 from entangle.model.layers import find_blocks, find_layers
-from entangle.model.loading import DTYPES, explained, load_tokenizer, save_model, source_of
+from entangle.model.loading import (
+    DTYPES,
+    explained,
+    has_rules,
+    load_tokenizer,
+    save_model,
+    source_of,
+)
 from entangle.model.mixing import mixed_windows, share_windows
 from entangle.model.packing import is_expanded
 from entangle.model.placing import bytes_of_block
@@ -132,6 +139,10 @@ def plan(
     if is_expanded(Path(source)):
         raise ValueError(
             f"{model} is an expanded model: plan the dense model that it was made from"
+        )
+    if has_rules(Path(source)):
+        raise ValueError(
+            f"{model} has sparse inputs: plan the model that it was made from, which costs the same"
         )
     with explained(model):
         config = AutoConfig.from_pretrained(source, **options)

@@ -11,7 +11,7 @@ import pandas as pd
 
 from entangle.model.divergence import divergence_columns
 from entangle.model.score import Score
-from entangle.pruning.options import EXPERT_DEFAULTS, OPTIONS, UNBUDGETED
+from entangle.pruning.options import EXPERT_DEFAULTS, OF_INPUTS, OPTIONS, UNBUDGETED
 from entangle.runs import store
 from entangle.runs.dataset import overlap_notes, short_names, skipped_notes
 from entangle.runs.markdown import (
@@ -39,6 +39,11 @@ _MLP_ERROR = (
     "MLP error is the relative squared error of a token's hidden states behind a block, before and "
     "after the block's MLP is reconstructed, on held-out calibration tokens, mean over blocks. "
 )
+_OF_LAYERS = {"inputs": "sparse_inputs"}  # options that have another name in the table of layers
+_SPARSE = (
+    "Zero inputs is the realised share of the layers' inputs that are zero, on the evaluation's tokens; "
+    "errors are of the weights alone, and multiply-adds count the zero inputs of the calibration. "
+)
 Losses = npt.NDArray[np.float64]
 Texts = Mapping[str, Sequence[int]]
 
@@ -52,8 +57,9 @@ def tables_of(
     The first table has the columns that `sweep` lists. The second has, for each pruned arm:
 
     * ``method``, ``mask``, ``solve``, ``propagate``, ``reconstruct``, ``experts``, ``assign``,
-      ``components``, ``shrinkage``, ``budget``, ``strength``, ``across``, ``sparsity``: the options
-      of the arm, as in the first.
+      ``components``, ``shrinkage``, ``budget``, ``strength``, ``across``, ``sparse_inputs``,
+      ``input_sparsity``, ``input_shares``, ``sparsity``: the options of the arm, as in the first,
+      whose ``inputs`` is ``sparse_inputs`` here.
     * the columns of `Sparsified.layers`.
     * ``improvement``: RMSE of a neuron's outputs with one expert over that with several, on the
       calibration inputs, median over the layer's neurons; NaN unless both arms were run.
@@ -85,10 +91,13 @@ def tables_of(
             improvements = _improvements(result, results)
             for name, values in improvements.items():
                 pruned[name] = _medians(values, result["layers"])
-            layers.append(pd.DataFrame([arm]).merge(pruned, how="cross"))
+            # A layer's row has `inputs` too: the number of its inputs.
+            options = {_OF_LAYERS.get(name, name): value for name, value in arm.items()}
+            layers.append(pd.DataFrame([options]).merge(pruned, how="cross"))
         before = {
             "realised": result.get("realised", math.nan),
             "model_sparsity": result.get("model_sparsity", math.nan),
+            "realised_inputs": _nan(result.get("realised_inputs")),
             **ranges,
         }
         after = {
@@ -211,6 +220,14 @@ def read_table(folder: str | Path) -> pd.DataFrame:
     if "evaluation" not in table:  # it was always one text then
         place = [*table].index("realised")
         table.insert(place, "evaluation", table.attrs.get("evaluation", ""))
+    if "scores" not in table:  # there was no search then
+        table.insert([*table].index("sparsity"), "scores", "")
+    if "inputs" not in table:  # they were always dense then
+        place = [*table].index("sparsity")
+        values = ["" if one == "dense" else "dense" for one in table["method"]]
+        for name in OF_INPUTS[::-1]:
+            table.insert(place, name, values if name == "inputs" else "")
+        table["realised_inputs"] = math.nan
     if "density" not in table:
         raise ValueError(
             f"{folder} was written by an older version of entangle: run the sweep again"
@@ -236,6 +253,7 @@ def markdown(table: pd.DataFrame) -> str:
         "relative squared error of the layers' outputs on the calibration inputs, mean over layers; "
         "held out is the same on held-out inputs. "
         + (DIVERGENCE if is_compared(table) else "")
+        + (_SPARSE if table["realised_inputs"].notna().any() else "")
         + (_MLP_ERROR if table["mlp_error"].notna().any() else "")
         + "Multiply-adds are those of a token in the pruned "
         "layers and their routers, divided by those of the dense layers. Stored is the number of "
@@ -252,6 +270,9 @@ def markdown(table: pd.DataFrame) -> str:
     ]
     names = [name for name in names if name not in UNBUDGETED or _differs(arms, name)]
     budgeted = any(name in names for name in UNBUDGETED)
+    sparse = table["realised_inputs"].notna().any()
+    if not sparse:
+        names = [name for name in names if name not in OF_INPUTS]
     if not len(mixtures):
         names.remove("experts")
     improved = table["held_out_improvement"].notna().any()
@@ -263,6 +284,7 @@ def markdown(table: pd.DataFrame) -> str:
     ends = [f", {name}" for name in short_names(texts)] if texts[1:] else [""]
     heads = [
         "realised",
+        *(["zero inputs"] if sparse else []),
         *(["of rows", "of layers"] if budgeted else []),
         *(f"{score}{end}" for end in ends for score in scores),
         "layer error",
@@ -281,6 +303,7 @@ def markdown(table: pd.DataFrame) -> str:
             continue
         cells += [
             f"{row['realised']:.4f}",
+            *([_number(row["realised_inputs"], ".4f")] if sparse else []),
             *([_range(row, ""), _range(row, "_layer")] if budgeted else []),
             *(cell for one in alike for cell in _score_cells(one, budgeted, compared)),
             f"{row['layer_error']:.4g}",
@@ -330,6 +353,10 @@ def _score_cells(row: Mapping[Any, Any], budgeted: bool, compared: bool) -> list
 
 def _differs(arms: pd.DataFrame, name: str) -> bool:
     return bool({*arms[name].astype(str)} - {UNBUDGETED[name]})
+
+
+def _nan(value: float | None) -> float:
+    return math.nan if value is None else value
 
 
 def _number(value: float, form: str) -> str:

@@ -22,6 +22,7 @@ from entangle.model.packing import load_tensors, save_tensors
 from entangle.model.placing import check_in_memory
 from entangle.model.sampling import sample_inputs
 from entangle.model.scoring import NotFiniteError
+from entangle.model.sparse_inputs import counting_nonzero, densify_inputs
 from entangle.model.text import TokenWindows
 from entangle.numerics.torch_settings import with_torch_defaults
 from entangle.pruning import costs
@@ -36,6 +37,7 @@ from entangle.pruning.calibration import (
     save_calibrations,
     save_inputs,
 )
+from entangle.pruning.inputs import zero_inputs
 from entangle.pruning.options import (
     METHODS,
     SEARCH,
@@ -52,6 +54,7 @@ from entangle.pruning.sparsifying import (
     needed_run,
     prune_model,
     searched_blocks,
+    sparsified_inputs,
 )
 from entangle.runs import store
 from entangle.runs.resuming import resumed_run, unwritten
@@ -99,13 +102,18 @@ def sweep(
     run.json. Errors are standard errors over the text's windows; those of ratios and differences are
     paired by window. A number that an arm does not have is NaN. Columns:
 
-    * ``method``: ``sparsegpt``, ``wanda`` or ``magnitude``; ``dense`` is the unpruned model.
+    * ``method``: ``sparsegpt``, ``wanda`` or ``magnitude``; ``none`` of sparsity 0; ``dense`` is the
+      dense model with dense inputs.
     * ``mask``, ``solve``, ``propagate``, ``reconstruct``, ``experts``, ``assign``, ``components``,
-      ``shrinkage``, ``budget``, ``strength``, ``across``, ``sparsity``: the options of `sparsify`,
-      as text but for ``experts``; empty where an option does not apply.
+      ``shrinkage``, ``budget``, ``strength``, ``across``, ``inputs``, ``input_sparsity``,
+      ``input_shares``, ``sparsity``: the options of `sparsify`, as text but for ``experts``; empty
+      where an option does not apply.
     * ``evaluation``: the text that the arm is scored on.
     * ``realised``: share of zeros in the weights of the chosen layers, over all experts.
     * ``model_sparsity``: share of zeros in all weights of the model.
+    * ``realised_inputs``: share of zero inputs of the chosen layers on the evaluation's tokens of all
+      texts, the first of each window included, which are dense; layers weighted by their weights;
+      NaN with dense inputs.
     * ``least``, ``most``: smallest and largest share of zeros in a row.
     * ``least_layer``, ``most_layer``: smallest and largest share of zeros in a layer.
     * ``perplexity``, ``perplexity_error``: perplexity on the text's windows.
@@ -134,7 +142,8 @@ def sweep(
     * ``held_out_improvement``: the same on inputs from the evaluation windows.
     * ``damping``: largest damping that a Gram needed, in units of its mean diagonal.
     * ``density``: multiply-adds of the pruned layers and their routers over their dense ones.
-    * ``multiply_adds``: multiply-adds per token with non-zero weights of the pruned layers.
+    * ``multiply_adds``: multiply-adds per token with non-zero weights of the pruned layers, and with
+      sparse inputs those of inputs that are not zero; mean over the calibration tokens.
     * ``router_multiply_adds``: multiply-adds per token of their routers.
     * ``dense_multiply_adds``: multiply-adds per token of the same layers when dense.
     * ``model_multiply_adds``: multiply-adds per token of the model's linear layers, routers and
@@ -315,7 +324,8 @@ def _run_arm(
         except ValueError as error:
             return settings | nothing | {"problem": str(error)}, {}
         try:
-            scored = setup.score(logits)
+            with counting_nonzero(setup.model) as counted:
+                scored = setup.score(logits)
         except NotFiniteError as error:
             if pruning is None:
                 raise
@@ -327,6 +337,7 @@ def _run_arm(
             "realised": _share_of_zeros(weight_of(layer) for layer in layers),
             "model_sparsity": _share_of_zeros(setup.model.parameters()),
             "costs": costs.totals(rows or list(map(costs.dense_costs_of, layers)), dense),
+            "realised_inputs": zero_inputs(layers, counted),
             "layers": rows,
         }
     if not pruned:
@@ -351,7 +362,7 @@ def _prune(setup: Setup, pruning: Pruning, grams: Path, zeros: Zeros) -> list[Pr
         found = load_calibrations(files[pruning.clustering], device)
         rows = load_inputs(files[None], device)
         pruned += prune_layers(setup.model, here, found, pruning, held_out=rows, zeros=zeros)
-    return pruned
+    return sparsified_inputs(setup, pruning, pruned)
 
 
 @contextmanager
@@ -364,3 +375,4 @@ def _restored(model: PreTrainedModel, layers: Sequence[LinearLayer]) -> Iterator
         for layer, weight in zip(layers, dense, strict=True):
             write_weight(layer, weight)
             replace_layer(model, layer, layer.module)
+        densify_inputs(model)

@@ -27,10 +27,12 @@ from entangle.model.hooks import (
     check_fired,
     check_hooks,
     counted_tokens,
+    first_tokens,
 )
 from entangle.model.layers import LinearLayer, find_blocks
 from entangle.model.placing import input_device, is_offloaded, load_block, release_block
 from entangle.model.sides import Recordable, inputs_among, listen
+from entangle.model.sparse_inputs import first_tokens_are
 
 
 def _form(tensor: torch.Tensor) -> tuple[Any, ...]:
@@ -75,6 +77,9 @@ class BlockWalk:
         self.block = 0
         self._device = input_device(model)
         self.counted: list[CountedTokens] = []
+        self.first: list[
+            torch.Tensor
+        ] = []  # per batch, which tokens begin a window (see `first_tokens`)
         self._batch = 0  # the number of the running batch
         self._hidden: list[torch.Tensor] = []
         self._calls: list[list[BlockCall]] = []  # per batch, per block
@@ -117,7 +122,7 @@ class BlockWalk:
         Outside inference mode autograd follows the weights to the outputs (windows, length, width),
         and nothing else.
         """
-        block = self._fetch()
+        block = self.fetch()
         stored = itertools.chain(block.named_parameters(), block.named_buffers())
         tensors = {name: tensor.detach() for name, tensor in stored} | dict(weights)
 
@@ -125,7 +130,8 @@ class BlockWalk:
             return functional_call(block, tensors, args, kwargs)
 
         # Copies, since autograd cannot use tensors of inference mode.
-        return self._calls[number][self.block].copied()(run, self._copied(number))
+        with first_tokens_are(block, self.first[number].clone()):
+            return self._calls[number][self.block].copied()(run, self._copied(number))
 
     def record_inputs(
         self, layers: Sequence[LinearLayer], on_inputs: OnRows, *, advance: bool = False
@@ -209,7 +215,7 @@ class BlockWalk:
             handles.extend(hooks)
             for number in range(len(self._hidden)):
                 self._batch = number
-                hidden = self._run(number)
+                hidden = self.run(number)
                 after()
                 if advance:
                     self._keep(number, hidden)
@@ -220,12 +226,13 @@ class BlockWalk:
         check_fired(fired, len(self.counted))
         self.block += advance
 
-    def _run(self, number: int) -> torch.Tensor:
-        block = self._fetch()  # outside inference mode, since its weights are changed there
-        with torch.inference_mode():
+    def run(self, number: int) -> torch.Tensor:
+        """Return the block's outputs (windows, length, width) on one batch."""
+        block = self.fetch()  # outside inference mode, since its weights are changed there
+        with torch.inference_mode(), first_tokens_are(block, self.first[number]):
             return self._calls[number][self.block](block, self._copied(number))
 
-    def _fetch(self) -> nn.Module:
+    def fetch(self) -> nn.Module:
         """Return the block; if the model is offloaded, read its weights in place of the last one's."""
         block = self.blocks[self.block]
         if self._offloaded and self._fetched is not block:
@@ -256,6 +263,7 @@ class BlockWalk:
         backbone = backbone_of(self.model)
         arguments = {name: value.to(self._device) for name, value in batch.items()}
         self.counted.append(counted_tokens(backbone, (), arguments, skip_first))
+        self.first.append(first_tokens(backbone, (), arguments))
         if self._calls:
             before: Sequence[BlockCall | None] = self._calls[-1]
             calls, hidden = run_short(backbone, self.blocks, arguments, self._extras)

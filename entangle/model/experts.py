@@ -34,8 +34,11 @@ class Mixture(nn.Module):
     owns_router: bool
     bias: nn.Parameter | None  # (neurons,), shared by all experts
 
-    def one_token(self, inputs: torch.Tensor) -> torch.Tensor:
-        """Return the outputs (..., neurons) of the inputs (..., inputs) of a single token."""
+    def one_token(self, inputs: torch.Tensor, read: torch.Tensor) -> torch.Tensor:
+        """Return the outputs (..., neurons) of the inputs (..., inputs) of a single token.
+
+        The router reads ``read``.
+        """
         raise NotImplementedError
 
     def many_tokens(self, rows: torch.Tensor, routes: Routes) -> torch.Tensor:
@@ -54,28 +57,33 @@ class Mixture(nn.Module):
             f"bias={self.bias is not None}"
         )
 
-    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+    def forward(self, inputs: torch.Tensor, routed_by: torch.Tensor | None = None) -> torch.Tensor:
         """Return the outputs (..., neurons) of inputs (..., inputs).
+
+        The router reads ``routed_by`` of the same shape, if it is given, and else the inputs.
 
         Raises:
             ValueError: the inputs have another width than the weights.
         """
         width, router = inputs.shape[-1], self.router
+        read = inputs if routed_by is None else routed_by
         if width != self.in_features:  # the kernels do not check it
             raise ValueError(f"expected {self.in_features} inputs, got {width}")
         weights = self.on_device(inputs)
         if weights is not None:
-            return self._products(weights, inputs)
+            return self._products(weights, inputs, read)
         if inputs.numel() == width:
-            return self.one_token(inputs)
+            return self.one_token(inputs, read)
         rows = inputs.reshape(-1, width)
         shape = (*inputs.shape[:-1], self.out_features)
         if router is None:
             chosen = torch.zeros(len(rows), dtype=torch.int64, device=rows.device)
             return self.many_tokens(rows, Routes(chosen, 1)).view(shape)
-        return self.many_tokens(rows, self._routes(inputs, router)).view(shape)
+        return self.many_tokens(rows, self._routes(read, router)).view(shape)
 
-    def _products(self, weights: DeviceSliced | DeviceDense, inputs: torch.Tensor) -> torch.Tensor:
+    def _products(
+        self, weights: DeviceSliced | DeviceDense, inputs: torch.Tensor, read: torch.Tensor
+    ) -> torch.Tensor:
         """Return the outputs (..., neurons) without a copy to the host; they have no gradient.
 
         Raises:
@@ -89,16 +97,18 @@ class Mixture(nn.Module):
         rows = inputs.detach().reshape(-1, self.in_features).contiguous()
         router, bias = self.router, None if self.bias is None else self.bias.detach().contiguous()
         shape = (*inputs.shape[:-1], self.out_features)
-        routes: Routes | None = self._kept(inputs, Routes)
-        if routes is None and len(rows) == 1 and isinstance(router, CentroidRouter):
+        routes: Routes | None = self._kept(read, Routes)
+        fused = read is inputs and isinstance(router, CentroidRouter)
+        if routes is None and len(rows) == 1 and fused:
+            assert isinstance(router, CentroidRouter)
             # The kernel of the product also routes, and writes the expert into the routes.
             routes = Routes(torch.empty(1, dtype=torch.int64, device=rows.device), router.experts)
             tensors = router.matrix.detach().contiguous(), router.bias.detach().contiguous()
             outputs = multiply_few(weights, rows, routes.chosen, bias, tensors)
-            self._keep(inputs, routes)
+            self._keep(read, routes)
             return outputs.view(shape)
         if router is not None:
-            routes = self._routes(inputs, router)
+            routes = self._routes(read, router)
         if weights.is_faster(len(rows)):
             chosen = None if routes is None else routes.chosen
             return multiply_few(weights, rows, chosen, bias).view(shape)
@@ -179,12 +189,12 @@ class ExpertLinear(Mixture):
             return None
         return DeviceDense(weight.detach().contiguous())
 
-    def one_token(self, inputs: torch.Tensor) -> torch.Tensor:
+    def one_token(self, inputs: torch.Tensor, read: torch.Tensor) -> torch.Tensor:
         """Return the outputs (..., neurons) of the inputs (..., inputs) of a single token."""
-        expert: int | None = self._kept(inputs, int)
+        expert: int | None = self._kept(read, int)
         if expert is None:
-            expert = self.router.one(inputs)
-            self._keep(inputs, expert)
+            expert = self.router.one(read)
+            self._keep(read, expert)
         return self._product(inputs, expert)
 
     def many_tokens(self, rows: torch.Tensor, routes: Routes) -> torch.Tensor:
@@ -259,18 +269,19 @@ class PackedLinear(Mixture):
         """Return the packed weights if they are on a GPU."""
         return self.sliced if isinstance(self.sliced, DeviceSliced) else None
 
-    def one_token(self, inputs: torch.Tensor) -> torch.Tensor:
+    def one_token(self, inputs: torch.Tensor, read: torch.Tensor) -> torch.Tensor:
         """Return the outputs (..., neurons) of the inputs (..., inputs) of a single token."""
         assert isinstance(self.sliced, Sliced)
-        router, expert = self.router, self._kept(inputs, int)
+        router, expert = self.router, self._kept(read, int)
+        fused = read is inputs and isinstance(router, CentroidRouter)
         if router is None:
             expert = 0
-        elif expert is None and not isinstance(router, CentroidRouter):
-            expert = router.one(inputs)
+        elif expert is None and not fused:
+            expert = router.one(read)
         # If the expert is None, the kernel also chooses it, with the router's arrays.
         arrays = router.arrays if isinstance(router, CentroidRouter) else ()
         outputs, expert = self.sliced.one(inputs, expert, *arrays)
-        self._keep(inputs, expert)
+        self._keep(read, expert)
         return self._finished(outputs, inputs.dtype)
 
     def many_tokens(self, rows: torch.Tensor, routes: Routes) -> torch.Tensor:

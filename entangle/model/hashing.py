@@ -17,6 +17,7 @@ import xxhash
 from torch import nn
 
 from entangle.model.placing import stored_buffers, stored_parameters
+from entangle.model.sparse_inputs import rule_tensors
 
 KIND = "xxh3-128"
 UNNAMED = ""  # the kind of versions before 0.2.0
@@ -29,7 +30,8 @@ def weights_hash(model: nn.Module, kind: str = KIND) -> str:
     """Return the hash of the names, dtypes, shapes and bytes of all weights; tied ones once.
 
     Weights are the parameters, and the buffers that the model's files hold: the codes of GPTQ and
-    AWQ are buffers. The kind of old versions leaves out the buffers.
+    AWQ are buffers. The kind of old versions leaves out the buffers. The rules of sparse inputs are
+    hashed too: with them the same weights are another model.
 
     Raises:
         ValueError: no kind of hash has this name.
@@ -41,6 +43,7 @@ def weights_hash(model: nn.Module, kind: str = KIND) -> str:
         )
     digest = _KINDS[kind]()
     named = [stored_parameters(model)] + [stored_buffers(model)] * (kind != UNNAMED)
+    named.append(iter(rule_tensors(model).items()))
     for name, tensor in (pair for pairs in named for pair in pairs):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         for part in _parts(tensor.detach()):

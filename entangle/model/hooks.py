@@ -77,25 +77,48 @@ def counted_tokens(
     Raises:
         ValueError: the arguments have no tokens, or the attention mask does not fit them.
     """
+    (windows, length), past, mask, device = _tokens_of(module, args, kwargs)
+    size = windows * length
+    if mask is None and past >= skip_first:
+        return CountedTokens(size, size, 0, None)
+    real, position = _real_tokens(mask, windows, length, past, device)
+    keep = (real & (position >= skip_first)).flatten()
+    # A hook waits for its device only here, once in a batch. nonzero() would wait again.
+    counted, present = torch.stack([keep.sum(), real.sum()]).tolist()
+    index = None if counted == size else (~keep).int().argsort(stable=True)[:counted]
+    return CountedTokens(size, counted, size - present, index)
+
+
+def first_tokens(module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> torch.Tensor:
+    """Return which tokens (windows, length) are the first of their window, padding left out.
+
+    The arguments are those of a forward pass of ``module``. The host does not wait for the device.
+
+    Raises:
+        ValueError: the arguments have no tokens, or the attention mask does not fit them.
+    """
+    (windows, length), past, mask, device = _tokens_of(module, args, kwargs)
+    real, position = _real_tokens(mask, windows, length, past, device)
+    return real & (position == 0)
+
+
+def _tokens_of(
+    module: nn.Module, args: Any, kwargs: Mapping[str, Any]
+) -> tuple[torch.Size, int, Any, torch.device]:
+    """Return a forward pass's windows and their length, the tokens in the cache, mask and device.
+
+    Raises:
+        ValueError: the arguments have no tokens.
+    """
     arguments = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
     arguments |= arguments.pop("kwargs", {})
     inputs = arguments.get("input_ids")
     inputs = arguments.get("inputs_embeds") if inputs is None else inputs
     if inputs is None:
         raise ValueError("the model was called without input_ids and without inputs_embeds")
-    windows, length = inputs.shape[:2]
     cache = arguments.get("past_key_values")
     past = 0 if cache is None else int(cache.get_seq_length())
-    mask = arguments.get("attention_mask")
-    size = windows * length
-    if mask is None and past >= skip_first:
-        return CountedTokens(size, size, 0, None)
-    real, position = _real_tokens(mask, windows, length, past, inputs.device)
-    keep = (real & (position >= skip_first)).flatten()
-    # A hook waits for its device only here, once in a batch. nonzero() would wait again.
-    counted, present = torch.stack([keep.sum(), real.sum()]).tolist()
-    index = None if counted == size else (~keep).int().argsort(stable=True)[:counted]
-    return CountedTokens(size, counted, size - present, index)
+    return inputs.shape[:2], past, arguments.get("attention_mask"), inputs.device
 
 
 class BatchCounter:
@@ -241,7 +264,7 @@ def recording_rows(
 
     handles = []
     try:
-        for module in _entry_modules(model):
+        for module in entry_modules(model):
             handles.append(module.register_forward_pre_hook(begin, with_kwargs=True))
             handles.append(module.register_forward_hook(end))
         for layer in layers:
@@ -384,7 +407,7 @@ def _is_compiled(module: nn.Module) -> bool:
     )
 
 
-def _entry_modules(model: PreTrainedModel) -> set[nn.Module]:
+def entry_modules(model: PreTrainedModel) -> set[nn.Module]:
     """Return the modules at which a forward pass may begin.
 
     They are several because OPT, for example, calls its decoder and not its backbone.

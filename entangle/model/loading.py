@@ -32,11 +32,15 @@ from entangle.model.packing import (
     expanded_layers,
     is_expanded,
     load_expanded,
+    load_tensors,
     pack_layers,
     save_expanded,
+    save_tensors,
 )
 from entangle.model.placing import blocks_in_files, bytes_of_block, is_offloaded
 from entangle.model.quantised import dequantised, forget_quantisation, unused_scales
+from entangle.model.sparse_inputs import INPUTS, VARIANT, rule_tensors, sparsify_inputs
+from entangle.numerics.input_rules import rule_of
 from entangle.numerics.processors import kernels_of
 from entangle.numerics.routing import Router
 from entangle.numerics.torch_settings import with_torch_defaults
@@ -68,7 +72,7 @@ def load_model(
 ) -> PreTrainedModel:
     """Load a causal language model in eval mode from a hub id, a folder or a ``.gguf`` file.
 
-    The folder may hold an expanded model, which only entangle can load. ``dtype`` is ``auto`` (as
+    The folder may hold an expanded model or one with sparse inputs, which only entangle can load. ``dtype`` is ``auto`` (as
     stored), ``float32``, ``bfloat16`` or ``float16``; ``device`` is ``auto`` (CUDA if available) or
     a device of torch. Code that comes with a model runs only with ``trust_remote_code``.
 
@@ -131,7 +135,9 @@ def load_model(
     if Path(name).is_dir():
         check_weights(Path(source))
     if expanded:
-        return _load_expanded(Path(source), dtype, target, packed, trust_remote_code)
+        mixture = _load_expanded(Path(source), dtype, target, packed, trust_remote_code)
+        load_rules(mixture, Path(source) / INPUTS)
+        return mixture
     kind, plain = AutoModelForCausalLM, {"quantization_config": GgufConfig(dequantize=True)}
     if "gguf_file" not in options:
         with explained(name):
@@ -145,9 +151,13 @@ def load_model(
         options["device_map"] = {"": target}
     on_host = target.type != "cpu" and "device_map" not in options
     with ranks.in_turn() if on_host else nullcontext():
-        on_device = _from_pretrained(kind, name, source, DTYPES[dtype], options, plain)
+        sparse = "gguf_file" not in options and has_rules(Path(source))
+        variant = {"variant": VARIANT} if sparse else {}
+        on_device = _from_pretrained(kind, name, source, DTYPES[dtype], options | variant, plain)
         if "device_map" not in options:
             on_device.to(target)  # type: ignore[arg-type]  # transformers' own annotation
+    if sparse:
+        load_rules(on_device, Path(source) / INPUTS)
     if packed and not spread and kernels_of(target) != "torch":
         pack_layers(on_device, find_layers(on_device), target)
         on_device.requires_grad_(False)
@@ -270,6 +280,32 @@ def _load_expanded(
     return loaded
 
 
+def has_rules(folder: Path) -> bool:
+    """Return whether a folder holds a model with sparse inputs."""
+    return (folder / INPUTS).is_file()
+
+
+def load_rules(model: PreTrainedModel, file: Path) -> None:
+    """Give layers of a model sparse inputs by the rules in a file, if it exists.
+
+    Raises:
+        ValueError: the file is damaged, or belongs to another model.
+    """
+    if not file.is_file():
+        return
+    try:
+        found: dict[str, dict[str, torch.Tensor]] = {}
+        for name, value in load_tensors(file).items():
+            layer, _, key = name.rpartition(" ")
+            found.setdefault(layer, {})[key] = value
+        sparsify_inputs(model, {layer: rule_of(tensors) for layer, tensors in found.items()})
+    except (OSError, LookupError, AttributeError, TypeError, RuntimeError) as error:
+        raise ValueError(
+            f"{file.parent} is damaged: {file.name} does not have the rules of this model's sparse "
+            f"inputs ({error}). Make or copy the folder again"
+        ) from error
+
+
 def save_model(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
@@ -278,7 +314,8 @@ def save_model(
 ) -> None:
     """Write a model and its tokenizer into an ordinary Hugging Face folder.
 
-    Only entangle can load the folder of an expanded model (see `packing.save_expanded`). Weights of
+    Only entangle can load the folder of an expanded model (see `packing.save_expanded`), or of one
+    with sparse inputs, whose weights' files have names that transformers does not look for. Weights of
     another model in the folder are removed first, so the model's own weights must not be in it.
 
     Raises:
@@ -288,6 +325,11 @@ def save_model(
     """
     folder.mkdir(parents=True, exist_ok=True)  # transformers does not raise if it is a file
     try:
+        rules = rule_tensors(model)
+        if rules:
+            save_tensors(folder / INPUTS, rules)
+        else:
+            (folder / INPUTS).unlink(missing_ok=True)  # from an earlier model
         if expanded_layers(model):
             save_expanded(model, folder, described)
         else:
@@ -302,6 +344,7 @@ def save_model(
                 warnings.filterwarnings(
                     "ignore", message="Attempting to save a model with offloaded"
                 )
+                size |= {"variant": VARIANT} if rules else {}
                 model.save_pretrained(folder, **size)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)

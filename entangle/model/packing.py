@@ -27,6 +27,7 @@ from entangle.model.experts import ExpertLinear, Packed, PackedLinear, pack, unp
 from entangle.model.layers import LinearLayer, find_layers, is_plain, replace_layer, weight_of
 from entangle.model.placing import stored_buffers, stored_parameters
 from entangle.model.prunable import multiplies
+from entangle.model.sparse_inputs import INPUTS
 from entangle.numerics.device_weights import LEAST_ZEROS
 from entangle.numerics.processors import kernels_of
 from entangle.numerics.routing import Router, router_of
@@ -35,6 +36,7 @@ from entangle.numerics.sparse import PACKABLE
 DENSE, EXPANSION = "dense.safetensors", "expansion.json"
 GENERATION = "generation_config.json"
 _FORMAT = 1
+_SPARSE_INPUTS = _FORMAT + 1  # with a file of rules, which older versions would not read
 
 Tensors = dict[str, torch.Tensor]
 
@@ -134,9 +136,11 @@ def save_expanded(
         described = {}
         for block in blocks:
             described |= save_experts(folder, [layer for layer in layers if layer.block == block])
-    files = [name for name in ("config.json", GENERATION, DENSE) if (folder / name).is_file()]
+    named = ("config.json", GENERATION, DENSE, INPUTS)
+    files = [name for name in named if (folder / name).is_file()]
+    version = _SPARSE_INPUTS if INPUTS in files else _FORMAT
     files += map(_file_of, blocks)
-    about = {"format": _FORMAT, "layers": described, "sha256": folders.sums(folder, files)}
+    about = {"format": version, "layers": described, "sha256": folders.sums(folder, files)}
     with folders.new_file(folder / EXPANSION) as partial:
         partial.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
 
@@ -290,11 +294,13 @@ def load_expanded(
             f"{folder} is damaged: {EXPANSION} cannot be read ({error!r}). Make or copy the folder "
             "again"
         ) from error
-    if version != _FORMAT:
+    if version not in {_FORMAT, _SPARSE_INPUTS}:
         raise ValueError(
-            f"{folder} has format {version}, but this version of entangle reads format {_FORMAT}: "
-            "expand the model again, or use the version that wrote the folder"
+            f"{folder} has format {version}, but this version of entangle reads the formats {_FORMAT} "
+            f"and {_SPARSE_INPUTS}: expand the model again, or use the version that wrote the folder"
         )
+    if version == _SPARSE_INPUTS and INPUTS not in expected:
+        raise ValueError(f"{folder} is damaged: {EXPANSION} has no SHA-256 sum of {INPUTS}")
     folders.check_sums(folder, expected, "Make or copy the folder again")
     model = _empty_model(folder, trust_remote_code)
     try:

@@ -14,6 +14,7 @@ import psutil
 import torch
 from transformers import PreTrainedModel
 
+from entangle.model.loading import has_rules, load_rules
 from entangle.model.packing import expanded_layers, load_expanded, load_tensors
 from entangle.model.placing import (
     blocks_in_files,
@@ -21,6 +22,7 @@ from entangle.model.placing import (
     stored_buffers,
     stored_parameters,
 )
+from entangle.model.sparse_inputs import INPUTS, VARIANT, rule_tensors
 
 
 def check_saved(model: PreTrainedModel, folder: Path, tokens: torch.Tensor, scratch: Path) -> None:
@@ -57,6 +59,7 @@ def _check(
         with tempfile.TemporaryDirectory(dir=scratch) as temporary:
             again = _loaded(model, folder, whole, Path(temporary))
             _compare_tensors(model, again)
+            _compare_rules(model, again)
             if whole:
                 _compare_outputs(model, again, tokens)
     except (MemoryError, torch.OutOfMemoryError):
@@ -97,6 +100,7 @@ def _loaded(model: PreTrainedModel, folder: Path, whole: bool, temporary: Path) 
     if expanded_layers(model):
         expanded: Any = load_expanded(folder, model.is_remote_code(), device=model.device)
         found: PreTrainedModel = expanded.eval()
+        load_rules(found, folder / INPUTS)
         return found
     place: dict[str, Any] = {"device_map": {"": model.device}}
     if not whole:
@@ -105,12 +109,17 @@ def _loaded(model: PreTrainedModel, folder: Path, whole: bool, temporary: Path) 
     # Of the model's own class, since that may be code that only this process knows.
     kind_of_model: Any = type(model)
     again, report = kind_of_model.from_pretrained(
-        folder, dtype="auto", output_loading_info=True, **place
+        folder,
+        dtype="auto",
+        output_loading_info=True,
+        **place,
+        **({"variant": VARIANT} if has_rules(folder) else {}),
     )
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if report[kind]:
             raise ValueError(f"{kind.replace('_', ' ')}: {min(map(str, report[kind]))}")
     loaded: PreTrainedModel = again.eval()
+    load_rules(loaded, folder / INPUTS)
     return loaded
 
 
@@ -130,6 +139,19 @@ def _compare_tensors(model: PreTrainedModel, again: PreTrainedModel) -> None:
     theirs_by_name = dict(stored_buffers(again))
     for name, buffer in stored_buffers(model):
         _compare(name, buffer, theirs_by_name[name])
+
+
+def _compare_rules(model: PreTrainedModel, again: PreTrainedModel) -> None:
+    """Compare the rules of two models' sparse inputs.
+
+    Raises:
+        ValueError: they differ.
+    """
+    ours, theirs = rule_tensors(model), rule_tensors(again)
+    if {*ours} != {*theirs}:
+        raise ValueError(f"{min({*ours} ^ {*theirs})} is in only one of the two models")
+    for name, tensor in ours.items():
+        _compare(name, tensor, theirs[name])
 
 
 def _compare(name: str, ours: torch.Tensor, theirs: torch.Tensor) -> None:

@@ -17,6 +17,7 @@ from entangle.numerics.routing import Router
 from entangle.numerics.shares import largest_remainder, sparsity_by_quality
 from entangle.pruning import costs
 from entangle.pruning.calibration import Calibration, Calibrations
+from entangle.pruning.inputs import NO_ROW
 from entangle.pruning.options import Pruning
 from entangle.pruning.reconstruction import Reconstruction
 
@@ -84,6 +85,18 @@ def prune_layers(
             "mlp_error": reconstruction.after if reconstruction else math.nan,
         }
         found.append(_described(layer, before, calibration, unseen, owner, row))
+    return found
+
+
+def dense_layers(layers: Sequence[LinearLayer], tokens: int) -> list[PrunedLayer]:
+    """Return the results of layers whose weights stay dense; ``tokens`` are those of the calibration."""
+    found = []
+    for layer in layers:
+        more = {"damping": 0.0, "mlp_error_before": math.nan, "mlp_error": math.nan}
+        row = _row(layer, [tokens]) | {"error": 0.0, "held_out_error": 0.0, **more}
+        row |= {"tokens": tokens, "held_out_tokens": 0}
+        nothing = torch.zeros(layer.neurons, dtype=torch.float64)
+        found.append(PrunedLayer(row | costs.costs_of(layer) | NO_ROW, nothing, nothing))
     return found
 
 
@@ -171,10 +184,23 @@ def _described(
         errors = lost.cpu(), unseen.cpu(), unseen_energy
     lost, unseen, unseen_energy = ranks.from_rank(owner, errors)
     experts = moments.count.reshape(-1).tolist()
+    row = _row(layer, experts) | {
+        "error": _ratio(float(lost.sum()), calibration.energy),
+        "held_out_error": _ratio(float(unseen.sum()), unseen_energy),
+        **more,
+        "tokens": sum(experts),
+        "held_out_tokens": 0 if held_out is None else len(held_out),
+    }
+    return PrunedLayer(row | costs.costs_of(layer) | NO_ROW, lost, unseen)
+
+
+def _row(layer: LinearLayer, experts: Sequence[int]) -> dict[str, Any]:
+    """Return the shape and the zeros of a layer; ``experts`` are the tokens of each expert."""
+    weight = weight_of(layer)
     zero = weight == 0
     missing = zero.sum(dim=-1).double() / layer.inputs
     total = int(zero.sum())
-    row = {
+    return {
         "layer": layer.name,
         "block": layer.block,
         "role": layer.role,
@@ -188,13 +214,7 @@ def _described(
         "realised": total / weight.numel(),
         "least": float(missing.min()),
         "most": float(missing.max()),
-        "error": _ratio(float(lost.sum()), calibration.energy),
-        "held_out_error": _ratio(float(unseen.sum()), unseen_energy),
-        **more,
-        "tokens": sum(experts),
-        "held_out_tokens": 0 if held_out is None else len(held_out),
     }
-    return PrunedLayer(row | costs.costs_of(layer), lost, unseen)
 
 
 def _ratio(lost: float, energy: float) -> float:

@@ -12,8 +12,10 @@ from entangle.model import folders, ranks
 from entangle.model.blocks import BlockWalk
 from entangle.model.experts import ExpertLinear
 from entangle.model.layers import LinearLayer, find_layers, weight_of
+from entangle.model.loading import load_rules
 from entangle.model.packing import load_experts, load_tensors, save_experts, save_tensors
 from entangle.model.placing import input_device, is_offloaded, read_weight_from, release_block
+from entangle.model.sparse_inputs import rule_tensors
 from entangle.pruning.block import PrunedLayer
 from entangle.runs import store
 
@@ -57,6 +59,9 @@ class FinishedBlocks:
                 about["described"] = save_experts(self.folder, expanded)
             else:
                 save_tensors(file, {name: _stored(x) for name, x in here.items()})
+            rules = {k: v for k, v in rule_tensors(self._model).items() if k.split(" ")[0] in here}
+            if rules:
+                save_tensors(self._rules_file(block), rules)
             store.write_json(self.blocks / f"{block}.json", about)
             if dense is not None and self.finished:
                 folders.remove_folder(self._hidden_file(max(self.finished), 0).parent)
@@ -81,6 +86,7 @@ class FinishedBlocks:
             tensors = load_tensors(file)
             for layer in layers:
                 _stored(layer).copy_(tensors[layer.name])
+        load_rules(self._model, self._rules_file(block))
         nothing = torch.empty(0, dtype=torch.float64)
         rows = [{k: math.nan if v is None else v for k, v in row.items()} for row in about["rows"]]
         return [PrunedLayer(row, nothing, nothing) for row in rows]
@@ -91,6 +97,9 @@ class FinishedBlocks:
             block = max(self.finished)
             files = [self._hidden_file(block, number) for number in _numbers(dense)]
             dense.go_on(block + 1, [load_tensors(file)["hidden"] for file in files])
+
+    def _rules_file(self, block: int) -> Path:
+        return self.blocks / f"{block}-inputs.safetensors"
 
     def _hidden_file(self, block: int, batch: int) -> Path:
         return self.blocks / f"{block}-hidden" / f"{batch}.safetensors"

@@ -1,7 +1,7 @@
 """Costs of a pruned layer: multiply-adds per token, and bytes on disk and in memory.
 
-In pruned layers only non-zero weights count, although layers run here as dense products. The
-products within attention have no weights and do not count.
+In pruned layers only non-zero weights count, and with sparse inputs only those of inputs that are
+not zero, although layers run here as dense products. The products within attention have no weights and do not count.
 """
 
 from collections.abc import Mapping, Sequence
@@ -43,6 +43,20 @@ def costs_of(layer: LinearLayer) -> dict[str, Any]:
         "disk_bytes": disk + routing,
         "memory_bytes": memory + routing,
     }
+
+
+def multiply_adds_of_inputs(layer: LinearLayer, kept: torch.Tensor) -> float:
+    """Return a token's multiply-adds with non-zero weights, where inputs are zero too.
+
+    ``kept`` (inputs,) is the share of the tokens for which an input is not zero. Of several experts
+    an input's non-zero weights are their mean over the calibration tokens.
+    """
+    weight, module = weight_of(layer), layer.module
+    nonzeros = (weight != 0).sum(dim=-2).double().cpu().reshape(-1, layer.inputs)
+    shares = torch.ones(1, dtype=torch.float64)
+    if isinstance(module, ExpertLinear):
+        shares = torch.tensor(module.counts).double() / max(sum(module.counts), 1)
+    return float((shares @ nonzeros) @ kept.cpu())
 
 
 def dense_costs_of(layer: LinearLayer) -> dict[str, Any]:

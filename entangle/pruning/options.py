@@ -27,6 +27,8 @@ from typing import (
 
 from entangle.numerics.sparsity import Mask, Method, Solve, Sparsity
 
+NONE: Literal["none"] = "none"
+MethodOption = Literal[Method, "none"]
 SolveOption = Literal["auto", Solve]
 Propagate = Literal["sparse", "dense"]
 Assign = Literal["kmeans", "random"]
@@ -43,8 +45,10 @@ Budget = Literal[
     "trim",
 ]
 Across = Literal["uniform", "entanglement", "shuffled", "depth", "owl", "lsa", "search"]
-# Which prunings have an option: every, those with several experts, with a budget, with a search.
-Scope = Literal["every", "experts", "budget", "search"]
+Inputs = Literal["dense", "teal", "wina"]
+InputShares = Literal["greedy", "uniform"]
+# Which prunings have it: every, those of weights, with several experts, a budget, a search, sparse inputs.
+Scope = Literal["every", "weights", "experts", "budget", "search", "inputs"]
 
 Value = TypeVar("Value")
 
@@ -118,12 +122,16 @@ class Option:
 class Pruning:
     """How the layers of a model are pruned."""
 
-    method: Annotated[Method, Option("method of pruning")] = "sparsegpt"
+    method: Annotated[
+        MethodOption,
+        Option("method of pruning; none leaves the weights dense, and is that of sparsity 0"),
+    ] = "sparsegpt"
     mask: Annotated[
         Mask,
         Option(
             "mask of the zeros: with row each neuron has exactly the sparsity, with block zeros are "
-            "chosen per 128 columns over all rows"
+            "chosen per 128 columns over all rows",
+            scope="weights",
         ),
     ] = "row"
     solve: Annotated[
@@ -131,21 +139,24 @@ class Pruning:
         Option(
             "how the kept weights are computed: greedy, by the method as published; exact, the "
             "weights with the least error that the method's mask allows; admm, by a better mask too; "
-            "auto, exact for sparsegpt and greedy for wanda and magnitude"
+            "auto, exact for sparsegpt and greedy for wanda and magnitude",
+            scope="weights",
         ),
     ] = "auto"
     propagate: Annotated[
         Propagate,
         Option(
             "inputs that a block is calibrated on: from the pruned blocks before it (sparse), or from "
-            "the dense blocks (dense)"
+            "the dense blocks (dense)",
+            scope="weights",
         ),
     ] = "sparse"
     reconstruct: Annotated[
         Reconstruct,
         Option(
             "after a block is pruned, tune the weights that its MLP has kept until the hidden states "
-            "behind the block are the dense model's (mlp), or not (none)"
+            "behind the block are the dense model's (mlp), or not (none)",
+            scope="weights",
         ),
     ] = "none"
     experts: Annotated[
@@ -224,16 +235,46 @@ class Pruning:
             "search",
         ),
     ] = 440
+    inputs: Annotated[
+        Inputs,
+        Option(
+            "which inputs of a layer are zero for a token: dense, none; teal, those whose absolute "
+            "value is below the layer's threshold; wina, all but those with the largest product of "
+            "the absolute value and the norm of its column of weights. The first token of each "
+            "window keeps its inputs"
+        ),
+    ] = "dense"
+    input_sparsity: Annotated[
+        float,
+        Option(
+            "share of a token's inputs that are zero, such as 0.5; the thresholds are those of this "
+            "share of the calibration inputs",
+            read_number,
+            "X",
+            "inputs",
+        ),
+    ] = 0.5
+    input_shares: Annotated[
+        InputShares,
+        Option(
+            "how the zero inputs are divided among the layers of a block: greedy, step by step where "
+            "the block's outputs change the least; or uniform",
+            scope="inputs",
+        ),
+    ] = "greedy"
     sparsity: Annotated[
         Sparsity,
         Option(
-            "share of zeros, such as 0.8, or n:m, such as 2:4: of every m weights n are kept",
+            "share of zeros, such as 0.8, or n:m, such as 2:4: of every m weights n are kept; 0 "
+            "leaves the weights dense",
             metavar="S",
         ),
     ]
 
     def __post_init__(self) -> None:
-        """Replace ``auto`` by what it is for the method."""
+        """Replace ``auto`` by what it is for the method, and the method of sparsity 0 by ``none``."""
+        if self.sparsity.share == 0:
+            object.__setattr__(self, "method", NONE)
         if self.solve == "auto":
             solve = SOLVE if self.method == "sparsegpt" else "greedy"
             object.__setattr__(self, "solve", solve)
@@ -280,6 +321,13 @@ class Pruning:
             raise ValueError(
                 f"shrinkage must be a number that is not negative, got {self.shrinkage!r}"
             )
+        if self.method == NONE:
+            self._check_dense()
+        if not isinstance(self.input_sparsity, int | float) or not 0 <= self.input_sparsity < 1:
+            raise ValueError(
+                "input_sparsity must be a number of at least 0 and below 1, got "
+                f"{self.input_sparsity!r}"
+            )
         if self.experts > 1 and self.method != "sparsegpt":
             raise ValueError(
                 f"several experts need method sparsegpt, got {self.experts} experts and method "
@@ -305,6 +353,30 @@ class Pruning:
                 f"row keeps, but {why}: use mask row and a share of zeros"
             )
 
+    def _check_dense(self) -> None:
+        """Check that the weights may stay dense.
+
+        Raises:
+            ValueError: the sparsity is not 0, or an option needs pruned weights.
+        """
+        if self.sparsity.share:
+            raise ValueError(
+                f"method none leaves the weights dense, got sparsity {self.sparsity}: use sparsity 0"
+            )
+        asked = {"experts": self.experts > 1, "reconstruct": self.reconstruct != "none"}
+        asked |= {"budget": self.budget != UNIFORM, "across": self.across != UNIFORM}
+        for name, is_asked in asked.items():
+            if is_asked:
+                raise ValueError(
+                    f"sparsity 0 leaves the weights dense, but {name} {getattr(self, name)} needs "
+                    "pruned weights: leave it out, or use another sparsity"
+                )
+
+    @property
+    def sparse_inputs(self) -> bool:
+        """Whether some of the layers' inputs are set to zero."""
+        return self.inputs != "dense"
+
     @property
     def budgeted(self) -> bool:
         """Whether the sparsity differs between rows or blocks."""
@@ -321,8 +393,9 @@ class Pruning:
         return ONE if self.experts == 1 else Clustering(self.experts, self.assign, self.components)
 
     def settings(self) -> dict[str, Any]:
-        """Return the options for run.json, without those of experts or a budget that are unused."""
-        scopes = {"every": True, "experts": self.experts > 1, "budget": self.budgeted}
+        """Return the options for run.json, without those that are unused."""
+        scopes = {"every": True, "weights": self.method != NONE, "experts": self.experts > 1}
+        scopes |= {"budget": self.budgeted, "inputs": self.sparse_inputs}
         scopes |= {"search": self.across == SEARCH}
         options = {name: getattr(self, name) for name, one in OPTIONS.items() if scopes[one.scope]}
         options |= {"sparsity": str(self.sparsity)}
@@ -351,7 +424,7 @@ class PruningOptions(TypedDict, total=False):
     Type checkers and editors need them written out; a test checks that they match the fields.
     """
 
-    method: Several[Method]
+    method: Several[MethodOption]
     mask: Several[Mask]
     solve: Several[SolveOption]
     propagate: Several[Propagate]
@@ -364,6 +437,9 @@ class PruningOptions(TypedDict, total=False):
     strength: Several[float]
     across: Several[Across]
     scores: Several[int]
+    inputs: Several[Inputs]
+    input_sparsity: Several[float]
+    input_shares: Several[InputShares]
     sparsity: Required[Several[str | float]]
 
 
@@ -388,6 +464,7 @@ UNBUDGETED = {  # text in tables for arms without a budget
     for name, option in OPTIONS.items()
     if option.scope in {"budget", "search"}
 }
+OF_INPUTS = ("inputs", *(n for n, option in OPTIONS.items() if option.scope == "inputs"))
 SHRINKAGE: float = OPTIONS["shrinkage"].default
 STRENGTH: float = OPTIONS["strength"].default
 METHODS: tuple[Method, ...] = get_args(Method)
@@ -458,7 +535,8 @@ def arms_of(**options: Unpack[PruningOptions]) -> list[Pruning]:
 
     Arms that differ only in options without effect are one arm: ``propagate`` of magnitude, which
     uses no inputs unless it is solved or reconstructed; the router's options with one expert; the
-    strength of budgets without one; the scores without a search. Wanda and magnitude have one expert. If arms with sparse
+    strength of budgets without one; the scores without a search; all options of the weights with
+    sparsity 0; those of sparse inputs with dense ones. Dense weights with dense inputs are no arm. Wanda and magnitude have one expert. If arms with sparse
     propagation are run too, those with dense propagation are not reconstructed. If masks by row are
     run too, masks by block have no
     budget; if shares of zeros are run too, n:m has none. Both are as published.
@@ -485,6 +563,13 @@ def arms_of(**options: Unpack[PruningOptions]) -> list[Pruning]:
     arms: dict[Pruning, None] = {}
     for combination in itertools.product(*(values[name] for name in order)):
         arm = dict(zip(order, combination, strict=True))
+        if arm.get("inputs", "dense") == "dense":
+            arm = _without(arm, "inputs")
+        if Sparsity.parse(arm["sparsity"]).share == 0:  # nothing is done to the weights
+            of_inputs = {n: arm[n] for n in arm if n == "inputs" or OPTIONS[n].scope == "inputs"}
+            if of_inputs.get("inputs", "dense") != "dense":
+                arms[Pruning.of(**of_inputs, sparsity="0")] = None
+            continue
         if arm.get("propagate") == "dense" and "sparse" in values["propagate"]:
             arm["reconstruct"] = "none"
         greedy = arm.get("solve", "auto") in {"auto", "greedy"}
@@ -510,6 +595,11 @@ def arms_of(**options: Unpack[PruningOptions]) -> list[Pruning]:
         if pruning.sparsity.group:  # groups of n:m lie within a row
             pruning = dataclasses.replace(pruning, mask="row")
         arms[pruning] = None
+    if not arms:
+        raise ValueError(
+            "sparsity 0 with dense inputs is the dense model, which is scored in any case: give "
+            "another sparsity, or inputs teal or wina"
+        )
     return list(arms)
 
 

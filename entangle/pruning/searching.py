@@ -106,7 +106,7 @@ def search_blocks(setup: Setup, pruning: Pruning) -> tuple[Zeros, pd.DataFrame]:
 
     The setup's evaluation are the windows set aside. Pairs of them score offspring, and groups of
     eight score survivors and parents, in turns. A candidate's weights are those of the method as
-    published, with one expert and dense propagation. Each search has its share of the scores. Return
+    published, with one expert, dense inputs and dense propagation. Each search has its share of the scores. Return
     the zeros of each block of the candidate with the lowest KL divergence on all windows set aside,
     and a table of the starts and of what was found (see `choose_budget`).
 
@@ -115,9 +115,8 @@ def search_blocks(setup: Setup, pruning: Pruning) -> tuple[Zeros, pd.DataFrame]:
             inputs of a layer cannot be used, or no candidate has a finite score.
     """
     assert setup.evaluation is not None
-    pruning = dataclasses.replace(
-        pruning, solve="greedy", propagate="dense", reconstruct="none", experts=1
-    )
+    plain: Any = {"solve": "greedy", "propagate": "dense", "reconstruct": "none"}
+    pruning = dataclasses.replace(pruning, **plain, experts=1, inputs="dense")
     starts = _starts(setup, pruning)
     check_search(pruning, len(starts))
     sizes = {b: sum(x.neurons * x.inputs for x in here) for b, here in setup.blocks.items()}

@@ -17,8 +17,9 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from entangle.model import ranks
+from entangle.model.blocks import BlockWalk
 from entangle.model.integrity import LOG, described_files
-from entangle.model.layers import find_layers, naming
+from entangle.model.layers import LinearLayer, find_layers, naming
 from entangle.model.loading import save_model
 from entangle.model.placing import is_offloaded
 from entangle.model.prunable import check_prunable
@@ -29,11 +30,12 @@ from entangle.numerics.masks import check_group
 from entangle.numerics.sparsity import Sparsity
 from entangle.numerics.torch_settings import with_torch_defaults
 from entangle.pruning import costs
-from entangle.pruning.block import PrunedLayer, prune_layers
+from entangle.pruning.block import PrunedLayer, dense_layers, prune_layers
 from entangle.pruning.budgets import BY_INPUTS, Zeros, block_importance, zeros_of
 from entangle.pruning.calibration import HELD_OUT, HELD_OUT_WINDOWS, calibrate
 from entangle.pruning.checkpoint import FinishedBlocks
-from entangle.pruning.options import SEARCH, Pruning, PruningOptions, with_options
+from entangle.pruning.inputs import choose_inputs
+from entangle.pruning.options import NONE, SEARCH, Pruning, PruningOptions, with_options
 from entangle.pruning.reconstruction import Targets, tuned_layers
 from entangle.pruning.searching import SEARCH_FILE, check_search, searched
 from entangle.runs import store
@@ -89,6 +91,11 @@ class Sparsified:
     * ``stored``: non-zero weights, over all experts.
     * ``disk_bytes``: size of the written weights and router, bytes; several experts are packed.
     * ``memory_bytes``: size of the weights and router in memory, bytes.
+    * ``input_share``: the share of zero inputs that the layer was given; 0 with dense inputs.
+    * ``input_threshold``: the absolute value below which its inputs are zero; NaN but for ``teal``.
+    * ``realised_inputs``: the share of zero inputs on the calibration tokens, the first of each window
+      included, which are dense; NaN with dense inputs. ``multiply_adds`` counts these zeros. The
+      errors are of the weights alone, on dense inputs.
     """
 
     layers: pd.DataFrame
@@ -152,6 +159,12 @@ def sparsify(
       TRIM's rule, or ``uniform``; the total stays the same (see `zeros_of`).
     * ``strength``: how much rows differ, from 0 (not at all) to 1.
     * ``across``: score by which blocks differ in sparsity, or ``uniform`` (see `zeros_of`).
+    * ``inputs``: which inputs of a layer are zero for a token: none (``dense``); those whose absolute
+      value is below the layer's threshold (``teal``); all but the largest products of absolute value
+      and norm of the column of weights (``wina``). The first token of each window keeps its inputs.
+    * ``input_sparsity``: share of zero inputs.
+    * ``input_shares``: how they are divided among a block's layers: ``greedy`` or ``uniform`` (see
+      `choose_inputs`).
 
     ``blocks`` has the number of zeros of each block, for ``across`` ``search`` (see `choose_budget`).
     ``run`` is a measured run of this model. A ``budget`` by a variable needs it, and so does
@@ -186,6 +199,12 @@ def sparsify(
         pruned=True,
     )
     check_prunings(setup, [pruning])
+    experts_in_files = is_offloaded(model) and pruning.experts > 1
+    if experts_in_files and pruning.sparse_inputs and pruning.propagate == "dense":
+        raise ValueError(
+            f"inputs {pruning.inputs} with propagate dense needs another walk through the pruned "
+            "model, but with offload experts are released after their block: use propagate sparse"
+        )
     if out is None and is_offloaded(model):
         raise ValueError(
             "the model's weights are in files (offload): give a folder for the pruned model as out"
@@ -312,7 +331,7 @@ def prune_model(
     targets = None if pruning.reconstruct == "none" else Targets(setup)
     walk = setup.walk(targets.batch_size if targets else None)
     held_out = None
-    if setup.evaluation is not None:
+    if setup.evaluation is not None and pruning.method != NONE:
         held_out = setup.evaluation_walk(HELD_OUT_WINDOWS)
     walks = [walk] if held_out is None else [walk, held_out]
     finished = set() if checkpoint is None else checkpoint.finished
@@ -329,19 +348,13 @@ def prune_model(
                     one.advance()
                 pruned += checkpoint.load(here)
             elif here:
-                unseen: dict[str, torch.Tensor] = {}
-                if held_out is not None:
-                    unseen = sample_inputs(held_out, here, HELD_OUT, setup.seed, advance=dense)
-                found = calibrate(walk, here, [pruning.clustering], seed=setup.seed, advance=dense)
-                pruned += prune_layers(
-                    setup.model,
-                    here,
-                    found[pruning.clustering],
-                    pruning,
-                    held_out=unseen,
-                    zeros=zeros,
-                    reconstruct=targets.reconstructing(walk, here) if targets else None,
-                )
+                if pruning.method == NONE:
+                    found = dense_layers(here, walk.tokens)
+                else:
+                    found = _pruned(setup, walk, held_out, here, pruning, zeros, targets)
+                if pruning.sparse_inputs and not dense:
+                    found = with_inputs(found, choose_inputs(walk, here, pruning))
+                pruned += found
                 if checkpoint is not None:
                     dense_walk = targets.dense if targets else None
                     checkpoint.save(here, pruned[-len(here) :], dense_walk)
@@ -351,4 +364,61 @@ def prune_model(
             if checkpoint is not None:
                 checkpoint.release_experts(block)
             bar.update()
-    return pruned
+    return sparsified_inputs(setup, pruning, pruned) if dense else pruned
+
+
+def _pruned(
+    setup: Setup,
+    walk: BlockWalk,
+    held_out: BlockWalk | None,
+    layers: Sequence[LinearLayer],
+    pruning: Pruning,
+    zeros: Zeros | None,
+    targets: Targets | None,
+) -> list[PrunedLayer]:
+    """Prune the layers of the walks' block; with dense propagation the walks move past it.
+
+    Raises:
+        ValueError: the inputs of a layer cannot be used; the message names the layer.
+    """
+    dense = pruning.propagate == "dense"
+    unseen: dict[str, torch.Tensor] = {}
+    if held_out is not None:
+        unseen = sample_inputs(held_out, layers, HELD_OUT, setup.seed, advance=dense)
+    found = calibrate(walk, layers, [pruning.clustering], seed=setup.seed, advance=dense)
+    return prune_layers(
+        setup.model,
+        layers,
+        found[pruning.clustering],
+        pruning,
+        held_out=unseen,
+        zeros=zeros,
+        reconstruct=targets.reconstructing(walk, layers) if targets else None,
+    )
+
+
+def sparsified_inputs(
+    setup: Setup, pruning: Pruning, pruned: Sequence[PrunedLayer]
+) -> list[PrunedLayer]:
+    """Give the layers of a pruned model sparse inputs, if asked, by another walk through it.
+
+    With sparse propagation `prune_model` does this block by block, so that the next block is pruned
+    for what the sparse inputs leave. With dense propagation no block depends on those before it.
+    """
+    if not pruning.sparse_inputs:
+        return list(pruned)
+    walk, rows = setup.walk(), dict[str, dict[str, Any]]()
+    for block in range(setup.last_block + 1):
+        here = setup.blocks.get(block, [])
+        if here:
+            rows |= choose_inputs(walk, here, pruning)
+        else:
+            walk.advance()
+    return with_inputs(pruned, rows)
+
+
+def with_inputs(
+    pruned: Sequence[PrunedLayer], rows: Mapping[str, dict[str, Any]]
+) -> list[PrunedLayer]:
+    """Return layers' results with what sparse inputs change in their rows."""
+    return [dataclasses.replace(one, row=one.row | rows[str(one.row["layer"])]) for one in pruned]

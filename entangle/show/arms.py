@@ -13,13 +13,14 @@ from matplotlib.figure import Figure
 
 from entangle.experiments.ablation_table import display_name
 from entangle.experiments.interventions import RANDOM
-from entangle.pruning.options import EXPERT_DEFAULTS, OPTIONS, UNBUDGETED
+from entangle.pruning.options import EXPERT_DEFAULTS, OF_INPUTS, OPTIONS, UNBUDGETED
 from entangle.show.panels import DASHES, STYLE, Picture, drawable
 
 _MARKS = {"sparsegpt": "o", "wanda": "s", "magnitude": "^"}
 _RIVALS = ("#b8306b", "#8c6d31")
 _COLOURED = [
     *("method", "solve", "reconstruct", "experts", "components", "shrinkage", "budget", "strength"),
+    *("inputs", "input_shares", "weights"),
 ]
 _STROKES = ("-", "--", "-.", ":", (0, (1, 3)))  # one per budget across blocks
 _SETS = {  # in the order in which they are drawn
@@ -32,8 +33,12 @@ _SETS = {  # in the order in which they are drawn
     "bottom": "#3f8fc5",
 }
 _NEAR_ZERO = {"linthresh": 0.01}  # nats
-_KINDS = [*_COLOURED, *(name for name in OPTIONS if name not in {*_COLOURED, "sparsity"})]
+# Lines run over the sparsity, and those of sparse inputs over the input sparsity: then the sparsity
+# of the weights is one of the line's `weights`.
+_OVER = {"sparsity", "input_sparsity"}
+_KINDS = [*_COLOURED, *(name for name in OPTIONS if name not in {*_COLOURED, *_OVER})]
 _LABELLED = {"method", "experts", "assign", "budget", "strength", "across", "mask", "propagate"}
+_LABELLED |= {"inputs", "input_shares", "weights"}
 
 
 @overload
@@ -55,8 +60,9 @@ def sweep(table: pd.DataFrame, *, ax: Axes | None = None) -> Figure | Axes:
     Raises:
         ValueError: no arm has a score; or the table is of several texts and there is only ``ax``.
     """
-    older: dict[str, Any] = {name: _default(name) for name in _KINDS if name not in table}
+    older: dict[str, Any] = {n: _default(n) for n in OPTIONS if n not in table and n != "sparsity"}
     arms = table[(table["method"] != "dense") & np.isfinite(table["perplexity"])].assign(**older)
+    arms = arms.assign(weights=arms["sparsity"].where(arms["inputs"] != "dense", ""))
     if arms.empty:
         raise ValueError("no arm of this sweep has a score to draw")
     free = arms.loc[~arms["sparsity"].str.contains(":"), "sparsity"]
@@ -253,6 +259,8 @@ def _budgets(panel: Axes, table: pd.DataFrame, arms: pd.DataFrame) -> None:
         panel.errorbar(part["difference"], places[kind], xerr=part["difference_error"], **style)
     kinds = arms[_KINDS].itertuples(index=False, name=None)
     labels = [_label(dict(zip(_KINDS, kind, strict=True)), arms) for kind in kinds]
+    asked = arms["input_sparsity"].astype(str)
+    labels = [f"{x} {of}".rstrip() for x, of in zip(labels, asked, strict=True)]
     if arms["sparsity"].nunique() > 1:
         labels = [f"{s}, {x}" for s, x in zip(arms["sparsity"], labels, strict=True)]
     panel.set_yticks(places, labels)
@@ -311,16 +319,23 @@ def _label(options: dict[str, Any], arms: pd.DataFrame) -> str:
         parts.append(f"rows {options['budget']} {options['strength']}".rstrip())
     if arms["across"].nunique() > 1:
         parts.append(f"blocks {options['across']}")
-    parts += [f"mask by {options['mask']}"] if arms["mask"].nunique() > 1 else []
-    parts += [f"{options['propagate']} propagation"] if arms["propagate"].nunique() > 1 else []
+    differ = {
+        name for name in _KINDS if {*arms[name]} - {"", options[name]} and options[name] != ""
+    }
+    parts += [f"mask by {options['mask']}"] if "mask" in differ else []
+    parts += [f"{options['propagate']} propagation"] if "propagate" in differ else []
+    if options["inputs"] != "dense":
+        parts += [f"inputs {options['inputs']}"]
+        parts += [options["input_shares"]] if "input_shares" in differ else []
+        parts += [f"weights {options['weights']}"] if options["method"] != "none" else []
     others = [name for name in _KINDS if name not in {*_LABELLED, *EXPERT_DEFAULTS}]
-    parts += [f"{name} {options[name]}" for name in others if arms[name].nunique() > 1]
+    parts += [f"{name} {options[name]}" for name in others if name in differ]
     return ", ".join(parts)
 
 
 def _default(name: str) -> str:
     """Return the value of an option that a table of an older version lacks."""
-    if name in EXPERT_DEFAULTS:
+    if name in {*EXPERT_DEFAULTS, *OF_INPUTS} - {"inputs"}:
         return ""
     if name == "solve":
         return "greedy"

@@ -93,9 +93,9 @@ def test_dense_arms_share_one_pass_over_the_calibration(monkeypatch: pytest.Monk
             walks.append(self)
             super().__init__(*args, **options)
 
-        def _run(self, number: int) -> torch.Tensor:
+        def run(self, number: int) -> torch.Tensor:
             steps.append(number)
-            return super()._run(number)
+            return super().run(number)
 
     monkeypatch.setattr("entangle.model.sampling.BlockWalk", Counted)
     table = run(tiny_model("llama"), [0.3, 0.5, 0.7], mask=("row", "block"), propagate=("dense",))
@@ -289,10 +289,10 @@ def test_killed_at_any_time_it_ends_with_the_same_tables(tmp_path: Path) -> None
     marks = [
         "grams/0.safetensors",
         "arms/dense.json",
-        "arms/wanda-row-greedy-dense-none-1-0.6.json",
+        "arms/wanda-row-greedy-dense-none-1-dense-0.6.json",
     ]
     killed = 0
-    for mark in [*marks, "arms/sparsegpt-row-exact-sparse-none-2-kmeans-auto-0.5-0.4.json"]:
+    for mark in [*marks, "arms/sparsegpt-row-exact-sparse-none-2-kmeans-auto-0.5-dense-0.4.json"]:
         process = Forked(["-c", KILLED, tmp_path / "killed"])
         while process.poll() is None and not (partial / mark).exists():
             time.sleep(0.002)

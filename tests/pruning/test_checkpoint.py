@@ -259,6 +259,8 @@ def test_a_block_whose_files_are_half_there_is_pruned_again(
         {"method": "wanda", "mask": "block", "sparsity": 0.7, "skip_first": 2},
         # The inputs of down_proj are no groups of 4.
         {"sparsity": "2:4", "layers": ["*.self_attn.*", "*.up_proj"], "method": "magnitude"},
+        {"inputs": "teal", "input_shares": "uniform", "propagate": "dense"},
+        {"inputs": "wina", "input_shares": "uniform", "layers": ["*.mlp.*"], "experts": 2},
     ],
     ids=str,
 )

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 import entangle
-from entangle import arguments
+from entangle import arguments, commands
 from entangle.experiments.budget_search import STRENGTHS, VARIABLES
 from entangle.numerics.sparsity import Mask, Method, Sparsity
 from entangle.pruning.options import (
@@ -31,6 +31,9 @@ from entangle.pruning.options import (
     Assign,
     Budget,
     Clustering,
+    Inputs,
+    InputShares,
+    MethodOption,
     Propagate,
     Pruning,
     PruningOptions,
@@ -51,7 +54,7 @@ COMMANDS: dict[str, list[str]] = {
     ],
 }
 CHOICES: dict[str, Any] = {
-    "method": Method,
+    "method": MethodOption,
     "mask": Mask,
     "solve": SolveOption,
     "propagate": Propagate,
@@ -59,6 +62,8 @@ CHOICES: dict[str, Any] = {
     "assign": Assign,
     "budget": Budget,
     "across": Across,
+    "inputs": Inputs,
+    "input_shares": InputShares,
 }
 NAMES = [field.name for field in fields(Pruning)]
 
@@ -97,7 +102,7 @@ def test_the_fields_are_the_options_and_the_keyword_arguments() -> None:
 def test_the_fields_are_the_flags(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     # What a sweep takes beside: all that measure takes too, and what is scored.
     beside = flags_of("measure", capsys) | {"evaluation", "evaluation-windows"}
-    assert flags_of(command, capsys) - beside == {*NAMES}
+    assert flags_of(command, capsys) - beside == {name.replace("_", "-") for name in NAMES}
 
 
 def test_defaults_agree() -> None:
@@ -105,8 +110,9 @@ def test_defaults_agree() -> None:
     one = parsed("sparsify")
     assert (one["solve"], usual.solve) == ("auto", "exact")
     assert one.pop("strength") is None  # it needs a budget, if it is said
-    routed = {"assign", "components", "shrinkage"}  # they need experts
-    assert {*NAMES} - {*one} == {"strength", "scores"} | routed  # these need a budget
+    routed = {"assign", "components", "shrinkage"}  # they need experts, if they are said
+    of_inputs = {"input_sparsity", "input_shares"}
+    assert {*NAMES} - {*one} == {"strength", "scores"} | routed | of_inputs
     said = {"sparsity": "0.5", "solve": "auto"}
     assert one == {name: getattr(usual, name) for name in one} | said
     assert Pruning.of(**one) == Pruning.of(sparsity=0.5) == usual
@@ -129,6 +135,7 @@ VALUES: dict[str, list[Any]] = {
     "shrinkage": [0.0, 2.5],
     "strength": [0.1, 1.0],
     "scores": [110, 22],
+    "input_sparsity": [0.4, 0.5],
     "sparsity": ["0.25", "2:4"],
 }
 
@@ -137,14 +144,15 @@ VALUES: dict[str, list[Any]] = {
 def test_flags_read_one_value_or_several(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     values = VALUES.get(name) or [*OPTIONS[name].choices]
     words = ["auto" if value is None else str(value) for value in values]
+    flag = f"--{name.replace('_', '-')}"
     for word, value in zip(words, values, strict=True):
-        assert parsed("sparsify", f"--{name}", word)[name] == value
-    assert parsed("sweep", f"--{name}", ", ".join(words))[name] == tuple(values)
+        assert parsed("sparsify", flag, word)[name] == value
+    assert parsed("sweep", flag, ", ".join(words))[name] == tuple(values)
     if name in VALUES and name != "sparsity":
         for command in COMMANDS:
             with pytest.raises(SystemExit):
-                parsed(command, f"--{name}", "luck")
-            assert re.search(f"argument --{name}: .*'luck'", capsys.readouterr().err)
+                parsed(command, flag, "luck")
+            assert re.search(f"argument {flag}: .*'luck'", capsys.readouterr().err)
 
 
 def test_columns_of_tables_are_those_of_experts_and_budgets() -> None:
@@ -159,6 +167,7 @@ def test_columns_of_tables_are_those_of_experts_and_budgets() -> None:
 def test_a_word_that_is_no_choice_is_refused(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     words: dict[str, Any] = {"sparsity": 0.5, name: "luck"}
     words |= {"experts": 4} if name == "assign" else {}  # of one expert it is not read
+    words |= {"inputs": "teal"} if name == "input_shares" else {}  # nor this of dense inputs
     listed = ", ".join(get_args(CHOICES[name]))
     for make in (Pruning.of, arms_of):
         with pytest.raises(ValueError, match=rf"^{name}\b.*'luck'") as error:
@@ -166,8 +175,11 @@ def test_a_word_that_is_no_choice_is_refused(name: str, capsys: pytest.CaptureFi
         assert listed in str(error.value)
     if name != "budget":  # which may be a folder
         with pytest.raises(SystemExit):
-            parsed("sparsify", f"--{name}", "luck")
-        assert f"argument --{name}: invalid choice: 'luck'" in capsys.readouterr().err
+            parsed("sparsify", f"--{name.replace('_', '-')}", "luck")
+        assert (
+            f"argument --{name.replace('_', '-')}: invalid choice: 'luck'"
+            in capsys.readouterr().err
+        )
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -189,6 +201,11 @@ def test_several_values_are_no_pruning(name: str, kind: type) -> None:
         ({"experts": 2, "method": "wanda"}, r"experts.*sparsegpt.*\b2 experts.*wanda"),
         ({"budget": "std", "sparsity": "2:4"}, r"budget std.*\b2:4\b"),
         ({"across": "owl", "mask": "block"}, r"across owl.*mask.*\bblock\b"),
+        ({"inputs": "teal", "input_sparsity": 1.0}, r"input_sparsity.*below 1\b.*\b1\.0"),
+        ({"inputs": "teal", "input_sparsity": "much"}, "input_sparsity.*'much'"),
+        ({"method": "none"}, r"none.*dense.*\b0\.5\b.*sparsity 0"),
+        ({"sparsity": 0, "experts": 4}, "sparsity 0.*dense.*experts 4"),
+        ({"sparsity": "0", "budget": "trim"}, "sparsity 0.*dense.*budget trim"),
     ],
 )
 def test_what_makes_no_pruning_is_refused(words: dict[str, Any], message: str) -> None:
@@ -204,7 +221,7 @@ def test_one_expert_is_one_clustering() -> None:
 
 def test_words_leave_out_what_is_of_experts_or_a_budget_where_there_are_none() -> None:
     every = {"method": "sparsegpt", "mask": "row", "solve": "exact", "propagate": "sparse"}
-    every |= {"reconstruct": "none"}
+    every |= {"reconstruct": "none", "inputs": "dense"}
     routed = {"assign": "random", "shrinkage": 2.0}
     plain = Pruning.of(sparsity=0.5, assign="random", components=0, shrinkage=2.0, strength=0.75)
     assert plain.settings() == every | {"experts": 1, "sparsity": "0.5"}
@@ -228,8 +245,13 @@ def test_words_leave_out_what_is_of_experts_or_a_budget_where_there_are_none() -
     search = Pruning.of(sparsity=0.5, across="search", scores=33).settings()
     graded = {"budget": "uniform", "strength": "", "across": "search", "scores": 33}
     assert search == every | {"experts": 1, "sparsity": "0.5"} | graded
-    both = Pruning.of(sparsity=0.5, experts=4, budget="std", across="search").settings()
+    both = Pruning.of(
+        sparsity=0.5, experts=4, budget="std", across="search", inputs="teal"
+    ).settings()
     assert [*both] == NAMES  # in their order
+    dense = Pruning.of(sparsity=0, inputs="wina", input_sparsity=0.4).settings()
+    of_inputs = {"inputs": "wina", "input_sparsity": 0.4, "input_shares": "greedy"}
+    assert dense == {"method": "none", "experts": 1, "sparsity": "0"} | of_inputs
 
 
 def test_a_run_is_needed_by_what_is_made_of_it() -> None:
@@ -255,9 +277,9 @@ def test_arms_that_would_be_the_same_run_once() -> None:
     words = ["-".join(map(str, arm.settings().values())) for arm in arms]
     assert len(words) == len(set(words)) == 15
     assert [word for word in words if word.startswith("magnitude")] == [
-        "magnitude-block-greedy-sparse-none-1-0.5",
-        "magnitude-row-greedy-sparse-none-1-2:4",
-        "magnitude-row-greedy-sparse-none-1-0.5",
+        "magnitude-block-greedy-sparse-none-1-dense-0.5",
+        "magnitude-row-greedy-sparse-none-1-dense-2:4",
+        "magnitude-row-greedy-sparse-none-1-dense-0.5",
     ]
     with pytest.raises(ValueError, match=r"one value.*\bsparsity\b"):
         arms_of(sparsity=[], method=METHODS, mask=("row",))
@@ -325,6 +347,39 @@ def test_dense_inputs_are_not_reconstructed() -> None:
     ]
     with pytest.raises(ValueError, match=r"reconstruct.*propagate sparse"):
         arms_of(sparsity=[0.7], propagate=["dense"], reconstruct=["mlp", "none"])
+
+
+def test_dense_weights_and_dense_inputs_are_arms_only_of_the_other() -> None:
+    arms = arms_of(
+        sparsity=["0", 0.5],
+        method=METHODS,
+        mask=("row", "block"),
+        inputs=["dense", "teal", "wina"],
+        input_sparsity=[0.4, 0.5],
+        input_shares="uniform",
+    )
+    kinds = [(arm.method, arm.mask, arm.inputs, arm.input_sparsity) for arm in arms]
+    sparse = [*itertools.product(("teal", "wina"), (0.4, 0.5))]
+    assert [kind for kind in kinds if kind[0] == "none"] == [
+        ("none", "row", *one) for one in sparse
+    ]
+    pruned = [kind for kind in kinds if kind[0] != "none"]
+    each = [*itertools.product(METHODS, ("row", "block"))]
+    assert {*pruned} == {(*a, *b) for a in each for b in [("dense", 0.5), *sparse]}
+    assert len(kinds) == len({*kinds})
+    with pytest.raises(ValueError, match="dense model"):
+        arms_of(sparsity=["0"], method=METHODS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("flag", ["--input-sparsity", "--input-shares"])
+def test_options_of_sparse_inputs_need_them(command: str, flag: str) -> None:
+    value = {"--input-sparsity": "0.4", "--input-shares": "uniform"}[flag]
+    words = [*COMMANDS[command], flag, value]
+    with pytest.raises(ValueError, match=f"{flag} has an effect only.*--inputs"):
+        commands._options(arguments.parser().parse_args(words))
+    options, _ = commands._options(arguments.parser().parse_args([*words, "--inputs", "teal"]))
+    assert {"inputs", flag[2:].replace("-", "_")} <= {*options}
 
 
 def test_one_value_is_as_several_of_one() -> None:

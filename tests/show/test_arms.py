@@ -59,6 +59,30 @@ def test_lines_hold_the_arms_by_their_multiply_adds() -> None:
     assert "20,440 tokens, 40 windows" in ax.get_ylabel()
 
 
+def test_sparse_inputs_have_a_line_over_the_input_sparsity_for_each_sparsity() -> None:
+    frame = table(
+        ("none", "", "", "0", 0.6, 17.0, 1.0),
+        ("none", "", "", "0", 0.5, 18.0, 1.0),
+        ("sparsegpt", "row", "sparse", "0.5", 0.5, 19.0, 1.0),
+        ("sparsegpt", "row", "sparse", "0.5", 0.3, 25.0, 1.0),
+        ("sparsegpt", "row", "sparse", "0.5", 0.4, 22.0, 1.0),
+        ("sparsegpt", "row", "sparse", "0.7", 0.3, 40.0, 1.0),
+        ("sparsegpt", "row", "sparse", "0.7", 0.2, 60.0, 1.0),
+    )
+    inputs = ["", "teal", "teal", "dense", "teal", "teal", "dense", "wina"]
+    shares = ["uniform" if one in {"teal", "wina"} else "" for one in inputs]
+    frame = frame.assign(inputs=inputs, input_shares=shares)
+    frame = frame.assign(input_sparsity=["", 0.4, 0.5, "", 0.4, 0.2, "", 0.4])
+    points = lines_of(plots.sweep(frame))
+    assert points == {
+        "none, inputs teal": [(0.5, 18.0), (0.6, 17.0)],
+        "sparsegpt": [(0.3, 40.0), (0.5, 19.0)],
+        "sparsegpt, inputs teal, weights 0.5": [(0.3, 25.0), (0.4, 22.0)],
+        "sparsegpt, inputs wina, weights 0.7": [(0.2, 60.0)],
+        "dense, 15": points["dense, 15"],
+    }
+
+
 def test_what_does_not_differ_is_not_said() -> None:
     only = table(("wanda", "row", "sparse", "0.5", 0.5, 20.0, 1.0))
     assert set(lines_of(plots.sweep(only))) == {"wanda", "dense, 15"}
