@@ -66,9 +66,11 @@ def divergence_columns(
         return dict.fromkeys(COLUMNS, math.nan)
     found = {}
     for name in MEANS:
-        values = np.mean([np.array(one[name])[[*windows]] for one in known], axis=0)
+        lists = [np.array(one[name], dtype=np.float64) for one in known]
+        values = np.mean([one[[*windows]] for one in lists], axis=0)
         found[name], found[f"{name}_error"] = mean_over_windows(values)
-    tail, error = np.mean([one["tails"][text] for one in known], axis=0).tolist()
+    tails = np.array([one["tails"][text] for one in known], dtype=np.float64)  # a null is NaN
+    tail, error = tails.mean(axis=0).tolist()
     found |= {"kl_tail": tail, "kl_tail_error": error}
     return {name: found[name] for name in COLUMNS}
 

@@ -42,6 +42,8 @@ def is_compared(table: "pd.DataFrame") -> bool:
 
 def divergence_cells(row: Mapping[Any, Any]) -> list[str]:
     """Return the cells below `DIVERGENCE_HEADS`, with errors, in nats and in percent."""
+    if math.isnan(row["kl"]):  # of an arm that an older version has scored
+        return ["-"] * len(DIVERGENCE_HEADS)
     nats = [with_error(row[name], row[f"{name}_error"]) for name in ("kl", "kl_tail")]
     shares = ("agreement", "lost", "gained")
     return nats + [f"{with_error(100 * row[n], 100 * row[f'{n}_error'])}%" for n in shares]

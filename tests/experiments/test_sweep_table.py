@@ -137,13 +137,14 @@ def test_what_an_arm_says_otherwise_than_the_dense_model_is_printed() -> None:
     dense = with_divergence(DENSE, [0, 0], [1, 1], [0, 0], [0, 0], tail=0)
     one = with_divergence(arm(1), [0.25, 0.75], [0.5, 0.75], [0.25, 0.25], [0, 0.25], tail=2)
     broken = arm(1, "0.7") | {"window_nats": [None, None], "problem": "not finite"}
-    table, rows = described([dense, one, broken])
-    assert table["kl"].isna().tolist() == [False, False, True]
+    table, rows = described([dense, one, broken, arm(1, "0.8")])
+    assert table["kl"].isna().tolist() == [False, False, True, True]
     assert table["agreement_error"][1] == 0.125
     heads = ("KL (nats)", "KL 99.9%", "agreement", "lost", "gained")
     assert [[row[head] for head in heads] for row in rows] == [
         ["0", "0", "100%", "0%", "0%"],
         ["0.50 ± 0.25", "2.00 ± 0.50", "62 ± 12%", "25%", "12 ± 12%"],
+        ["-"] * 5,
         ["-"] * 5,
     ]
     assert "KL (nats)" not in described([DENSE, arm(1)])[1][0]

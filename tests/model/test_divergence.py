@@ -1,6 +1,7 @@
 """Columns of divergences: quantiles against torch, errors against plain sums."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from entangle.model.divergence import (
     divergence_columns,
     quantile_over_windows,
 )
+from entangle.runs import store
 
 
 def divergence(seed: int = 0, windows: int = 6, tokens: int = 400) -> Divergence:
@@ -62,6 +64,14 @@ def test_columns_are_means_over_a_texts_windows() -> None:
     whole = one.columns()
     assert whole["kl"] == pytest.approx(one.kl.mean(), rel=1e-6)
     assert whole["kl_tail"] == pytest.approx(np.quantile(one.kl, 0.999), rel=1e-6)
+
+
+def test_one_window_has_no_errors_also_when_read_from_json(tmp_path: Path) -> None:
+    one = divergence(windows=1)
+    store.write_json(tmp_path / "arm.json", one.stored([[0]]))
+    found = divergence_columns([store.read_json(tmp_path / "arm.json")], [0])
+    assert found["kl"] == pytest.approx(one.kl.mean(), rel=1e-6)
+    assert all(math.isnan(found[name]) == name.endswith("_error") for name in COLUMNS)
 
 
 def test_several_models_have_means_over_models() -> None:
