@@ -4,6 +4,7 @@ import copy
 import functools
 import json
 import os
+import re
 import shutil
 import struct
 from collections.abc import Callable, Iterator
