@@ -294,7 +294,7 @@ def load_expanded(
             f"{folder} is damaged: {EXPANSION} cannot be read ({error!r}). Make or copy the folder "
             "again"
         ) from error
-    if version not in {_FORMAT, _SPARSE_INPUTS}:
+    if version not in (_FORMAT, _SPARSE_INPUTS):  # a tuple: it may be a list
         raise ValueError(
             f"{folder} has format {version}, but this version of entangle reads the formats {_FORMAT} "
             f"and {_SPARSE_INPUTS}: expand the model again, or use the version that wrote the folder"

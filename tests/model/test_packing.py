@@ -4,6 +4,7 @@ import copy
 import functools
 import json
 import os
+import re
 import shutil
 import struct
 from collections.abc import Callable, Iterator
@@ -558,11 +559,11 @@ def test_a_description_without_one_of_its_parts_is_refused(folder: Path, key: st
     refused(folder, rf"damaged.* expansion\.json .*\bread\b.*'{key}'")
 
 
-@pytest.mark.parametrize("version", [0, 2, "1", None])
+@pytest.mark.parametrize("version", [0, 3, "1", None, [2]])
 def test_another_format_is_refused_with_what_to_do(folder: Path, version: Any) -> None:
     with described(folder) as about:
         about["format"] = version
-    refused(folder, rf"\bformat {version}\b.*\bformat 1\b")
+    refused(folder, rf"\bformat {re.escape(str(version))}.*\bformats 1 and 2\b")
 
 
 @pytest.mark.parametrize("sums", [None, 3, ["config.json"], "config.json"])
