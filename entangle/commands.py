@@ -94,7 +94,8 @@ def run_perplexity(args: argparse.Namespace) -> None:
     windows = _scored(args, _tokenizer(args), args.text, args.windows, args.stride)
     dense = None if args.against is None else _dense(args, windows)
     model = _model(args, packed=not args.unpacked)
-    models = {args.model: model} | ({args.against: dense} if dense is not None else {})
+    named = args.model if args.against != args.model else f"{args.model} ({args.revision})"
+    models = {named: model} | ({args.against: dense} if dense is not None else {})
     for one in models.values() if args.generate else ():
         repeating.check_prompts(one, windows)  # before the score is computed
     work: dict[str, Any] = {"batch_size": args.batch_size, "progress": _progress()}

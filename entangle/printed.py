@@ -120,8 +120,8 @@ def scored(result: dict[str, Any]) -> str:
             f"compared with {result['against']}: KL divergence {result['kl']:.5f} ± "
             f"{result['kl_error']:.5f} nats a token, 99.9% of the tokens below "
             f"{result['kl_tail']:.4g} ± {result['kl_tail_error']:.2g} (bootstrap of windows); the most "
-            f"likely next token is the same at {shares[0]} of the tokens; it is the text's only there at "
-            f"{shares[1]} (lost), and only here at {shares[2]} (gained)"
+            f"likely next token is the same at {shares[0]} of the tokens; only the dense model's is the text's at "
+            f"{shares[1]} (lost), and only this model's at {shares[2]} (gained)"
         )
     if "generation" in result:
         from entangle.model.repeating import PROMPT, PROMPTS, TOKENS
@@ -201,11 +201,12 @@ def sparsified(result: dict[str, Any]) -> str:
         )
     if "search" in result:
         names = [" from ".join(filter(None, (x["across"], x["start"]))) for x in result["search"]]
-        found = [f"{name} {x['kl']:.4f}" for name, x in zip(names, result["search"], strict=True)]
+        values = ["not finite" if x["kl"] is None else f"{x['kl']:.4f}" for x in result["search"]]
+        found = ", ".join(map(" ".join, zip(names, values, strict=True)))
         lines.append(
-            f"KL divergence from the dense model on {result['search'][0]['windows']} calibration windows "
-            f"that were set aside, nats a token: {', '.join(found)}. Details are in "
-            f"{result['folder']}/search.json"
+            f"KL divergence from the dense model, nats a token, on the "
+            f"{max(x['windows'] for x in result['search'])} calibration windows that the search chose by: "
+            f"{found}. Details are in {result['folder']}/search.json"
         )
     if result.get("inputs", "dense") != "dense":
         layers, sizes = (

@@ -15,6 +15,7 @@ from entangle.numerics.torch_settings import with_torch_defaults
 from entangle.pruning.options import (
     DISTANCE,
     EXPERT_DEFAULTS,
+    OF_INPUTS,
     SEARCH,
     TRIM,
     UNIFORM,
@@ -26,7 +27,7 @@ from entangle.pruning.options import (
     with_options,
 )
 from entangle.pruning.searching import check_search, searched, set_aside
-from entangle.pruning.sparsifying import check_prunings
+from entangle.pruning.sparsifying import check_prunings, needed_run
 from entangle.runs.setup import Setup
 
 STRENGTHS = (0.1, 0.25, 0.4)
@@ -94,17 +95,20 @@ def choose_budget(
             few scores, or no candidate has a score.
     """
     given: dict[str, Any] = dict(options)
-    for name in ("experts", "propagate", "reconstruct", *EXPERT_DEFAULTS):
-        if name in given:
-            raise ValueError(
-                "budgets are compared with one expert, dense propagation and no reconstruction: leave out "
-                f"{name}={given[name]!r}"
-            )
     if by not in {"strength", "search"}:
         raise ValueError(f"a budget is chosen by strength or search, got by={by!r}")
+    alike = ("experts", "propagate", "reconstruct", *EXPERT_DEFAULTS, *OF_INPUTS)
+    for name in alike if by == "strength" else (*alike, "solve"):
+        if name in given:
+            raise ValueError(
+                "budgets are compared with one expert, dense propagation, dense inputs and no "
+                f"reconstruction, and a search has the method's weights as published: leave out "
+                f"{name}={given[name]!r}"
+            )
     if run is None and by == "strength":
         raise ValueError("a strength is of a measured run of the model: pass it as run")
-    prunings = _candidates(given) if by == "strength" else [_searched(given)]
+    prunings = _candidates(given) if by == "strength" else [_searched_pruning(given)]
+    needed_run(prunings, run)
     check_in_memory(model, "choosing a budget")
     setup = Setup.of(
         model,
@@ -120,7 +124,7 @@ def choose_budget(
     if by == "search":
         pruning = prunings[0]
         check_prunings(setup, prunings)
-        check_search(pruning, 1 if run is None else 2)
+        check_search(setup, pruning)
         blocks, table = searched(setup, pruning)
         found: dict[Any, Any] = table.sort_values("kl", kind="stable").to_dict("records")[0]
         change, error = found["nats_against_uniform"], found["nats_against_uniform_error"]
@@ -143,8 +147,13 @@ def _candidates(given: dict[str, Any]) -> list[Pruning]:
         ValueError: a budget has no strength.
     """
     budgets = several(given.pop("budget", VARIABLES))
-    searched = {"strength", "across"}  # besides budget; all others take one value
-    Pruning.of(**{name: value for name, value in given.items() if name not in searched})
+    compared = {"strength", "across"}  # besides budget; all others take one value
+    Pruning.of(**{name: value for name, value in given.items() if name not in compared})
+    if SEARCH in several(given.get("across", UNIFORM)):
+        raise ValueError(
+            f"a strength is chosen with blocks of a rule: leave out across={given['across']!r}, or choose "
+            "by search"
+        )
     alike = sorted({UNIFORM, TRIM} & {*budgets})
     if alike:
         raise ValueError(f"budget {alike[0]} has no strength to choose: give other budgets")
@@ -152,7 +161,7 @@ def _candidates(given: dict[str, Any]) -> list[Pruning]:
     return arms_of(**candidates | {"budget": [UNIFORM, *budgets], "propagate": "dense"})
 
 
-def _searched(given: dict[str, Any]) -> Pruning:
+def _searched_pruning(given: dict[str, Any]) -> Pruning:
     """Return the pruning whose blocks are searched.
 
     Raises:

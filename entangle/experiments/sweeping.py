@@ -202,7 +202,7 @@ def sweep_arms(
     for arm in prunings:  # raise for an impossible budget before pruning starts
         known: dict[str, Any] = {"run": setup.run, "importance": equal, "seed": setup.seed}
         if arm.across == SEARCH and blocks is None:
-            check_search(arm, 1 if setup.run is None else 2)
+            check_search(setup, arm)
             known["blocks"] = uniform_zeros(setup, arm)
         zeros_of(setup.layers, arm, **{"blocks": blocks} | known)
     clusterings = list(dict.fromkeys(p.clustering for p in prunings if p.propagate == "dense"))

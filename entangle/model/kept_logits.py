@@ -75,10 +75,16 @@ def keep_logits(
 
 
 def _remade(kept: KeptLogits, number: int) -> bool:
-    """Keep a batch; return whether its logits can be made again with the same bits."""
+    """Keep a batch; return whether its logits can be made again with the same bits.
+
+    Raises:
+        OutOfMemoryError: the device has too little memory.
+    """
     try:
         logits = _keep(kept, number)
         return torch.equal(kept.of_batch(number), logits)
+    except torch.OutOfMemoryError:
+        raise
     except (RuntimeError, AttributeError, IndexError, KeyError, TypeError, ValueError):
         return False  # what fails in any run of the model fails again when it is scored
 

@@ -27,7 +27,7 @@ class Repetition:
 
     ``distinct_N`` is the share of the continuation's N-grams that are distinct (1 less it is seq-rep-N of
     arXiv 1908.04319). ``repetition`` is the share of its tokens that are among the 32 tokens before
-    them, prompt included (rep/32 there).
+    them, prompt included.
     """
 
     shares: dict[str, Floats]  # (prompts,), by name
@@ -56,14 +56,16 @@ def repetition(
     """Generate ``tokens`` tokens after each of some prompts, and count what repeats.
 
     The prompts are the first ``prompt_tokens`` tokens of evenly spaced windows, or of all if there are
-    fewer. An end of sequence does not stop the model, so that all continuations are equally long.
+    fewer; windows that begin alike are one. An end of sequence does not stop the model, so that all continuations are equally long.
     Under torchrun each process generates its share of the batches, and all return the same.
 
     Raises:
         ValueError: as `check_prompts`.
     """
     check_prompts(model, windows, prompts=prompts, prompt_tokens=prompt_tokens, tokens=tokens)
-    chosen = evenly_spaced(windows, prompts).tokens[:, :prompt_tokens]
+    begins = [tuple(row) for row in windows.tokens[:, :prompt_tokens].tolist()]
+    first = torch.tensor(sorted({row: n for n, row in reversed([*enumerate(begins)])}.values()))
+    chosen = evenly_spaced(windows.chosen(first), prompts).tokens[:, :prompt_tokens]
     batches = torch.split(chosen, batch_size)
     found = torch.zeros(len(NAMES), len(chosen), dtype=torch.float64)
     settings = GenerationConfig(  # type: ignore[no-untyped-call]

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-Zeros = dict[int, int]  # by block
+BlockZeros = dict[int, int]  # by block
 Fitness = Callable[[Mapping[int, int], int], float]  # of the zeros, in a generation; less is better
 
 OFFSPRING, SURVIVORS = 8, 2
@@ -25,13 +25,13 @@ def evolve(
     many: Fitness,
     scores: int,
     seed: int,
-) -> Zeros:
+) -> BlockZeros:
     """Return the zeros of each block that the search ends with.
 
     ``sizes`` are the weights of each block. A level is ``step`` zeros more or less. ``few`` scores
-    offspring, ``many`` the survivors and the parent, whose score is never worse in a generation than
-    that of the next parent. The search ends when another generation would take more than ``scores``
-    scores in all, or when no switch is possible.
+    offspring, ``many`` the survivors and the parent; the best of these is the next parent. The search
+    ends when another generation would take more than ``scores`` scores in all, or when no switch is
+    possible.
     """
     rng, parent = np.random.default_rng(seed), dict(start)
     for generation in range(scores // SCORES):
@@ -45,10 +45,10 @@ def evolve(
 
 
 def _offspring(
-    parent: Zeros, sizes: Mapping[int, int], step: int, rng: np.random.Generator
-) -> list[Zeros]:
+    parent: BlockZeros, sizes: Mapping[int, int], step: int, rng: np.random.Generator
+) -> list[BlockZeros]:
     """Return mutated copies of the parent, all different; fewer if there are not so many."""
-    found: list[Zeros] = []
+    found: list[BlockZeros] = []
     for _ in range(8 * OFFSPRING):
         one = _mutated(parent, sizes, step, rng)
         if one != parent and one not in found:
@@ -58,7 +58,9 @@ def _offspring(
     return found
 
 
-def _mutated(parent: Zeros, sizes: Mapping[int, int], step: int, rng: np.random.Generator) -> Zeros:
+def _mutated(
+    parent: BlockZeros, sizes: Mapping[int, int], step: int, rng: np.random.Generator
+) -> BlockZeros:
     """Return a copy after some switches: one block has a level more, another a level less.
 
     Their number is the smaller of two uniform draws from 1 to 3, as published.

@@ -12,7 +12,7 @@ import torch
 import xarray as xr
 
 from entangle.model.blocks import BlockWalk
-from entangle.model.layers import LinearLayer, weight_of
+from entangle.model.layers import LinearLayer, naming, weight_of
 from entangle.numerics.masks import prune, wanda_scores
 from entangle.numerics.moments import output_energy
 from entangle.numerics.shares import (
@@ -211,7 +211,8 @@ def _least_error(layers: Sequence[LinearLayer], calibrations: Calibrations) -> f
     errors = []
     for layer in layers:
         weight, one = weight_of(layer), calibrations[layer.name]
-        pruned = prune(weight, one.moments, Sparsity(0.5), method="wanda", solve="exact").weight
+        with naming(layer):
+            pruned = prune(weight, one.moments, Sparsity(0.5), method="wanda", solve="exact").weight
         lost = float(output_energy(pruned.double() - weight.double(), one.moments).sum())
         errors.append(lost / one.energy if one.energy else 0.0)
     return sum(errors) / len(errors)

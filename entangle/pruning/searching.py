@@ -3,7 +3,8 @@
 import dataclasses
 import math
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,13 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-from entangle.model import ranks
+from entangle.model import folders, ranks
 from entangle.model.divergence import mean_over_windows
 from entangle.model.kept_logits import KeptLogits, keep_logits
 from entangle.model.score import Score
 from entangle.model.scoring import NotFiniteError, score_of
 from entangle.model.text import TokenWindows
-from entangle.numerics.evolution import SCORES, Fitness, Zeros, evolve
+from entangle.numerics.evolution import SCORES, BlockZeros, Fitness, evolve
 from entangle.pruning.budgets import zeros_of
 from entangle.pruning.levels import PrunedBlocks
 from entangle.pruning.options import SEARCH, SHUFFLED, UNIFORM, Pruning
@@ -26,6 +27,10 @@ from entangle.runs import store
 from entangle.runs.setup import Setup
 
 ASIDE = 4  # one window in this many is set aside
+TOO_FEW = (
+    "too few calibration windows to choose a budget: expected at least {}, got {}. Give more windows, or "
+    "a budget that needs no choice"
+)
 STEP = 0.02  # a level's zeros, as a share of the weights of the smallest block
 SEARCH_FILE = "search.json"  # in the folder of a pruned model
 FEW, MANY = 2, 8  # windows on which offspring are scored, and survivors and parents
@@ -54,12 +59,18 @@ def set_aside(setup: Setup) -> Setup:
     return found
 
 
-def check_search(pruning: Pruning, starts: int) -> None:
-    """Check the options of a search that has some starts.
+def check_search(setup: Setup, pruning: Pruning) -> None:
+    """Check the options of a search before any computation.
 
     Raises:
-        ValueError: there are too few scores for a generation, or the budget is a control.
+        LookupError: the run lacks a layer.
+        ValueError: there are too few windows to set some aside, or too few scores for a generation;
+            the budget is a control; or there is no entanglement budget to begin with (see `zeros_of`).
     """
+    assert setup.windows is not None
+    if len(setup.windows) < ASIDE:
+        raise ValueError(TOO_FEW.format(ASIDE, len(setup.windows)))
+    starts = len(_starts(setup, pruning))
     if pruning.scores // starts < SCORES:
         raise ValueError(
             f"a generation takes {SCORES} scores, and {starts} searches have {pruning.scores}: give at "
@@ -71,19 +82,35 @@ def check_search(pruning: Pruning, starts: int) -> None:
 
 def searched(
     setup: Setup, pruning: Pruning, file: Path | None = None
-) -> tuple[Zeros, pd.DataFrame]:
+) -> tuple[BlockZeros, pd.DataFrame]:
     """Return the zeros of each block that a search finds, and the table of `search_blocks`.
 
-    With a ``file`` both are read from it, or written to it.
+    With a ``file`` both are read from it, or written to it. Pruned blocks are kept beside it until the
+    search ends.
     """
     if file is None or not file.exists():
-        zeros, table = search_blocks(set_aside(setup), pruning)
+        with _folder(file) as folder:
+            zeros, table = search_blocks(set_aside(setup), pruning, folder)
         rows = table.to_dict(orient="records")
         if file is not None:
             ranks.on_rank_zero(store.write_json, file, {"zeros": zeros, "candidates": rows})
         return zeros, table
     found = store.read_json(file)
     return {int(b): n for b, n in found["zeros"].items()}, pd.DataFrame(found["candidates"])
+
+
+@contextmanager
+def _folder(file: Path | None) -> Iterator[Path]:
+    """Yield a folder for pruned blocks, beside a file or a temporary one, and remove it at the end."""
+    if file is None:
+        with tempfile.TemporaryDirectory() as temporary:
+            yield Path(ranks.from_rank(0, temporary))
+            ranks.all_gather(None)
+        return
+    folder = file.with_suffix(".levels")
+    ranks.on_rank_zero(folders.remove_folder, folder)  # of a search that was killed
+    yield folder
+    ranks.on_rank_zero(folders.remove_folder, folder)
 
 
 def search_name(pruning: Pruning) -> str:
@@ -93,7 +120,7 @@ def search_name(pruning: Pruning) -> str:
     return "-".join(map(str, parts)).replace("*", "x") + ".json"
 
 
-def uniform_zeros(setup: Setup, pruning: Pruning) -> Zeros:
+def uniform_zeros(setup: Setup, pruning: Pruning) -> BlockZeros:
     """Return the zeros of each block if all rows are alike."""
     return {
         block: sum(x.neurons * round(pruning.sparsity.share * x.inputs) for x in here)
@@ -101,14 +128,15 @@ def uniform_zeros(setup: Setup, pruning: Pruning) -> Zeros:
     }
 
 
-def search_blocks(setup: Setup, pruning: Pruning) -> tuple[Zeros, pd.DataFrame]:
+def search_blocks(setup: Setup, pruning: Pruning, folder: Path) -> tuple[BlockZeros, pd.DataFrame]:
     """Search from uniform blocks and, with a run, from the entanglement budget.
 
     The setup's evaluation are the windows set aside. Pairs of them score offspring, and groups of
     eight score survivors and parents, in turns. A candidate's weights are those of the method as
     published, with one expert, dense inputs and dense propagation. Each search has its share of the scores. Return
     the zeros of each block of the candidate with the lowest KL divergence on all windows set aside,
-    and a table of the starts and of what was found (see `choose_budget`).
+    and a table of the starts and of what was found (see `choose_budget`). Pruned blocks are written
+    into ``folder``.
 
     Raises:
         ValueError: there are too few scores, the dense model's logits cannot be made again, the
@@ -118,16 +146,14 @@ def search_blocks(setup: Setup, pruning: Pruning) -> tuple[Zeros, pd.DataFrame]:
     plain: Any = {"solve": "greedy", "propagate": "dense", "reconstruct": "none"}
     pruning = dataclasses.replace(pruning, **plain, experts=1, inputs="dense")
     starts = _starts(setup, pruning)
-    check_search(pruning, len(starts))
     sizes = {b: sum(x.neurons * x.inputs for x in here) for b, here in setup.blocks.items()}
-    step, share = max(int(STEP * min(sizes.values())), 1), pruning.scores // len(starts)
+    step = max(int(STEP * min(sizes.values())), 1)
+    share = pruning.scores // len(starts) // SCORES * SCORES  # whole generations
     whole, few, many = _kept(setup, setup.evaluation), _groups(setup, FEW), _groups(setup, MANY)
-    candidates: list[tuple[str, str, int, Zeros]] = []
-    with (
-        tempfile.TemporaryDirectory() as temporary,
-        tqdm(total=pruning.scores, unit="score", disable=not setup.progress) as bar,
-    ):
-        blocks = PrunedBlocks(setup, pruning, Path(ranks.from_rank(0, temporary)))
+    candidates: list[tuple[str, str, int, BlockZeros]] = []
+    count = share * len(starts)
+    with tqdm(total=count, unit="score", desc="search", disable=not setup.progress) as bar:
+        blocks = PrunedBlocks(setup, pruning, folder)
 
         def fitness(texts: list[_Text]) -> Fitness:
             def kl(zeros: Mapping[int, int], generation: int) -> float:
@@ -163,7 +189,7 @@ class _Text:
     logits: KeptLogits
 
 
-def _starts(setup: Setup, pruning: Pruning) -> dict[str, Zeros]:
+def _starts(setup: Setup, pruning: Pruning) -> dict[str, BlockZeros]:
     """Return the zeros of each block that the searches begin with, by their rule."""
     uniform = uniform_zeros(setup, pruning)
     if setup.run is None:

@@ -21,7 +21,7 @@ from entangle.model.blocks import BlockWalk
 from entangle.model.integrity import LOG, described_files
 from entangle.model.layers import LinearLayer, find_layers, naming
 from entangle.model.loading import save_model
-from entangle.model.placing import is_offloaded
+from entangle.model.placing import check_in_memory, is_offloaded
 from entangle.model.prunable import check_prunable
 from entangle.model.reloading import check_saved
 from entangle.model.sampling import sample_inputs
@@ -212,7 +212,8 @@ def sparsify(
     attributes = setup.provenance() | pruning.settings() | budget_run(setup)
     attributes |= searched_blocks([pruning], blocks)
     if pruning.across == SEARCH and blocks is None:
-        check_search(pruning, 1 if setup.run is None else 2)
+        check_in_memory(model, "a search for blocks")
+        check_search(setup, pruning)
     stopwatch = Stopwatch(windows)
     dense = costs.model_multiply_adds(model)
     kept = (
