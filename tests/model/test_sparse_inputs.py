@@ -231,8 +231,29 @@ def test_it_is_another_model_than_with_dense_inputs() -> None:
     assert torch.equal(logits(model), before)
 
 
-def test_a_model_with_sparse_inputs_is_not_pruned_again() -> None:
+def test_a_model_with_sparse_inputs_is_not_pruned_in_any_layer_and_keeps_its_rules() -> None:
     from tests.pruning.test_sparsifying import random_windows
 
-    with pytest.raises(ValueError, match=r"q_proj.*sparse inputs already"):
-        entangle.sparsify(sparse(small()), random_windows(2), sparsity=0.5)
+    model, windows = sparse(small()), random_windows(4)
+    before = logits(model)
+    run = entangle.measure(model, windows)
+    calls: list[Any] = [
+        lambda layers: entangle.sparsify(model, windows, sparsity=0.5, layers=layers),
+        lambda layers: entangle.sweep(
+            model, windows, random_windows(3, seed=7), sparsity=0.5, layers=layers
+        ),
+        lambda layers: entangle.choose_budget(
+            model, windows, by="search", sparsity=0.5, layers=layers
+        ),
+        lambda layers: entangle.ablate(
+            model, windows, random_windows(3, seed=7), run=run, layers=layers
+        ),
+        lambda layers: entangle.disentangle(
+            model, windows, random_windows(3, seed=7), run=run, layers=layers, experts=2
+        ),
+    ]
+    for layers in ("*", "*.o_proj"):  # o_proj has dense inputs
+        for call in calls:
+            with pytest.raises(ValueError, match="q_proj has sparse inputs already"):
+                call(layers)
+    assert torch.equal(logits(model), before)

@@ -4,16 +4,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 from transformers import PreTrainedModel
 
 import entangle
 from entangle.model.layers import LinearLayer, find_layers, weight_of
-from entangle.model.sparse_inputs import densify_inputs, input_hooks
+from entangle.model.sparse_inputs import densify_inputs, input_hooks, rule_tensors
 from entangle.pruning import inputs as choosing
 from tests.pruning.test_sparsifying import random_windows
-from tests.tiny_models import tiny_model
+from tests.tiny_models import save_tiny, tiny_model
 
 MLP = ["*.mlp.*"]
 
@@ -194,6 +195,22 @@ def test_a_sweeps_arm_is_the_model_sparsified_alone(tmp_path: Path) -> None:
     assert (none["sparsity"], none["mask"], none["solve"], none["layer_error"]) == ("0", "", "", 0)
     assert none["density"] == pytest.approx(1 - 0.4 * 15 / 16, rel=0.05)
     assert none["stored"] == none["dense_multiply_adds"]
+
+
+def test_a_model_in_files_has_the_same_rules_as_in_memory(tmp_path: Path) -> None:
+    save_tiny(tmp_path / "model", "llama")
+    words: dict[str, Any] = {"sparsity": 0, "inputs": "teal", "layers": MLP}
+    words |= {"input_shares": "uniform"}
+    whole, offloaded = (
+        entangle.load_model(tmp_path / "model", offload=offload)
+        for offload in (None, tmp_path / "blocks")
+    )
+    windows = random_windows(4)
+    found = entangle.sparsify(whole, windows, **words)
+    other = entangle.sparsify(offloaded, windows, **words, out=tmp_path / "out")
+    pd.testing.assert_frame_equal(other.layers, found.layers)
+    rules = rule_tensors(entangle.load_model(tmp_path / "out"))
+    assert rules == rule_tensors(whole)
 
 
 def test_inputs_that_are_not_finite_are_told() -> None:
