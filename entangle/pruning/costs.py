@@ -110,6 +110,7 @@ def totals(rows: Sequence[Mapping[str, Any]], dense_model: float) -> dict[str, f
     }
 
 
-def size_of(folder: Path) -> int:
-    """Return the size of all weights in a model's folder, bytes."""
-    return sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
+def size_of(folder: Path, without: Path) -> int:
+    """Return the size of all weights in a model's folder, bytes; ``without`` a folder in it."""
+    files = [file for file in folder.rglob("*.safetensors") if without not in file.parents]
+    return sum(file.stat().st_size for file in files)

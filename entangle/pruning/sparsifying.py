@@ -236,7 +236,8 @@ def sparsify(
             save_model(model, tokenizer, checkpoint.folder, checkpoint.described())
             check_saved(model, checkpoint.folder, windows.tokens[:1], checkpoint.blocks)
             whole = {"sparsity": found.sparsity, "error": found.error}
-            whole |= costs.totals(rows, dense) | {"model_bytes": costs.size_of(checkpoint.folder)}
+            size = costs.size_of(checkpoint.folder, without=checkpoint.blocks)
+            whole |= costs.totals(rows, dense) | {"model_bytes": size}
             store.write_json(checkpoint.folder / "sparsity.json", whole | {"layers": rows})
             files = described_files(checkpoint.folder, checkpoint.name)
             store.write_json(checkpoint.folder / LOG, stopwatch.log() | files)

@@ -342,6 +342,7 @@ def test_the_command_line_says_that_a_plan_of_the_first_block_is_not_of_the_larg
     [
         ({"name": "nowhere"}, FileNotFoundError, "model.*nowhere"),
         ({"layers": ["*.up_prj"]}, LookupError, r"layer.*'\*\.up_prj'.*up_proj"),
+        ({"layers": (), "input_layers": "*.up_proj"}, ValueError, "needs layers"),
         ({"length": 9999}, ValueError, "9999"),
         ({"length": 65}, ValueError, r"windows of 65.*context of 64"),
         ({"windows": 0}, ValueError, r"\b1 window.*\b0 windows of 32\b"),

@@ -829,6 +829,13 @@ words = {"propagate": ["dense"], "method": ["wanda", "magnitude"], "batch_size":
 table = entangle.sweep(model, calibration, evaluation, sparsity=[0.5], **words)
 found["sweep"] = {"nats": table["nats"].tolist(), "held": table["held_out_error"].tolist()[1:]}
 model = entangle.load_model(place / "model")
+words = {"sparsity": 0, "inputs": "teal", "input_sparsity": 0.25, "batch_size": 2}
+words |= {"layers": ["*.1.mlp.up_proj", "*.1.mlp.down_proj"]}
+rows = entangle.sparsify(model, calibration, **words).layers  # greedy shares
+names = ["layer", "input_share", "input_threshold", "realised_inputs", "multiply_adds"]
+nats = entangle.perplexity(model, evaluation, batch_size=2).nats
+found["inputs"] = {**rows[names].to_dict(orient="list"), "nats": nats}
+model = entangle.load_model(place / "model")
 reconstruction.RATE = 5e-3  # a higher rate fits the few tokens too closely
 words = {"sparsity": 0.5, "solve": "greedy", "layers": "*.0.mlp.*", "batch_size": 2}
 words |= {"reconstruct": "mlp"}
@@ -859,6 +866,7 @@ def test_two_processes_prune_as_one_does(place: Path, tmp_path: Path) -> None:
         assert one["zeros"] == tuned[0]["zeros"]
         assert one["different"] == 1
     assert shared.keys() == alone.keys()
+    assert len({*alone["inputs"]["input_share"]}) > 1
     # All tokens of the second process, whose layers know no other cluster.
     assert alone["halves"]["smallest_cluster"].count(2 * 2 * 32) > 3
     for words, expected in alone.items():

@@ -21,6 +21,7 @@ import entangle
 from entangle.model.folders import new_file
 from entangle.model.layers import LinearLayer, find_blocks, find_layers, weight_of
 from entangle.model.loading import load_model, save_model
+from entangle.model.sparse_inputs import rule_tensors
 from entangle.pruning import block as pruned_block
 from entangle.pruning import checkpoint, sparsifying
 from entangle.pruning.block import PrunedLayer
@@ -71,7 +72,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def same_state(a: PreTrainedModel, b: PreTrainedModel) -> bool:
-    left, right = a.state_dict(), b.state_dict()
+    left, right = (one.state_dict() | rule_tensors(one) for one in (a, b))
     return left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
 
 

@@ -61,10 +61,11 @@ def test_a_model_expanded_in_part_needs_fewer_multiply_adds() -> None:
 
 
 def test_a_folder_is_as_large_as_all_its_weights(tmp_path: Path) -> None:
-    (tmp_path / "experts").mkdir()
-    for name, size in (("dense.safetensors", 100), ("experts/0.safetensors", 23), ("a.json", 7)):
+    sizes = {"dense.safetensors": 100, "experts/0.safetensors": 23, "a.json": 7}
+    for name, size in (sizes | {"blocks/0.safetensors": 400}).items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"x" * size)
-    assert size_of(tmp_path) == 123
+    assert size_of(tmp_path, without=tmp_path / "blocks") == 123
 
 
 def test_the_damping_of_a_mixture_is_that_of_its_worst_expert(

@@ -183,7 +183,9 @@ def test_the_manifest_counts_the_zeros_of_the_file(tmp_path: Path) -> None:
     model = tiny_model("llama", dtype=torch.bfloat16)
     entangle.sparsify(model, random_windows(), sparsity=0.6, layers="*.mlp.*", out=tmp_path / "out")
     tensors = load_file(tmp_path / "out" / "model.safetensors")
-    for layer in json.loads((tmp_path / "out" / "sparsity.json").read_text())["layers"]:
+    manifest = json.loads((tmp_path / "out" / "sparsity.json").read_text())
+    assert manifest["model_bytes"] == (tmp_path / "out" / "model.safetensors").stat().st_size
+    for layer in manifest["layers"]:
         weight = tensors[layer["layer"] + ".weight"]
         assert weight.dtype == torch.bfloat16
         zeros = int((weight == 0).sum())
