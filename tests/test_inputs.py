@@ -156,6 +156,19 @@ def test_patterns_are_of_layers_and_what_is_left_out_is_named_as_inputs_are() ->
         find_inputs(model, "*.down_proj", "*:input")
     run = measure(model, windows_of(tokens(2)), layers=(), input_layers=DOWN)  # inputs alone
     assert run.sizes["neuron"] == summary(run)["inputs"]["neurons_measured"] == 37
+    words: dict[str, Any] = {"input_layers": "*.down_proj"}
+    some = measure(model, windows_of(tokens(2)), **words, exclude=[names[0], "*.1.*", "*.q_proj"])
+    assert {*inputs_of(some)["layer"].to_numpy()} == {names[2]}
+    assert "model.layers.0.mlp.down_proj" in outputs_of(some)["layer"]
+    some = measure(model, windows_of(tokens(2)), layers=(), **words, exclude=names[0])
+    assert {*some["layer"].to_numpy()} == {*names[1:]}
+    with entangle.record(model, **words, exclude=names[0]) as recorder:
+        assert names[0] not in {one.name for one in recorder.layers}
+        model(input_ids=tokens(1))
+    with pytest.raises(LookupError, match=r"no layer matches '\*\.up_proj:input'"):
+        measure(model, windows_of(tokens(2)), **words, exclude="*.up_proj:input")
+    with pytest.raises(ValueError, match=r"difficulty 5.*only inputs"):
+        measure(model, windows_of(tokens(2)), layers=(), input_layers=DOWN, difficulty=5)
     mlp: Any = model.get_submodule("model.layers.0.mlp")
     mlp.add_module("down_proj:input", nn.Linear(3, 3))
     with pytest.raises(ValueError, match=r"a layer .*0\.mlp\.down_proj:input\b"):

@@ -21,7 +21,7 @@ from accelerate import init_empty_weights
 from transformers import AutoConfig
 
 from entangle.model.classes import class_of
-from entangle.model.layers import find_blocks, find_layers
+from entangle.model.layers import find_blocks
 from entangle.model.loading import (
     DTYPES,
     explained,
@@ -34,7 +34,7 @@ from entangle.model.mixing import mixed_windows, share_windows
 from entangle.model.packing import is_expanded
 from entangle.model.placing import bytes_of_block
 from entangle.model.quantised import forget_format
-from entangle.model.sides import Recordable, by_block, find_inputs, in_order, layer_of
+from entangle.model.sides import Recordable, by_block, find_both, in_order, layer_of
 from entangle.model.text import OWN, check_windows
 from entangle.numerics.histograms import Histograms
 from entangle.pruning.options import Pruning, Reconstruct, SolveOption
@@ -152,8 +152,9 @@ def plan(
     kind: torch.dtype = stored if dtype == "auto" else getattr(torch, dtype)
     with explained(model):
         whole = _empty(config, kind, trust_remote_code)
-    chosen = find_layers(whole, layers, exclude)
-    inputs = find_inputs(whole, input_layers, exclude)
+    chosen, inputs = find_both(whole, layers, input_layers, exclude)
+    if not chosen:
+        raise ValueError("sparsify, whose costs are planned too, needs layers: give some as layers")
     tokenizer = load_tokenizer(model, revision=revision, trust_remote_code=trust_remote_code)
     parts = share_windows(texts, tokenizer, windows=windows, length=length)
     drawn = mixed_windows([part for part in parts if part is not None])

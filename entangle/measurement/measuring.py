@@ -108,6 +108,11 @@ def measure(
         skip_first=skip_first,
         progress=progress,
     )
+    if difficulty and not setup.layers:
+        raise ValueError(
+            f"difficulty {difficulty} is of the neurons of layers, but only inputs are recorded: give "
+            "layers, or leave difficulty out"
+        )
     recording = _Recording(setup, bins, _shard(shard, difficulty))
     if shard is not None and not recording.own:
         raise ValueError(

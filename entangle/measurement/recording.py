@@ -9,9 +9,9 @@ import xarray as xr
 from transformers import PreTrainedModel
 
 from entangle.model.hooks import BatchCounter, check_hooks, recording_rows, unheard_layers
-from entangle.model.layers import device_of, find_layers
+from entangle.model.layers import device_of
 from entangle.model.patterns import INPUT, as_list
-from entangle.model.sides import Recordable, find_inputs, in_order, layer_of, without_skipped
+from entangle.model.sides import Recordable, find_both, in_order, layer_of, without_skipped
 from entangle.numerics.histograms import Histograms
 from entangle.runs import labelling
 
@@ -128,8 +128,7 @@ def record(
             that a pattern names cannot be heard, or none can.
     """
     check_hooks(model, skip_first)
-    matched = find_layers(model, layers, exclude)
-    inputs = find_inputs(model, input_layers, exclude)
+    matched, inputs = find_both(model, layers, input_layers, exclude)
     skipped = unheard_layers(model, in_order(matched, inputs), _some_tokens(model))
     recorded = in_order(
         without_skipped(matched, skipped, as_list(layers)),

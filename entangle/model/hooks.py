@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional
 from transformers import PreTrainedModel
 
 from entangle.model.layers import LinearLayer, decoder_of
@@ -116,9 +117,24 @@ def _tokens_of(
     inputs = arguments.get("inputs_embeds") if inputs is None else inputs
     if inputs is None:
         raise ValueError("the model was called without input_ids and without inputs_embeds")
-    cache = arguments.get("past_key_values")
+    cache, mask = arguments.get("past_key_values"), arguments.get("attention_mask")
     past = 0 if cache is None else int(cache.get_seq_length())
-    return inputs.shape[:2], past, arguments.get("attention_mask"), inputs.device
+    if _holds_state(arguments.get("cache_params")):
+        # A state has no length, and Mamba's mask is of the new tokens: one token came before at least.
+        given = mask.shape[1] if isinstance(mask, torch.Tensor) else 0
+        past = max(given - inputs.shape[1], 1)
+        if isinstance(mask, torch.Tensor):
+            mask = functional.pad(mask, (past + inputs.shape[1] - given, 0), value=1)
+    return inputs.shape[:2], past, mask, inputs.device
+
+
+def _holds_state(cache: Any) -> bool:
+    """Return whether a recurrent model's cache (Mamba, xLSTM) has the state of earlier tokens."""
+    if cache is None:
+        return False
+    if hasattr(cache, "seqlen_offset"):  # of xLSTM
+        return bool(cache.seqlen_offset > 0)
+    return bool(cache.has_previous_state())
 
 
 class BatchCounter:

@@ -30,7 +30,7 @@ def chosen(names: Iterable[str], patterns: Sequence[str], exclude: Sequence[str]
         return any(fnmatch.fnmatchcase(name, pattern) for pattern in some)
 
     found = [matches(name, patterns) and not matches(name, exclude) for name in names]
-    if exclude and not any(found):
+    if patterns and exclude and not any(found):
         raise LookupError(
             f"no layer is left: those that match {', '.join(patterns)} also match an excluded "
             f"pattern ({', '.join(exclude)})"

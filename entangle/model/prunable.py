@@ -9,7 +9,6 @@ from transformers.pytorch_utils import Conv1D
 
 from entangle.model.experts import ExpertLinear
 from entangle.model.layers import LinearLayer, is_plain, weight_of
-from entangle.model.sparse_inputs import input_hooks
 
 
 def multiplies(module: nn.Module) -> bool:
@@ -67,19 +66,13 @@ def check_prunable(layers: Sequence[LinearLayer], among: Sequence[LinearLayer] =
     """Check that the layers have plain weights, and share none with each other or with ``among``.
 
     Raises:
-        ValueError: a layer is quantised or expanded, has sparse inputs, or shares its weight with
-            another.
+        ValueError: a layer is quantised or expanded, or shares its weight with another.
     """
     owners: dict[int, list[str]] = {}
     for layer in {*layers, *among}:
         if is_plain(layer.module):
             owners.setdefault(_place(layer), []).append(layer.name)
     for layer in layers:
-        if input_hooks(layer.module):
-            raise ValueError(
-                f"{layer.name} has sparse inputs already, which were chosen for its present weights: "
-                "prune the model that it was made from"
-            )
         if isinstance(layer.module, ExpertLinear):
             raise ValueError(
                 f"{layer.name} is already expanded to {len(weight_of(layer))} experts: prune the "

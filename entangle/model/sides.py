@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from entangle.model.layers import LinearLayer, find_layers
-from entangle.model.patterns import INPUT, as_list, chosen
+from entangle.model.patterns import INPUT, as_list, chosen, unmatched
 
 if TYPE_CHECKING:  # the import takes seconds, and some commands need no model
     from transformers import PreTrainedModel
@@ -78,6 +78,30 @@ def find_inputs(
         )
     kept = chosen([one.name for one in found], ["*"], as_list(exclude)) if found else []
     return [one for one, keep in zip(found, kept, strict=True) if keep]
+
+
+def find_both(
+    model: "PreTrainedModel",
+    layers: str | Sequence[str],
+    input_layers: str | Sequence[str],
+    exclude: str | Sequence[str] = (),
+) -> tuple[list[LinearLayer], list[LayerInputs]]:
+    """Return the layers that match ``layers``, and the inputs of those that match ``input_layers``.
+
+    A pattern in ``exclude`` may match layers, the names of inputs, or both.
+
+    Raises:
+        LookupError: as `find_layers`, and as `find_inputs`.
+        ValueError: as `find_inputs`.
+    """
+    inputs = [one.name for one in find_inputs(model, input_layers)]
+    names = [layer.name for layer in find_layers(model)]
+    of_layers = [  # all but those of inputs alone
+        pattern
+        for pattern in as_list(exclude)
+        if unmatched(names, [pattern]) is None or unmatched(inputs, [pattern])
+    ]
+    return find_layers(model, layers, of_layers), find_inputs(model, input_layers, exclude)
 
 
 def without_skipped(

@@ -9,8 +9,10 @@ The first token of each window keeps its inputs: it attends to itself alone, and
 activations unlike all others. No time is gained: the product is dense, with zeros in its inputs.
 """
 
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 import torch
@@ -35,14 +37,27 @@ class RunningPass:
         self._running: nn.Module | None = None
 
     def begin(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        """Begin a pass with the arguments of the outermost module."""
-        if self._running is None or module is self._running:
+        """Begin a pass with the arguments of the outermost module.
+
+        A pass that an interrupt cut off has ended, although torch calls no hook then.
+        """
+        if self._running is None or module is self._running or not _runs(self._running):
             self.first, self._running = first_tokens(module, args, kwargs), module
 
     def end(self, module: nn.Module, *_: Any) -> None:
         """End the pass if ``module`` began it."""
         if module is self._running:
             self.first = self._running = None
+
+
+def _runs(module: nn.Module) -> bool:
+    """Return whether a call of the module is on the stack."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        if frame.f_code is nn.Module._call_impl.__code__ and frame.f_locals["self"] is module:
+            return True
+        frame = frame.f_back
+    return False
 
 
 class SparseInputs:

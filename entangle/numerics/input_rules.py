@@ -15,7 +15,6 @@ from typing import TypeAlias
 
 import torch
 
-STEP = 0.05  # by which a greedy step raises the share of the largest layer, as published
 _DROPPED = (
     13  # low bits of a float32 that a bin does not tell apart: a bin is 2⁻¹⁰ of its value wide
 )
@@ -104,6 +103,7 @@ class Magnitudes:
         """Return the value below which this share of the absolute values lies.
 
         It is in the bin of the exact quantile; inside a bin the values are taken as equally spread.
+        Of share 1 it is the upper edge of the last bin that has a value, so all values lie below.
 
         Raises:
             ValueError: there is no value, or the quantile is not finite.
@@ -114,7 +114,8 @@ class Magnitudes:
         if not total:
             raise ValueError("there are no inputs to take a threshold from")
         wanted = share * total
-        place = min(int(below.searchsorted(wanted, side="right")), len(below) - 1)
+        last = int(below.searchsorted(total))  # the last bin that has a value
+        place = min(int(below.searchsorted(wanted, side="right")), last)
         before = int(below[place - 1]) if place else 0
         edges = torch.tensor([place, place + 1], dtype=torch.int32) << _DROPPED
         low, high = map(float, edges.view(torch.float32))
@@ -126,20 +127,27 @@ class Magnitudes:
 
 
 def greedy_shares(
-    sizes: Sequence[float], share: float, error_of: Callable[[Sequence[float]], float]
+    sizes: Sequence[float],
+    share: float,
+    error_of: Callable[[Sequence[float]], float],
+    *,
+    step: float,
 ) -> list[float]:
     """Return the shares of zero inputs of a block's layers, by greedy steps (TEAL, algorithm 1).
 
     ``sizes`` are the layers' numbers of weights, and ``error_of`` returns the block's error with
     given shares. Each step raises the share of the one layer with which the error is the smallest.
-    A step is always as many weights, at most `STEP` of the largest layer, and the steps add up to
-    ``share`` of all weights.
+    Each adds the same number of weights whose inputs are zero, at most ``step``, and they add up to
+    ``share`` of all weights (published: each is ``step``, the last may exceed the share, and that of a
+    layer may exceed 1).
 
     Raises:
         ValueError: the error is not finite with any step.
     """
     total = share * sum(sizes)
-    step = total / max(math.ceil(total / (STEP * max(sizes)) - 1e-9), 1)
+    if not total:
+        return [0.0] * len(sizes)
+    step = total / max(math.ceil(total / step - 1e-9), 1)
     shares, left = [0.0] * len(sizes), total
     while left > 1e-9 * total:
         rooms = [(1 - share) * size for share, size in zip(shares, sizes, strict=True)]

@@ -1,12 +1,22 @@
 """Choosing which inputs of a block's layers are zero, after its weights are pruned.
 
-The thresholds and shares are chosen on the inputs that the layers will have: the block is pruned,
-and the blocks before it are pruned and have sparse inputs. TEAL as published takes them from the
-dense model; then pruned layers, whose inputs have other sizes, have other shares of zeros than asked.
+The thresholds are chosen with the block's own inputs dense: the block is pruned, and the blocks
+before it are pruned and have sparse inputs. Zeros in a layer's inputs change those of the layers
+behind it in the block a little, so their realised share may differ from what was asked. TEAL as
+published takes thresholds from the dense model; then pruned layers, whose inputs have other sizes,
+have other shares of zeros than asked.
 
-The shares by greedy steps are as published, but for these: the error is on all tokens but the first
-of each window (published: the last quarter of a window), on `TOKENS` calibration tokens; the steps add
-up to the share exactly; and a layer's size is the number of weights that a token is multiplied by.
+The greedy steps are those of TEAL's code, which raises a layer's share by 0.05 / weight, where weight
+is the layer's size over that of a query projection (width x width): a step is 5% of width x width
+weights, where width is that of the block's hidden states. The error is its code's: the norm over
+the tokens of a window, mean over windows and channels. These are different:
+
+* the error is on all tokens (published: the last quarter of a window) of `TOKENS` tokens of the
+  calibration, and the first of each window have dense inputs;
+* the steps are shortened to add up to the share, and the share of a layer is at most 1 (published:
+  either may be exceeded by a step);
+* a layer's size is counted (published: a table by model), and in pruned layers only non-zero weights
+  count, so a step is 5% of width x width weights of the layers' mean density.
 """
 
 import math
@@ -30,6 +40,7 @@ from entangle.numerics.input_rules import (
 from entangle.pruning.costs import costs_of, multiply_adds_of_inputs
 from entangle.pruning.options import Pruning
 
+STEP = 0.05  # of the weights of a layer as wide as the block, as published
 TOKENS = 2_048  # of the calibration, on which the errors of greedy steps are measured
 NO_ROW: dict[str, Any] = {
     "input_share": 0.0,
@@ -56,8 +67,11 @@ def choose_inputs(
     shares = [pruning.input_sparsity] * len(here)
     if pruning.input_shares == "greedy" and len(here) > 1:
         chosen.begin()
-        sizes = [costs_of(layer)["multiply_adds"] for layer in here]
-        shares = greedy_shares(sizes, pruning.input_sparsity, chosen.error)
+        costs = list(map(costs_of, here))
+        sizes = [cost["multiply_adds"] for cost in costs]
+        density = sum(sizes) / sum(cost["dense_multiply_adds"] for cost in costs)
+        step = STEP * density * walk.hidden[0].shape[-1] ** 2
+        shares = greedy_shares(sizes, pruning.input_sparsity, chosen.error, step=step)
     rules = {one.name: chosen.rule(one, share) for one, share in zip(here, shares, strict=True)}
     hooks = sparsify_inputs(walk.model, rules)
     with counting_nonzero(walk.blocks[walk.block]):
@@ -136,12 +150,17 @@ class _Chooser:
         self._hooks = sparsify_inputs(self._walk.model, {one.name: None for one in self._layers})
 
     def error(self, shares: Sequence[float]) -> float:
-        """Return the squared error of the block's outputs on these tokens, of all processes."""
+        """Return the error of the block's outputs on these tokens, of all processes.
+
+        It is the norm over the tokens of a window, summed over windows and channels. Published is
+        the mean, which is this over a constant.
+        """
         for layer, share in zip(self._layers, shares, strict=True):
             self._hooks[layer.name].rule = self.rule(layer, share) if share else None
         total = 0.0
         for number, dense in self._dense.items():
-            total += float((self._walk.run(number).float() - dense.float()).square().double().sum())
+            lost = self._walk.run(number).float() - dense.float()  # (windows, length, width)
+            total += float(lost.norm(dim=1).double().sum())
         return sum(ranks.all_gather(total))
 
 

@@ -357,7 +357,7 @@ class Pruning:
         """Check that the weights may stay dense.
 
         Raises:
-            ValueError: the sparsity is not 0, or an option needs pruned weights.
+            ValueError: the sparsity is not 0, an option needs pruned weights, or inputs are dense too.
         """
         if self.sparsity.share:
             raise ValueError(
@@ -371,6 +371,11 @@ class Pruning:
                     f"sparsity 0 leaves the weights dense, but {name} {getattr(self, name)} needs "
                     "pruned weights: leave it out, or use another sparsity"
                 )
+        if not self.sparse_inputs:
+            raise ValueError(
+                "sparsity 0 with dense inputs leaves the model as it is: give another sparsity, or "
+                "inputs teal or wina"
+            )
 
     @property
     def sparse_inputs(self) -> bool:

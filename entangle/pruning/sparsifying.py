@@ -25,6 +25,7 @@ from entangle.model.placing import check_in_memory, is_offloaded
 from entangle.model.prunable import check_prunable
 from entangle.model.reloading import check_saved
 from entangle.model.sampling import sample_inputs
+from entangle.model.sparse_inputs import input_hooks
 from entangle.model.text import TokenWindows
 from entangle.numerics.masks import check_group
 from entangle.numerics.sparsity import Sparsity
@@ -290,8 +291,15 @@ def check_layers(setup: Setup, sparsities: Sequence[Sparsity]) -> None:
 
     Raises:
         ValueError: a layer is quantised or expanded, shares its weight, or its inputs cannot be
-            divided into groups of m.
+            divided into groups of m; or the model has sparse inputs, in whatever layers: they were
+            chosen for its present weights, and restoring the model would remove them.
     """
+    sparse = next(iter(input_hooks(setup.model)), None)
+    if sparse is not None:
+        raise ValueError(
+            f"{sparse} has sparse inputs already, which were chosen for the model's present weights: "
+            "prune the model that it was made from"
+        )
     check_prunable(setup.layers, find_layers(setup.model))
     for layer in setup.layers:
         for sparsity in dict.fromkeys(sparsities):
@@ -350,6 +358,7 @@ def prune_model(
                 pruned += checkpoint.load(here)
             elif here:
                 if pruning.method == NONE:
+                    walk.fetch()  # its weights are counted
                     found = dense_layers(here, walk.tokens)
                 else:
                     found = _pruned(setup, walk, held_out, here, pruning, zeros, targets)

@@ -38,7 +38,7 @@ from entangle.model.sides import (
     LayerInputs,
     Recordable,
     by_block,
-    find_inputs,
+    find_both,
     in_order,
     without_skipped,
 )
@@ -220,11 +220,15 @@ class Setup:
     def _matched(self) -> list[LinearLayer]:
         if self.ranked and self.run is not None:
             return _ranked_layers(self.model, self.run, self.patterns, self.exclude)
-        return find_layers(self.model, self.patterns, self.exclude)
+        return self._both[0]
 
     @functools.cached_property
     def _inputs(self) -> list[LayerInputs]:
-        return find_inputs(self.model, self.input_patterns, self.exclude)
+        return self._both[1] if self.input_patterns else []
+
+    @functools.cached_property
+    def _both(self) -> tuple[list[LinearLayer], list[LayerInputs]]:
+        return find_both(self.model, self.patterns, self.input_patterns, self.exclude)
 
     @functools.cached_property
     def skipped(self) -> dict[str, str]:

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import entangle
 from entangle.model.blocks import BlockWalk
@@ -103,6 +103,45 @@ def test_with_a_cache_only_the_text_has_a_first_token() -> None:
     densify_inputs(model)
     torch.testing.assert_close(alone, logits(model, TOKENS[:1, 4:5]))
     assert not torch.allclose(whole, logits(model, TOKENS[:1]), atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["mamba", "mamba2", "falcon_mamba"])
+def test_with_the_state_of_a_recurrent_model_only_the_text_has_a_first_token(kind: str) -> None:
+    sizes: dict[str, Any] = {"vocab_size": 259, "hidden_size": 24, "num_hidden_layers": 2}
+    sizes |= {"num_heads": 6, "head_dim": 8, "n_groups": 2} if kind == "mamba2" else {}
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, **sizes)
+    model = AutoModelForCausalLM.from_config(config).eval()  # type: ignore[no-untyped-call]
+    rules = {layer.name: Threshold(0.4) for layer in find_layers(model, ["*.in_proj"])}
+    sparsify_inputs(model, rules)
+    whole = logits(model, TOKENS[:1])
+    first = model(input_ids=TOKENS[:1, :4], use_cache=True)
+    parts, cache = [first.logits.detach()], first.cache_params
+    for place in range(4, 10):
+        mask = torch.ones(1, 1) if place % 2 else None
+        token = TOKENS[:1, place : place + 1]
+        step = model(input_ids=token, cache_params=cache, attention_mask=mask, use_cache=True)
+        parts.append(step.logits.detach())
+    torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=1e-4, atol=1e-5)
+    densify_inputs(model)
+    assert not torch.allclose(whole, logits(model, TOKENS[:1]), atol=1e-3)
+
+
+def test_a_pass_begins_anew_after_one_that_was_interrupted() -> None:
+    """torch calls no hook after KeyboardInterrupt."""
+    model = sparse(small())
+    expected = model.base_model(input_ids=TOKENS[:2, :5]).last_hidden_state
+    for outer, inner in ((model, model.base_model), (model.base_model, model)):
+        handle = model.get_submodule("model.layers.0.mlp").register_forward_pre_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            outer(input_ids=TOKENS)
+        handle.remove()
+        found = inner(input_ids=TOKENS[:2, :5], output_hidden_states=True)
+        assert torch.equal(found.hidden_states[-1], expected)
+
+
+def interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
 
 
 def test_padding_before_a_text_does_not_move_its_first_token() -> None:
@@ -231,8 +270,29 @@ def test_it_is_another_model_than_with_dense_inputs() -> None:
     assert torch.equal(logits(model), before)
 
 
-def test_a_model_with_sparse_inputs_is_not_pruned_again() -> None:
+def test_a_model_with_sparse_inputs_is_not_pruned_in_any_layer_and_keeps_its_rules() -> None:
     from tests.pruning.test_sparsifying import random_windows
 
-    with pytest.raises(ValueError, match=r"q_proj.*sparse inputs already"):
-        entangle.sparsify(sparse(small()), random_windows(2), sparsity=0.5)
+    model, windows = sparse(small()), random_windows(4)
+    before = logits(model)
+    run = entangle.measure(model, windows)
+    calls: list[Any] = [
+        lambda layers: entangle.sparsify(model, windows, sparsity=0.5, layers=layers),
+        lambda layers: entangle.sweep(
+            model, windows, random_windows(3, seed=7), sparsity=0.5, layers=layers
+        ),
+        lambda layers: entangle.choose_budget(
+            model, windows, by="search", sparsity=0.5, layers=layers
+        ),
+        lambda layers: entangle.ablate(
+            model, windows, random_windows(3, seed=7), run=run, layers=layers
+        ),
+        lambda layers: entangle.disentangle(
+            model, windows, random_windows(3, seed=7), run=run, layers=layers, experts=2
+        ),
+    ]
+    for layers in ("*", "*.o_proj"):  # o_proj has dense inputs
+        for call in calls:
+            with pytest.raises(ValueError, match="q_proj has sparse inputs already"):
+                call(layers)
+    assert torch.equal(logits(model), before)

@@ -65,6 +65,34 @@ def test_there_is_no_quantile_of_nothing_nor_of_infinities() -> None:
         found.quantile(0.5)
 
 
+def test_all_values_lie_below_the_threshold_of_share_1() -> None:
+    found, rows = Magnitudes(), noise(40, 8)
+    found.add(rows)
+    value = found.quantile(1.0)
+    largest = float(rows.abs().max())
+    assert largest < value < largest * (1 + 2**-9)
+    found.add(torch.tensor([math.inf]))
+    with pytest.raises(ValueError, match="finite"):
+        found.quantile(1.0)
+
+
+def test_greedy_reaches_a_high_share_with_thresholds_of_real_inputs() -> None:
+    inputs, sizes = [noise(300, 8, seed=seed) for seed in range(3)], (10.0, 10.0, 10.0)
+    magnitudes = [Magnitudes() for _ in inputs]
+    for one, rows in zip(magnitudes, inputs, strict=True):
+        one.add(rows)
+
+    def error(shares: Sequence[float]) -> float:
+        rules = [Threshold(m.quantile(s)) for m, s in zip(magnitudes, shares, strict=True)]
+        lost = [rows[~rule.keep(rows)] for rule, rows in zip(rules, inputs, strict=True)]
+        # The first layer hardly counts, so its share becomes 1.
+        return sum(w * float(x.square().sum()) for w, x in zip((1e-3, 1.0, 1.0), lost, strict=True))
+
+    found = greedy_shares(sizes, 0.9, error, step=0.5)
+    assert found[0] == pytest.approx(1)
+    assert sum(s * n for s, n in zip(found, sizes, strict=True)) == pytest.approx(27)
+
+
 def test_a_threshold_keeps_what_reaches_it_and_nan() -> None:
     kept = Threshold(1.0).keep(torch.tensor([0.5, -0.5, 1.0, -1.0, 2.0, math.nan]))
     assert kept.tolist() == [False, False, True, True, True, True]
@@ -109,9 +137,9 @@ def test_greedy_is_the_best_of_all_divisions_if_errors_add_up_and_grow() -> None
     def error(shares: Sequence[float]) -> float:
         return sum(c * n * s**2 for c, n, s in zip(costs, sizes, shares, strict=True))
 
-    found = greedy_shares(sizes, 0.5, error)
+    found = greedy_shares(sizes, 0.5, error, step=1.5)
     assert sum(s * n for s, n in zip(found, sizes, strict=True)) == pytest.approx(30)
-    step = 30 / 20  # of the largest layer 5%, in 20 steps
+    step = 1.5  # in 20 steps to half of the weights
     every = itertools.product(range(21), repeat=3)
     divisions = [stepped(sizes, one, step) for one in every if sum(one) == 20]
     least = min((one for one in divisions if max(one) <= 1), key=error)
@@ -120,12 +148,13 @@ def test_greedy_is_the_best_of_all_divisions_if_errors_add_up_and_grow() -> None
 
 def test_greedy_fills_a_layer_at_most_and_reaches_the_share() -> None:
     sizes = (100.0, 7.0, 7.0)  # a small layer has room for one whole step
-    found = greedy_shares(sizes, 0.99, lambda shares: shares[0])
+    found = greedy_shares(sizes, 0.99, lambda shares: shares[0], step=5)
     assert max(found) <= 1
     assert sum(s * n for s, n in zip(found, sizes, strict=True)) == pytest.approx(0.99 * 114)
-    assert greedy_shares(sizes, 0.2, lambda shares: shares[0])[1:] == pytest.approx(
+    assert greedy_shares(sizes, 0.2, lambda shares: shares[0], step=5)[1:] == pytest.approx(
         [0.6514] * 2, abs=0.01
     )
-    assert greedy_shares(sizes, 0.0, sum) == [0, 0, 0]
+    assert greedy_shares(sizes, 0.0, sum, step=5) == [0, 0, 0]
+    assert greedy_shares([0, 0], 0.5, sum, step=0) == [0, 0]  # all weights are zero
     with pytest.raises(ValueError, match="finite"):
-        greedy_shares(sizes, 0.5, lambda _: math.nan)
+        greedy_shares(sizes, 0.5, lambda _: math.nan, step=5)

@@ -206,6 +206,7 @@ def test_several_values_are_no_pruning(name: str, kind: type) -> None:
         ({"method": "none"}, r"none.*dense.*\b0\.5\b.*sparsity 0"),
         ({"sparsity": 0, "experts": 4}, "sparsity 0.*dense.*experts 4"),
         ({"sparsity": "0", "budget": "trim"}, "sparsity 0.*dense.*budget trim"),
+        ({"sparsity": 0}, "sparsity 0.*dense inputs.*teal"),
     ],
 )
 def test_what_makes_no_pruning_is_refused(words: dict[str, Any], message: str) -> None:
