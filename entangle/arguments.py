@@ -376,6 +376,14 @@ def parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
         help="prune a model in several ways and score each: one table and one figure",
     )
     sweep.add_argument("--out", type=_path, required=True, metavar="RUN", help=tables)
+    sweep.add_argument(
+        "--rounded",
+        type=_several(read_count),
+        default=(),
+        metavar="A,B",
+        help="also score the dense model with weights rounded to the nearest of 8 or 4 bits, by groups "
+        "of 64; one or both of 8, 4 [not rounded]",
+    )
     _add_options(sweep, several=True)
 
     ablate = commands.add_parser(

@@ -16,6 +16,7 @@ pytest.importorskip("triton")
 from benchmarks import gpu, gpu_experts, timing
 from benchmarks.gpu_results import Result, Shape, built
 from benchmarks.prune import problem
+from entangle.model import experts
 from entangle.numerics import histograms
 from entangle.numerics.device_weights import DeviceSliced
 from entangle.numerics.histograms import Histograms
@@ -68,9 +69,13 @@ def test_each_part_with_experts_gives_its_rows(name: str) -> None:
 @pytest.mark.usefixtures("gpu", "few_turns")
 @pytest.mark.parametrize("name", [*EXPERTS][:3])
 def test_a_wrong_product_is_noticed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for method in ("few", "many"):
-        right = getattr(DeviceSliced, method)
-        monkeypatch.setattr(DeviceSliced, method, lambda *args, right=right: 1.05 * right(*args))
+    for place, product in (
+        (gpu_experts, "multiply_few"),
+        (experts, "multiply_few"),
+        (DeviceSliced, "many"),
+    ):
+        right = getattr(place, product)
+        monkeypatch.setattr(place, product, lambda *args, right=right: 1.05 * right(*args))
     with pytest.raises(AssertionError, match=r"outputs differ by 0\.0\d"):
         EXPERTS[name]()
 

@@ -32,6 +32,8 @@ ROOMS = {
         "contributions",
         "difficulty",
         "moments",
+        "rounding",
+        "rounding",
         "sparsity",
         "solving",
         "masks",

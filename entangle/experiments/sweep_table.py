@@ -44,6 +44,9 @@ _SPARSE = (
     "Zero inputs is the realised share of the layers' inputs that are zero, on the evaluation's tokens; "
     "errors are of the weights alone, and multiply-adds count the zero inputs of the calibration. "
 )
+DENSE = "dense"  # the method of the row of the dense model
+ROUNDED = {8: "rtn8", 4: "rtn4"}  # and of the rows of its weights rounded to so many bits
+UNPRUNED = (DENSE, *ROUNDED.values())
 Losses = npt.NDArray[np.float64]
 Texts = Mapping[str, Sequence[int]]
 
@@ -263,7 +266,7 @@ def markdown(table: pd.DataFrame) -> str:
         *skipped_notes(attributes, "pruned"),
         "",
     ]
-    arms = table[table["method"] != "dense"]
+    arms = table[~table["method"].isin(UNPRUNED)]
     mixtures = arms[arms["experts"] > 1]
     names = [
         n for n in OPTIONS if n not in EXPERT_DEFAULTS or {*mixtures[n]} - {EXPERT_DEFAULTS[n]}
@@ -297,7 +300,8 @@ def markdown(table: pd.DataFrame) -> str:
     for alike in _by_arm(table):
         row = alike[0]
         cells = [str(row[name]) or "-" for name in names]
-        cells = cells if row["method"] != "dense" else ["dense", *["-"] * (len(names) - 1)]
+        if row["method"] in UNPRUNED:
+            cells = [row["method"], *["-"] * (len(names) - 1)]
         if row["problem"]:
             rows.append([*cells, *["-"] * len(heads)])
             continue
@@ -306,8 +310,8 @@ def markdown(table: pd.DataFrame) -> str:
             *([_number(row["realised_inputs"], ".4f")] if sparse else []),
             *([_range(row, ""), _range(row, "_layer")] if budgeted else []),
             *(cell for one in alike for cell in _score_cells(one, budgeted, compared)),
-            f"{row['layer_error']:.4g}",
-            f"{row['held_out_error']:.4g}",
+            _number(row["layer_error"], ".4g"),
+            _number(row["held_out_error"], ".4g"),
         ]
         tuned = [row["mlp_error_before"], row["mlp_error"]]
         cells += [_number(one, ".4g") for one in tuned] if reconstructed else []

@@ -14,7 +14,7 @@ import xarray as xr
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from entangle.experiments.sweep_table import markdown, tables_of
+from entangle.experiments.sweep_table import DENSE, ROUNDED, markdown, tables_of
 from entangle.model import folders, ranks
 from entangle.model.kept_logits import KeptLogits
 from entangle.model.layers import LinearLayer, find_layers, replace_layer, weight_of, write_weight
@@ -24,6 +24,7 @@ from entangle.model.sampling import sample_inputs
 from entangle.model.scoring import NotFiniteError
 from entangle.model.sparse_inputs import counting_nonzero, densify_inputs
 from entangle.model.text import TokenWindows
+from entangle.numerics.rounding import round_to_nearest
 from entangle.numerics.torch_settings import with_torch_defaults
 from entangle.pruning import costs
 from entangle.pruning.block import PrunedLayer, prune_layers
@@ -60,8 +61,6 @@ from entangle.runs import store
 from entangle.runs.resuming import resumed_run, unwritten
 from entangle.runs.setup import Setup, Stopwatch
 
-DENSE = "dense"  # the arm of the unpruned model
-
 Row = dict[str, Any]
 
 
@@ -74,6 +73,7 @@ def sweep(
     *,
     run: xr.DataTree | xr.Dataset | None = None,
     blocks: Mapping[int, int] | None = None,
+    rounded: Sequence[int] = (),
     layers: str | Sequence[str] = ("*",),
     exclude: str | Sequence[str] = (),
     batch_size: int = 4,
@@ -92,6 +92,9 @@ def sweep(
     run too, n:m has none. Both are as published. Arms with ``propagate="dense"`` share one pass over the
     calibration windows. The model is restored at the end.
 
+    ``rounded`` has numbers of bits, 8 or 4: the dense model is also scored with the weights of the
+    layers rounded to the nearest of so many bits, by groups of 64 (see `round_to_nearest`).
+
     With ``out`` the tables are written to that folder. A killed sweep resumes when it is called
     again with the same arguments, and returns the same table. log.json has the seconds of each arm.
 
@@ -103,7 +106,7 @@ def sweep(
     paired by window. A number that an arm does not have is NaN. Columns:
 
     * ``method``: ``sparsegpt``, ``wanda`` or ``magnitude``; ``none`` of sparsity 0; ``dense`` is the
-      dense model with dense inputs.
+      dense model with dense inputs, and ``rtn8`` or ``rtn4`` the same with ``rounded`` weights.
     * ``mask``, ``solve``, ``propagate``, ``reconstruct``, ``experts``, ``assign``, ``components``,
       ``shrinkage``, ``budget``, ``strength``, ``across``, ``inputs``, ``input_sparsity``,
       ``input_shares``, ``sparsity``: the options of `sparsify`, as text but for ``experts``; empty
@@ -178,7 +181,7 @@ def sweep(
         progress=progress,
         pruned=True,
     )
-    return sweep_arms(setup, prunings, blocks=blocks, out=out, overwrite=overwrite)
+    return sweep_arms(setup, prunings, blocks=blocks, rounded=rounded, out=out, overwrite=overwrite)
 
 
 def sweep_arms(
@@ -186,18 +189,26 @@ def sweep_arms(
     prunings: Sequence[Pruning],
     *,
     blocks: Mapping[int, int] | None = None,
+    rounded: Sequence[int] = (),
     out: str | Path | None = None,
     overwrite: bool = False,
 ) -> pd.DataFrame:
     """Score the model of a setup pruned in several ways; return the table of `sweep`.
 
     Raises:
-        FileExistsError, LookupError, RuntimeError, ValueError: as `sweep`.
+        FileExistsError, LookupError, RuntimeError: as `sweep`.
+        ValueError: as `sweep`; or weights are to be rounded to another number of bits than 8 or 4.
     """
     check_prunings(setup, prunings)
     attributes = setup.provenance() | budget_run(setup)
     attributes |= {"arms": [pruning.settings() for pruning in prunings]}
     attributes |= searched_blocks(prunings, blocks)
+    for bits in rounded:
+        if bits not in ROUNDED:
+            choices = " or ".join(map(str, ROUNDED))
+            raise ValueError(f"weights are rounded to {choices} bits, got rounded={bits!r}")
+    rounded = list(dict.fromkeys(rounded))
+    attributes |= {"rounded": rounded} if rounded else {}
     equal = dict.fromkeys(setup.blocks, 0.0)  # in place of the importance, which is not known yet
     for arm in prunings:  # raise for an impossible budget before pruning starts
         known: dict[str, Any] = {"run": setup.run, "importance": equal, "seed": setup.seed}
@@ -208,8 +219,9 @@ def sweep_arms(
     clusterings = list(dict.fromkeys(p.clustering for p in prunings if p.propagate == "dense"))
     stopwatch = Stopwatch(setup.windows)
     with resumed_run(out, attributes, setup.windows, overwrite=overwrite) as folder:
-        files = [folder / "arms" / f"{name}.json" for name in (DENSE, *map(_name, prunings))]
-        arms: dict[Path, Pruning | None] = dict(zip(files, (None, *prunings), strict=True))
+        kinds: list[Pruning | int | None] = [None, *rounded, *prunings]
+        files = [folder / "arms" / f"{_name(kind)}.json" for kind in kinds]
+        arms = dict(zip(files, kinds, strict=True))
         left = unwritten(arms)
         grams, log = folder / "grams", folder / "log.json"
         dense = setup.keep_logits() if left else None
@@ -228,7 +240,7 @@ def sweep_arms(
         # Of the arms that are finished, by name.
         seconds = store.read_json(log)["arm_seconds"] if log.exists() else {}
         for file, pruning in tqdm(left.items(), unit="arm", disable=not setup.progress):
-            if pruning and pruning.propagate == "dense":
+            if isinstance(pruning, Pruning) and pruning.propagate == "dense":
                 _calibrate_dense(setup, clusterings, grams)  # only the first call computes
             begin = time.perf_counter()
             result, losses = _run_arm(setup, pruning, grams, zeros, dense)
@@ -251,7 +263,9 @@ def sweep_arms(
     return table
 
 
-def _name(pruning: Pruning) -> str:
+def _name(pruning: Pruning | int | None) -> str:
+    if not isinstance(pruning, Pruning):
+        return DENSE if pruning is None else ROUNDED[pruning]
     return "-".join(map(str, pruning.settings().values())).replace(":", "of").replace("*", "x")
 
 
@@ -302,25 +316,33 @@ def _losses(file: Path) -> dict[str, Any]:
 
 def _run_arm(
     setup: Setup,
-    pruning: Pruning | None,
+    pruning: Pruning | int | None,
     grams: Path,
     zeros: Callable[[Pruning], Zeros],
     logits: KeptLogits | None,
 ) -> tuple[Row, dict[str, torch.Tensor]]:
     """Prune, score, and restore the dense weights; return the arm's result and errors by neuron.
 
+    Instead of a pruning it may be a number of bits to round the weights to, or None: the dense model.
     ``logits`` are those of the dense model. If an arm cannot be pruned, or its score is not finite,
     its result holds the reason and the sweep continues.
 
     Raises:
         NotFiniteError: the score of the dense model is not finite.
     """
-    settings: Row = pruning.settings() if pruning else {"method": DENSE}
+    settings: Row = {"method": _name(pruning)}
+    if isinstance(pruning, Pruning):
+        settings = pruning.settings()
     nothing = {"window_nats": [None] * len(setup.evaluation or ()), "tokens": 0, "layers": []}
     dense = costs.model_multiply_adds(setup.model)
+    pruned: list[PrunedLayer] = []
     with _restored(setup.model, setup.layers):
         try:
-            pruned = _prune(setup, pruning, grams, zeros(pruning)) if pruning else []
+            if isinstance(pruning, Pruning):
+                pruned = _prune(setup, pruning, grams, zeros(pruning))
+            elif pruning is not None:
+                for layer in setup.layers:
+                    write_weight(layer, round_to_nearest(weight_of(layer), pruning))
         except ValueError as error:
             return settings | nothing | {"problem": str(error)}, {}
         try:
@@ -332,11 +354,14 @@ def _run_arm(
             return settings | nothing | {"problem": str(error)}, {}
         layers = find_layers(setup.model, [layer.name for layer in setup.layers])
         rows = [layer.row for layer in pruned]
+        dense_rows = list(map(costs.dense_costs_of, layers))
+        if isinstance(pruning, int):
+            dense_rows = [costs.rounded_costs_of(layer, pruning) for layer in layers]
         found = settings | scored.stored(setup.texts.values())
         found |= {
             "realised": _share_of_zeros(weight_of(layer) for layer in layers),
             "model_sparsity": _share_of_zeros(setup.model.parameters()),
-            "costs": costs.totals(rows or list(map(costs.dense_costs_of, layers)), dense),
+            "costs": costs.totals(rows or dense_rows, dense),
             "realised_inputs": zero_inputs(layers, counted),
             "layers": rows,
         }

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from entangle.model.experts import ExpertLinear, packed_bytes
 from entangle.model.layers import LinearLayer, find_layers, weight_of
+from entangle.numerics.rounding import rounded_bytes
 from entangle.numerics.routing import Router
 
 SUMS = ("multiply_adds", "router_multiply_adds", "stored", "disk_bytes", "memory_bytes")
@@ -71,6 +72,12 @@ def dense_costs_of(layer: LinearLayer) -> dict[str, Any]:
         "disk_bytes": size,
         "memory_bytes": size,
     }
+
+
+def rounded_costs_of(layer: LinearLayer, bits: int) -> dict[str, Any]:
+    """Return the costs of a dense layer whose weights have so many bits (see `round_to_nearest`)."""
+    size = rounded_bytes(layer.neurons, layer.inputs, bits)
+    return dense_costs_of(layer) | {"disk_bytes": size, "memory_bytes": size}
 
 
 def _bytes_of(router: Router) -> int:

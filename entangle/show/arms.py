@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 
 from entangle.experiments.ablation_table import display_name
 from entangle.experiments.interventions import RANDOM
+from entangle.experiments.sweep_table import ROUNDED, UNPRUNED
 from entangle.pruning.options import EXPERT_DEFAULTS, OF_INPUTS, OPTIONS, UNBUDGETED
 from entangle.show.panels import DASHES, STYLE, Picture, drawable
 
@@ -52,7 +53,7 @@ def sweep(table: pd.DataFrame, *, ax: Axes | None = None) -> Figure | Axes:
     ``table`` is a result of `entangle.sweep`. Multiply-adds are those per token of the pruned
     layers and their routers, over the dense ones: with one expert, 1 minus the realised sparsity.
     Bars are one standard error over windows. Sparsities n:m are single labelled marks. The dashed
-    line is the dense model. Each budget of rows has a colour, each budget across blocks a line
+    line is the dense model, and paler ones its rounded weights. Each budget of rows has a colour, each budget across blocks a line
     style. Several budgets at a single sparsity, which all keep as many weights, are drawn as a list
     instead: the difference to the dense model, nats per token, paired by window. Each evaluation
     text has a panel; with ``ax`` the table must be of one text.
@@ -61,7 +62,8 @@ def sweep(table: pd.DataFrame, *, ax: Axes | None = None) -> Figure | Axes:
         ValueError: no arm has a score; or the table is of several texts and there is only ``ax``.
     """
     older: dict[str, Any] = {n: _default(n) for n in OPTIONS if n not in table and n != "sparsity"}
-    arms = table[(table["method"] != "dense") & np.isfinite(table["perplexity"])].assign(**older)
+    pruned = ~table["method"].isin(UNPRUNED)
+    arms = table[pruned & np.isfinite(table["perplexity"])].assign(**older)
     arms = arms.assign(weights=arms["sparsity"].where(arms["inputs"] != "dense", ""))
     if arms.empty:
         raise ValueError("no arm of this sweep has a score to draw")
@@ -106,6 +108,10 @@ def _curve(panel: Axes, table: pd.DataFrame, arms: pd.DataFrame) -> None:
         _line(panel, part, _label(options, arms), _dashes(options, arms), style)
     dense = table.loc[table["method"] == "dense", "perplexity"].iloc[0]
     panel.axhline(dense, label=f"dense, {dense:.4g}", **DASHES)
+    for bits, method in ROUNDED.items():
+        for value in table.loc[table["method"] == method, "perplexity"]:
+            label = f"dense, rounded to {bits} bits, {value:.4g}"
+            panel.axhline(value, label=label, **DASHES | {"alpha": bits / 16})
     panel.set_yscale("log")
     panel.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
     panel.yaxis.set_major_formatter(ticker.StrMethodFormatter("{x:,.10g}"))

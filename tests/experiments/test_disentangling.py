@@ -111,7 +111,7 @@ def test_improvement_is_that_of_a_sweeps_held_out_losses(name: str, tmp_path: Pa
     )
 
     def lost(sparsity: str, *routed: str) -> Array:
-        file = "-".join(["sparsegpt-row-exact-dense-none", *routed, sparsity])
+        file = "-".join(["sparsegpt-row-exact-dense-none", *routed, "dense", sparsity])
         values = load_file(tmp_path / "sweep" / "arms" / f"{file}.safetensors")["held_out_lost"]
         return np.asarray(values.double())
 

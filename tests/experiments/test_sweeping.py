@@ -23,10 +23,13 @@ from entangle.experiments.sweep_table import read_table
 from entangle.model import packing
 from entangle.model.blocks import BlockWalk
 from entangle.model.divergence import COLUMNS
+from entangle.model.layers import find_layers, weight_of, write_weight
 from entangle.model.mixing import mixed_windows
 from entangle.model.scoring import NotFiniteError
 from entangle.model.text import TokenWindows
+from entangle.numerics.rounding import round_to_nearest, rounded_bytes
 from entangle.runs import setup
+from entangle.show import plots
 from tests.forking import Forked, forked
 from tests.pruning.test_sparsifying import placed, random_windows
 from tests.tiny_models import tiny_model
@@ -155,6 +158,39 @@ def test_tables_are_written_and_read(tmp_path: Path) -> None:
     table.drop(columns="density").to_csv(tmp_path / "run" / "tables" / "sweep.csv")
     with pytest.raises(ValueError, match=r"\brun\b.*older version"):
         read_table(tmp_path / "run")
+
+
+def test_rounded_weights_are_rows_beside_the_dense_model(tmp_path: Path) -> None:
+    model = tiny_model()
+    table = run(
+        model, [0.5], method="wanda", layers="*.mlp.*", rounded=[4, 8, 4], out=tmp_path / "run"
+    )
+    assert same_weights(model)
+    assert table["method"].tolist() == ["dense", "rtn4", "rtn8", "wanda"]
+    rows: dict[str, Any] = {row["method"]: row for row in table.to_dict("records")}
+    for bits in (4, 8):
+        rounded, row = tiny_model(), rows[f"rtn{bits}"]
+        layers = find_layers(rounded, ["*.mlp.*"])
+        for layer in layers:
+            write_weight(layer, round_to_nearest(weight_of(layer), bits))
+        score = entangle.perplexity(rounded, held_out(), against=tiny_model())
+        assert score.divergence is not None
+        assert row["nats"] == pytest.approx(score.nats, rel=1e-6)
+        assert row["kl"] == pytest.approx(float(score.divergence.kl.mean()), rel=1e-4)
+        size = sum(rounded_bytes(layer.neurons, layer.inputs, bits) for layer in layers)
+        assert row["disk_bytes"] == row["memory_bytes"] == size
+        assert row["density"] == 1
+        assert math.isnan(row["layer_error"])
+    assert 0 < rows["rtn8"]["kl"] < rows["rtn4"]["kl"]
+    pd.testing.assert_frame_equal(read_table(tmp_path / "run"), table)
+    lines = (tmp_path / "run" / "tables" / "sweep.md").read_text().splitlines()
+    assert [line.split("|")[1].strip() for line in lines[-4:]] == ["dense", "rtn4", "rtn8", "wanda"]
+    labels = plots.sweep(table).axes[0].get_legend_handles_labels()[1]
+    assert (
+        sum("rounded to 4 bits" in label or "rounded to 8 bits" in label for label in labels) == 2
+    )
+    with pytest.raises(ValueError, match=r"8 or 4.*rounded=5"):
+        run(model, [0.5], rounded=[5])
 
 
 def test_an_arm_that_fails_says_why_and_costs_the_others_nothing(tmp_path: Path) -> None:

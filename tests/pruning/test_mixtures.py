@@ -144,13 +144,13 @@ def test_layers_with_the_same_input_share_one_router() -> None:
 
 
 @pytest.mark.parametrize("name", [*ARCHITECTURES, "vision"])
-def test_with_no_sparsity_an_expanded_model_is_the_dense_one(name: str, tmp_path: Path) -> None:
+def test_without_a_zero_an_expanded_model_is_the_dense_one(name: str, tmp_path: Path) -> None:
     model = tiny_vision_model() if name == "vision" else tiny_model(name)
     held = random_windows(4, seed=5)
     with torch.no_grad():
         dense = model(held.tokens).logits
         entangle.sparsify(
-            model, random_windows(WINDOWS), sparsity=1e-3, **OPTIONS, out=tmp_path / "out"
+            model, random_windows(WINDOWS), sparsity=0.001, **OPTIONS, out=tmp_path / "out"
         )
         assert all(isinstance(layer.module, ExpertLinear) for layer in find_layers(model))
         assert torch.allclose(model(held.tokens).logits, dense, rtol=1e-3, atol=1e-4)
