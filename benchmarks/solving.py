@@ -128,7 +128,7 @@ def arms(folder: Path) -> pd.DataFrame:
 def show() -> None:
     """Print the tables of docs/pruning.md from the evidence, and draw its picture."""
     table = pd.read_csv(EVIDENCE, dtype=dict.fromkeys(CHOSEN, str), keep_default_na=False)
-    figure, panels = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    figure, panels = plt.subplots(1, 2, figsize=(12, 4), layout="constrained")
     for text, panel in zip(dict.fromkeys(table["evaluation"]), panels, strict=True):
         rows = table[table["evaluation"] == text]
         dense = rows[rows["method"] == "dense"].iloc[0]
@@ -158,13 +158,16 @@ def _draw(panel: Axes, rows: pd.DataFrame, text: str) -> None:
     ways = list(WAYS.values())
     for name, query in GROUPS.items():
         arms = rows.query(query)
+        if arms.empty:
+            continue
         places = [ways.index(way) for way in zip(arms["solve"], arms["reconstruct"], strict=True)]
         found = arms.assign(place=places).sort_values("place")
         error = found["difference_error"]
         panel.errorbar(found["place"], found["difference"], error, marker="o", label=name)
-    panel.set(title=text, ylabel="nats per token above the dense model", xticks=range(len(WAYS)))
-    panel.set_xticklabels([way.replace(" + ", "\n+ ") for way in WAYS])
-    panel.set_ylim(0)
+    panel.set(title=text, ylabel="nats per token above the dense model", ylim=(0, None))
+    names = [way.replace(" + ", "\n+ ") for way in WAYS]
+    panel.set_xticks(range(len(WAYS)), names, fontsize="small")
+    panel.set_xlim(-0.4, len(WAYS) - 0.6)
 
 
 def window_nats(row: "pd.Series[Any]") -> npt.NDArray[np.float64]:
