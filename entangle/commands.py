@@ -99,6 +99,8 @@ def run_perplexity(args: argparse.Namespace) -> None:
     for one in models.values() if args.generate else ():
         repeating.check_prompts(one, windows)  # before the score is computed
     work: dict[str, Any] = {"batch_size": args.batch_size, "progress": _progress()}
+    if args.generate:
+        _tell([printed.generating(len(models))])
     score = entangle.perplexity(model, windows, against=dense, skip_first=args.skip_first, **work)
     numbers = {
         name: getattr(score, name)

@@ -11,7 +11,9 @@ def _measured_on(summary: dict[str, Any]) -> str:
     part = f"shard {summary['shard']} of a run, " if "shard" in summary else ""
     inputs = summary.get("inputs", {})
     beside = (
-        f" and {inputs['neurons_measured']:,} inputs of {inputs['layers']} layers" if inputs else ""
+        f" and {inputs['neurons_measured']:,} inputs of {inputs['layers']} layer{'s' if inputs['layers'] > 1 else ''}"
+        if inputs
+        else ""
     )
     return (
         f"{part}{summary['model']}: {summary['neurons_measured']:,} neurons in {summary['layers']} "
@@ -95,6 +97,14 @@ def _duration(seconds: float) -> str:
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} minutes" if seconds < 7200 else f"{seconds / 3600:.1f} hours"
+
+
+def generating(models: int) -> str:
+    """Return a sentence on what --generate is going to do."""
+    from entangle.model.repeating import PROMPTS, TOKENS
+
+    each = "the model writes" if models == 1 else "each model writes"
+    return f"after the score {each} {TOKENS} tokens after each of {PROMPTS} prompts, which takes minutes"
 
 
 def scored(result: dict[str, Any]) -> str:

@@ -323,10 +323,10 @@ class Pruning:
             )
         if self.method == NONE:
             self._check_dense()
-        if not isinstance(self.input_sparsity, int | float) or not 0 <= self.input_sparsity < 1:
+        if not isinstance(self.input_sparsity, int | float) or not 0 < self.input_sparsity < 1:
             raise ValueError(
-                "input_sparsity must be a number of at least 0 and below 1, got "
-                f"{self.input_sparsity!r}"
+                f"input_sparsity must be a number between 0 and 1, got {self.input_sparsity!r}; inputs "
+                "dense has no zero inputs"
             )
         if self.experts > 1 and self.method != "sparsegpt":
             raise ValueError(
