@@ -22,6 +22,8 @@ def unmatched(names: Iterable[str], patterns: Iterable[str]) -> str | None:
 def chosen(names: Iterable[str], patterns: Sequence[str], exclude: Sequence[str]) -> list[bool]:
     """Return for each name whether it matches a pattern, and none in ``exclude``.
 
+    Without patterns none does, and that is no error: only inputs may be asked for.
+
     Raises:
         LookupError: all names that match are excluded.
     """
