@@ -32,8 +32,6 @@ from entangle.runs.setup import Setup
 
 STRENGTHS = (0.1, 0.25, 0.4)
 VARIABLES: tuple[Budget, ...] = (DISTANCE, "ranks", "wasserstein")
-
-
 By = Literal["strength", "search"]
 
 

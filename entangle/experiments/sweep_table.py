@@ -60,7 +60,7 @@ def tables_of(
     The first table has the columns that `sweep` lists. The second has, for each pruned arm:
 
     * ``method``, ``mask``, ``solve``, ``propagate``, ``reconstruct``, ``experts``, ``assign``,
-      ``components``, ``shrinkage``, ``budget``, ``strength``, ``across``, ``sparse_inputs``,
+      ``components``, ``shrinkage``, ``budget``, ``strength``, ``across``, ``scores``, ``sparse_inputs``,
       ``input_sparsity``, ``input_shares``, ``sparsity``: the options of the arm, as in the first,
       whose ``inputs`` is ``sparse_inputs`` here.
     * the columns of `Sparsified.layers`.

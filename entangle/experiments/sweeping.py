@@ -108,9 +108,9 @@ def sweep(
     * ``method``: ``sparsegpt``, ``wanda`` or ``magnitude``; ``none`` of sparsity 0; ``dense`` is the
       dense model with dense inputs, and ``rtn8`` or ``rtn4`` the same with ``rounded`` weights.
     * ``mask``, ``solve``, ``propagate``, ``reconstruct``, ``experts``, ``assign``, ``components``,
-      ``shrinkage``, ``budget``, ``strength``, ``across``, ``inputs``, ``input_sparsity``,
-      ``input_shares``, ``sparsity``: the options of `sparsify`, as text but for ``experts``; empty
-      where an option does not apply.
+      ``shrinkage``, ``budget``, ``strength``, ``across``, ``scores``, ``inputs``,
+      ``input_sparsity``, ``input_shares``, ``sparsity``: the options of `sparsify`, as text but for
+      ``experts``; empty where an option does not apply.
     * ``evaluation``: the text that the arm is scored on.
     * ``realised``: share of zeros in the weights of the chosen layers, over all experts.
     * ``model_sparsity``: share of zeros in all weights of the model.

@@ -27,10 +27,6 @@ from entangle.runs import store
 from entangle.runs.setup import Setup
 
 ASIDE = 4  # one window in this many is set aside
-TOO_FEW = (
-    "too few calibration windows to choose a budget: expected at least {}, got {}. Give more windows, or "
-    "a budget that needs no choice"
-)
 STEP = 0.02  # a level's zeros, as a share of the weights of the smallest block
 SEARCH_FILE = "search.json"  # in the folder of a pruned model
 FEW, MANY = 2, 8  # windows on which offspring are scored, and survivors and parents
@@ -42,13 +38,7 @@ def set_aside(setup: Setup) -> Setup:
     Raises:
         ValueError: there are fewer than four windows, or the model is not causal.
     """
-    windows = setup.windows
-    assert windows is not None
-    if len(windows) < ASIDE:
-        raise ValueError(
-            f"too few calibration windows to choose a budget: expected at least {ASIDE}, got "
-            f"{len(windows)}. Give more windows, or a budget that needs no choice"
-        )
+    windows = _check_windows(setup)
     aside = torch.zeros(len(windows), dtype=torch.bool)
     aside[windows.places[::ASIDE]] = True
     rest, scored = windows.chosen(~aside), windows.chosen(aside)
@@ -59,6 +49,22 @@ def set_aside(setup: Setup) -> Setup:
     return found
 
 
+def _check_windows(setup: Setup) -> TokenWindows:
+    """Return the calibration windows, if some of them can be set aside.
+
+    Raises:
+        ValueError: there are fewer than four.
+    """
+    windows = setup.windows
+    assert windows is not None
+    if len(windows) < ASIDE:
+        raise ValueError(
+            f"too few calibration windows to choose a budget: expected at least {ASIDE}, got "
+            f"{len(windows)}. Give more windows, or a budget that needs no choice"
+        )
+    return windows
+
+
 def check_search(setup: Setup, pruning: Pruning) -> None:
     """Check the options of a search before any computation.
 
@@ -67,9 +73,7 @@ def check_search(setup: Setup, pruning: Pruning) -> None:
         ValueError: there are too few windows to set some aside, or too few scores for a generation;
             the budget is a control; or there is no entanglement budget to begin with (see `zeros_of`).
     """
-    assert setup.windows is not None
-    if len(setup.windows) < ASIDE:
-        raise ValueError(TOO_FEW.format(ASIDE, len(setup.windows)))
+    _check_windows(setup)
     starts = len(_starts(setup, pruning))
     if pruning.scores // starts < SCORES:
         raise ValueError(

@@ -160,6 +160,7 @@ def sparsify(
       TRIM's rule, or ``uniform``; the total stays the same (see `zeros_of`).
     * ``strength``: how much rows differ, from 0 (not at all) to 1.
     * ``across``: score by which blocks differ in sparsity, or ``uniform`` (see `zeros_of`).
+    * ``scores``: how many scores a search takes at most, with ``across`` ``search``.
     * ``inputs``: which inputs of a layer are zero for a token: none (``dense``); those whose absolute
       value is below the layer's threshold (``teal``); all but the largest products of absolute value
       and norm of the column of weights (``wina``). The first token of each window keeps its inputs.
