@@ -19,6 +19,7 @@ import numpy.typing as npt
 import pandas as pd
 from matplotlib.axes import Axes
 
+from entangle.model import divergence
 from entangle.runs import store
 
 MODEL, TEXTS = "data/smollm2-135m", ("data/python-docs", "data/fortunes")
@@ -74,11 +75,13 @@ GROUPS = {  # as queries of the table
     "magnitude": "method == 'magnitude'",
 }
 CHOSEN = ["method", "solve", "reconstruct", "experts", "assign", "budget", "across", "sparsity"]
+CHOSEN += ["inputs", "input_sparsity", "input_shares"]
 COLUMNS = [
     *CHOSEN,
     *("evaluation", "realised", "density", "perplexity", "perplexity_error", "nats", "nats_error"),
     *("difference", "difference_error", "layer_error", "held_out_error", "mlp_error_before"),
-    *("mlp_error", "windows", "tokens"),
+    *("mlp_error", "windows", "tokens", "realised_inputs", "multiply_adds", "router_multiply_adds"),
+    *("dense_multiply_adds", "stored", "disk_bytes", "memory_bytes", *divergence.COLUMNS),
 ]
 
 
