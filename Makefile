@@ -1,6 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 WEIGHTS := data/smollm2-135m/model.safetensors
+GEMMA := data/gemma3-270m/model.safetensors
 DOCS := data/python-docs/calibration.txt
 DEMO := runs/demo
 
@@ -16,7 +17,7 @@ EVIDENCE ?= runs/evidence/$(notdir $(MODEL))
 FIGURES ?= figures
 
 .DEFAULT_GOAL := help
-.PHONY: help install data demo reproduce figures solving test torture check bench clean
+.PHONY: help install data gemma demo reproduce figures solving test torture check bench clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -32,9 +33,11 @@ install: .venv/installed ## create .venv with entangle and its dependencies
 
 data: $(WEIGHTS) $(DOCS) ## prepare the model and the text of the examples
 
-$(WEIGHTS): data/smollm2-135m/prepare.py | .venv/installed
-	@$(BIN)/python data/smollm2-135m/prepare.py
+$(WEIGHTS) $(GEMMA): data/%/model.safetensors: data/prepare_model.py | .venv/installed
+	@$(BIN)/python data/prepare_model.py $*
 	@touch $@
+
+gemma: $(GEMMA) ## prepare a second model, Gemma 3 270M, under its own terms
 
 $(DOCS): data/python-docs/prepare.py | .venv/installed
 	@$(BIN)/python data/python-docs/prepare.py
@@ -127,7 +130,7 @@ check: .venv/installed ## check lint and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	@for script in data/*/prepare.py; do $(BIN)/mypy $$script || exit; done
+	@for script in data/prepare_model.py data/*/prepare.py; do $(BIN)/mypy $$script || exit; done
 
 bench: data ## run the benchmarks (on a GPU: python benchmarks/gpu.py)
 	$(BIN)/python -m benchmarks.measure

