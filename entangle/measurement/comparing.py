@@ -25,13 +25,13 @@ class Comparison:
     - ``median``, ``other_median``: the median distance in the first and in the other run, in std.
     - ``beyond``: the share (0 to 1) of these neurons whose change exceeds their bound.
 
-    ``neurons`` has a row per neuron, the largest |change| - bound first:
+    ``neurons`` has a row per neuron, the largest excess of the change over its bound first:
 
     - ``neuron``: LAYER:INDEX.
     - ``first``, ``other``: its Wasserstein distance in each run, in std.
     - ``change``: other - first, in std.
     - ``bound``: the sum of the certified error bounds of both distances, in std.
-    - ``beyond``: max(|change| - bound, 0), in std.
+    - ``beyond``: ``max(abs(change) - bound, 0)``, in std.
     """
 
     layers: pd.DataFrame
