@@ -24,11 +24,21 @@ def _measured_on(summary: dict[str, Any]) -> str:
     )
 
 
+def _of_experts(experts: Mapping[str, Any]) -> str:
+    without = experts["without_tokens"]
+    return (
+        f"{experts['matrices']:,} of the layers are matrices of trained experts, which had "
+        f"{experts['least_tokens']:,} to {experts['most_tokens']:,} of the tokens; each neuron's noise "
+        f"floor is that of its own count{f' ({without:,} had none)' if without else ''}"
+    )
+
+
 def describe(summary: dict[str, Any]) -> str:
     """Return the text of a measured run, from `runs.dataset.summary`."""
     log = summary["log"]
     lines = [
         _measured_on(summary),
+        *([_of_experts(summary["experts"])] if "experts" in summary else []),
         f"wasserstein: {_distances(summary)}",
         *(
             [f"wasserstein of inputs: {_distances(summary['inputs'])}"]

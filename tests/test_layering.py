@@ -56,6 +56,8 @@ ROOMS = {
         "overlap",
         "experts",
         "patterns",
+        "fused",
+        "eager",
         "layers",
         "sides",
         "placing",

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from entangle.model.hooks import backbone_of, recording_rows
 from entangle.model.patterns import INPUT
 from entangle.model.placing import input_device
-from entangle.model.sides import Recordable
+from entangle.model.sides import Recordable, stack_of
 from entangle.model.text import TokenWindows
 from entangle.numerics.contributions import bootstrap, distance_parts
 from entangle.numerics.gaussian import from_samples
@@ -89,12 +89,14 @@ class NeuronContexts:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _CountedTokens:
-    """The counted tokens: their positions in the windows and their ids, the same for every neuron.
+    """The counted tokens that a neuron has outputs of: their positions in the windows and their ids.
 
-    A kind is a distinct token id.
+    They are the same for every neuron, but a trained expert has only those that were sent to it. A
+    kind is a distinct token id.
     """
 
     length: int  # counted tokens of a window
+    rows: npt.NDArray[np.int64]  # (tokens,) indices among all counted tokens
     position: npt.NDArray[np.int64]  # (tokens,) in the window, 0 at the first counted token
     kind: npt.NDArray[np.int64]  # (tokens,) index into kinds
     kinds: npt.NDArray[np.int64]  # (kinds,) token ids
@@ -104,11 +106,17 @@ class _CountedTokens:
     @classmethod
     def of(cls, tokens: npt.NDArray[np.int64]) -> Self:
         """Group the counted token ids (windows, length)."""
-        kinds, kind, counts = np.unique(tokens.ravel(), return_inverse=True, return_counts=True)
-        length = tokens.shape[1]
-        position = np.tile(np.arange(length), len(tokens))
+        return cls._of(tokens.ravel(), np.arange(tokens.size), tokens.shape[1])
+
+    @classmethod
+    def _of(cls, ids: npt.NDArray[np.int64], rows: npt.NDArray[np.int64], length: int) -> Self:
+        kinds, kind, counts = np.unique(ids, return_inverse=True, return_counts=True)
         frequent = np.argsort(-counts, kind="stable")[:FREQUENT]
-        return cls(length, position, kind, kinds, counts, frequent)
+        return cls(length, rows, rows % length, kind, kinds, counts, frequent)
+
+    def only(self, rows: npt.NDArray[np.int64]) -> Self:
+        """Return some of these tokens, all of which must be counted ones."""
+        return self._of(self.kinds[self.kind[rows]], rows, self.length)
 
 
 @with_torch_defaults
@@ -176,21 +184,17 @@ def contexts(
     groups = [names[first : first + size] for first in range(0, len(names), size)]
     bar = tqdm(groups, unit="pass", disable=not progress)
     for group in bar:
-        outputs = _outputs(setup, group)  # (tokens, neurons)
-        parts = distance_parts(outputs)
-        draws = bootstrap(outputs, counted.length, draws=DRAWS, seed=windows.seed)
-        for place, name in enumerate(group):
-            found.append(
-                _describe(
-                    name,
-                    outputs[:, place],
-                    parts[:, place],
-                    draws[:, place],
-                    windows,
-                    counted,
-                    decode,
-                )
+        described = {}
+        for some, outputs, rows in _outputs(setup, group):  # (tokens, neurons)
+            own = counted if rows is None else counted.only(rows)
+            parts = distance_parts(outputs)
+            draws = bootstrap(
+                outputs, own.rows // own.length, len(windows), draws=DRAWS, seed=windows.seed
             )
+            for place, name in enumerate(some):
+                columns = outputs[:, place], parts[:, place], draws[:, place]
+                described[name] = _describe(name, *columns, windows, own, decode)
+        found += [described[name] for name in group]
     if out is not None:
         file = Path(out) / "contexts.json"
         kept = store.read_json(file) if file.is_file() else {}
@@ -199,34 +203,46 @@ def contexts(
     return found
 
 
-def _outputs(setup: Setup, neurons: Sequence[str]) -> Floats:
-    """Run the model on the windows; return the outputs (or inputs) of ``neurons`` (tokens, neurons)."""
+def _outputs(
+    setup: Setup, neurons: Sequence[str]
+) -> Iterator[tuple[list[str], Floats, npt.NDArray[np.int64] | None]]:
+    """Run the model on the windows; yield names of neurons, and their outputs (tokens, neurons).
+
+    An input channel has its values. All neurons of layers with all counted tokens come together.
+    Those of a trained expert come with the indices of its tokens (tokens,), ascending.
+    """
     wanted: dict[str, list[int]] = {}
     for neuron in neurons:
         layer, _, index = neuron.rpartition(":")
         wanted.setdefault(layer, []).append(int(index))
     layers = [layer for layer in setup.recorded if layer.name in wanted]
     kept: dict[str, list[torch.Tensor]] = {layer.name: [] for layer in layers}
+    which: dict[str, list[torch.Tensor]] = {layer.name: [] for layer in layers}
 
     def on_rows(layer: Recordable, rows: torch.Tensor, places: torch.Tensor | None) -> None:
         rows = rows[:, wanted[layer.name]]
         rows = rows if places is None else rows.index_select(0, places)
         kept[layer.name].append(rows.float().cpu())
+        if stack_of(layer) is not None:
+            which[layer.name].append(counter.of_layer(layer))
 
     model, device, skip_first = setup.model, input_device(setup.model), setup.skip_first
     with (
         torch.inference_mode(),
-        recording_rows(model, layers, on_rows, skip_first=skip_first),
+        recording_rows(model, layers, on_rows, skip_first=skip_first) as counter,
     ):
         for batch in setup.batches:
             backbone_of(model)(input_ids=batch.to(device), use_cache=False)
-    columns = {
-        f"{name}:{index}": rows[:, place]
-        for name, parts in kept.items()
-        for rows in [torch.cat(parts)]
-        for place, index in enumerate(wanted[name])
-    }
-    return torch.stack([columns[neuron] for neuron in neurons], dim=1).numpy()
+    columns: dict[str, torch.Tensor] = {}
+    for name, parts in kept.items():
+        rows, names = torch.cat(parts), [f"{name}:{index}" for index in wanted[name]]
+        if which[name]:
+            tokens, order = torch.cat(which[name]).sort()
+            yield names, rows[order].numpy(), tokens.numpy()
+        else:
+            columns |= zip(names, rows.unbind(1), strict=True)
+    if columns:
+        yield list(columns), torch.stack(list(columns.values()), dim=1).numpy(), None
 
 
 def _describe(
@@ -254,13 +270,14 @@ def _describe(
     text = windows.tokens.numpy()
 
     def context(why: str, row: int) -> Context:
-        window, position = row // length, row % length + skip_first
+        window, position = divmod(int(counted.rows[row]), length)
+        position += skip_first
         line = text[window].tolist()
         before, token, after = _texts(line, position, decode)
         return Context(
             why=why,
-            window=int(window),
-            position=int(position),
+            window=window,
+            position=position,
             before=before,
             token=token,
             after=after,
@@ -279,7 +296,7 @@ def _describe(
         high=high,
         modes=modes,
         contexts=contexts,
-        positions=shares.reshape(-1, length).sum(axis=0).tolist(),
+        positions=np.bincount(counted.position, weights=shares, minlength=length).tolist(),
         frequent=_frequent(counted, outputs, shares, decode),
         without=_without(counted, outputs, skip_first, decode),
     )
@@ -368,8 +385,9 @@ def _without(
         (counted.position, positions),
         (counted.kind, counted.frequent),
     ):
-        variance = np.bincount(group, weights=deviations) / deviations.sum()
-        excess = variance - np.bincount(group) / len(group)
+        size = int(candidates.max()) + 1
+        variance = np.bincount(group, weights=deviations, minlength=size) / deviations.sum()
+        excess = variance - np.bincount(group, minlength=size) / len(group)
         worst = int(candidates[np.argmax(excess[candidates])])
         place = f"position {worst + skip_first}"
         token = _named(int(counted.kinds[worst]), decode) if group is counted.kind else None

@@ -1,6 +1,7 @@
 """Recording of the distributions of neurons, and of input channels, while the model runs."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import statistics
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,9 +12,19 @@ from transformers import PreTrainedModel
 from entangle.model.hooks import BatchCounter, check_hooks, recording_rows, unheard_layers
 from entangle.model.layers import device_of
 from entangle.model.patterns import INPUT, as_list
-from entangle.model.sides import Recordable, find_both, in_order, layer_of, without_skipped
+from entangle.model.sides import (
+    Recordable,
+    find_both,
+    in_order,
+    layer_of,
+    stack_of,
+    without_skipped,
+)
 from entangle.numerics.histograms import Histograms
 from entangle.runs import labelling
+
+# Fewer tokens in the pilot than this do not place a trained expert's bins alone.
+FEW = 32
 
 
 class Recorder:
@@ -46,6 +57,8 @@ class Recorder:
             for layer, size, end in zip(layers, sizes, ends, strict=True)
         }
         self._histograms: dict[str, Histograms] = {}
+        # Trained experts with few tokens in the pilot, and their rows in it.
+        self._few: dict[str, tuple[Recordable, torch.Tensor]] = {}
 
     def add(
         self, layer: Recordable, rows: torch.Tensor, places: torch.Tensor | None = None
@@ -54,19 +67,45 @@ class Recorder:
 
         ``places`` are the indices of the rows that count; None counts all.
         """
-        histograms = self._histograms.get(layer.name)
-        if histograms is None:
-            if rows.device.type == "cpu":
-                histograms = self._all[self._slices[layer.name]]
-            else:
-                histograms = Histograms.zeros(
-                    layer.neurons, bins=self._all.bins, device=rows.device
-                )
-            histograms.start(rows, places)
-            self._histograms[layer.name] = histograms
-            if not self.first_counts:
-                return
-        histograms.add(rows, places)
+        if self._few and (layer.name in self._few or layer.name in self._histograms):
+            self._place_few()  # the pilot is over
+        if layer.name in self._histograms:
+            self._histograms[layer.name].add(rows, places)
+            return
+        count = len(rows if places is None else places)
+        if count < FEW and stack_of(layer) is not None:
+            self._few[layer.name] = layer, rows.clone() if places is None else rows[places]
+            return
+        self._begin(layer, rows, places)
+
+    def _begin(
+        self,
+        layer: Recordable,
+        rows: torch.Tensor,
+        places: torch.Tensor | None,
+        others: tuple[int, float] | None = None,
+    ) -> None:
+        """Place a layer's bins by its rows in the pilot, and count these if the pilot counts."""
+        if rows.device.type == "cpu":
+            histograms = self._all[self._slices[layer.name]]
+        else:
+            histograms = Histograms.zeros(layer.neurons, bins=self._all.bins, device=rows.device)
+        histograms.start(rows, places, others=others)
+        self._histograms[layer.name] = histograms
+        if self.first_counts:
+            histograms.add(rows, places)
+
+    def _place_few(self) -> None:
+        """Place the bins of trained experts that had few tokens in the pilot, by the other experts'."""
+        spreads: dict[object, list[float]] = {}
+        for layer in self.layers:
+            if layer.name in self._histograms:
+                scale = self._histograms[layer.name].scale.median()
+                spreads.setdefault(stack_of(layer), []).append(float(scale))
+        few, self._few = self._few, {}
+        for layer, rows in few.values():
+            known = spreads.get(stack_of(layer)) or [_spread(few.values(), stack_of(layer))]
+            self._begin(layer, rows, None, (FEW, statistics.median(known)))
 
     def tree(self) -> xr.DataTree:
         """Return the run so far: the root is the dataset, the child ``histogram`` the state.
@@ -84,6 +123,7 @@ class Recorder:
 
     def state(self) -> Histograms:
         """Return the histograms of all layers, in order, on the host; it is not a copy."""
+        self._place_few()
         for name, histograms in self._histograms.items():
             if histograms.count.device.type != "cpu":
                 self._all[self._slices[name]].copy_(histograms)
@@ -99,6 +139,13 @@ class Recorder:
     def dataset(self) -> xr.Dataset:
         """Return the dataset without the histograms: a row per neuron and per input channel."""
         return self.tree().to_dataset()
+
+
+def _spread(few: Iterable[tuple[Recordable, torch.Tensor]], stack: object) -> float:
+    """Return the median std of the rows of experts that all had few tokens; 0 if that is unknown."""
+    rows = [rows.double() for layer, rows in few if stack_of(layer) == stack and len(rows) > 1]
+    found = [float(one.std(dim=0, correction=0).median()) for one in rows]
+    return statistics.median(found) if found else 0.0
 
 
 @contextmanager

@@ -19,6 +19,8 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from entangle.model.calls import NOT_IN_SEQUENCE, BlockCall, run_short, run_whole
+from entangle.model.eager import heard
+from entangle.model.fused import FusedMatrix
 from entangle.model.hooks import (
     CountedTokens,
     OnRecorded,
@@ -31,7 +33,7 @@ from entangle.model.hooks import (
 )
 from entangle.model.layers import LinearLayer, find_blocks
 from entangle.model.placing import input_device, is_offloaded, load_block, release_block
-from entangle.model.sides import Recordable, inputs_among, listen
+from entangle.model.sides import Recordable, inputs_among, layer_of, listen
 from entangle.model.sparse_inputs import first_tokens_are
 
 
@@ -96,6 +98,11 @@ class BlockWalk:
         self.places = [start + batch.places for batch, start in begun]
 
     @property
+    def running(self) -> CountedTokens:
+        """The tokens of the batch that runs."""
+        return self.counted[self._batch]
+
+    @property
     def tokens(self) -> int:
         """The number of counted tokens in all batches."""
         return sum(batch.counted for batch in self.counted)
@@ -149,12 +156,18 @@ class BlockWalk:
         """
         assert all(layer.block == self.block for layer in layers)
         owners: dict[str, str] = {}
-        seen: dict[int, tuple[torch.Tensor, str]] = {}  # holds the tensors, so that no id is reused
+        seen: dict[
+            int | str, tuple[torch.Tensor, str]
+        ] = {}  # holds the tensors, so that no id is reused
 
         def hook_on(layer: LinearLayer) -> RemovableHandle:
             def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
                 inputs = inputs_among(args, kwargs)
-                first = seen.setdefault(id(inputs), (inputs, layer.name))[1]
+                fired[layer.name] += 1
+                # A trained expert may have no rows in a batch, so it is said to share none.
+                own = isinstance(layer.module, FusedMatrix)
+                key = layer.name if own else id(inputs)
+                first = seen.setdefault(key, (inputs, layer.name))[1]
                 before = owners.setdefault(layer.name, first)
                 if before != first:
                     other = before if before != layer.name else first
@@ -162,14 +175,13 @@ class BlockWalk:
                         f"{layer.name} shares its input with {other} in some batches only: leave "
                         f"{layer.name} out with exclude"
                     )
-                fired[layer.name] += 1
                 if first == layer.name:
-                    on_inputs(layer, self.counted[self._batch].rows(layer, inputs))
+                    on_inputs(layer, self.running.rows(layer, inputs))
 
             return layer.module.register_forward_pre_hook(hook, with_kwargs=True)
 
         fired = dict.fromkeys((layer.name for layer in layers), 0)
-        self._run_batches(map(hook_on, layers), fired, advance=advance, after=seen.clear)
+        self._run_batches(layers, map(hook_on, layers), fired, advance=advance, after=seen.clear)
         return owners
 
     def record_rows(self, layers: Sequence[Recordable], on_rows: OnRecorded) -> None:
@@ -188,38 +200,40 @@ class BlockWalk:
         def hook_on(layer: Recordable) -> RemovableHandle:
             def hear(values: torch.Tensor) -> None:
                 fired[layer.name] += 1
-                on_rows(layer, *self.counted[self._batch].rows_and_places(layer, values))
+                on_rows(layer, *self.running.rows_and_places(layer, values))
 
             return listen(layer, hear)
 
-        self._run_batches(map(hook_on, layers), fired, advance=True)
+        self._run_batches(layers, map(hook_on, layers), fired, advance=True)
 
     def advance(self) -> None:
         """Carry the hidden states through the block with its present weights."""
-        self._run_batches([], {}, advance=True)
+        self._run_batches([], [], {}, advance=True)
 
     def _run_batches(
         self,
+        layers: Sequence[Recordable],
         hooks: Iterable[RemovableHandle],
         fired: Mapping[str, int],
         *,
         advance: bool,
         after: Callable[[], None] = lambda: None,
     ) -> None:
-        """Run the block on each batch with these hooks, and check ``fired`` at the end.
+        """Run the block on each batch with these hooks on layers, and check ``fired`` at the end.
 
         ``after`` is called after each batch.
         """
         handles: list[RemovableHandle] = []
         try:
             handles.extend(hooks)
-            for number in range(len(self._hidden)):
-                self._batch = number
-                hidden = self.run(number)
-                after()
-                if advance:
-                    self._keep(number, hidden)
-                del hidden  # otherwise the next batch runs while this one's output is in memory
+            with heard(layer_of(layer).module for layer in layers):
+                for number in range(len(self._hidden)):
+                    self._batch = number
+                    hidden = self.run(number)
+                    after()
+                    if advance:
+                        self._keep(number, hidden)
+                    del hidden  # otherwise the next batch runs while this one's output is in memory
         finally:
             for handle in handles:
                 handle.remove()

@@ -10,11 +10,14 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
+from entangle.model.eager import heard
+from entangle.model.fused import FusedMatrix
 from entangle.model.layers import LinearLayer, decoder_of
 from entangle.model.placing import input_device, is_whole
-from entangle.model.sides import Recordable, inputs_among, listen
+from entangle.model.sides import Recordable, inputs_among, layer_of, listen
 
 OnRows = Callable[[LinearLayer, torch.Tensor], None]
 OnRecorded = Callable[[Recordable, torch.Tensor, torch.Tensor | None], None]
@@ -53,11 +56,16 @@ class CountedTokens:
         """Return all rows (size, channels) without a copy, and the places of those that count.
 
         The places are `index` on the device of the rows; each device gets one copy of a batch's.
+        A trained expert has a row for each token that was sent to it.
 
         Raises:
             RuntimeError: the layer does not have one row for each token of the batch.
         """
         rows = values.detach().reshape(-1, values.shape[-1])
+        tokens = tokens_of(layer, self.size)
+        if tokens is not None:
+            where = None if self.index is None else self._order(rows.device)[tokens] >= 0
+            return rows, None if where is None else where.nonzero().flatten()
         if len(rows) != self.size:
             raise RuntimeError(
                 f"{layer.name} has {len(rows)} rows for a batch of {self.size} tokens, so its rows "
@@ -68,6 +76,29 @@ class CountedTokens:
         if rows.device not in self._copies:
             self._copies[rows.device] = self.index.to(rows.device)
         return rows, self._copies[rows.device]
+
+    def of_layer(self, layer: Recordable) -> torch.Tensor:
+        """Return which of the counted tokens (rows,) int64 a layer's counted rows are, on the CPU."""
+        tokens = tokens_of(layer, self.size)
+        if tokens is None:
+            return torch.arange(self.counted)
+        which = self._order(tokens.device)[tokens].cpu()
+        return which[which >= 0]
+
+    def _order(self, device: torch.device) -> torch.Tensor:
+        """Return the place of each token (size,) among those that count; -1 for the others."""
+        order = torch.full((self.size,), -1, device=device)
+        order[self.places.to(device)] = torch.arange(self.counted, device=device)
+        return order
+
+
+def tokens_of(layer: Recordable, batch: int) -> torch.Tensor | None:
+    """Return which tokens (rows,) of a batch the present rows of a trained expert's matrix are.
+
+    It is None for other layers, and if the expert was sent tokens of another number of rows.
+    """
+    module = layer_of(layer).module
+    return module.tokens if isinstance(module, FusedMatrix) and module.batch == batch else None
 
 
 def counted_tokens(
@@ -189,6 +220,11 @@ class BatchCounter:
         if module is self.running:
             self.running = None
 
+    def of_layer(self, layer: Recordable) -> torch.Tensor:
+        """Return which of all tokens counted so far a layer's present rows are, on the CPU."""
+        assert self._batch is not None
+        return self.tokens - self._batch.counted + self._batch.of_layer(layer)
+
     def rows_and_places(
         self, layer: Recordable, values: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -285,7 +321,8 @@ def recording_rows(
             handles.append(module.register_forward_hook(end))
         for layer in layers:
             handles.append(listen(layer, hear_of(layer)))
-        yield counter
+        with heard(layer_of(layer).module for layer in layers):
+            yield counter
     finally:
         for handle in handles:
             handle.remove()
@@ -314,7 +351,8 @@ def replacing_outputs(layers: Sequence[LinearLayer], change: Change) -> Iterator
     try:
         for layer in layers:
             handles.append(layer.module.register_forward_hook(hook_of(layer), with_kwargs=True))
-        yield fired
+        with heard(layer.module for layer in layers):
+            yield fired
     finally:
         for handle in handles:
             handle.remove()
@@ -362,32 +400,42 @@ def unheard_layers(
     Some models read a layer's weight without running the layer, and a mixture of experts sends only
     some of the tokens to a layer.
     """
-    heard: dict[str, list[Any]] = {layer.name: [] for layer in layers}
+    shapes: dict[str, list[Any]] = {layer.name: [] for layer in layers}
+    handles: list[RemovableHandle] = []
 
     def hear_of(layer: Recordable) -> Callable[[Any], None]:
         def hear(values: Any) -> None:
             tensor = isinstance(values, torch.Tensor)
-            heard[layer.name].append(values.shape if tensor else type(values).__name__)
+            shapes[layer.name].append(values.shape if tensor else type(values).__name__)
 
         return hear
 
-    with on_trial(model), torch.inference_mode():
-        for layer in layers:
-            listen(layer, hear_of(layer))  # removed by on_trial
-        backbone_of(model)(input_ids=tokens.to(input_device(model)), use_cache=False)
-    found = {layer.name: _deafness(layer, heard[layer.name], tokens.numel()) for layer in layers}
+    modules = [layer_of(layer).module for layer in layers]
+    try:
+        with on_trial(model), heard(modules), torch.inference_mode():
+            for layer in layers:
+                handles.append(listen(layer, hear_of(layer)))
+            backbone_of(model)(input_ids=tokens.to(input_device(model)), use_cache=False)
+    finally:
+        for handle in handles:  # on_trial removes those of the model's modules only
+            handle.remove()
+    found = {layer.name: _deafness(layer, shapes[layer.name], tokens.numel()) for layer in layers}
     return {name: reason for name, reason in found.items() if reason}
 
 
-def _deafness(layer: Recordable, heard: Sequence[Any], tokens: int) -> str:
+def _deafness(layer: Recordable, shapes: Sequence[Any], tokens: int) -> str:
     """Return why a layer with these shapes, or types, heard cannot be used; empty if it can."""
-    if len(heard) != 1:
-        if not heard:
+    if len(shapes) != 1:
+        if not shapes and isinstance(layer_of(layer).module, FusedMatrix):
+            return "in a trial no product told its inputs and which tokens they are of"
+        if not shapes:
             return "the model did not run it in a trial"
-        return f"the model ran it {len(heard)} times in a trial, but a layer has to run once"
-    (shape,) = heard
+        return f"the model ran it {len(shapes)} times in a trial, but a layer has to run once"
+    (shape,) = shapes
     if isinstance(shape, str):
         return f"its {layer.side} is a {shape}, not a tensor"
+    own = tokens_of(layer, tokens)
+    tokens = tokens if own is None else len(own)
     if not shape or shape[-1] != layer.neurons or shape.numel() != tokens * layer.neurons:
         sizes = " x ".join(map(str, shape))
         return f"its {layer.side} has shape {sizes}, not one row for each token"

@@ -16,6 +16,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from entangle.model.experts import ExpertLinear, PackedLinear
+from entangle.model.fused import FusedMatrix, fused_matrices, fused_parameters
 from entangle.model.patterns import as_list, chosen, unmatched
 
 if TYPE_CHECKING:  # the import takes seconds, and some commands need no model
@@ -87,6 +88,8 @@ def dequantised(layer: LinearLayer) -> torch.Tensor | None:
 def device_of(layer: LinearLayer) -> torch.device:
     """Return the device of a layer's weight, quantised or not."""
     module = layer.module
+    if isinstance(module, FusedMatrix):
+        return module.weight.device
     held = (*module.parameters(), *module.buffers())
     return held[0].device if held else torch.device("cpu")
 
@@ -235,10 +238,19 @@ def find_layers(
 
 def _walk(model: "PreTrainedModel") -> Iterator[LinearLayer]:
     prefix, blocks = find_blocks(model)
+    width = getattr(model.config.get_text_config(decoder=True), "hidden_size", 0)
     for index, block in enumerate(blocks):
-        for role, module in block.named_modules():
+        modules = dict(block.named_modules())
+        around: dict[nn.Module, list[FusedMatrix]] = {}
+        for role, module in modules.items():
             if _is_linear(module):
                 yield LinearLayer(f"{prefix}.{index}.{role}", index, role, module)
+            scope = modules[role.rpartition(".")[0]] if "." in role else module
+            for matrix in fused_matrices(module, scope, width):
+                matrix.among = around.setdefault(scope, [])
+                matrix.among.append(matrix)
+                name = f"{role}.{matrix.expert}.{matrix.parameter}"
+                yield LinearLayer(f"{prefix}.{index}.{name}", index, name, matrix)
 
 
 def _no_match(pattern: str, layers: Sequence[LinearLayer]) -> str:
@@ -260,6 +272,7 @@ def skipped_parameters(model: "PreTrainedModel") -> list[str]:
     """
     prefix, blocks = find_blocks(model)
     linear = {id(p) for layer in _walk(model) for p in layer.module.parameters()}
+    linear |= {id(p) for module in blocks.modules() for p in fused_parameters(module)}
     return [
         f"{prefix}.{name}"
         for name, parameter in blocks.named_parameters()

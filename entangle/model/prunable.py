@@ -8,6 +8,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from entangle.model.experts import ExpertLinear
+from entangle.model.fused import FusedMatrix
 from entangle.model.layers import LinearLayer, is_plain, weight_of
 
 
@@ -17,7 +18,7 @@ def multiplies(module: nn.Module) -> bool:
     A subclass of `nn.Linear` may have another forward, and a weight may be computed from others
     (`torch.nn.utils.parametrize`).
     """
-    if isinstance(module, ExpertLinear):
+    if isinstance(module, ExpertLinear | FusedMatrix):
         return True
     own = vars(module).get("forward")  # of this module and not of its class, as accelerate sets it
     replaced = own is not None and not hasattr(module, "_hf_hook")

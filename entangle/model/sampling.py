@@ -44,18 +44,24 @@ def sample_inputs(
 
     At most ``size`` counted tokens are chosen, those with the smallest hashes of the seed and of the
     token's place in the text, so the choice does not depend on the batch size. Layers with the same
-    inputs share the tensor.
+    inputs share the tensor. A trained expert has those of the chosen tokens that were sent to it.
     """
     chosen = _choose(walk, size, seed)
     recorded: dict[str, list[torch.Tensor]] = {}
+    found: dict[str, list[torch.Tensor]] = {}  # their places in the text
 
     def on_inputs(layer: LinearLayer, rows: torch.Tensor) -> None:
         parts = recorded.setdefault(layer.name, [])
-        parts.append(rows[chosen[len(parts)].to(rows.device)])
+        batch, which = len(parts), walk.running.of_layer(layer)
+        keep = chosen[batch][which]
+        parts.append(rows[keep.to(rows.device)])
+        found.setdefault(layer.name, []).append(walk.places[batch][which][keep])
 
     owners = walk.record_inputs(layers, on_inputs, advance=advance)
-    places = _places(walk, chosen)
-    rows = {name: ranks.gather(torch.cat(parts), places) for name, parts in recorded.items()}
+    rows = {
+        name: ranks.gather(torch.cat(parts), torch.cat(found[name]))
+        for name, parts in recorded.items()
+    }
     return {layer.name: rows[owners[layer.name]] for layer in layers}
 
 

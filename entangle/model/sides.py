@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from entangle.model.fused import FusedMatrix
 from entangle.model.layers import LinearLayer, find_layers
 from entangle.model.patterns import INPUT, as_list, chosen, unmatched
 
@@ -55,6 +56,15 @@ _Recordable = TypeVar("_Recordable", LinearLayer, LayerInputs, Recordable)
 def layer_of(one: Recordable) -> LinearLayer:
     """Return the layer whose outputs or inputs are recorded."""
     return one.layer if isinstance(one, LayerInputs) else one
+
+
+def stack_of(one: Recordable) -> object:
+    """Return what the same side of the other experts' matrices has in common with a trained expert's.
+
+    It is None for other layers.
+    """
+    module = layer_of(one).module
+    return (module.owner, module.parameter, one.side) if isinstance(module, FusedMatrix) else None
 
 
 def find_inputs(

@@ -5,7 +5,7 @@ import numpy.typing as npt
 import torch
 
 from entangle.numerics import threads as _threads  # noqa: F401
-from entangle.numerics.gaussian import gaussian_bins
+from entangle.numerics.gaussian import from_samples, gaussian_bins
 from entangle.numerics.kernels.distances_cpu import fill_distances, fill_parts
 
 Array = npt.NDArray[np.float64]
@@ -29,11 +29,17 @@ def distance_parts(samples: npt.ArrayLike | torch.Tensor) -> Array:
 
 
 def bootstrap(
-    samples: npt.ArrayLike | torch.Tensor, window: int, *, draws: int = 200, seed: int = 0
+    samples: npt.ArrayLike | torch.Tensor,
+    window: int | npt.NDArray[np.int64],
+    windows: int | None = None,
+    *,
+    draws: int = 200,
+    seed: int = 0,
 ) -> Array:
     """Return the exact distances of resampled windows (draws, neurons), in std.
 
-    ``samples`` (tokens, neurons) are consecutive windows of ``window`` tokens each. A draw takes as
+    ``samples`` (tokens, neurons) are consecutive windows of ``window`` tokens each, or ``window``
+    (tokens,) is the index of each token's window among so many ``windows``, ascending. A draw takes as
     many windows with replacement. It takes whole windows, since tokens of one window depend on each
     other.
 
@@ -41,20 +47,30 @@ def bootstrap(
         ValueError: ``window`` is less than 1, or the number of tokens is not a multiple of it.
     """
     rows = _rows(samples)
-    if window < 1:
-        raise ValueError(f"expected windows of at least 1 token, got a window of {window}")
-    if len(rows) % window:
-        raise ValueError(
-            f"expected whole windows of {window} tokens, got {len(rows)} tokens, which is not a "
-            f"multiple of {window}"
-        )
-    windows = len(rows) // window
-    drawn = np.random.default_rng(seed).integers(windows, size=(draws, windows))
-    weights = np.stack([np.bincount(one, minlength=windows) for one in drawn]).astype(np.int32)
+    if isinstance(window, int):
+        if window < 1:
+            raise ValueError(f"expected windows of at least 1 token, got a window of {window}")
+        if len(rows) % window:
+            raise ValueError(
+                f"expected whole windows of {window} tokens, got {len(rows)} tokens, which is not a "
+                f"multiple of {window}"
+            )
+        windows = len(rows) // window
+        window = np.repeat(np.arange(windows), window)
+    sizes = np.bincount(window, minlength=windows or 0)
+    drawn = np.random.default_rng(seed).integers(len(sizes), size=(draws, len(sizes)))
+    distances = np.full((draws, rows.shape[1]), np.nan)
+    if sizes.min() < sizes.max():
+        own = np.split(np.arange(len(rows)), np.cumsum(sizes)[:-1])
+        for number, one in enumerate(drawn):
+            chosen = np.concatenate([own[place] for place in one])
+            if len(chosen):
+                distances[number] = from_samples(rows[chosen])
+        return distances
+    weights = np.stack([np.bincount(one, minlength=len(sizes)) for one in drawn]).astype(np.int32)
     order = np.argsort(rows, axis=0, kind="stable")
     columns = np.ascontiguousarray(np.take_along_axis(rows, order, axis=0).T)
-    distances = np.full((draws, rows.shape[1]), np.nan)
-    owner = np.ascontiguousarray((order // window).T.astype(np.int32))
+    owner = np.ascontiguousarray(window[order].T.astype(np.int32))
     fill_distances(columns, owner, weights, *gaussian_bins(len(rows)), distances)
     return distances
 

@@ -153,24 +153,37 @@ class Histograms:
         for name, tensor in self.tensors().items():
             tensor.copy_(getattr(other, name))
 
-    def start(self, pilot: torch.Tensor, places: torch.Tensor | None = None) -> None:
+    def start(
+        self,
+        pilot: torch.Tensor,
+        places: torch.Tensor | None = None,
+        *,
+        others: tuple[int, float] | None = None,
+    ) -> None:
         """Place the bins by the mean and std of the pilot's rows (tokens, neurons).
 
         ``places`` are the rows that count, as for `add`. The center is the neuron's mean. The scale
         is its std, but at least a thousandth of the median std of the neurons that are not constant
         in the pilot. A constant neuron has that median as its scale, or 1 if all are constant.
 
+        A pilot of few rows, or none, says little of a scale. ``others`` are a number of tokens and
+        a std: the scale is the std as if so many tokens with this std had joined the rows.
+
         Raises:
             RuntimeError: the bins are placed already. This is checked only on the CPU.
-            ValueError: the pilot has no rows or another number of neurons.
+            ValueError: the pilot has no rows, without ``others``, or another number of neurons.
         """
         self._check(pilot)
-        if len(pilot if places is None else places) == 0:
+        rows = len(pilot if places is None else places)
+        if rows == 0 and others is None:
             raise ValueError("the pilot has no rows: the first batch needs a counted token")
         if kernels_of(pilot.device) == "numba" and torch.isfinite(self.center).any():
             raise RuntimeError("the bins are already placed: call start only once, before add")
         mean, std = _mean_and_std(pilot.detach(), places)
         std = torch.where(torch.isfinite(std) & torch.isfinite(mean), std, 0.0)
+        if others is not None:
+            more, spread = others
+            std = ((rows * std.square() + more * spread**2) / (rows + more)).sqrt()
         # The lower median of those above zero. To select them would wait for a device.
         ascending = torch.where(std > 0, std, math.inf).sort().values
         ascending = torch.cat([ascending, std.new_full((1,), math.inf)])
@@ -197,6 +210,8 @@ class Histograms:
             ValueError: the rows have another number of neurons.
         """
         self._check(rows)
+        if len(rows if places is None else places) == 0:
+            return
         kernels, rows = kernels_of(rows.device), rows.detach()
         if kernels == "numba" and self.neurons:
             if torch.isnan(self.center[0]):

@@ -1,6 +1,7 @@
 """The dataset of a run: a row per neuron or input, and the names and units of its variables."""
 
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import PurePath
@@ -59,7 +60,8 @@ UNITS = {
 
 TRUSTED_ERROR = 0.1  # neurons with a larger error bound are not ranked
 NAMED_ERROR = 0.02  # neurons with a larger error bound are named in the summary
-
+NOISY_FLOOR = 0.05  # neurons of trained experts with a higher noise floor are named
+NOISY_TOKENS = math.ceil((gaussian.NOISE / NOISY_FLOOR) ** 2)
 
 _MAPPINGS = ("versions", "disentangled", "skipped_layers", "texts")  # attributes that are mappings
 # Attributes that are lists.
@@ -151,7 +153,7 @@ def summary(run: xr.DataTree | xr.Dataset) -> dict[str, Any]:
     """
     dataset = dataset_of(run)
     inputs = dataset.isel(neuron=dataset["side"].to_numpy() == "input")
-    tokens = int(dataset["count"].max())
+    tokens = int(dataset.attrs.get("tokens", dataset["count"].max()))
     names = ("model", "text", "windows", "length")
     shard = {name: dataset.attrs[name] for name in ("shard",) if name in dataset.attrs}
     return (
@@ -161,10 +163,11 @@ def summary(run: xr.DataTree | xr.Dataset) -> dict[str, Any]:
             "tokens": tokens,
             "noise_floor": gaussian.noise_floor(tokens),
             **_distances(outputs_of(dataset)),
+            **_of_experts(dataset, tokens),
             **({"inputs": _distances(inputs)} if inputs.sizes["neuron"] else {}),
             "warnings": [
-                *_warnings(outputs_of(dataset), "neuron", "outputs"),
-                *_warnings(inputs, "input", "values"),
+                *_warnings(outputs_of(dataset), "neuron", "outputs", tokens),
+                *_warnings(inputs, "input", "values", tokens),
                 *dependence_notes(about(dataset).get("dependent_on", [])),
                 *skipped_notes(about(dataset), "measured"),
             ],
@@ -189,12 +192,37 @@ def _distances(dataset: xr.Dataset) -> dict[str, Any]:
     }
 
 
-def _warnings(dataset: xr.Dataset, what: str, values: str) -> list[str]:
-    """Return warnings of neurons, or inputs, without a distance or with a large bound."""
+def _of_experts(dataset: xr.Dataset, tokens: int) -> dict[str, Any]:
+    """Return how many tokens the matrices of trained experts had; empty if all layers had ``tokens``."""
+    counts = dataset["count"].to_numpy()
+    few = counts < tokens
+    if not few.any():
+        return {}
+    names = [name.removesuffix(INPUT) for name in dataset["layer"].to_numpy()[few]]
+    layers = pd.Series(counts[few]).groupby(names).first()
+    return {
+        "experts": {
+            "matrices": len(layers),
+            "without_tokens": int((layers == 0).sum()),
+            "least_tokens": int(layers.min()),
+            "most_tokens": int(layers.max()),
+        }
+    }
+
+
+def _warnings(dataset: xr.Dataset, what: str, values: str, tokens: int) -> list[str]:
+    """Return warnings of neurons, or inputs, without a distance, with few tokens or a large bound.
+
+    ``tokens`` are those of the run; a trained expert has some of them.
+    """
     distance, error = dataset["wasserstein"].to_numpy(), dataset["wasserstein_error"].to_numpy()
-    broken = dataset["nonfinite"].to_numpy() > 0
-    dead, large = np.isnan(distance) & ~broken, error > TRUSTED_ERROR
+    broken, counts = dataset["nonfinite"].to_numpy() > 0, dataset["count"].to_numpy()
+    unused, few = counts == 0, (counts > 0) & (counts < min(tokens, NOISY_TOKENS))
+    dead, large = np.isnan(distance) & ~broken & ~unused, error > TRUSTED_ERROR
+    noisy = f"fewer than {NOISY_TOKENS} tokens, so with a noise floor above {NOISY_FLOOR} std"
     cases = [
+        (unused, f"{what}{{}} of experts that no token was sent to, so without a distance"),
+        (few, f"{what}{{}} of experts with {noisy}"),
         (broken, f"{what}{{}} with NaN, infinite or too large {values}, so without a distance"),
         (dead, f"dead {what}{{}} (constant {values}), so without a distance"),
         (large, f"{what}{{}} with an error bound above {TRUSTED_ERROR}, so not ranked"),

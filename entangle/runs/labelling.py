@@ -9,6 +9,7 @@ import pandas as pd
 import torch
 import xarray as xr
 
+from entangle.model.fused import FusedMatrix
 from entangle.model.layers import dequantised, device_of
 from entangle.model.placing import load_block, release_block
 from entangle.model.sides import LayerInputs, Recordable, layer_of
@@ -40,6 +41,7 @@ def tree_of(
     moments = histograms.moments()
     distances = wasserstein.from_histograms(histograms, moments)
     invalid = histograms.invalid()
+    unknown = invalid | (moments.count == 0)
     values = {
         "wasserstein": distances.wasserstein,
         "wasserstein_error": distances.error,
@@ -48,8 +50,8 @@ def tree_of(
         "skewness": moments.skewness,
         "kurtosis": moments.kurtosis,
         "modes": histograms.modes(moments),
-        "min": np.where(invalid, np.nan, histograms.minimum.cpu().numpy()),
-        "max": np.where(invalid, np.nan, histograms.maximum.cpu().numpy()),
+        "min": np.where(unknown, np.nan, histograms.minimum.cpu().numpy()),
+        "max": np.where(unknown, np.nan, histograms.maximum.cpu().numpy()),
         "count": moments.count,
         "nonfinite": np.maximum(invalid, (histograms.nonfinite + histograms.beyond).cpu().numpy()),
         "weight_norm": labels["weight_norm"].to_numpy(),
@@ -139,9 +141,10 @@ def weight_norms(layers: Sequence[Recordable]) -> Array:
 
     def norms(one: Recordable) -> torch.Tensor:
         layer = layer_of(one)
+        module = layer.module.owner if isinstance(layer.module, FusedMatrix) else layer.module
         in_file = device_of(layer).type == "meta"
         if in_file:
-            load_block(layer.module)
+            load_block(module)
         weight = dequantised(layer)
         if weight is None:
             norm = torch.full((one.neurons,), torch.nan, dtype=torch.float64)
@@ -149,7 +152,7 @@ def weight_norms(layers: Sequence[Recordable]) -> Array:
             column = isinstance(one, LayerInputs)
             norm = torch.linalg.vector_norm(weight.double(), dim=-2 if column else -1)
         if in_file:
-            release_block(layer.module)
+            release_block(module)
         mean: torch.Tensor = norm.reshape(-1, norm.shape[-1]).mean(dim=0).cpu()
         return mean
 

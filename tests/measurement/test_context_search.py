@@ -448,11 +448,13 @@ def test_neurons_that_do_not_fit_at_once_take_several_passes(
     layers = ["0.mlp.up_proj", "2.mlp.up_proj", "0.mlp.up_proj", "1.mlp.gate_proj", "0.mlp.up_proj"]
     names = [f"model.layers.{layer}:{36 - i}" for i, layer in enumerate(layers)]
     expected = llama.find(names)
-    passes, run_once = [], context_search._outputs
+    passes: list[Array] = []
+    run_once = context_search._outputs
 
-    def counted(*arguments: Any) -> Array:
-        passes.append(run_once(*arguments))
-        return passes[-1]
+    def counted(*arguments: Any) -> Any:
+        found = list(run_once(*arguments))
+        passes.extend(outputs for _, outputs, _ in found)
+        return found
 
     monkeypatch.setattr(context_search, "VALUES", held * 20 * LENGTH + 1)
     monkeypatch.setattr(context_search, "_outputs", counted)
