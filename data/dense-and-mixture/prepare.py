@@ -23,6 +23,7 @@ from transformers import (
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
 )
+from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
 HERE = Path(__file__).resolve().parent
 TRAINING = [HERE.parent / "python-docs/calibration.txt", HERE.parent / "fortunes/fortunes.txt"]
@@ -30,7 +31,7 @@ VALIDATION = HERE.parent / "python-docs/evaluation.txt"
 SEEDS = (0, 1, 2)
 VOCABULARY, LENGTH, BATCH = 4096, 256, 16  # tokens, tokens a window, windows a step
 STEPS = {"dense": 800, "mixture": 800}
-RATE, WARM_UP, DECAY = 3e-3, 50, 0.1
+RATE, WARM_UP, DECAY, BALANCE = 3e-3, 50, 0.1, 0.02
 EXPERTS, CHOSEN, WIDTH = (
     8,
     2,
@@ -106,8 +107,6 @@ def new_model(kind: str) -> PreTrainedModel:
             num_experts_per_tok=CHOSEN,
             moe_intermediate_size=WIDTH,
             norm_topk_prob=True,
-            output_router_logits=True,  # so the loss balances the experts
-            router_aux_loss_coef=0.01,
         )
     )
 
@@ -129,7 +128,7 @@ def train(
         lambda step: min((step + 1) / WARM_UP, 0.5 + 0.5 * math.cos(math.pi * step / steps)),
     )
     for step, batch in zip(range(steps), batches(tokens, seed), strict=False):
-        loss = model(input_ids=batch, labels=batch).loss
+        loss = loss_of(model, batch)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -151,6 +150,24 @@ def train(
     tokenizer.save_pretrained(partial)
     (partial / "training.json").write_text(json.dumps(made, indent=2) + "\n", encoding="utf-8")
     partial.rename(folder)
+
+
+def loss_of(model: PreTrainedModel, batch: torch.Tensor) -> torch.Tensor:
+    """Return the loss of the next token; for a mixture with the balance of each block's experts.
+
+    The models' own balance is that of all blocks together, which lets single experts have no token.
+    """
+    mixture = isinstance(model, Qwen3MoeForCausalLM)
+    routed = {"output_router_logits": True} if mixture else {}
+    output = model(input_ids=batch, labels=batch, **routed)
+    loss: torch.Tensor = output.loss
+    if mixture:
+        own = output.aux_loss * model.router_aux_loss_coef  # of all blocks together, in the loss
+        every: Any = [
+            load_balancing_loss_func((one,), EXPERTS, CHOSEN) for one in output.router_logits
+        ]
+        loss = loss - own + BALANCE * torch.stack(every).mean()
+    return loss
 
 
 def batches(tokens: torch.Tensor, seed: int) -> Iterator[torch.Tensor]:
