@@ -118,11 +118,7 @@ def test_measure_counts_what_each_layer_puts_out(name: str, dtype: torch.dtype) 
     agrees(run.to_dataset(), flat(outputs))
     sizes = {name: kept[0].shape[-1] for name, kept in outputs.items()}
     assert neuron_names(run) == [f"{name}:{i}" for name, size in sizes.items() for i in range(size)]
-    warnings = summary(run)["warnings"]
-    assert len(warnings) == (name == "mixtral")
-    skipped = ("gate.weight", "experts.gate_up_proj", "experts.down_proj")
-    named = ", ".join(re.escape(f"model.layers.0.mlp.{one}") for one in skipped)
-    assert all(re.search(rf"\b6 matri.*{named}", warning) for warning in warnings)
+    assert summary(run)["warnings"] == []
 
 
 # Layers that cannot be heard.
@@ -483,7 +479,7 @@ def test_a_run_knows_what_it_was_measured_on(tmp_path: Path) -> None:
         "layers": ["*.0.*"],
     }
     assert run.attrs | expected == run.attrs
-    assert len(run.attrs["skipped_parameters"]) == 6
+    assert len(run.attrs["skipped_parameters"]) == 2  # the weights of the routers
     assert set(run["block"].to_numpy()) == {0}
 
 
