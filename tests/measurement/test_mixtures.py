@@ -29,8 +29,8 @@ EXPERTS = "*.experts.*"
 UNUSED = 2
 
 
-def windows_of(count: int = 12, length: int = 24) -> TokenWindows:
-    ids = torch.randint(3, VOCABULARY - 2, (count, length), generator=torch.manual_seed(1))
+def windows_of(count: int = 12, length: int = 24, seed: int = 1) -> TokenWindows:
+    ids = torch.randint(3, VOCABULARY - 2, (count, length), generator=torch.manual_seed(seed))
     return TokenWindows(ids, "a text", count, 0, False)  # type: ignore[arg-type]
 
 
