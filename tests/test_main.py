@@ -1080,15 +1080,14 @@ def test_a_signal_is_not_lost_where_c_code_has_an_error_in_its_place(
     assert re.fullmatch(r"entangle: (interrupted|terminated).*nothing.*\n", said)
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", [*ARCHITECTURES, "mixtral"])
 def test_every_architecture_is_measured_ranked_and_drawn(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     save_tiny(tmp_path / "model", name)
     (tmp_path / "text.txt").write_text(WORDS * 20)
     assert main(_measure(tmp_path, "run")) == 0
-    fused = "model.layers.0.mlp.experts.gate_up_proj"  # is not measured, and named
-    assert (fused in capsys.readouterr().out) == (name == "mixtral")
+    capsys.readouterr()
     run = str(tmp_path / "run")
     assert main(["rank", run, "--top", "1", "--json"]) == 0
     top = json.loads(capsys.readouterr().out)["neurons"][0]

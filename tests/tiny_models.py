@@ -72,10 +72,6 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "llama": ("LlamaConfig", _LLAMA_LIKE | {"num_hidden_layers": 3, "mlp_bias": True}),
     "mistral": ("MistralConfig", _WIDE_HEADS | {"sliding_window": 7}),
-    "mixtral": (
-        "MixtralConfig",
-        _LLAMA_LIKE | {"intermediate_size": 40, "num_local_experts": 4, "num_experts_per_tok": 2},
-    ),
     "olmo2": ("Olmo2Config", _LLAMA_LIKE),
     "opt": (
         "OPTConfig",
@@ -94,6 +90,12 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "stablelm": ("StableLmConfig", _ALL_HEADS | {"hidden_size": 48}),
 }
 ARCHITECTURES = tuple(_CONFIGS)
+_MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {  # more of them are in `tiny_mixtures`
+    "mixtral": (
+        "MixtralConfig",
+        _LLAMA_LIKE | {"intermediate_size": 40, "num_local_experts": 4, "num_experts_per_tok": 2},
+    ),
+}
 _SCALED: dict[str, tuple[str, dict[str, Any]]] = {  # these multiply or divide their logits
     "cohere": ("CohereConfig", _LLAMA_LIKE),
     "granite": ("GraniteConfig", _LLAMA_LIKE | {"logits_scaling": 3.0}),
@@ -104,7 +106,7 @@ def tiny_model(
     name: str = "llama", *, dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any
 ) -> PreTrainedModel:
     """Return a random model in eval mode; ``changes`` go to its configuration."""
-    kind, options = (_CONFIGS | _SCALED)[name]
+    kind, options = (_CONFIGS | _SCALED | _MIXTURES)[name]
     ids: dict[str, Any] = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     make: Callable[..., PreTrainedConfig] = getattr(transformers, kind)
     config = make(vocab_size=VOCABULARY, **ids | options | changes)

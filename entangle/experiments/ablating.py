@@ -26,7 +26,7 @@ from entangle.numerics.sparsity import Solve
 from entangle.numerics.torch_settings import with_torch_defaults
 from entangle.pruning.neurons import Kind, Outputs, SparseNeurons, load_neurons, prune_neurons
 from entangle.pruning.options import SOLVE, Several
-from entangle.pruning.sparsifying import check_layers
+from entangle.pruning.sparsifying import check_experts, check_layers
 from entangle.runs import store
 from entangle.runs.dataset import about, dataset_of, values_of
 from entangle.runs.resuming import resumed_run, unwritten
@@ -155,6 +155,7 @@ def ablate(
     arms = ablation.arms(known, [*setup.blocks] if per_block else [None])
     if pruned:
         check_layers(setup, [arm.sparsity for arm in arms if arm.sparsity])
+        check_experts(setup, [arm.experts for arm in arms])
     attributes = setup.provenance() | {"pruned": pruned, "run": about(run)}
     attributes |= {"solve": solve} if pruned else {}
     attributes |= {"missing_sets": missing, "arms": [arm.settings() for arm in arms]}

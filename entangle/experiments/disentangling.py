@@ -28,7 +28,7 @@ from entangle.numerics.sparsity import Solve, Sparsity
 from entangle.numerics.torch_settings import with_torch_defaults
 from entangle.pruning.calibration import HELD_OUT, calibrate
 from entangle.pruning.options import ONE, SOLVE, Clustering, Several, check_solve, several
-from entangle.pruning.sparsifying import check_layers
+from entangle.pruning.sparsifying import check_experts, check_layers
 from entangle.runs import store
 from entangle.runs.dataset import about, attributes_of, labelled, runs_of, with_text
 from entangle.runs.resuming import resumed_run
@@ -125,6 +125,7 @@ def disentangle(
     kept = _kept(setup.run, names, neurons)
     check_in_memory(model, "disentangling")
     check_layers(setup, parsed)
+    check_experts(setup, [arm.experts for arm in arms])
     attributes = setup.provenance()
     attributes |= {"experts": several(experts), "sparsity": list(map(str, parsed))}
     attributes |= {"solve": solve}

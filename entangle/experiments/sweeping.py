@@ -384,7 +384,7 @@ def _prune(setup: Setup, pruning: Pruning, grams: Path, zeros: Zeros) -> list[Pr
     pruned: list[PrunedLayer] = []
     for block, here in setup.blocks.items():
         files, device = _files(grams, block, [pruning.clustering]), weight_of(here[0]).device
-        found = load_calibrations(files[pruning.clustering], device)
+        found = load_calibrations(files[pruning.clustering], here, device)
         rows = load_inputs(files[None], device)
         pruned += prune_layers(setup.model, here, found, pruning, held_out=rows, zeros=zeros)
     return sparsified_inputs(setup, pruning, pruned)

@@ -108,7 +108,12 @@ def write_weight(layer: LinearLayer, weight: torch.Tensor) -> None:
 
 
 def replace_layer(model: "PreTrainedModel", layer: LinearLayer, module: nn.Module) -> LinearLayer:
-    """Replace the layer's module in the model, and return the new layer; it keeps its hooks."""
+    """Replace the layer's module in the model, and return the new layer; it keeps its hooks.
+
+    The module of a trained expert's matrix is no part of the model, and stays.
+    """
+    if module is layer.module and isinstance(module, FusedMatrix):
+        return layer
     parent, _, leaf = layer.name.rpartition(".")
     vars(module).update({name: vars(layer.module)[name] for name in _HOOKS})
     setattr(model.get_submodule(parent), leaf, module)

@@ -24,6 +24,7 @@ from transformers.dynamic_module_utils import custom_object_save
 from entangle.model import folders
 from entangle.model.classes import class_of
 from entangle.model.experts import ExpertLinear, Packed, PackedLinear, pack, unpack
+from entangle.model.fused import FusedMatrix
 from entangle.model.layers import LinearLayer, find_layers, is_plain, replace_layer, weight_of
 from entangle.model.placing import stored_buffers, stored_parameters
 from entangle.model.prunable import multiplies
@@ -232,9 +233,12 @@ def pack_layer(
     """Pack a layer for a device, by default its own, if it has so many zeros that this gains time.
 
     The share of zeros is `LEAST_ZEROS`. Layers whose weights are quantised, float64 or on the meta
-    device are left as they are, and so are those that do more than multiply by their weight.
+    device are left as they are, and so are those that do more than multiply by their weight, and the
+    matrices of trained experts.
     """
     if not is_plain(layer.module) or not multiplies(layer.module):
+        return
+    if isinstance(layer.module, FusedMatrix):
         return
     weight = weight_of(layer)
     weight = weight if weight.ndim == 3 else weight[None]

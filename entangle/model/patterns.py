@@ -15,8 +15,9 @@ def as_list(patterns: Patterns) -> list[str]:
 
 def unmatched(names: Iterable[str], patterns: Iterable[str]) -> str | None:
     """Return the first pattern that matches no name, or None."""
-    known = list(names)
-    return next((pattern for pattern in patterns if not fnmatch.filter(known, pattern)), None)
+    known = dict.fromkeys(names)
+    missing = (pattern for pattern in patterns if pattern not in known)
+    return next((pattern for pattern in missing if not fnmatch.filter(known, pattern)), None)
 
 
 def chosen(names: Iterable[str], patterns: Sequence[str], exclude: Sequence[str]) -> list[bool]:
@@ -27,11 +28,12 @@ def chosen(names: Iterable[str], patterns: Sequence[str], exclude: Sequence[str]
     Raises:
         LookupError: all names that match are excluded.
     """
+    wanted, unwanted = {*patterns}, {*exclude}
 
-    def matches(name: str, some: Sequence[str]) -> bool:
-        return any(fnmatch.fnmatchcase(name, pattern) for pattern in some)
+    def matches(name: str, some: set[str]) -> bool:
+        return name in some or any(fnmatch.fnmatchcase(name, pattern) for pattern in some)
 
-    found = [matches(name, patterns) and not matches(name, exclude) for name in names]
+    found = [matches(name, wanted) and not matches(name, unwanted) for name in names]
     if patterns and exclude and not any(found):
         raise LookupError(
             f"no layer is left: those that match {', '.join(patterns)} also match an excluded "

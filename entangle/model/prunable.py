@@ -94,6 +94,20 @@ def check_prunable(layers: Sequence[LinearLayer], among: Sequence[LinearLayer] =
             )
 
 
+def check_no_trained_experts(layers: Sequence[LinearLayer], action: str) -> None:
+    """Check that no layer is of a trained expert, which cannot take an ``action``: "be ...".
+
+    Raises:
+        ValueError: one is.
+    """
+    trained = [layer for layer in layers if isinstance(layer.module, FusedMatrix)]
+    if trained:
+        raise ValueError(
+            f"{trained[0].name} is of a trained expert, which cannot {action}: leave trained experts "
+            f"out with exclude '*.{trained[0].role.rsplit('.', 2)[0]}.*'"
+        )
+
+
 def _place(layer: LinearLayer) -> int:
     weight = layer.module.weight
     assert isinstance(weight, torch.Tensor)

@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils import _pytree
 from transformers import PreTrainedModel
 
+from entangle.model.fused import FusedMatrix
 from entangle.model.hooks import backbone_of, on_trial
 from entangle.model.layers import LinearLayer
 from entangle.model.placing import input_device
@@ -29,9 +30,10 @@ def layers_of_tokens(model: PreTrainedModel, layers: Sequence[LinearLayer]) -> l
 
     A part is the largest module below the block that has the layer in it and runs as a whole. The
     model runs on a few tokens from all over its vocabulary, since equal tokens would tell little of
-    attention, and its parts run once more. Layers that do not run are left out. No recording counts
-    these runs.
+    attention, and its parts run once more. Layers that do not run are left out, and
+    so are the matrices of trained experts. No recording counts these runs.
     """
+    layers = [layer for layer in layers if not isinstance(layer.module, FusedMatrix)]
     prefixes = {layer.name: _below_block(layer) for layer in layers}
     calls: dict[str, _Call] = {}
     with on_trial(model), torch.inference_mode():

@@ -126,7 +126,7 @@ def _prune_own(
     owners: list[int],
 ) -> _Weights:
     """Prune the experts of a layer that this process owns."""
-    weight, moments, router = weight_of(layer), calibration.moments, calibration.router
+    weight, moments, router = weight_of(layer), calibration.used, calibration.router
     if isinstance(zeros, int):
         pooled = moments if router is None else moments.pooled()
         shares = sparsity_by_quality(weight, pooled, zeros / weight.numel())

@@ -203,7 +203,7 @@ def block_importance(
 
 
 def _outliers(layers: Sequence[LinearLayer], calibrations: Calibrations) -> float:
-    scores = [wanda_scores(weight_of(x), calibrations[x.name].moments.squares) for x in layers]
+    scores = [wanda_scores(weight_of(x), calibrations[x.name].used.squares) for x in layers]
     return outlier_ratio(torch.cat([one.flatten() for one in scores]))
 
 
@@ -212,7 +212,7 @@ def _least_error(layers: Sequence[LinearLayer], calibrations: Calibrations) -> f
     for layer in layers:
         weight, one = weight_of(layer), calibrations[layer.name]
         with naming(layer):
-            pruned = prune(weight, one.moments, Sparsity(0.5), method="wanda", solve="exact").weight
+            pruned = prune(weight, one.used, Sparsity(0.5), method="wanda", solve="exact").weight
         lost = float(output_energy(pruned.double() - weight.double(), one.moments).sum())
         errors.append(lost / one.energy if one.energy else 0.0)
     return sum(errors) / len(errors)

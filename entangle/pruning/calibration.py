@@ -11,9 +11,10 @@ from entangle.model.blocks import BlockWalk
 from entangle.model.layers import LinearLayer, naming, weight_of
 from entangle.model.packing import load_tensors, router_from, router_tensors, save_tensors
 from entangle.model.sampling import sample_inputs
+from entangle.model.sides import stack_of
 from entangle.numerics.moments import ExpertMoments, InputMoments, output_energy
 from entangle.numerics.routing import CentroidRouter, Router, fit_router, random_router
-from entangle.pruning.options import ONE, Clustering
+from entangle.pruning.options import ONE, SHRINKAGE, Clustering
 
 SAMPLE = 16_384  # tokens that a router is fitted on
 HELD_OUT = 8_192  # held-out tokens that the outputs' error is measured on
@@ -31,6 +32,19 @@ class Calibration:
     router: Router | None  # None: one expert
     energy: float  # ‖WX‖² of the dense weights W, the denominator of relative errors
     owner: str  # name of the first layer that receives these inputs; it owns the router
+    pooled: InputMoments | None = None  # of a trained expert: those of all experts of the block
+
+    @property
+    def used(self) -> InputMoments:
+        """The moments that weights are pruned by.
+
+        A trained expert has few tokens, as a cluster has. So its moments are shrunk towards the
+        pooled ones of the block's experts.
+        """
+        if self.pooled is None or not self.pooled.count:
+            return self.moments
+        alone = InputMoments(self.moments.lower[None], self.moments.count[None])
+        return alone.shrunk(SHRINKAGE, self.pooled).expert(0)
 
 
 Calibrations = dict[str, Calibration]  # by the layer's name
@@ -95,7 +109,7 @@ def calibrate(
     for one in moments.values():
         ranks.all_reduce_sum_(one.lower)
         ranks.all_reduce_sum_(one.count)
-    return {
+    calibrations = {
         clustering: {
             layer.name: Calibration(
                 moments[clustering, owners[layer.name]],
@@ -107,6 +121,24 @@ def calibrate(
         }
         for clustering in clusterings
     }
+    return {clustering: with_pooled(layers, one) for clustering, one in calibrations.items()}
+
+
+def with_pooled(layers: Sequence[LinearLayer], calibrations: Calibrations) -> Calibrations:
+    """Return calibrations in which trained experts have the pooled moments of their block's."""
+    stacks: dict[object, list[str]] = {}
+    for layer in layers:
+        if stack_of(layer) is not None:
+            stacks.setdefault(stack_of(layer), []).append(layer.name)
+    found = dict(calibrations)
+    for names in stacks.values():
+        first = calibrations[names[0]].moments
+        pooled = InputMoments(first.lower.clone(), first.count.clone())
+        for name in names[1:]:  # in place: a Gram is large
+            pooled.lower.add_(calibrations[name].moments.lower)
+            pooled.count.add_(calibrations[name].moments.count)
+        found |= {n: dataclasses.replace(calibrations[n], pooled=pooled) for n in names}
+    return found
 
 
 def _fit(
@@ -154,8 +186,10 @@ def save_calibrations(file: Path, calibrations: Calibrations) -> None:
     save_tensors(file, tensors)
 
 
-def load_calibrations(file: Path, device: torch.device) -> Calibrations:
-    """Read the calibrations that `save_calibrations` wrote."""
+def load_calibrations(
+    file: Path, layers: Sequence[LinearLayer], device: torch.device
+) -> Calibrations:
+    """Read the calibrations of a block's layers that `save_calibrations` wrote."""
     tensors = load_tensors(file, device)
     shared: dict[str, tuple[InputMoments, Router | None]] = {}
     for key in tensors:
@@ -164,12 +198,13 @@ def load_calibrations(file: Path, device: torch.device) -> Calibrations:
             moments = InputMoments(tensors[key], tensors[f"{owner} count"])
             several = moments.count.ndim > 0
             shared[owner] = moments, router_from(owner, tensors) if several else None
-    return {
+    found = {
         name: Calibration(*shared[owner], float(tensors[key]), owner)
         for key in tensors
         for name, owner in [key.split(" ", 1)]
         if owner in shared
     }
+    return with_pooled(layers, found)
 
 
 def save_inputs(file: Path, rows: Mapping[str, torch.Tensor]) -> None:

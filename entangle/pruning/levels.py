@@ -67,7 +67,7 @@ class PrunedBlocks:
                 write_weight(layer, weights[layer.name])
             return
         self._restore(block)
-        calibrations = load_calibrations(self._calibration(block), device)
+        calibrations = load_calibrations(self._calibration(block), layers, device)
         zeros = zeros_of_block(layers, count, self._pruning, self._setup.run)
         prune_layers(self._setup.model, layers, calibrations, self._pruning, zeros=zeros)
         ranks.on_rank_zero(save_tensors, file, {x.name: weight_of(x) for x in layers})

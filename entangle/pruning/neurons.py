@@ -111,10 +111,10 @@ def sparse_neurons(
     solve: Solve = SOLVE,
 ) -> SparseNeurons:
     """Prune some rows of a layer's weight by SparseGPT, with a mask by row."""
-    weight, moments = weight_of(layer), calibration.moments
+    weight, moments = weight_of(layer), calibration.used
     neurons = neurons.to(weight.device)
     pruned = prune(weight[neurons], moments, sparsity, solve=solve, shrinkage=SHRINKAGE)
-    counts = moments.count.reshape(-1).tolist()
+    counts = calibration.moments.count.reshape(-1).tolist()
     owns = calibration.owner == layer.name
     return SparseNeurons(neurons, pruned.weight, calibration.router, counts, owns)
 

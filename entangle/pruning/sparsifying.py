@@ -22,7 +22,7 @@ from entangle.model.integrity import LOG, described_files
 from entangle.model.layers import LinearLayer, find_layers, naming
 from entangle.model.loading import save_model
 from entangle.model.placing import check_in_memory, is_offloaded
-from entangle.model.prunable import check_prunable
+from entangle.model.prunable import check_no_trained_experts, check_prunable
 from entangle.model.reloading import check_saved
 from entangle.model.sampling import sample_inputs
 from entangle.model.sparse_inputs import input_hooks
@@ -207,6 +207,8 @@ def sparsify(
             f"inputs {pruning.inputs} with propagate dense needs another walk through the pruned "
             "model, but with offload experts are released after their block: use propagate sparse"
         )
+    if is_offloaded(model):
+        check_no_trained_experts(setup.layers, "be pruned in files (offload)")
     if out is None and is_offloaded(model):
         raise ValueError(
             "the model's weights are in files (offload): give a folder for the pruned model as out"
@@ -309,14 +311,28 @@ def check_layers(setup: Setup, sparsities: Sequence[Sparsity]) -> None:
                 check_group(layer.inputs, sparsity)
 
 
+def check_experts(setup: Setup, experts: Sequence[int]) -> None:
+    """Check that no trained expert is to be expanded.
+
+    Raises:
+        ValueError: one is.
+    """
+    if max(experts, default=1) > 1:
+        check_no_trained_experts(setup.layers, f"be expanded to {max(experts)} experts")
+
+
 def check_prunings(setup: Setup, prunings: Sequence[Pruning]) -> None:
     """Check, before any computation, that the layers can be pruned in these ways.
 
     Raises:
-        ValueError: as `check_layers`; or a block is to be reconstructed, and no layer can be tuned
+        ValueError: as `check_layers`; a trained expert is to be expanded, or to have sparse inputs;
+            or a block is to be reconstructed, and no layer can be tuned
             or there is only one window.
     """
     check_layers(setup, [pruning.sparsity for pruning in prunings])
+    check_experts(setup, [pruning.experts for pruning in prunings])
+    if any(pruning.sparse_inputs for pruning in prunings):
+        check_no_trained_experts(setup.layers, "have sparse inputs")
     if any(pruning.reconstruct != "none" for pruning in prunings):
         tuned_layers(setup)
 

@@ -118,11 +118,7 @@ def test_measure_counts_what_each_layer_puts_out(name: str, dtype: torch.dtype) 
     agrees(run.to_dataset(), flat(outputs))
     sizes = {name: kept[0].shape[-1] for name, kept in outputs.items()}
     assert neuron_names(run) == [f"{name}:{i}" for name, size in sizes.items() for i in range(size)]
-    warnings = summary(run)["warnings"]
-    assert len(warnings) == (name == "mixtral")
-    skipped = ("gate.weight", "experts.gate_up_proj", "experts.down_proj")
-    named = ", ".join(re.escape(f"model.layers.0.mlp.{one}") for one in skipped)
-    assert all(re.search(rf"\b6 matri.*{named}", warning) for warning in warnings)
+    assert summary(run)["warnings"] == []
 
 
 # Layers that cannot be heard.
@@ -139,16 +135,17 @@ def test_what_cannot_be_heard_is_left_out_and_said(
     make: Callable[[], PreTrainedModel], tmp_path: Path
 ) -> None:
     model, windows = make(), windows_of(tokens(6))
-    run = measure(model, windows, out=tmp_path / "run")
+    exclude = ["*.experts.*"] if make is tiny_llama4 else []
+    run = measure(model, windows, exclude=exclude, out=tmp_path / "run")
     heard = dict.fromkeys(run["layer"].to_numpy())
-    every = [layer.name for layer in find_layers(model)]
+    every = [layer.name for layer in find_layers(model, "*", exclude)]
     assert [*heard] == [name for name in every if name not in DEAF[make]]
     written = json.loads((tmp_path / "run" / "run.json").read_text())
     assert [*written["skipped_layers"]] == DEAF[make]
     assert about(open_run(tmp_path / "run"))["skipped_layers"] == written["skipped_layers"]
     said = f"{', '.join(DEAF[make])} "
     assert sum(said in warning for warning in summary(run)["warnings"]) == 1
-    with record(model) as recorder, torch.no_grad():
+    with record(model, exclude=exclude) as recorder, torch.no_grad():
         for batch in windows.tokens.split(4):
             model(batch)
     recorded = recorder.tree()
@@ -483,7 +480,7 @@ def test_a_run_knows_what_it_was_measured_on(tmp_path: Path) -> None:
         "layers": ["*.0.*"],
     }
     assert run.attrs | expected == run.attrs
-    assert len(run.attrs["skipped_parameters"]) == 6
+    assert len(run.attrs["skipped_parameters"]) == 2  # the weights of the routers
     assert set(run["block"].to_numpy()) == {0}
 
 

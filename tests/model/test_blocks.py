@@ -173,7 +173,7 @@ def test_listening_alone_changes_nothing_and_may_be_done_again(name: str) -> Non
         assert same(outputs_of(model, walk.advance), outputs)
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3", "mixtral", "falcon", "opt"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3", "falcon", "opt"])
 def test_after_weights_are_changed_all_is_as_in_the_changed_model(name: str) -> None:
     model = tiny_model(name)
     generator = torch.Generator().manual_seed(0)
@@ -259,7 +259,6 @@ SHARING = {
     "gpt2": ["c_attn", "c_proj", "c_fc", "c_proj"],
     "gpt-j": ["k_proj v_proj q_proj fc_in", "out_proj", "fc_out"],
     "gpt-neox": ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"],
-    "mixtral": ["q_proj k_proj v_proj", "o_proj"],
     "opt": ["k_proj v_proj q_proj", "out_proj", "fc1", "fc2"],
     "phi": ["q_proj k_proj v_proj fc1", "dense", "fc2"],
 }

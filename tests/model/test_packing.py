@@ -238,9 +238,8 @@ def test_it_generates_the_same_text_with_and_without_a_cache(name: str, tmp_path
     assert torch.equal(generated(loaded), ids)
 
 
-@pytest.mark.parametrize("name", ["llama", "mixtral"])
-def test_with_random_experts_too_which_any_rounding_would_change(name: str, tmp_path: Path) -> None:
-    model = expanded(name)
+def test_with_random_experts_too_which_any_rounding_would_change(tmp_path: Path) -> None:
+    model = expanded()
     save_model(model, None, tmp_path)
     assert torch.equal(generated(load_model(tmp_path)), generated(model))
 
@@ -334,7 +333,7 @@ def number_of_bytes(tensors: Any) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3", "mixtral", "phi"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3", "phi"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_folder_holds_what_is_not_zero_and_no_dense_copy(
     name: str, dtype: torch.dtype, tmp_path: Path

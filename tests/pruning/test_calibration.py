@@ -141,7 +141,7 @@ def test_calibrations_and_rows_come_back_from_disk_bit_for_bit(tmp_path: Path) -
     for clustering, calibrations in calibrate(walk, layers, clusterings, advance=False).items():
         file = tmp_path / f"{clustering.assign}{clustering.experts}.safetensors"
         save_calibrations(file, calibrations)
-        again = load_calibrations(file, CPU)
+        again = load_calibrations(file, layers, CPU)
         assert again.keys() == calibrations.keys()
         for name, calibration in calibrations.items():
             assert again[name].energy == calibration.energy

@@ -21,7 +21,7 @@ from tests.pruning.test_sparsifying import random_windows
 from tests.tiny_models import ARCHITECTURES, tiny_model
 
 RATE = 5e-3  # the tiny models see few tokens, which a higher rate would fit too closely
-WITH_MLP = [name for name in ARCHITECTURES if name != "mixtral"]
+WITH_MLP = ARCHITECTURES
 
 
 @pytest.fixture(autouse=True)

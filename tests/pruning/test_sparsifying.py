@@ -328,8 +328,11 @@ def test_what_cannot_be_pruned_is_left_as_it_is_and_said(
 ) -> None:
     model = make()
     dense = copy.deepcopy(model)
-    found = entangle.sparsify(model, random_windows(), sparsity=0.5, experts=experts)
-    every = [layer.name for layer in find_layers(model)]
+    trained = ["*.experts.*"] if make is tiny_llama4 and experts > 1 else []
+    found = entangle.sparsify(
+        model, random_windows(), sparsity=0.5, experts=experts, exclude=trained
+    )
+    every = [layer.name for layer in find_layers(model, "*", trained)]
     assert [*found.layers["layer"]] == [name for name in every if name not in LEFT[make]]
     assert [*found.attributes["skipped_layers"]] == LEFT[make]
     for name in LEFT[make]:
