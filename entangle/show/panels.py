@@ -42,6 +42,7 @@ STYLE: dict[Any, Any] = {
     **dict.fromkeys(("axes.spines.top", "axes.spines.right", "legend.frameon"), False),
 }
 INK, BAND, FIT, QUIET, DEAD = "#0b3c5d", "#3f8fc5", "#d55e00", "0.4", "0.75"
+_EXPERT = r"\.(\d+)(?=\.)"  # in a role, the number of a trained expert
 DASHES: dict[str, Any] = {"color": FIT, "linewidth": 1.2, "linestyle": "--"}
 
 
@@ -105,7 +106,8 @@ def frame_of(run: Run, variable: str, layers: Names) -> tuple[pd.DataFrame, Coun
 
     ``attrs`` has the figure's subject and its notes. Columns:
 
-    * ``layer``, ``block``, ``role``: the neuron's layer.
+    * ``layer``, ``block``, ``role``: the neuron's layer; experts of a block have the same role here.
+    * ``expert``: the number of the neuron's expert in its block, else -1.
     * ``count``: tokens.
     * ``floor``: noise floor for as many tokens, std.
     * ``value``: the variable in its unit; NaN for dead or not finite neurons and untrusted distances.
@@ -121,6 +123,7 @@ def frame_of(run: Run, variable: str, layers: Names) -> tuple[pd.DataFrame, Coun
         )
     data = data.isel(neuron=matching(data["layer"].to_numpy(), layers or "*"))
     frame = pd.DataFrame({key: data[key].to_numpy() for key in ("layer", "block", "role", "count")})
+    frame = experts_together(frame)
     value = data[variable].to_numpy().astype(float)
     dead = ~np.isfinite(value)
     doubtful = ~dead & ~trusted(data) & (variable == "wasserstein")
@@ -133,6 +136,12 @@ def frame_of(run: Run, variable: str, layers: Names) -> tuple[pd.DataFrame, Coun
         raise ValueError(f"no neuron of {len(frame):,} has a value of {variable} to draw: {notes}")
     frame.attrs = {"notes": notes, "subject": drawable(subject_of(data))}
     return frame, np.arange(frame["block"].min(), frame["block"].max() + 1)
+
+
+def experts_together(frame: pd.DataFrame) -> pd.DataFrame:
+    """Return a table with one role for all experts of a block; ``expert`` is a row's expert, else -1."""
+    expert = frame["role"].str.extract(_EXPERT, expand=False).fillna("-1").astype(int)
+    return frame.assign(role=frame["role"].str.replace(_EXPERT, "", regex=True), expert=expert)
 
 
 def colours_of(cells: Floats) -> tuple[colors.Normalize, colors.Colormap]:
@@ -168,9 +177,12 @@ def panels_of(
         if len({*names}) == len(roles) and not any(name[0].isdigit() for name in names):
             break
     for place, (role, ax) in enumerate(panels.items()):
-        ends = frame[frame["role"] == role].groupby("layer").size().agg(["min", "max"]).unique()
+        part = frame[frame["role"] == role]
+        ends = part.groupby("layer").size().agg(["min", "max"]).unique()
         sizes = " to ".join(f"{end:,}" for end in ends)
-        ax.set_title(f"{names[place]}\n{sizes} {'inputs' if role.endswith(INPUT) else 'neurons'}")
+        sizes += " inputs" if role.endswith(INPUT) else " neurons"
+        count = part["expert"].max() + 1
+        ax.set_title(f"{names[place]}\n{f'{count} experts of {ends[-1]:,}' if count else sizes}")
         ax.tick_params(labelbottom=place + columns >= len(roles))
         if labels[1] == DISTANCE:
             ax.set_yscale("log")

@@ -90,6 +90,7 @@ def heatmap(
 
     Each layer's neurons are sorted and averaged into ``bins`` columns of equal share; a neuron at
     the edge of a column counts in both in part. Neurons without a value come last, in grey. The
+    trained experts of a block stand side by side in one panel, each with columns of its own. The
     colour scale is the square root for variables without negative values, else asinh, up to the
     99.8% quantile of the cells.
 
@@ -99,19 +100,21 @@ def heatmap(
     if bins < 1:
         raise ValueError(f"a layer needs at least one column, got bins={bins}")
     frame, blocks = frame_of(run, variable, layers)
-    edges = np.linspace(0, 100, bins + 1), np.append(blocks, blocks[-1] + 1) - 0.5
-    cells = {role: _columns(part, blocks, bins) for role, part in frame.groupby("role")}
+    rims = np.append(blocks, blocks[-1] + 1) - 0.5
+    cells = {role: _side_by_side(part, blocks, bins) for role, part in frame.groupby("role")}
     scale, colour = colours_of(np.concatenate([*cells.values()], axis=None))
     order = "most entangled" if variable == "wasserstein" else "largest"
     across = f"neurons, {order} first (% of layer; a column is the mean of its {100 / bins:.3g}%)"
+    across += "; experts side by side" * bool((frame["expert"] >= 0).any())
     height = float(np.clip(0.105 * len(blocks), 1.3, 5))
     panels, sheet = panels_of(frame, figure, most=7, height=height, labels=(across, "block"))
     for role, ax in panels.items():
-        mesh = ax.pcolormesh(*edges, cells[role], norm=scale, cmap=colour)
+        edges = np.linspace(0, 100, cells[role].shape[1] + 1)
+        mesh = ax.pcolormesh(edges, rims, cells[role], norm=scale, cmap=colour)
         ax.set_facecolor(DEAD)
         for block in np.setdiff1d(blocks, frame.loc[frame["role"] == role, "block"]):
             ax.axhspan(block - 0.5, block + 0.5, color="white")
-        ax.set(xticks=[0, 50, 100], ylim=edges[1][[-1, 0]])
+        ax.set(xticks=[0, 50, 100], ylim=rims[[-1, 0]])
         ax.yaxis.set_major_locator(ticker.MaxNLocator(7, integer=True, min_n_ticks=1))
     bar = sheet.colorbar(mesh, ax=[*panels.values()], pad=0.015, aspect=25)
     bar.set_label(label_of(run, variable))
@@ -307,6 +310,16 @@ def _draw_density(
     ax.plot(x, gaussian, color=FIT, linewidth=1.4, label="fitted Gaussian")
     ax.set_xlim(x[0], x[-1])
     return int(below[last] - below[first])
+
+
+def _side_by_side(part: pd.DataFrame, blocks: Counts, bins: int) -> Floats:
+    """Return the columns of a role's heatmap; experts have about as many together as other layers."""
+    experts = part["expert"].max() + 1
+    if not experts:
+        return _columns(part, blocks, bins)
+    own = max(bins // experts, 2)
+    parts = [_columns(part[part["expert"] == expert], blocks, own) for expert in range(experts)]
+    return np.concatenate(parts, axis=1)
 
 
 def _columns(part: pd.DataFrame, blocks: Counts, bins: int) -> Floats:

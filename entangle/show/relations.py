@@ -24,6 +24,7 @@ from entangle.show.panels import (
     Run,
     Sheet,
     drawable,
+    experts_together,
     frame_of,
     held_out_subject,
     panels_of,
@@ -58,7 +59,7 @@ def difficulty(run: Run, *, layers: Names = None, figure: Sheet = None) -> Figur
         raise ValueError("no neuron has a mapping difficulty to draw")
     frame["other"] /= frame.groupby("layer")["other"].transform("median")
     rho = rank_correlations(data, "wasserstein", ["difficulty"], layers=layers or "*")
-    rhos = rho.groupby("role", sort=False)["difficulty"].median()
+    rhos = experts_together(rho).groupby("role", sort=False)["difficulty"].median()
     down = "mapping difficulty\nover the layer's median"
     panels, sheet = panels_of(frame, figure, most=4, height=2.0, labels=(DISTANCE, down))
     for role, ax in panels.items():
@@ -140,9 +141,9 @@ def comparison(
         LookupError: the runs share no neuron with a distance.
     """
     found = diff(run, other, layers=layers or "*", exclude=exclude or ())
-    data, place = dataset_of(run), found.layers.set_index("layer")
+    data, place = dataset_of(run), experts_together(found.layers).set_index("layer")
     neurons = found.neurons.assign(layer=found.neurons["neuron"].str.rpartition(":")[0])
-    frame = neurons.join(place[["block", "role"]], on="layer")
+    frame = neurons.join(place[["block", "role", "expert"]], on="layer")
     order = frame["layer"].map({layer: number for number, layer in enumerate(place.index)})
     frame = frame.iloc[np.argsort(order.to_numpy(), kind="stable")]
     first, second = (drawable(subject_of(one)) for one in (data, dataset_of(other)))
@@ -158,7 +159,7 @@ def comparison(
         ax.xaxis.set_major_locator(ticker.LogLocator(subs=(1,), numticks=6))
         ax.xaxis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
         ax.xaxis.set_minor_locator(ticker.NullLocator())
-        rho = found.layers.loc[found.layers["role"] == role, "correlation"].median()
+        rho = place.loc[place["role"] == role, "correlation"].median()
         ax.text(0.04, 0.93, f"rank correlation {rho:.2f}", transform=ax.transAxes)
     sheet.legend(*ax.get_legend_handles_labels(), loc="outside upper right", ncols=2)
     return sheet.figure

@@ -184,6 +184,34 @@ def test_a_cell_is_the_mean_of_its_share_of_the_sorted_neurons() -> None:
     np.testing.assert_allclose(cells_of(drawn["down"]), [halves, [0.06, 0.06]])
 
 
+def test_experts_of_a_block_stand_side_by_side() -> None:
+    run = make_run(
+        {
+            (0, "mlp.experts.0.up"): [0.1, 0.4],
+            (0, "mlp.experts.1.up"): [0.2, 0.3],
+            (0, "mlp.experts.10.up"): [np.nan, np.nan],  # no token was sent to it
+            (1, "mlp.experts.0.up"): [0.5, 0.6],
+            (1, "mlp.gate"): [0.7],
+        }
+    )
+    figure = plots.heatmap(run, bins=4)
+    drawn = panels(figure)
+    assert [ax.get_title().split("\n")[1] for ax in drawn.values()] == [
+        "11 experts of 2",
+        "1 neurons",
+    ]
+    cells = cells_of(drawn["up"])
+    expected = np.full((2, 22), np.nan)  # two columns for each expert
+    expected[0, :4], expected[1, :2] = [0.4, 0.1, 0.3, 0.2], [0.6, 0.5]
+    np.testing.assert_allclose(cells.filled(np.nan), expected)
+    assert drawn["up"].get_xlim() == (0, 100)
+    assert "experts side by side" in figure.get_supxlabel()
+    every = plots.ranks(run).axes[0].lines[0]
+    np.testing.assert_allclose(
+        every.get_ydata(), [0.4, 0.3, 0.2, 0.1]
+    )  # of a block's experts together
+
+
 def test_blocks_go_down_and_neurons_go_from_the_most_entangled() -> None:
     run = make_model(blocks=12)
     figure = plots.heatmap(run, bins=20)
