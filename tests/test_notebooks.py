@@ -17,7 +17,8 @@ import entangle
 from entangle.model.text import TokenWindows
 from entangle.numerics.gaussian import from_samples
 from notebooks.execute import NOTEBOOKS, execute, read, write
-from tests.tiny_models import save_tiny
+from tests.tiny_mixtures import tiny_mixture
+from tests.tiny_models import save_tiny, tiny_tokenizer
 
 ROOT = Path(__file__).parent.parent
 LAYERS = ["model.layers.1.mlp.*"]
@@ -42,6 +43,7 @@ SMALL: dict[str, dict[str, Any]] = {
         "SPARSITY": 0.5,
         "EVALUATION_WINDOWS": 8,
     },
+    "5": {"MIXTURES": ["mixture"] * 2, "DENSE": ["model"] * 2},
 }
 REAL: dict[str, dict[str, Any]] = {
     "1": {"PAIRS": 4096},
@@ -67,18 +69,27 @@ REAL: dict[str, dict[str, Any]] = {
         "SPARSITY": 0.8,
         "EVALUATION_WINDOWS": 32,
     },
+    "5": {
+        "MIXTURES": [f"../data/dense-and-mixture/mixture-{seed}" for seed in range(3)],
+        "DENSE": [f"../data/dense-and-mixture/dense-{seed}" for seed in range(3)],
+        "WINDOWS": 256,
+        "LENGTH": 256,
+    },
 }
 PLACES = {
     "MODEL": "../data/smollm2-135m",
     "TEXT": "../data/python-docs",
     "RUN": "../runs/notebooks/measured",
+    "WINDOWS": 128,
+    "LENGTH": 512,
 }
-PICTURES = {"1": 3, "2": 3, "3": 1, "4": 3}
+PICTURES = {"1": 3, "2": 3, "3": 1, "4": 3, "5": 1}
 BELONGS = {  # what only the outputs of the real model have
     "1": ["155520.0", "65536.0", "model.layers.11.mlp.down_proj:507"],
     "2": ["smollm2-135m · python-docs/calibration · 65,536 tokens"],
     "3": ["3270"],  # 3% of 30 x (1536 + 1536 + 576) neurons
     "4": ["7296", "8192"],  # neurons of two MLPs, held-out tokens
+    "5": ["16384.0"],  # the mean number of an expert's tokens: 65,536 times 2 of 8
 }
 
 Row = dict[str, str]
@@ -140,6 +151,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model, and a text: our own README, one half to calibrate, one to evaluate."""
     folder = tmp_path_factory.mktemp("notebooks")
     save_tiny(folder / "model")
+    tiny_mixture("qwen3_moe").save_pretrained(folder / "mixture")
+    tiny_tokenizer().save_pretrained(folder / "mixture")
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     (folder / "text").mkdir()
     (folder / "text" / "calibration.txt").write_text(text[: len(text) // 2], encoding="utf-8")
@@ -188,8 +201,8 @@ def windows_of(folder: Path, **options: Any) -> TokenWindows:
     return entangle.token_windows(folder / "text", tokenizer, length=32, **options)
 
 
-def test_there_are_four_and_each_draws_its_pictures(executed: dict[str, Any]) -> None:
-    assert list(executed) == ["1", "2", "3", "4"]
+def test_each_draws_its_pictures(executed: dict[str, Any]) -> None:
+    assert list(executed) == [*PICTURES]
     assert {number: pictures_of(one) for number, one in executed.items()} == PICTURES
 
 
@@ -290,6 +303,27 @@ def test_clusters_split_the_held_out_tokens_and_the_table_is_of_all_neurons(
         assert float(every[column]) == pytest.approx(np.mean(means), abs=6e-4)
 
 
+def test_experts_are_compared_with_dense_layers_and_random_tokens(
+    executed: dict[str, Any], folder: Path
+) -> None:
+    losses, compared, routed, _clusters = tables_of(executed["5"])
+    mixture, dense = (entangle.load_model(folder / name) for name in ("mixture", "model"))
+    held_out = windows_of(folder, windows=40, purpose="evaluation")
+    for name, model in {"mixture": mixture, "dense": dense}.items():
+        nats = entangle.perplexity(model, held_out).nats
+        assert [float(row[name]) for row in losses] == pytest.approx([nats] * 2, abs=6e-4)
+    run = entangle.measure(mixture, held_out, layers="*.experts.*").to_dataset()
+    down = run["role"].str.contains("down").to_numpy()
+    median = np.nanmedian(run["wasserstein"].to_numpy()[down])
+    row = next(one for one in compared if "down" in one.values())
+    assert float(row["mixture"]) == pytest.approx(median, abs=6e-4)
+    assert float(row["difference"]) == pytest.approx(
+        float(row["mixture"]) - float(row["dense"]), abs=1.1e-3
+    )
+    own = np.nanmedian(run["wasserstein"].to_numpy()[~down])
+    assert float(routed[-1]["own tokens"]) == pytest.approx(own, abs=6e-4)
+
+
 def test_a_cell_that_writes_to_standard_error_is_refused(tmp_path: Path) -> None:
     notebook = read(NOTEBOOKS[0])
     cell = parameters_of(notebook)
@@ -311,8 +345,10 @@ def test_what_is_kept_was_run_in_order_on_the_real_model(file: Path) -> None:
     assert not [x for x in outputs_of(notebook) if x.get("name") == "stderr"]
     assert pictures_of(notebook) == PICTURES[number]
     assert size < 1.5e6
-    sizes = {"WINDOWS": 128, "LENGTH": 512}
-    assert assignments(parameters_of(notebook).source) == PLACES | sizes | REAL[number]
+    found = assignments(parameters_of(notebook).source)
+    settings = PLACES | REAL[number]
+    assert found == {name: settings[name] for name in found}
+    assert {*REAL[number]} <= {*found}
     texts = texts_of(notebook)
     for words in BELONGS[number]:
         assert words in texts
