@@ -243,7 +243,7 @@ def find_layers(
 
 def _walk(model: "PreTrainedModel") -> Iterator[LinearLayer]:
     prefix, blocks = find_blocks(model)
-    width = getattr(model.config.get_text_config(decoder=True), "hidden_size", 0)
+    config = model.config.get_text_config(decoder=True)
     for index, block in enumerate(blocks):
         modules = dict(block.named_modules())
         around: dict[nn.Module, list[FusedMatrix]] = {}
@@ -251,7 +251,7 @@ def _walk(model: "PreTrainedModel") -> Iterator[LinearLayer]:
             if _is_linear(module):
                 yield LinearLayer(f"{prefix}.{index}.{role}", index, role, module)
             scope = modules[role.rpartition(".")[0]] if "." in role else module
-            for matrix in fused_matrices(module, scope, width):
+            for matrix in fused_matrices(module, scope, config):
                 matrix.among = around.setdefault(scope, [])
                 matrix.among.append(matrix)
                 name = f"{role}.{matrix.expert}.{matrix.parameter}"
