@@ -259,6 +259,25 @@ def test_a_matrix_that_the_model_copies_is_skipped(monkeypatch: pytest.MonkeyPat
     assert {*skipped} == {one.name for one in experts_of(model) if "down_proj" in one.name}
 
 
+def test_two_recordings_hear_what_each_does_alone_and_neither_hears_a_trial() -> None:
+    model = tiny_mixture()
+    alone, _ = hear(model, experts_of(model), input_ids=IDS)
+    outer = experts_of(model)
+    heard: dict[str, list[torch.Tensor]] = {layer.name: [] for layer in outer}
+
+    def on_rows(layer: Recordable, rows: torch.Tensor, _: torch.Tensor | None) -> None:
+        heard[layer.name].append(rows.clone())
+
+    with recording_rows(model, outer, on_rows) as counter:
+        inner, _ = hear(model, experts_of(model), input_ids=IDS)
+        assert unheard_layers(model, experts_of(model), IDS) == {}
+        assert counter.batches == 1
+    for name, rows in alone.items():
+        assert torch.equal(inner[name].outputs, rows.outputs)
+        assert [len(one) for one in heard[name]] == [len(rows.tokens)]
+        torch.testing.assert_close(heard[name][0].sum(0), rows.outputs.sum(0), rtol=1e-4, atol=1e-4)
+
+
 def test_after_an_error_the_model_is_as_before() -> None:
     model = tiny_mixture()
     before = {name: dict(vars(module)) for name, module in model.named_modules()}
