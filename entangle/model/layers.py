@@ -72,6 +72,17 @@ def weight_of(layer: LinearLayer) -> torch.Tensor:
     return weight.detach().T if isinstance(layer.module, Conv1D) else weight.detach()
 
 
+def parameter_of(layer: LinearLayer) -> tuple[nn.Module, str]:
+    """Return the module whose parameter holds the layer's weight, and the parameter's name in it.
+
+    The parameter of a trained expert has the weights of the other experts too.
+    """
+    module = layer.module
+    if isinstance(module, FusedMatrix):
+        return module.owner, module.parameter
+    return module, "weight"
+
+
 def dequantised(layer: LinearLayer) -> torch.Tensor | None:
     """Return the layer's weight as floats (see `weight_of`), or None if torch cannot decode it."""
     weight = getattr(layer.module, "weight", None)
