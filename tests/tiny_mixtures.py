@@ -102,6 +102,7 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         _LATENT
         | _LOCAL
         | _DENSE_FIRST
+        | {"layer_types": ["full_attention"] * 2}  # the other kind is slow without a kernel
         | {"num_experts": EXPERTS, "num_experts_per_token": 2, "num_shared_experts": 1},
     ),
     "lfm2_moe": (

@@ -26,6 +26,7 @@ _SUMS = ("add", "add_", "__add__", "__iadd__")
 _Place = tuple[nn.Module, str, int]  # of a matrix: the owner, the parameter and the expert
 _View = tuple[int, torch.Size, tuple[int, ...]]  # address, shape and strides
 _Rows = ReferenceType[torch.Tensor]
+_UNWATCHED = "unwatched"  # attribute of a forward that hears experts: the forward before
 _IMPLEMENTATION = "_experts_implementation_internal"  # of transformers' configurations
 
 
@@ -47,6 +48,14 @@ def heard(modules: Iterable[nn.Module]) -> Iterator[None]:
                 stack.enter_context(_run_eagerly(owner))
             stack.enter_context(_watched(scope, matrices))
         yield
+
+
+def unheard_forward(module: nn.Module) -> Any:
+    """Return a module's own forward (one set by accelerate, or None), without what hears experts."""
+    forward = vars(module).get("forward")
+    while hasattr(forward, _UNWATCHED):
+        forward = getattr(forward, _UNWATCHED)
+    return forward
 
 
 @contextmanager
@@ -75,6 +84,7 @@ def _watched(scope: nn.Module, matrices: Sequence[FusedMatrix]) -> Iterator[None
         watch.finish()
         return output
 
+    vars(watched)[_UNWATCHED] = forward
     try:
         scope.forward = watched
         yield

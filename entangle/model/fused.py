@@ -9,7 +9,9 @@ lies follows from that, or from the module's attribute ``is_transposed``; a para
 model, a trial does not hear its matrices (`hooks.unheard_layers`), and they are skipped.
 """
 
+import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,6 +19,8 @@ from torch.nn import functional
 
 _BIAS = "_bias"  # suffix of the parameter with the experts' biases
 _EXPERTS = ("num_experts", "moe_num_experts")
+# How configurations name the number of experts that a token is sent to.
+_CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "moe_top_k")
 
 
 class FusedMatrix(nn.Module):
@@ -37,6 +41,7 @@ class FusedMatrix(nn.Module):
         self.parameter = parameter  # its name in the owner
         self.expert = expert
         self.transposed = False  # whether the parameter has (inputs, neurons)
+        self.share = 1.0  # of the tokens that an expert has on average
         self.tokens = torch.zeros(0, dtype=torch.int64)  # (rows,) indices in the batch
         self.batch = 0  # number of tokens of the batch, with those of other experts
 
@@ -63,17 +68,20 @@ class FusedMatrix(nn.Module):
         return functional.linear(inputs, self.weight, self.bias) if outputs is None else outputs
 
 
-def fused_matrices(owner: nn.Module, scope: nn.Module, width: int) -> Iterator[FusedMatrix]:
+def fused_matrices(owner: nn.Module, scope: nn.Module, config: Any) -> Iterator[FusedMatrix]:
     """Yield the matrices in a module's own parameters, expert after expert.
 
-    ``width`` is that of the model's hidden states.
+    ``config`` is that of the model's text decoder, which has the width of hidden states.
     """
     names = _stacks(owner)
-    transposed = _transposed(owner, names, width)
-    for expert in range(_experts(owner) if names else 0):
+    if not names:
+        return
+    transposed = _transposed(owner, names, getattr(config, "hidden_size", 0))
+    share = min(_chosen(config) / _experts(owner), 1.0)
+    for expert in range(_experts(owner)):
         for name in names:
             matrix = FusedMatrix(owner, scope, name, expert)
-            matrix.transposed = transposed[name]
+            matrix.transposed, matrix.share = transposed[name], share
             yield matrix
 
 
@@ -86,6 +94,15 @@ def fused_parameters(owner: nn.Module) -> list[nn.Parameter]:
 def _experts(owner: nn.Module) -> int:
     """Return how many experts a module says that it has, 0 if it says nothing."""
     return next((n for n in map(vars(owner).get, _EXPERTS) if isinstance(n, int)), 0)
+
+
+def _chosen(config: Any) -> float:
+    """Return to how many experts a token is sent; infinite if the configuration does not say it."""
+    for part in (config, getattr(config, "ffn_config", None)):
+        for count in (getattr(part, name, None) for name in _CHOSEN):
+            if isinstance(count, int):
+                return count
+    return math.inf
 
 
 def _stacks(owner: nn.Module) -> list[str]:

@@ -13,7 +13,7 @@ from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from entangle.model.eager import heard
+from entangle.model.eager import heard, unheard_forward
 from entangle.model.fused import FusedMatrix
 from entangle.model.layers import LinearLayer, decoder_of
 from entangle.model.placing import input_device, is_whole
@@ -370,6 +370,8 @@ def on_trial(model: PreTrainedModel) -> Iterator[None]:
         try:
             for module, *_ in kept:
                 vars(module).update({name: OrderedDict() for name in _HOOKS})
+                if "forward" in vars(module):
+                    vars(module)["forward"] = unheard_forward(module)
                 # transformers installs hooks of its own at the first pass that needs them.
                 vars(module).pop("_output_capturing_hooks_installed", None)
             yield

@@ -72,6 +72,17 @@ def weight_of(layer: LinearLayer) -> torch.Tensor:
     return weight.detach().T if isinstance(layer.module, Conv1D) else weight.detach()
 
 
+def parameter_of(layer: LinearLayer) -> tuple[nn.Module, str]:
+    """Return the module whose parameter holds the layer's weight, and the parameter's name in it.
+
+    The parameter of a trained expert has the weights of the other experts too.
+    """
+    module = layer.module
+    if isinstance(module, FusedMatrix):
+        return module.owner, module.parameter
+    return module, "weight"
+
+
 def dequantised(layer: LinearLayer) -> torch.Tensor | None:
     """Return the layer's weight as floats (see `weight_of`), or None if torch cannot decode it."""
     weight = getattr(layer.module, "weight", None)
@@ -243,7 +254,7 @@ def find_layers(
 
 def _walk(model: "PreTrainedModel") -> Iterator[LinearLayer]:
     prefix, blocks = find_blocks(model)
-    width = getattr(model.config.get_text_config(decoder=True), "hidden_size", 0)
+    config = model.config.get_text_config(decoder=True)
     for index, block in enumerate(blocks):
         modules = dict(block.named_modules())
         around: dict[nn.Module, list[FusedMatrix]] = {}
@@ -251,7 +262,7 @@ def _walk(model: "PreTrainedModel") -> Iterator[LinearLayer]:
             if _is_linear(module):
                 yield LinearLayer(f"{prefix}.{index}.{role}", index, role, module)
             scope = modules[role.rpartition(".")[0]] if "." in role else module
-            for matrix in fused_matrices(module, scope, width):
+            for matrix in fused_matrices(module, scope, config):
                 matrix.among = around.setdefault(scope, [])
                 matrix.among.append(matrix)
                 name = f"{role}.{matrix.expert}.{matrix.parameter}"

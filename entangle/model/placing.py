@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from entangle.model.layers import LinearLayer, find_blocks
+from entangle.model.layers import LinearLayer, find_blocks, parameter_of
 
 
 def is_offloaded(model: nn.Module) -> bool:
@@ -102,20 +102,24 @@ def bytes_of_block(model: PreTrainedModel) -> int:
 def read_weight_from(layer: LinearLayer, file: Path, name: str) -> None:
     """Read a layer's weight from the tensor ``name`` of a safetensors file from now on.
 
-    A layer that is not offloaded is left as it is.
+    For a trained expert it is the whole parameter, with the weights of the other experts. A layer that
+    is not offloaded is left as it is.
 
     Raises:
         ValueError: the layer is offloaded, but not by `load_model`.
     """
-    for module, hook in _offloading(layer.module):
-        loader, key = hook.weights_map, "weight"
+    holder, parameter = parameter_of(layer)
+    for module, hook in _offloading(holder):
+        if parameter not in module._parameters:
+            continue
+        loader, key = hook.weights_map, parameter
         while hasattr(loader, "prefix"):  # accelerate's view of one module's weights
             loader, key = loader.dataset, loader.prefix + key
         if not hasattr(loader, "index"):
             raise ValueError(
                 f"{layer.name} was not offloaded by load_model: load the model with load_model"
             )
-        dtype = str(module.get_parameter("weight").dtype).removeprefix("torch.")
+        dtype = str(module.get_parameter(parameter).dtype).removeprefix("torch.")
         loader.index[key] = {"safetensors_file": str(file), "weight_name": name, "dtype": dtype}
         loader.state_dict.pop(key, None)  # the weight on the host, which would be read first
 

@@ -111,4 +111,6 @@ def check_no_trained_experts(layers: Sequence[LinearLayer], action: str) -> None
 def _place(layer: LinearLayer) -> int:
     weight = layer.module.weight
     assert isinstance(weight, torch.Tensor)
-    return id(weight) if weight.is_meta else weight.data_ptr()
+    if weight.is_meta:  # the weight of a trained expert is a new view each time
+        return id(layer.module if isinstance(layer.module, FusedMatrix) else weight)
+    return weight.data_ptr()

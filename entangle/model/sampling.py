@@ -59,8 +59,9 @@ def sample_inputs(
 
     owners = walk.record_inputs(layers, on_inputs, advance=advance)
     rows = {
-        name: ranks.gather(torch.cat(parts), torch.cat(found[name]))
-        for name, parts in recorded.items()
+        name: ranks.gather(torch.cat(recorded[name]), torch.cat(found[name]))
+        for name in (layer.name for layer in layers)  # all ranks have this order
+        if name in recorded
     }
     return {layer.name: rows[owners[layer.name]] for layer in layers}
 

@@ -102,9 +102,11 @@ def calibrate(
             sums[key].add(rows)
 
     owners = walk.record_inputs(layers, on_inputs, advance=advance)
+    # In the order of layers, which all ranks share: the experts of a mixture may run in another.
+    keys = [(c, layer.name) for c in clusterings for layer in layers if (c, layer.name) in sums]
     moments = {
         key: found.moments() if isinstance(found, ExpertMoments) else found
-        for key, found in sums.items()
+        for key, found in ((key, sums[key]) for key in keys)
     }
     for one in moments.values():
         ranks.all_reduce_sum_(one.lower)

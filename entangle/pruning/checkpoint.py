@@ -11,7 +11,8 @@ from transformers import PreTrainedModel
 from entangle.model import folders, ranks
 from entangle.model.blocks import BlockWalk
 from entangle.model.experts import ExpertLinear
-from entangle.model.layers import LinearLayer, find_layers, weight_of
+from entangle.model.fused import FusedMatrix
+from entangle.model.layers import LinearLayer, find_layers, parameter_of, weight_of
 from entangle.model.loading import load_rules
 from entangle.model.packing import load_experts, load_tensors, save_experts, save_tensors
 from entangle.model.placing import input_device, is_offloaded, read_weight_from, release_block
@@ -58,7 +59,7 @@ class FinishedBlocks:
             if expanded:
                 about["described"] = save_experts(self.folder, expanded)
             else:
-                save_tensors(file, {name: _stored(x) for name, x in here.items()})
+                save_tensors(file, dict(map(_stored, here.values())))
             rules = {k: v for k, v in rule_tensors(self._model).items() if k.split(" ")[0] in here}
             if rules:
                 save_tensors(self._rules_file(block), rules)
@@ -81,11 +82,11 @@ class FinishedBlocks:
             load_experts(self._model, self.folder, layers, about["described"], device=where)
         elif self._read_from(layers, file):
             for layer in layers:
-                release_block(layer.module)  # the next use reads the file
+                release_block(parameter_of(layer)[0])  # the next use reads the file
         else:
             tensors = load_tensors(file)
-            for layer in layers:
-                _stored(layer).copy_(tensors[layer.name])
+            for name, weight in dict(map(_stored, layers)).items():
+                weight.copy_(tensors[name])
         load_rules(self._model, self._rules_file(block))
         nothing = torch.empty(0, dtype=torch.float64)
         rows = [{k: math.nan if v is None else v for k, v in row.items()} for row in about["rows"]]
@@ -112,7 +113,7 @@ class FinishedBlocks:
         if not is_offloaded(self._model):
             return False
         for layer in layers:
-            read_weight_from(layer, file, layer.name)
+            read_weight_from(layer, file, _stored(layer)[0])
         return True
 
     def release_experts(self, block: int) -> None:
@@ -144,7 +145,10 @@ def _numbers(walk: BlockWalk) -> range:
     return ranks.shard().batches(sum(ranks.all_gather(len(walk.hidden))))
 
 
-def _stored(layer: LinearLayer) -> torch.Tensor:
-    weight = layer.module.weight
+def _stored(layer: LinearLayer) -> tuple[str, torch.Tensor]:
+    """Return the tensor that is written for a layer and its name; experts of a block share theirs."""
+    module, parameter = parameter_of(layer)
+    weight = getattr(module, parameter)
     assert isinstance(weight, torch.Tensor)
-    return weight.detach()
+    fused = isinstance(layer.module, FusedMatrix)
+    return layer.name.rsplit(".", 2)[0] + f".{parameter}" if fused else layer.name, weight.detach()

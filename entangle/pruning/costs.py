@@ -1,6 +1,7 @@
 """Costs of a pruned layer: multiply-adds per token, and bytes on disk and in memory.
 
-In pruned layers only non-zero weights count, and with sparse inputs only those of inputs that are
+A matrix of a trained expert counts for the share of the experts that a token is sent to. In pruned
+layers only non-zero weights count, and with sparse inputs only those of inputs that are
 not zero, although layers run here as dense products. The products within attention have no weights and do not count.
 """
 
@@ -13,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from entangle.model.experts import ExpertLinear, packed_bytes
+from entangle.model.fused import FusedMatrix
 from entangle.model.layers import LinearLayer, find_layers, weight_of
 from entangle.numerics.rounding import rounded_bytes
 from entangle.numerics.routing import Router
@@ -36,14 +38,22 @@ def costs_of(layer: LinearLayer) -> dict[str, Any]:
         shares = torch.tensor(module.counts).double() / max(sum(module.counts), 1)
         disk = packed_bytes(weight)
     routing = 0 if router is None else _bytes_of(router)
+    if isinstance(module, FusedMatrix):
+        shares = torch.tensor([module.share])
     return {
         "multiply_adds": float((nonzeros * shares).sum()),
         "router_multiply_adds": 0 if router is None else router.multiply_adds,
-        "dense_multiply_adds": layer.neurons * layer.inputs,
+        "dense_multiply_adds": _dense(layer),
         "stored": int(nonzeros.sum()),
         "disk_bytes": disk + routing,
         "memory_bytes": memory + routing,
     }
+
+
+def _dense(layer: LinearLayer) -> float:
+    """Return the multiply-adds of a token in a dense layer; a trained expert has some of the tokens."""
+    size = layer.neurons * layer.inputs
+    return size * layer.module.share if isinstance(layer.module, FusedMatrix) else size
 
 
 def multiply_adds_of_inputs(layer: LinearLayer, kept: torch.Tensor) -> float:
@@ -65,9 +75,9 @@ def dense_costs_of(layer: LinearLayer) -> dict[str, Any]:
     weight = weight_of(layer)
     size = weight.numel() * weight.element_size()
     return {
-        "multiply_adds": weight.numel(),
+        "multiply_adds": _dense(layer),
         "router_multiply_adds": 0,
-        "dense_multiply_adds": weight.numel(),
+        "dense_multiply_adds": _dense(layer),
         "stored": weight.numel(),
         "disk_bytes": size,
         "memory_bytes": size,
@@ -96,7 +106,7 @@ def model_multiply_adds(model: PreTrainedModel) -> float:
             found = costs_of(layer)
             total += found["multiply_adds"] + found["router_multiply_adds"]
         else:
-            total += layer.neurons * layer.inputs
+            total += _dense(layer)
     return total
 
 

@@ -207,8 +207,6 @@ def sparsify(
             f"inputs {pruning.inputs} with propagate dense needs another walk through the pruned "
             "model, but with offload experts are released after their block: use propagate sparse"
         )
-    if is_offloaded(model):
-        check_no_trained_experts(setup.layers, "be pruned in files (offload)")
     if out is None and is_offloaded(model):
         raise ValueError(
             "the model's weights are in files (offload): give a folder for the pruned model as out"

@@ -9,8 +9,7 @@ import pandas as pd
 import torch
 import xarray as xr
 
-from entangle.model.fused import FusedMatrix
-from entangle.model.layers import dequantised, device_of
+from entangle.model.layers import dequantised, device_of, parameter_of
 from entangle.model.placing import load_block, release_block
 from entangle.model.sides import LayerInputs, Recordable, layer_of
 from entangle.numerics import wasserstein
@@ -141,7 +140,7 @@ def weight_norms(layers: Sequence[Recordable]) -> Array:
 
     def norms(one: Recordable) -> torch.Tensor:
         layer = layer_of(one)
-        module = layer.module.owner if isinstance(layer.module, FusedMatrix) else layer.module
+        module, _ = parameter_of(layer)
         in_file = device_of(layer).type == "meta"
         if in_file:
             load_block(module)

@@ -151,7 +151,13 @@ def test_each_experts_rows_are_its_tokens_multiplied_by_hand(name: str) -> None:
         assert torch.equal(heard[key].tokens, rows.tokens), key
         torch.testing.assert_close(heard[key].inputs, rows.inputs, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(heard[key].outputs, rows.outputs, rtol=1e-4, atol=1e-5)
-    assert sum(len(rows.tokens) for rows in truth.values()) > 0
+    for block in {layer.block for layer in layers}:  # the share of an expert is that on average
+        first = [one for one in layers if one.block == block and one.name[-9:] != "down_proj"]
+        tokens = sum(
+            len(truth[one.name].tokens) for one in first if one.name[-2:] not in {"v1", "w2"}
+        )
+        assert isinstance(first[0].module, FusedMatrix)
+        assert tokens / IDS.numel() / EXPERTS == first[0].module.share < 1
     with torch.no_grad():
         torch.testing.assert_close(logits, model(IDS, use_cache=False).logits, rtol=1e-4, atol=1e-5)
     assert getattr(model.config, "_experts_implementation", None) == own
@@ -251,6 +257,25 @@ def test_a_matrix_that_the_model_copies_is_skipped(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(nn.functional, "linear", copying)
     skipped = unheard_layers(model, experts_of(model), IDS)
     assert {*skipped} == {one.name for one in experts_of(model) if "down_proj" in one.name}
+
+
+def test_two_recordings_hear_what_each_does_alone_and_neither_hears_a_trial() -> None:
+    model = tiny_mixture()
+    alone, _ = hear(model, experts_of(model), input_ids=IDS)
+    outer = experts_of(model)
+    heard: dict[str, list[torch.Tensor]] = {layer.name: [] for layer in outer}
+
+    def on_rows(layer: Recordable, rows: torch.Tensor, _: torch.Tensor | None) -> None:
+        heard[layer.name].append(rows.clone())
+
+    with recording_rows(model, outer, on_rows) as counter:
+        inner, _ = hear(model, experts_of(model), input_ids=IDS)
+        assert unheard_layers(model, experts_of(model), IDS) == {}
+        assert counter.batches == 1
+    for name, rows in alone.items():
+        assert torch.equal(inner[name].outputs, rows.outputs)
+        assert [len(one) for one in heard[name]] == [len(rows.tokens)]
+        torch.testing.assert_close(heard[name][0].sum(0), rows.outputs.sum(0), rtol=1e-4, atol=1e-4)
 
 
 def test_after_an_error_the_model_is_as_before() -> None:

@@ -19,6 +19,7 @@ from entangle.model.loading import load_model
 from entangle.numerics.masks import prune
 from entangle.numerics.moments import InputMoments
 from entangle.numerics.sparsity import Sparsity
+from entangle.pruning import sparsifying
 from entangle.pruning.calibration import calibrate, load_calibrations, save_calibrations
 from entangle.pruning.options import ONE, SHRINKAGE
 from tests.measurement.test_mixtures import EXPERTS, UNUSED, windows_of
@@ -69,7 +70,8 @@ def test_an_expert_has_the_gram_of_its_tokens_shrunk_towards_that_of_the_block(
             gram, count = truth[layer.name]
             assert int(one.moments.count) == count
             torch.testing.assert_close(one.moments.gram.double(), gram, rtol=1e-4, atol=1e-4)
-            alike = [truth[x.name] for x in layers if x.name[-12:] == layer.name[-12:]]
+            key = layer.name.rpartition(".")[2]
+            alike = [truth[x.name] for x in layers if x.name.endswith(key)]
             tokens = sum(n for _, n in alike)
             mean = sum((g for g, _ in alike), torch.zeros(())) / tokens
             added = SHRINKAGE * layer.inputs
@@ -94,7 +96,8 @@ def test_a_pruned_model_is_loaded_by_transformers_and_scores_as_in_memory(
     stored: dict[str, torch.Tensor] = {}
     for file in (tmp_path / "out").glob("*.safetensors"):
         stored |= load_file(file)
-    zeros = sum(int((tensor == 0).sum()) for tensor in stored.values() if tensor.ndim > 1)
+    of_experts = [key for key in stored if "experts" in key or "put_linear" in key]
+    zeros = sum(int((stored[key] == 0).sum()) for key in of_experts)
     assert zeros == found.layers["zeros"].sum() == sum(x.neurons * x.inputs for x in layers) / 2
     model_again: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert torch.equal(logits(model_again.eval()), logits(model))
@@ -143,11 +146,46 @@ def test_what_trained_experts_cannot_do_is_refused(options: Any, message: str) -
     assert not found.layers["layer"].str.contains("experts").any()
 
 
-def test_trained_experts_in_files_are_measured_and_not_pruned(tmp_path: Path) -> None:
-    tiny_mixture().save_pretrained(tmp_path / "model")
-    model = load_model(tmp_path / "model", offload=tmp_path / "blocks")
-    with pytest.raises(ValueError, match=r"offload.*exclude"):
-        entangle.sparsify(model, WINDOWS, sparsity="0.5", out=tmp_path / "out")
+@pytest.mark.filterwarnings("ignore:Attempting to save a model with offloaded modules")
+@pytest.mark.parametrize("killed", [False, True])
+def test_experts_of_a_model_in_files_become_what_they_become_in_memory(
+    killed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_mixture()
+    model.save_pretrained(tmp_path / "model")
+    options: Any = {"sparsity": "0.5", "layers": ["*.experts.[02].*", "*.o_proj"]}
+    entangle.sparsify(model, WINDOWS, **options)
+    offloaded = load_model(tmp_path / "model", offload=tmp_path / "blocks")
+    if killed:
+        with monkeypatch.context() as patched:
+            patched.setattr(sparsifying, "save_model", raises_interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                entangle.sparsify(offloaded, WINDOWS, **options, out=tmp_path / "out")
+        offloaded = load_model(tmp_path / "model", offload=tmp_path / "blocks-again")
+    entangle.sparsify(offloaded, WINDOWS, **options, out=tmp_path / "out")
+    again = load_model(tmp_path / "out")
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(again.get_parameter(name), parameter, rtol=1e-4, atol=1e-5)
+        assert torch.equal(again.get_parameter(name) == 0, parameter == 0)
+
+
+def raises_interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_killed_command_goes_on_behind_its_finished_blocks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: Any = {"sparsity": "0.5", "layers": EXPERTS}
+    model = tiny_mixture()
+    entangle.sparsify(model, WINDOWS, **options)
+    with monkeypatch.context() as patched:
+        patched.setattr(sparsifying, "save_model", raises_interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            entangle.sparsify(tiny_mixture(), WINDOWS, **options, out=tmp_path / "out")
+    again = tiny_mixture()
+    entangle.sparsify(again, WINDOWS, **options, out=tmp_path / "out")
+    assert all(map(torch.equal, again.parameters(), model.parameters()))
 
 
 def test_a_sweep_and_an_ablation_leave_the_model_as_it_was(tmp_path: Path) -> None:
