@@ -16,7 +16,7 @@ EVIDENCE ?= runs/evidence/$(notdir $(MODEL))
 FIGURES ?= figures
 
 .DEFAULT_GOAL := help
-.PHONY: help install data demo reproduce figures solving test torture check bench clean
+.PHONY: help install data demo reproduce figures solving rivals test torture check bench clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -116,6 +116,9 @@ data/fortunes/fortunes.txt: data/fortunes/prepare.py | .venv/installed
 
 solving: data/fortunes/fortunes.txt | $(DEMO)/run.json ## run what is left of the evidence on solving again and reconstruction (takes hours), print and draw it
 	$(BIN)/python -m benchmarks.solving
+
+rivals: data/fortunes/fortunes.txt | $(DEMO)/run.json ## run what is left of the evidence on rivals at equal weights read (takes hours), print and draw it
+	$(BIN)/python -m benchmarks.rivals
 
 test: check data ## check lint and types, and run the whole test suite
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
