@@ -5,6 +5,7 @@ weights read. Steps and table are those of `benchmarks/solving.py`, and the arms
 rivals too. `python -m benchmarks.rivals STEP ...` runs some of the steps.
 """
 
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,11 +18,12 @@ from matplotlib.axes import Axes
 
 from benchmarks import solving
 from benchmarks.solving import BUDGET, RUN, TUNED
-from entangle.experiments.sweep_table import ROUNDED
+from entangle.experiments.sweep_table import DENSE, ROUNDED
 from entangle.runs.dataset import short_names
 
 PICTURE = Path("figures/rivals.png")
 READ = (0.5, 0.4, 0.3, 0.2)  # of the weights, for a token
+NATS = (0.05, 0.1, 0.2, 0.5, 1, 2, 5)  # marks of the picture's axis
 EXACT, ADMM = " --method sparsegpt --solve exact", " --method sparsegpt --solve admm"
 DENSE_WEIGHTS = " --method sparsegpt --sparsity 0"
 UNIFORM, GREEDY = " --input-shares uniform", " --input-shares greedy"
@@ -68,13 +70,13 @@ RIVALS = {  # as queries of the table, with the colour and the kind of their lin
         "o-",
     ),
     "SparseGPT, solved again": (_ALIKE + _EXACT, "#6aaed6", "o-"),
-    "the same, LSA's blocks": (_BLOCKS + "'lsa'", "#6aaed6", "^--"),
-    "the same, blocks by search": (_BLOCKS + "'search'", "#6aaed6", "s-."),
-    "the same, blocks by entanglement": (_BLOCKS + "'entanglement'", "#6aaed6", "D:"),
-    "the same, entanglement budget": (_BUDGET + "'1' and " + _EXACT, "#2171b5", "D-"),
-    "the same budget, 16 experts": (_BUDGET + "'16' and " + _EXACT, "#2171b5", "D--"),
+    "solved again, LSA's blocks": (_BLOCKS + "'lsa'", "#6aaed6", "^--"),
+    "solved again, blocks by search": (_BLOCKS + "'search'", "#6aaed6", "s-."),
+    "solved again, blocks by entanglement": (_BLOCKS + "'entanglement'", "#6aaed6", "D:"),
+    "solved again, entanglement budget": (_BUDGET + "'1' and " + _EXACT, "#2171b5", "D-"),
+    "solved again, budget, 16 experts": (_BUDGET + "'16' and " + _EXACT, "#2171b5", "D--"),
     "ADMM, reconstructed": (_ALIKE + _ADMM, "#0b3c5d", "o-"),
-    "the same, entanglement budget, 16 experts": (_BUDGET + "'16' and " + _ADMM, "#0b3c5d", "D--"),
+    "ADMM, reconstructed, budget, 16 experts": (_BUDGET + "'16' and " + _ADMM, "#0b3c5d", "D--"),
     "TEAL, uniform shares": (_INPUTS + "'teal' and input_shares == 'uniform'", "#b8306b", "o-"),
     "TEAL, greedy shares": (_INPUTS + "'teal' and input_shares == 'greedy'", "#b8306b", "^--"),
     "WINA, uniform shares": (_INPUTS + "'wina' and input_shares == 'uniform'", "#e08214", "o-"),
@@ -103,7 +105,10 @@ def show() -> None:
         rows = table[table["evaluation"] == text]
         print("\n".join(table_of(rows)))
         draw(panel, rows)
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", fontsize="small")
+    figure.legend(
+        *panels[0].get_legend_handles_labels(), loc="outside right upper", fontsize="small"
+    )
+    figure.supxlabel("weights read for a token, % of the MLPs' dense weights, routers included")
     figure.savefig(PICTURE, dpi=150)
 
 
@@ -143,37 +148,32 @@ def cell(arms: pd.DataFrame) -> str:
 def draw(panel: Axes, rows: pd.DataFrame) -> None:
     """Draw perplexity against the weights that a token reads, a line for each rival.
 
-    Bars are standard errors of the difference to the dense model, paired by window.
+    The axis is logarithmic in the nats above the dense model. Bars are their standard errors, paired
+    by window.
     """
-    dense = rows[rows["method"] == "dense"].iloc[0]
+    dense = rows[rows["method"] == DENSE].iloc[0]["perplexity"]
     for name, (query, colour, kind) in RIVALS.items():
         arms = rows.query(query).sort_values("density")
         if len(arms):
-            error = arms["perplexity"] * arms["difference_error"]  # a nat is a factor of e
-            style: dict[str, Any] = {
-                "color": colour,
-                "markersize": 4,
-                "linewidth": 1.2,
-                "capsize": 2,
-            }
-            panel.errorbar(
-                arms["density"], arms["perplexity"], error, fmt=kind, label=name, **style
-            )
-    panel.axhline(dense["perplexity"], color="0.3", linewidth=0.8)
-    panel.annotate(
-        "dense",
-        (0.99, dense["perplexity"]),
-        xycoords=("axes fraction", "data"),
-        ha="right",
-        va="bottom",
-    )
+            style: dict[str, Any] = {"color": colour, "markersize": 4, "linewidth": 1.2}
+            style |= {"capsize": 2, "fmt": kind, "label": name}
+            panel.errorbar(arms["density"], arms["difference"], arms["difference_error"], **style)
+    for nats in rows.loc[rows["method"] == "rtn4", "difference"]:
+        panel.axhline(nats, color="0.3", linewidth=0.8, linestyle=":")
+        place: Any = (0.01, nats)
+        panel.annotate("rtn4", place, xycoords=("axes fraction", "data"), va="bottom")
     panel.set_yscale("log")
-    panel.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
-    panel.yaxis.set_major_formatter(ticker.StrMethodFormatter("{x:,.10g}"))
+    panel.set_yticks(
+        NATS, [f"{dense * math.exp(nats):,.{1 if nats < 1 else 0}f} (+{nats:g})" for nats in NATS]
+    )
     panel.yaxis.set_minor_locator(ticker.NullLocator())
-    panel.xaxis.set_major_formatter(ticker.PercentFormatter(1))
-    panel.set(title=short_names([dense["evaluation"]])[0], ylabel="perplexity")
-    panel.set_xlabel("weights read for a token (% of the dense MLPs', routers included)")
+    panel.set_xticks(READ, [f"{read:.0%}" for read in READ])
+    panel.set(
+        title=short_names([rows["evaluation"].iloc[0]])[0],
+        xlim=(0.17, 0.53),
+        ylim=(NATS[0], NATS[-1]),
+    )
+    panel.set_ylabel(f"perplexity (nats above the dense model's {dense:.1f})")
     panel.grid(axis="y", alpha=0.25)
 
 
