@@ -153,7 +153,8 @@ def search_blocks(setup: Setup, pruning: Pruning, folder: Path) -> tuple[BlockZe
     sizes = {b: sum(x.neurons * x.inputs for x in here) for b, here in setup.blocks.items()}
     step = max(int(STEP * min(sizes.values())), 1)
     share = pruning.scores // len(starts) // SCORES * SCORES  # whole generations
-    whole, few, many = _kept(setup, setup.evaluation), _groups(setup, FEW), _groups(setup, MANY)
+    whole = _kept(setup, setup.evaluation)
+    few, many = _groups(setup, whole, FEW), _groups(setup, whole, MANY)
     candidates: list[tuple[str, str, int, BlockZeros]] = []
     count = share * len(starts)
     with tqdm(total=count, unit="score", desc="search", disable=not setup.progress) as bar:
@@ -207,13 +208,15 @@ def _starts(setup: Setup, pruning: Pruning) -> dict[str, BlockZeros]:
     return {UNIFORM: uniform, "entanglement": counts}
 
 
-def _groups(setup: Setup, size: int) -> list[_Text]:
+def _groups(setup: Setup, whole: _Text, size: int) -> list[_Text]:
     """Return the windows set aside in groups of this size; what is left over is in none."""
-    assert setup.evaluation is not None
-    windows, places = setup.evaluation, setup.evaluation.places
+    windows, places = whole.windows, whole.windows.places
     groups = places.split(min(size, len(windows)))
-    whole = [group for group in groups if len(group) == len(groups[0])]
-    return [_kept(setup, windows.chosen(group)) for group in whole]
+    groups = [group for group in groups if len(group) == len(groups[0])]
+    if ranks.count() > 1:  # each process has kept other windows
+        return [_kept(setup, windows.chosen(group)) for group in groups]
+    size = setup.batch_size
+    return [_Text(windows.chosen(x), whole.logits.of_windows(x, size)) for x in groups]
 
 
 def _kept(setup: Setup, windows: TokenWindows) -> _Text:
