@@ -76,6 +76,7 @@ RIVALS = {  # as queries of the table, with the colour and the kind of their lin
     "solved again, entanglement budget": (_BUDGET + "'1' and " + _EXACT, "#2171b5", "D-"),
     "solved again, budget, 16 experts": (_BUDGET + "'16' and " + _EXACT, "#2171b5", "D--"),
     "ADMM, reconstructed": (_ALIKE + _ADMM, "#0b3c5d", "o-"),
+    "ADMM, reconstructed, budget": (_BUDGET + "'1' and " + _ADMM, "#0b3c5d", "D-"),
     "ADMM, reconstructed, budget, 16 experts": (_BUDGET + "'16' and " + _ADMM, "#0b3c5d", "D--"),
     "TEAL, uniform shares": (_INPUTS + "'teal' and input_shares == 'uniform'", "#b8306b", "o-"),
     "TEAL, greedy shares": (_INPUTS + "'teal' and input_shares == 'greedy'", "#b8306b", "^--"),
@@ -116,17 +117,23 @@ def table_of(rows: pd.DataFrame) -> list[str]:
     """Return the lines of a text's table: rivals by the weights that a token reads."""
     dense = rows[rows["method"] == "dense"].iloc[0]
     facts = f"{short_names([dense['evaluation']])[0]}, dense {dense['perplexity']:.1f}"
-    found = ["", f"| {facts} | stored | {' | '.join(f'{read:.0%}' for read in READ)} |"]
-    found.append("|---" * (len(READ) + 2) + "|")
-    for name, (query, *_) in RIVALS.items():
-        arms = rows.query(query)
+    arms_of = {name: rows.query(query) for name, (query, *_) in RIVALS.items()}
+    reads = [
+        read for read in READ if any((arms["read"] == read).any() for arms in arms_of.values())
+    ]
+    found = ["", f"| {facts} | stored | {' | '.join(f'{read:.0%}' for read in reads)} |"]
+    found.append("|---" * (len(reads) + 2) + "|")
+    for name, arms in arms_of.items():
         if len(arms):
-            cells = [cell(arms[arms["read"] == read]) for read in READ]
+            cells = [cell(arms[arms["read"] == read]) for read in reads]
             found.append(f"| {name} | {stored(arms)} | {' | '.join(cells)} |")
     for method, arms in rows[rows["method"].isin(ROUNDED.values())].groupby("method", sort=False):
         size = float(arms.iloc[0]["disk_bytes"] / dense["disk_bytes"])
-        found.append(f"| `{method}`: reads all | {size:.2f} of the bytes | {cell(arms)} | | | |")
-    return found
+        found.append(
+            f"| `{method}`: reads all | {size:.2f} of the bytes | {cell(arms)}{' |' * len(reads)}"
+        )
+    missing = [name for name, arms in arms_of.items() if arms.empty]
+    return [*found, "", f"Not run yet: {'; '.join(missing)}."] if missing else found
 
 
 def stored(arms: pd.DataFrame) -> str:

@@ -1,4 +1,4 @@
-"""The evidence of docs/pruning.md on solving again and reconstruction. Run `make solving`.
+"""The evidence of docs/pruning-evidence.md on solving again and reconstruction. Run `make solving`.
 
 Each step is one `entangle sweep`, which goes on when it is killed. The arms of a finished step are
 appended to the table `EVIDENCE`, and a step whose arms are all there is not run again, also on
@@ -141,7 +141,7 @@ def evidence() -> pd.DataFrame:
 
 
 def show() -> None:
-    """Print the tables of docs/pruning.md from the evidence, and draw its picture."""
+    """Print the tables of docs/pruning-evidence.md from the evidence, and draw its picture."""
     table = evidence().query(
         "inputs in ('', 'dense') and method in ('dense', 'sparsegpt', 'magnitude')"
     )

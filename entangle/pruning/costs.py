@@ -1,6 +1,7 @@
 """Costs of a pruned layer: multiply-adds per token, and bytes on disk and in memory.
 
-In pruned layers only non-zero weights count, and with sparse inputs only those of inputs that are
+A token that is written alone reads a weight for each multiply-add, so multiply-adds are the weights
+read per token too. In pruned layers only non-zero weights count, and with sparse inputs only those of inputs that are
 not zero, although layers run here as dense products. The products within attention have no weights and do not count.
 """
 
