@@ -38,7 +38,7 @@ for share in ("0.5", "0.7", "0.6", "0.8"):
     end = DENSE_WEIGHTS + UNIFORM + f" --inputs teal,wina --input-sparsity {share}"
     STEPS[f"inputs-{share}"] = end + (" --rounded 8,4" if share == "0.5" else "")
 for read, shares in BOTH.items():
-    STEPS[f"both-{read}"] = EXACT + shares + UNIFORM + " --inputs teal,wina"
+    STEPS[f"both-{read}"] = EXACT + shares + UNIFORM + " --inputs teal"
 STEPS |= {
     "others-one-budget": EXACT + " --sparsity 0.5,0.6,0.8" + BUDGET,
     "blocks-0.7": EXACT + " --sparsity 0.7 --across entanglement,lsa" + BLOCKS,

@@ -44,13 +44,14 @@ from entangle.pruning.inputs import zero_inputs
 from entangle.pruning.options import (
     METHODS,
     SEARCH,
+    UNIFORM,
     Clustering,
     Pruning,
     PruningOptions,
     arms_of,
     with_options,
 )
-from entangle.pruning.searching import check_search, search_name, searched, uniform_zeros
+from entangle.pruning.searching import search_name, search_starts, searched
 from entangle.pruning.sparsifying import (
     budget_run,
     check_prunings,
@@ -228,12 +229,13 @@ def sweep_arms(
             "time from one another: run without torchrun, or leave out the speed"
         )
     attributes |= {"speed": True} if speed else {}
+    starts: dict[str, Any] = {}  # of searches
     equal = dict.fromkeys(setup.blocks, 0.0)  # in place of the importance, which is not known yet
     for arm in prunings:  # raise for an impossible budget before pruning starts
         known: dict[str, Any] = {"run": setup.run, "importance": equal, "seed": setup.seed}
         if arm.across == SEARCH and blocks is None:
-            check_search(setup, arm)
-            known["blocks"] = uniform_zeros(setup, arm)
+            starts[search_name(arm)] = search_starts(setup, arm)
+            known["blocks"] = starts[search_name(arm)][UNIFORM]
         zeros_of(setup.layers, arm, **{"blocks": blocks} | known)
     clusterings = list(dict.fromkeys(p.clustering for p in prunings if p.propagate == "dense"))
     stopwatch = Stopwatch(setup.windows)
@@ -253,7 +255,8 @@ def sweep_arms(
             if arm.across in BY_INPUTS:
                 known["importance"] = importance(arm.across)
             if arm.across == SEARCH and blocks is None:
-                known["blocks"] = searched(setup, arm, folder / "searches" / search_name(arm))[0]
+                name = search_name(arm)
+                known["blocks"] = searched(setup, arm, starts[name], folder / "searches" / name)[0]
             return zeros_of(setup.layers, arm, **known)
 
         # Of the arms that are finished, by name.

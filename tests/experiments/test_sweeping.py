@@ -6,6 +6,7 @@ import math
 import re
 import signal
 import time
+import types
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -229,7 +230,7 @@ def test_the_time_of_a_token_is_of_the_packed_model_and_costs_no_result(
     assert table["microseconds"].fillna(0).tolist() == [1000, 0, 3000, 0]
     lines = (tmp_path / "run" / "tables" / "sweep.md").read_text().splitlines()
     assert [line.split("|")[-2].strip() for line in lines[-4:]] == ["1 ms", "- ms", "3 ms", "- ms"]
-    monkeypatch.setattr("entangle.model.ranks.count", lambda: 2)
+    monkeypatch.setattr(sweeping, "ranks", types.SimpleNamespace(count=lambda: 2))
     with pytest.raises(ValueError, match=r"one process.*2"):
         run(model, [0.6], speed=True, method="wanda")
 
