@@ -7,7 +7,7 @@ rivals too. `python -m benchmarks.rivals STEP ...` runs some of the steps.
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from entangle.runs.dataset import short_names
 
 PICTURE = Path("figures/rivals.png")
 READ = (0.5, 0.4, 0.3, 0.2)  # of the weights, for a token
+GAINS = ("entanglement", "search")
 NATS = (0.05, 0.1, 0.2, 0.5, 1, 2, 5)  # marks of the picture's axis
 EXACT, ADMM = " --method sparsegpt --solve exact", " --method sparsegpt --solve admm"
 DENSE_WEIGHTS = " --method sparsegpt --sparsity 0"
@@ -132,8 +133,25 @@ def table_of(rows: pd.DataFrame) -> list[str]:
         found.append(
             f"| `{method}`: reads all | {size:.2f} of the bytes | {cell(arms)}{' |' * len(reads)}"
         )
+    found += ["", *filter(None, (share_of_gain(arms_of, read) for read in reads))]
     missing = [name for name, arms in arms_of.items() if arms.empty]
     return [*found, "", f"Not run yet: {'; '.join(missing)}."] if missing else found
+
+
+def share_of_gain(arms_of: Mapping[str, pd.DataFrame], read: float) -> str:
+    """Return how much of a search's gain over uniform blocks those of the distance give without one.
+
+    The gains are nats, paired by window. Empty if an arm is missing.
+    """
+    names = ("SparseGPT, solved again", *(f"solved again, blocks by {x}" for x in GAINS))
+    arms = [arms_of[name][arms_of[name]["read"] == read] for name in names]
+    if any(one.empty for one in arms):
+        return ""
+    uniform, ours, best = (solving.window_nats(one.iloc[-1]) for one in arms)
+    share = (uniform - ours).mean() / (uniform - best).mean()
+    rest = (uniform - ours) - share * (uniform - best)
+    error = rest.std(ddof=1) / math.sqrt(len(rest)) / abs((uniform - best).mean())
+    return f"Entanglement gives {share:.2f} ± {error:.2f} of the search's gain at {read:.0%}."
 
 
 def stored(arms: pd.DataFrame) -> str:
