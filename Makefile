@@ -17,7 +17,7 @@ EVIDENCE ?= runs/evidence/$(notdir $(MODEL))
 FIGURES ?= figures
 
 .DEFAULT_GOAL := help
-.PHONY: help install data gemma demo reproduce figures solving docs test torture check bench clean
+.PHONY: help install data gemma demo reproduce figures solving rivals docs test torture check bench clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -123,6 +123,9 @@ solving: data/fortunes/fortunes.txt | $(DEMO)/run.json ## run what is left of th
 docs: .venv/installed ## build the documentation site from docs/ and docstrings, in build/site
 	@$(BIN)/python -m sphinx -q -W --keep-going -c docs . build/site
 	@echo "the site is build/site/docs/index.html"
+
+rivals: data/fortunes/fortunes.txt | $(DEMO)/run.json ## run what is left of the evidence on rivals at equal weights read (takes hours), print and draw it
+	$(BIN)/python -m benchmarks.rivals
 
 test: check data ## check lint and types, and run the whole test suite
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder

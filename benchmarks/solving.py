@@ -1,4 +1,4 @@
-"""The evidence of docs/pruning.md on solving again and reconstruction. Run `make solving`.
+"""The evidence of docs/pruning-evidence.md on solving again and reconstruction. Run `make solving`.
 
 Each step is one `entangle sweep`, which goes on when it is killed. The arms of a finished step are
 appended to the table `EVIDENCE`, and a step whose arms are all there is not run again, also on
@@ -9,7 +9,7 @@ printed and the picture is drawn, of all arms that are there.
 import fcntl
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,12 +65,12 @@ WAYS = {  # solve, reconstruct
     "greedy + reconstructed": ("greedy", "mlp"),
     "admm + reconstructed": ("admm", "mlp"),
 }
-SPARSEGPT = "method == 'sparsegpt' and budget "
+SPARSEGPT = "method == 'sparsegpt' and across "
 GROUPS = {  # as queries of the table
     "one expert": SPARSEGPT + "== 'uniform' and experts == '1'",
-    "one expert, budget": SPARSEGPT + "!= 'uniform' and experts == '1'",
+    "one expert, budget": SPARSEGPT + "== 'entanglement' and budget == 'ranks' and experts == '1'",
     "16 experts": SPARSEGPT + "== 'uniform' and experts == '16' and assign == 'kmeans'",
-    "16 experts, budget": SPARSEGPT + "!= 'uniform' and experts == '16'",
+    "16 experts, budget": SPARSEGPT + "== 'entanglement' and experts == '16'",
     "16 random experts": SPARSEGPT + "== 'uniform' and assign == 'random'",
     "magnitude": "method == 'magnitude'",
 }
@@ -85,17 +85,22 @@ COLUMNS = [
 ]
 
 
-def main(steps: Sequence[str]) -> int:
-    """Run the steps whose arms are not in the table."""
+def main(names: Sequence[str]) -> int:
+    """Run steps, by default all, and show what is there."""
+    run(STEPS, names)
+    show()
+    return 0
+
+
+def run(steps: Mapping[str, str], names: Sequence[str]) -> None:
+    """Run those of the named steps whose arms are not in the table; without names all of them."""
     done = set(pd.read_csv(EVIDENCE)["step"]) if EVIDENCE.is_file() else set()
-    for step in steps or STEPS:
+    for step in names or steps:
         if step not in done:
-            words = [*(ALL + STEPS[step]).split(), "--out", str(RUNS / step)]
+            words = [*(ALL + steps[step]).split(), "--out", str(RUNS / step)]
             if not (RUNS / step / "run.json").is_file():
                 subprocess.run([sys.executable, "-m", "entangle", *words], check=True)
             append(step)
-    show()
-    return 0
 
 
 def append(step: str) -> None:
@@ -128,9 +133,18 @@ def arms(folder: Path) -> pd.DataFrame:
     return pd.concat([table[COLUMNS], pd.DataFrame(found)], axis=1)
 
 
+def evidence() -> pd.DataFrame:
+    """Return the table of all finished arms, with a row for each arm and text."""
+    options = dict.fromkeys([*CHOSEN, "step"], "")
+    table = pd.read_csv(EVIDENCE, dtype=dict.fromkeys(CHOSEN, str))
+    return table.fillna(options)
+
+
 def show() -> None:
-    """Print the tables of docs/pruning.md from the evidence, and draw its picture."""
-    table = pd.read_csv(EVIDENCE, dtype=dict.fromkeys(CHOSEN, str), keep_default_na=False)
+    """Print the tables of docs/pruning-evidence.md from the evidence, and draw its picture."""
+    table = evidence().query(
+        "inputs in ('', 'dense') and method in ('dense', 'sparsegpt', 'magnitude')"
+    )
     figure, panels = plt.subplots(1, 2, figsize=(12, 4), layout="constrained")
     for text, panel in zip(dict.fromkeys(table["evaluation"]), panels, strict=True):
         rows = table[table["evaluation"] == text]

@@ -384,6 +384,12 @@ def parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
         help="also score the dense model with weights rounded to the nearest of 8 or 4 bits, by groups "
         "of 64; one or both of 8, 4 [not rounded]",
     )
+    sweep.add_argument(
+        "--speed",
+        action="store_true",
+        help="also measure how long each pruned model takes for a token that it writes; use a machine "
+        "that does nothing else",
+    )
     _add_options(sweep, several=True)
 
     ablate = commands.add_parser(

@@ -218,7 +218,7 @@ def run_sweep(args: argparse.Namespace) -> None:
     model = _model(args)
     _check_before_writing(args, parts, model, prunings, evaluation)
     windows = _mixed(args, parts, model, tokenizer, folders.partial_of(args.out))
-    options |= {"run": run, "rounded": args.rounded}
+    options |= {"run": run, "rounded": args.rounded, "speed": args.speed}
     table = entangle.sweep(model, windows, evaluation, **options, **_work(args))
     _print_table(args, table, "sweep")
 

@@ -26,7 +26,7 @@ from entangle.pruning.options import (
     several,
     with_options,
 )
-from entangle.pruning.searching import check_search, searched, set_aside
+from entangle.pruning.searching import search_starts, searched, set_aside
 from entangle.pruning.sparsifying import check_prunings, needed_run
 from entangle.runs.setup import Setup
 
@@ -122,8 +122,7 @@ def choose_budget(
     if by == "search":
         pruning = prunings[0]
         check_prunings(setup, prunings)
-        check_search(setup, pruning)
-        blocks, table = searched(setup, pruning)
+        blocks, table = searched(setup, pruning, search_starts(setup, pruning))
         found: dict[Any, Any] = table.sort_values("kl", kind="stable").to_dict("records")[0]
         change, error = found["nats_against_uniform"], found["nats_against_uniform_error"]
         return ChosenBudget(pruning.budget, pruning.strength, change, error, table, blocks)

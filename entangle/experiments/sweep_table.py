@@ -44,6 +44,10 @@ _SPARSE = (
     "Zero inputs is the realised share of the layers' inputs that are zero, on the evaluation's tokens; "
     "errors are of the weights alone, and multiply-adds count the zero inputs of the calibration. "
 )
+_SPEED = (
+    " A token is the median time of a token that the whole model writes, its pruned layers packed where "
+    "`generate` packs them, on this machine with what ran beside it."
+)
 DENSE = "dense"  # the method of the row of the dense model
 ROUNDED = {8: "rtn8", 4: "rtn4"}  # and of the rows of its weights rounded to so many bits
 UNPRUNED = (DENSE, *ROUNDED.values())
@@ -112,6 +116,7 @@ def tables_of(
             "held_out_improvement": _median(improvements.get("held_out_improvement")),
             "damping": damping,
             **{name: result.get("costs", {}).get(name, math.nan) for name in COSTS},
+            "microseconds": _nan(result.get("microseconds")),
         }
         problem = {"problem": result.get("problem", "")}
         for place, (text, windows) in enumerate(texts.items()):
@@ -231,6 +236,8 @@ def read_table(folder: str | Path) -> pd.DataFrame:
         for name in OF_INPUTS[::-1]:
             table.insert(place, name, values if name == "inputs" else "")
         table["realised_inputs"] = math.nan
+    if "microseconds" not in table:  # they were not measured then
+        table["microseconds"] = math.nan
     if "density" not in table:
         raise ValueError(
             f"{folder} was written by an older version of entangle: run the sweep again"
@@ -243,7 +250,7 @@ def markdown(table: pd.DataFrame) -> str:
 
     It has a row per arm. The scores on several texts stand beside one another.
     """
-    attributes = table.attrs
+    attributes, timed = table.attrs, table["microseconds"].notna().any()
     texts = [*dict.fromkeys(table["evaluation"])]
     lines = [
         f"{attributes['model']}, layers {' '.join(attributes['layers'])} pruned, calibrated on "
@@ -259,9 +266,10 @@ def markdown(table: pd.DataFrame) -> str:
         + (_SPARSE if table["realised_inputs"].notna().any() else "")
         + (_MLP_ERROR if table["mlp_error"].notna().any() else "")
         + "Multiply-adds are those of a token in the pruned "
-        "layers and their routers, divided by those of the dense layers. Stored is the number of "
+        "layers and their routers, divided by those of the dense layers; a token that is written reads "
+        "as many weights. Stored is the number of "
         "non-zero weights of all experts, divided by the number of weights of the dense layers. Disk "
-        "and memory are the sizes of the pruned layers.",
+        "and memory are the sizes of the pruned layers." + (_SPEED if timed else ""),
         *overlap_notes(attributes),
         *skipped_notes(attributes, "pruned"),
         "",
@@ -295,7 +303,7 @@ def markdown(table: pd.DataFrame) -> str:
     ]
     heads += ["MLP error before", "after"] if reconstructed else []
     heads += ["improvement"] if improved else []
-    heads += ["multiply-adds", "stored", "disk", "memory"]
+    heads += ["multiply-adds", "stored", "disk", "memory", *(["a token"] if timed else [])]
     rows = [[*names, *heads]]
     for alike in _by_arm(table):
         row = alike[0]
@@ -323,6 +331,7 @@ def markdown(table: pd.DataFrame) -> str:
             f"{row['disk_bytes'] / 1e6:,.4g} MB",
             f"{row['memory_bytes'] / 1e6:,.4g} MB",
         ]
+        cells += [_number(row["microseconds"] / 1e3, ".4g") + " ms"] if timed else []
         rows.append(cells)
     lines += [*table_lines(rows), *_remarks(table, names)]
     return "\n".join(lines) + "\n"

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,9 +17,10 @@ from transformers import PreTrainedModel
 
 from entangle.experiments.sweep_table import DENSE, ROUNDED, markdown, tables_of
 from entangle.model import folders, ranks
+from entangle.model.generating import token_microseconds
 from entangle.model.kept_logits import KeptLogits
 from entangle.model.layers import LinearLayer, find_layers, replace_layer, weight_of, write_weight
-from entangle.model.packing import load_tensors, save_tensors
+from entangle.model.packing import load_tensors, pack_layers, save_tensors
 from entangle.model.placing import check_in_memory
 from entangle.model.sampling import sample_inputs
 from entangle.model.scoring import NotFiniteError
@@ -42,13 +44,14 @@ from entangle.pruning.inputs import zero_inputs
 from entangle.pruning.options import (
     METHODS,
     SEARCH,
+    UNIFORM,
     Clustering,
     Pruning,
     PruningOptions,
     arms_of,
     with_options,
 )
-from entangle.pruning.searching import check_search, search_name, searched, uniform_zeros
+from entangle.pruning.searching import search_name, search_starts, searched
 from entangle.pruning.sparsifying import (
     budget_run,
     check_prunings,
@@ -74,6 +77,7 @@ def sweep(
     run: xr.DataTree | xr.Dataset | None = None,
     blocks: Mapping[int, int] | None = None,
     rounded: Sequence[int] = (),
+    speed: bool = False,
     layers: str | Sequence[str] = ("*",),
     exclude: str | Sequence[str] = (),
     batch_size: int = 4,
@@ -94,6 +98,9 @@ def sweep(
 
     ``rounded`` has numbers of bits, 8 or 4: the dense model is also scored with the weights of the
     layers rounded to the nearest of so many bits, by groups of 64 (see `round_to_nearest`).
+
+    With ``speed`` each arm also writes a text, and its time is measured. On processors that run packed
+    weights the arm's layers are packed before, as `load_model(packed=True)` has them.
 
     With ``out`` the tables are written to that folder. A killed sweep resumes when it is called
     again with the same arguments, and returns the same table. log.json has the seconds of each arm.
@@ -154,6 +161,9 @@ def sweep(
     * ``model_dense_multiply_adds``: the same for the dense model.
     * ``stored``: non-zero weights of the pruned layers, over all experts.
     * ``disk_bytes``, ``memory_bytes``: size of the pruned layers and routers, bytes.
+    * ``microseconds``: the time of a token of a text that the model writes, median (see
+      `token_microseconds`), on the machine as it is; NaN without ``speed``, or if it could not be
+      measured.
     * ``windows``: windows of the text.
     * ``tokens``: its scored tokens.
     * ``problem``: why the arm has no score; empty if it has one.
@@ -181,7 +191,9 @@ def sweep(
         progress=progress,
         pruned=True,
     )
-    return sweep_arms(setup, prunings, blocks=blocks, rounded=rounded, out=out, overwrite=overwrite)
+    return sweep_arms(
+        setup, prunings, blocks=blocks, rounded=rounded, speed=speed, out=out, overwrite=overwrite
+    )
 
 
 def sweep_arms(
@@ -190,6 +202,7 @@ def sweep_arms(
     *,
     blocks: Mapping[int, int] | None = None,
     rounded: Sequence[int] = (),
+    speed: bool = False,
     out: str | Path | None = None,
     overwrite: bool = False,
 ) -> pd.DataFrame:
@@ -197,7 +210,8 @@ def sweep_arms(
 
     Raises:
         FileExistsError, LookupError, RuntimeError: as `sweep`.
-        ValueError: as `sweep`; or weights are to be rounded to another number of bits than 8 or 4.
+        ValueError: as `sweep`; weights are to be rounded to another number of bits than 8 or 4; or
+            the speed is to be measured in several processes.
     """
     check_prunings(setup, prunings)
     attributes = setup.provenance() | budget_run(setup)
@@ -209,12 +223,19 @@ def sweep_arms(
             raise ValueError(f"weights are rounded to {choices} bits, got rounded={bits!r}")
     rounded = list(dict.fromkeys(rounded))
     attributes |= {"rounded": rounded} if rounded else {}
+    if speed and ranks.count() > 1:
+        raise ValueError(
+            f"the time of a token is measured in one process, but there are {ranks.count()}, which take "
+            "time from one another: run without torchrun, or leave out the speed"
+        )
+    attributes |= {"speed": True} if speed else {}
+    starts: dict[str, Any] = {}  # of searches
     equal = dict.fromkeys(setup.blocks, 0.0)  # in place of the importance, which is not known yet
     for arm in prunings:  # raise for an impossible budget before pruning starts
         known: dict[str, Any] = {"run": setup.run, "importance": equal, "seed": setup.seed}
         if arm.across == SEARCH and blocks is None:
-            check_search(setup, arm)
-            known["blocks"] = uniform_zeros(setup, arm)
+            starts[search_name(arm)] = search_starts(setup, arm)
+            known["blocks"] = starts[search_name(arm)][UNIFORM]
         zeros_of(setup.layers, arm, **{"blocks": blocks} | known)
     clusterings = list(dict.fromkeys(p.clustering for p in prunings if p.propagate == "dense"))
     stopwatch = Stopwatch(setup.windows)
@@ -234,7 +255,8 @@ def sweep_arms(
             if arm.across in BY_INPUTS:
                 known["importance"] = importance(arm.across)
             if arm.across == SEARCH and blocks is None:
-                known["blocks"] = searched(setup, arm, folder / "searches" / search_name(arm))[0]
+                name = search_name(arm)
+                known["blocks"] = searched(setup, arm, starts[name], folder / "searches" / name)[0]
             return zeros_of(setup.layers, arm, **known)
 
         # Of the arms that are finished, by name.
@@ -243,12 +265,16 @@ def sweep_arms(
             if isinstance(pruning, Pruning) and pruning.propagate == "dense":
                 _calibrate_dense(setup, clusterings, grams)  # only the first call computes
             begin = time.perf_counter()
-            result, losses = _run_arm(setup, pruning, grams, zeros, dense)
-            seconds[file.stem] = round(time.perf_counter() - begin, 3)
-            if losses:
-                ranks.on_rank_zero(save_tensors, _losses_file(file), losses)
-            ranks.on_rank_zero(store.write_json, log, {"arm_seconds": seconds})
-            ranks.on_rank_zero(store.write_json, file, result)
+            with _restored(setup.model, setup.layers):
+                result, losses = _run_arm(setup, pruning, grams, zeros, dense)
+                seconds[file.stem] = round(time.perf_counter() - begin, 3)
+                if losses:
+                    ranks.on_rank_zero(save_tensors, _losses_file(file), losses)
+                ranks.on_rank_zero(store.write_json, log, {"arm_seconds": seconds})
+                ranks.on_rank_zero(store.write_json, file, result)
+                if speed and not result.get("problem"):  # the result is not lost if this fails
+                    result["microseconds"] = _microseconds(setup)
+                    store.write_json(file, result)
         results = [store.read_json(file) for file in files]
         found = [r | _losses(f) for r, f in zip(results, files, strict=True)]
         table, per_layer = tables_of(found, setup.texts)
@@ -321,7 +347,7 @@ def _run_arm(
     zeros: Callable[[Pruning], Zeros],
     logits: KeptLogits | None,
 ) -> tuple[Row, dict[str, torch.Tensor]]:
-    """Prune, score, and restore the dense weights; return the arm's result and errors by neuron.
+    """Prune the model in place and score it; return the arm's result and errors by neuron.
 
     Instead of a pruning it may be a number of bits to round the weights to, or None: the dense model.
     ``logits`` are those of the dense model. If an arm cannot be pruned, or its score is not finite,
@@ -336,40 +362,49 @@ def _run_arm(
     nothing = {"window_nats": [None] * len(setup.evaluation or ()), "tokens": 0, "layers": []}
     dense = costs.model_multiply_adds(setup.model)
     pruned: list[PrunedLayer] = []
-    with _restored(setup.model, setup.layers):
-        try:
-            if isinstance(pruning, Pruning):
-                pruned = _prune(setup, pruning, grams, zeros(pruning))
-            elif pruning is not None:
-                for layer in setup.layers:
-                    write_weight(layer, round_to_nearest(weight_of(layer), pruning))
-        except ValueError as error:
-            return settings | nothing | {"problem": str(error)}, {}
-        try:
-            with counting_nonzero(setup.model) as counted:
-                scored = setup.score(logits)
-        except NotFiniteError as error:
-            if pruning is None:
-                raise
-            return settings | nothing | {"problem": str(error)}, {}
-        layers = find_layers(setup.model, [layer.name for layer in setup.layers])
-        rows = [layer.row for layer in pruned]
-        dense_rows = list(map(costs.dense_costs_of, layers))
-        if isinstance(pruning, int):
-            dense_rows = [costs.rounded_costs_of(layer, pruning) for layer in layers]
-        found = settings | scored.stored(setup.texts.values())
-        found |= {
-            "realised": _share_of_zeros(weight_of(layer) for layer in layers),
-            "model_sparsity": _share_of_zeros(setup.model.parameters()),
-            "costs": costs.totals(rows or dense_rows, dense),
-            "realised_inputs": zero_inputs(layers, counted),
-            "layers": rows,
-        }
+    try:
+        if isinstance(pruning, Pruning):
+            pruned = _prune(setup, pruning, grams, zeros(pruning))
+        elif pruning is not None:
+            for layer in setup.layers:
+                write_weight(layer, round_to_nearest(weight_of(layer), pruning))
+    except ValueError as error:
+        return settings | nothing | {"problem": str(error)}, {}
+    try:
+        with counting_nonzero(setup.model) as counted:
+            scored = setup.score(logits)
+    except NotFiniteError as error:
+        if pruning is None:
+            raise
+        return settings | nothing | {"problem": str(error)}, {}
+    layers = find_layers(setup.model, [layer.name for layer in setup.layers])
+    rows = [layer.row for layer in pruned]
+    dense_rows = list(map(costs.dense_costs_of, layers))
+    if isinstance(pruning, int):
+        dense_rows = [costs.rounded_costs_of(layer, pruning) for layer in layers]
+    found = settings | scored.stored(setup.texts.values())
+    found |= {
+        "realised": _share_of_zeros(weight_of(layer) for layer in layers),
+        "model_sparsity": _share_of_zeros(setup.model.parameters()),
+        "costs": costs.totals(rows or dense_rows, dense),
+        "realised_inputs": zero_inputs(layers, counted),
+        "layers": rows,
+    }
     if not pruned:
         return found, {}
     lost = torch.cat([layer.lost for layer in pruned]).float().cpu()
     held_out = torch.cat([layer.held_out for layer in pruned]).float().cpu()
     return found, {"lost": lost, "held_out_lost": held_out}
+
+
+def _microseconds(setup: Setup) -> float:
+    """Pack the pruned layers of a model, and return its time of a token; NaN if it cannot write."""
+    assert setup.evaluation is not None
+    pack_layers(setup.model, find_layers(setup.model, [layer.name for layer in setup.layers]))
+    try:
+        return token_microseconds(setup.model, setup.evaluation.tokens[:1, :1])
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError):
+        return math.nan
 
 
 def _share_of_zeros(weights: Iterable[torch.Tensor]) -> float:

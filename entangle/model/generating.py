@@ -1,12 +1,15 @@
 """Greedy generation of text by a model, with its timing."""
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+from transformers.generation.streamers import BaseStreamer
 
 from entangle.model.experts import Mixture, PackedLinear
 from entangle.model.limits import context_of
@@ -15,6 +18,11 @@ from entangle.model.placing import input_device
 from entangle.model.text import start_tokens
 from entangle.numerics.sparse import Sliced
 from entangle.numerics.torch_settings import with_torch_defaults
+
+_WRITTEN, _WARMING = (
+    40,
+    8,
+)  # tokens that are written to time a model, and the first that do not count
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +40,20 @@ class Generated:
     def tokens_per_second(self) -> float:
         """The speed after the first generated token; NaN if it is the only one."""
         return (self.tokens - 1) / self.seconds if self.tokens > 1 else float("nan")
+
+
+class _Times(BaseStreamer):
+    """A streamer that records the time of each token; the first is that of the prompt."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        """Record the time."""
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        """Do nothing."""
 
 
 class _Clock(TextStreamer):
@@ -74,6 +96,30 @@ def _compile(model: PreTrainedModel, ids: torch.Tensor) -> None:
         model(input_ids=ids[:, :1])  # compiles layers with and without a router
     if on_device:
         model(input_ids=ids)
+
+
+@with_torch_defaults
+def token_microseconds(model: PreTrainedModel, prompt: torch.Tensor) -> float:
+    """Return how long a model takes to write one token behind a prompt (1, tokens), in microseconds.
+
+    It is the median of the tokens that `transformers` writes one by one, always the most likely, after
+    a few that are not counted (kernels are compiled then). Texts of at most `_WRITTEN` tokens are
+    written, fewer if the model's context is shorter. NaN if no token is counted.
+    """
+    longest = context_of(model)
+    room = _WRITTEN if longest is None else min(_WRITTEN, longest - prompt.shape[1])
+    if room < 1:
+        return math.nan
+    settings = GenerationConfig(  # type: ignore[no-untyped-call]
+        max_new_tokens=room, do_sample=False, eos_token_id=None, pad_token_id=0
+    )
+    ids, clock = prompt.to(input_device(model)), _Times()
+    with torch.inference_mode(), default_settings(model):
+        model.generate(  # type: ignore[operator]
+            ids, attention_mask=torch.ones_like(ids), generation_config=settings, streamer=clock
+        )
+    steps = np.diff(clock.times)[1 + _WARMING :]  # the first has read the prompt
+    return 1e6 * float(np.median(steps)) if len(steps) else math.nan
 
 
 @with_torch_defaults

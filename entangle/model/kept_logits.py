@@ -44,6 +44,17 @@ class KeptLogits:
 
         return _logits(self, number, output_of)
 
+    def of_windows(self, windows: torch.Tensor, batch_size: int) -> "KeptLogits":
+        """Return the logits of some of the windows, by their places (windows,), in other batches.
+
+        Batches of another size are rounded otherwise. The process must have all batches.
+        """
+        ordered = [self.hidden[number] for number in range(len(self.batches))]
+        tokens = torch.cat([*self.batches])[windows].split(batch_size)
+        states = torch.cat([states for states, _ in ordered])[windows].split(batch_size)
+        hidden = {number: (part, ordered[0][1]) for number, part in enumerate(states)}
+        return dataclasses.replace(self, batches=tokens, hidden=hidden)
+
 
 def keep_logits(
     model: PreTrainedModel, windows: TokenWindows, *, batch_size: int, progress: bool = False

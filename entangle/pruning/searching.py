@@ -65,8 +65,11 @@ def _check_windows(setup: Setup) -> TokenWindows:
     return windows
 
 
-def check_search(setup: Setup, pruning: Pruning) -> None:
-    """Check the options of a search before any computation.
+def search_starts(setup: Setup, pruning: Pruning) -> dict[str, BlockZeros]:
+    """Return the zeros of each block that the searches begin with, by their rule.
+
+    These are uniform blocks, and with a run the entanglement budget. The options of the search are
+    checked before any computation.
 
     Raises:
         LookupError: the run lacks a layer.
@@ -74,27 +77,38 @@ def check_search(setup: Setup, pruning: Pruning) -> None:
             the budget is a control; or there is no entanglement budget to begin with (see `zeros_of`).
     """
     _check_windows(setup)
-    starts = len(_starts(setup, pruning))
-    if pruning.scores // starts < SCORES:
+    starts: dict[str, BlockZeros] = {UNIFORM: uniform_zeros(setup, pruning)}
+    if setup.run is not None:
+        rule = dataclasses.replace(pruning, across="entanglement", budget=UNIFORM)
+        rows = zeros_of(setup.layers, rule, run=setup.run, seed=setup.seed)
+        starts["entanglement"] = {
+            block: sum(int(torch.as_tensor(rows[x.name]).sum()) for x in here)
+            for block, here in setup.blocks.items()
+        }
+    if pruning.scores // len(starts) < SCORES:
         raise ValueError(
-            f"a generation takes {SCORES} scores, and {starts} searches have {pruning.scores}: give at "
-            f"least {SCORES * starts} scores"
+            f"a generation takes {SCORES} scores, and {len(starts)} searches have {pruning.scores}: give "
+            f"at least {SCORES * len(starts)} scores"
         )
     if pruning.budget == SHUFFLED:
         raise ValueError(f"a search has no control: give another budget than {SHUFFLED}")
+    return starts
 
 
 def searched(
-    setup: Setup, pruning: Pruning, file: Path | None = None
+    setup: Setup,
+    pruning: Pruning,
+    starts: Mapping[str, BlockZeros],
+    file: Path | None = None,
 ) -> tuple[BlockZeros, pd.DataFrame]:
     """Return the zeros of each block that a search finds, and the table of `search_blocks`.
 
-    With a ``file`` both are read from it, or written to it. Pruned blocks are kept beside it until the
+    ``starts`` are those of `search_starts`. With a ``file`` both are read from it, or written to it. Pruned blocks are kept beside it until the
     search ends.
     """
     if file is None or not file.exists():
         with _folder(file) as folder:
-            zeros, table = search_blocks(set_aside(setup), pruning, folder)
+            zeros, table = search_blocks(set_aside(setup), pruning, starts, folder)
         rows = table.to_dict(orient="records")
         if file is not None:
             ranks.on_rank_zero(store.write_json, file, {"zeros": zeros, "candidates": rows})
@@ -132,8 +146,10 @@ def uniform_zeros(setup: Setup, pruning: Pruning) -> BlockZeros:
     }
 
 
-def search_blocks(setup: Setup, pruning: Pruning, folder: Path) -> tuple[BlockZeros, pd.DataFrame]:
-    """Search from uniform blocks and, with a run, from the entanglement budget.
+def search_blocks(
+    setup: Setup, pruning: Pruning, starts: Mapping[str, BlockZeros], folder: Path
+) -> tuple[BlockZeros, pd.DataFrame]:
+    """Search from each of the starts (see `search_starts`).
 
     The setup's evaluation are the windows set aside. Pairs of them score offspring, and groups of
     eight score survivors and parents, in turns. A candidate's weights are those of the method as
@@ -149,11 +165,11 @@ def search_blocks(setup: Setup, pruning: Pruning, folder: Path) -> tuple[BlockZe
     assert setup.evaluation is not None
     plain: Any = {"solve": "greedy", "propagate": "dense", "reconstruct": "none"}
     pruning = dataclasses.replace(pruning, **plain, experts=1, inputs="dense")
-    starts = _starts(setup, pruning)
     sizes = {b: sum(x.neurons * x.inputs for x in here) for b, here in setup.blocks.items()}
     step = max(int(STEP * min(sizes.values())), 1)
     share = pruning.scores // len(starts) // SCORES * SCORES  # whole generations
-    whole, few, many = _kept(setup, setup.evaluation), _groups(setup, FEW), _groups(setup, MANY)
+    whole = _kept(setup, setup.evaluation)
+    few, many = _groups(setup, whole, FEW), _groups(setup, whole, MANY)
     candidates: list[tuple[str, str, int, BlockZeros]] = []
     count = share * len(starts)
     with tqdm(total=count, unit="score", desc="search", disable=not setup.progress) as bar:
@@ -193,27 +209,15 @@ class _Text:
     logits: KeptLogits
 
 
-def _starts(setup: Setup, pruning: Pruning) -> dict[str, BlockZeros]:
-    """Return the zeros of each block that the searches begin with, by their rule."""
-    uniform = uniform_zeros(setup, pruning)
-    if setup.run is None:
-        return {UNIFORM: uniform}
-    rule = dataclasses.replace(pruning, across="entanglement", budget=UNIFORM)
-    rows = zeros_of(setup.layers, rule, run=setup.run, seed=setup.seed)
-    counts = {
-        block: sum(int(torch.as_tensor(rows[x.name]).sum()) for x in here)
-        for block, here in setup.blocks.items()
-    }
-    return {UNIFORM: uniform, "entanglement": counts}
-
-
-def _groups(setup: Setup, size: int) -> list[_Text]:
+def _groups(setup: Setup, whole: _Text, size: int) -> list[_Text]:
     """Return the windows set aside in groups of this size; what is left over is in none."""
-    assert setup.evaluation is not None
-    windows, places = setup.evaluation, setup.evaluation.places
+    windows, places = whole.windows, whole.windows.places
     groups = places.split(min(size, len(windows)))
-    whole = [group for group in groups if len(group) == len(groups[0])]
-    return [_kept(setup, windows.chosen(group)) for group in whole]
+    groups = [group for group in groups if len(group) == len(groups[0])]
+    if ranks.count() > 1:  # each process has kept other windows
+        return [_kept(setup, windows.chosen(group)) for group in groups]
+    size = setup.batch_size
+    return [_Text(windows.chosen(x), whole.logits.of_windows(x, size)) for x in groups]
 
 
 def _kept(setup: Setup, windows: TokenWindows) -> _Text:

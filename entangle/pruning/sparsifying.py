@@ -38,7 +38,7 @@ from entangle.pruning.checkpoint import FinishedBlocks
 from entangle.pruning.inputs import choose_inputs
 from entangle.pruning.options import NONE, SEARCH, Pruning, PruningOptions, with_options
 from entangle.pruning.reconstruction import Targets, tuned_layers
-from entangle.pruning.searching import SEARCH_FILE, check_search, searched
+from entangle.pruning.searching import SEARCH_FILE, search_starts, searched
 from entangle.runs import store
 from entangle.runs.dataset import about
 from entangle.runs.resuming import resumed_run
@@ -215,7 +215,7 @@ def sparsify(
     attributes |= searched_blocks([pruning], blocks)
     if pruning.across == SEARCH and blocks is None:
         check_in_memory(model, "a search for blocks")
-        check_search(setup, pruning)
+        starts = search_starts(setup, pruning)
     stopwatch = Stopwatch(windows)
     dense = costs.model_multiply_adds(model)
     kept = (
@@ -227,7 +227,7 @@ def sparsify(
             known["importance"] = block_importance(pruning.across, setup.walk(), setup.layers)
         if pruning.across == SEARCH and blocks is None:
             file = None if folder is None else folder / SEARCH_FILE
-            known["blocks"] = searched(setup, pruning, file)[0]
+            known["blocks"] = searched(setup, pruning, starts, file)[0]
         zeros = zeros_of(setup.layers, pruning, **known)
         checkpoint = None if folder is None else FinishedBlocks(model, folder)
         pruned = prune_model(setup, pruning, zeros=zeros, checkpoint=checkpoint)

@@ -48,9 +48,9 @@ def sweep(table: pd.DataFrame, *, ax: None = None) -> Figure: ...
 def sweep(table: pd.DataFrame, *, ax: Axes) -> Axes: ...
 @mpl.rc_context(STYLE)
 def sweep(table: pd.DataFrame, *, ax: Axes | None = None) -> Figure | Axes:
-    """Draw perplexity (log axis) against multiply-adds: a line per combination of options.
+    """Draw perplexity (log axis) against the weights read for a token: a line per combination of options.
 
-    ``table`` is a result of `entangle.sweep`. Multiply-adds are those per token of the pruned
+    ``table`` is a result of `entangle.sweep`. A token reads a weight for each multiply-add. These are those per token of the pruned
     layers and their routers, over the dense ones: with one expert, 1 minus the realised sparsity.
     Bars are one standard error over windows. Sparsities n:m are single labelled marks. The dashed
     line is the dense model, and paler ones its rounded weights. Each budget of rows has a colour, each budget across blocks a line
@@ -92,7 +92,7 @@ def sweep(table: pd.DataFrame, *, ax: Axes | None = None) -> Figure | Axes:
 
 
 def _curve(panel: Axes, table: pd.DataFrame, arms: pd.DataFrame) -> None:
-    """Draw perplexity against multiply-adds."""
+    """Draw perplexity against the weights read for a token."""
     tints = _tints(arms)
     for kind, part in arms.groupby(_KINDS, sort=False):
         options: dict[str, Any] = dict(zip(_KINDS, kind, strict=True))
@@ -122,7 +122,7 @@ def _curve(panel: Axes, table: pd.DataFrame, arms: pd.DataFrame) -> None:
     panel.xaxis.set_major_formatter(ticker.PercentFormatter(1))
     tokens = f"{int(table['tokens'].max()):,} tokens, {int(table['windows'].max())} windows"
     panel.set(
-        xlabel="multiply-adds of the pruned layers and their routers (% of the dense layers)",
+        xlabel="weights read for a token: multiply-adds of the pruned layers and their routers (% of dense)",
         ylabel=f"perplexity\n({tokens})",
     )
     panel.grid(axis="y", alpha=0.25)

@@ -6,6 +6,7 @@ import math
 import re
 import signal
 import time
+import types
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,12 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 import entangle
+from entangle.experiments import sweeping
 from entangle.experiments.sweep_table import read_table
 from entangle.model import packing
 from entangle.model.blocks import BlockWalk
 from entangle.model.divergence import COLUMNS
+from entangle.model.experts import PackedLinear
 from entangle.model.layers import find_layers, weight_of, write_weight
 from entangle.model.mixing import mixed_windows
 from entangle.model.scoring import NotFiniteError
@@ -191,6 +194,45 @@ def test_rounded_weights_are_rows_beside_the_dense_model(tmp_path: Path) -> None
     )
     with pytest.raises(ValueError, match=r"8 or 4.*rounded=5"):
         run(model, [0.5], rounded=[5])
+
+
+def test_the_time_of_a_token_is_of_the_packed_model_and_costs_no_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[set[str], float]] = []
+
+    def timed(model: PreTrainedModel, prompt: torch.Tensor) -> float:
+        packed = {n for n, one in model.named_modules() if isinstance(one, PackedLinear)}
+        with torch.inference_mode():
+            seen.append((packed, float(model(input_ids=prompt).logits.sum())))
+        if len(seen) == 2:
+            raise ValueError("it cannot write")
+        if len(seen) == 4:
+            raise KeyboardInterrupt
+        return 1e3 * len(seen)
+
+    monkeypatch.setattr(sweeping, "token_microseconds", timed)
+    model, words = tiny_model(), {"method": "wanda", "layers": "*.mlp.*", "out": tmp_path / "run"}
+    with pytest.raises(KeyboardInterrupt):
+        run(model, [0.3, 0.6, 0.7], speed=True, **words)
+    assert same_weights(model)
+    layers = {layer.name for layer in find_layers(model, ["*.mlp.*"])}
+    assert [packed for packed, _ in seen] == [set(), set(), layers, layers]
+    alone = tiny_model()
+    entangle.sparsify(
+        alone, random_windows(), sparsity=0.6, **OPTIONS | {"layers": "*.mlp.*", "method": "wanda"}
+    )
+    outputs = alone(input_ids=held_out().tokens[:1, :1]).logits.detach()
+    assert seen[2][1] == pytest.approx(float(outputs.sum()), rel=1e-4)
+    table = run(model, [0.3, 0.6, 0.7], speed=True, **words)
+    assert len(seen) == 4  # the arm that was stopped has its result, and no time
+    assert table["nats"].notna().all()
+    assert table["microseconds"].fillna(0).tolist() == [1000, 0, 3000, 0]
+    lines = (tmp_path / "run" / "tables" / "sweep.md").read_text().splitlines()
+    assert [line.split("|")[-2].strip() for line in lines[-4:]] == ["1 ms", "- ms", "3 ms", "- ms"]
+    monkeypatch.setattr(sweeping, "ranks", types.SimpleNamespace(count=lambda: 2))
+    with pytest.raises(ValueError, match=r"one process.*2"):
+        run(model, [0.6], speed=True, method="wanda")
 
 
 def test_an_arm_that_fails_says_why_and_costs_the_others_nothing(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from entangle.model import generating
-from entangle.model.generating import Generated, generate
+from entangle.model.generating import Generated, generate, token_microseconds
 from entangle.model.layers import find_layers, weight_of
 from entangle.model.packing import pack_layer, weight_bytes
 from entangle.numerics.sparse import Sliced
@@ -240,3 +240,14 @@ def test_time_goes_on() -> None:
     assert found.first_seconds > 0
     assert found.seconds > 0
     assert found.tokens_per_second == pytest.approx(4 / found.seconds)
+
+
+def test_the_time_of_a_token_is_a_median_without_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, steps = tiny_model(), [9.0] * 9 + [0.25, 0.5, 1.0] * 10 + [0.5]
+    now = itertools.accumulate([0.0, *steps])
+    monkeypatch.setattr("entangle.model.generating.time.perf_counter", lambda: next(now))
+    assert token_microseconds(model, torch.tensor([[3]])) == 0.5e6
+    assert next(now, None) is None
+    model.config.max_position_embeddings = 9
+    now = itertools.accumulate(itertools.repeat(1.0))
+    assert math.isnan(token_microseconds(model, torch.tensor([[3]])))

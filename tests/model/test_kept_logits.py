@@ -44,6 +44,18 @@ def test_logits_have_the_bits_of_the_models_own(name: str) -> None:
     ]
 
 
+def test_logits_of_some_windows_are_those_of_the_model_on_them() -> None:
+    model, windows, some = tiny_model("gemma2"), random_windows(5, 16), torch.tensor([4, 0, 3])
+    kept = keep_logits(model, windows, batch_size=2)
+    assert kept is not None
+    part = kept.of_windows(some, 2)
+    assert [len(batch) for batch in part.batches] == [2, 1]
+    with torch.inference_mode():
+        for number, batch in enumerate(windows.tokens[some].split(2)):
+            assert torch.equal(part.batches[number], batch)
+            torch.testing.assert_close(part.of_batch(number), logits_of(model, batch))
+
+
 class _Remembering(nn.Module):
     """A norm that also adds what a block has left beside its output."""
 

@@ -101,7 +101,7 @@ def test_the_fields_are_the_options_and_the_keyword_arguments() -> None:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_the_fields_are_the_flags(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     # What a sweep takes beside: all that measure takes too, and what is scored.
-    beside = flags_of("measure", capsys) | {"evaluation", "evaluation-windows", "rounded"}
+    beside = flags_of("measure", capsys) | {"evaluation", "evaluation-windows", "rounded", "speed"}
     assert flags_of(command, capsys) - beside == {name.replace("_", "-") for name in NAMES}
 
 
