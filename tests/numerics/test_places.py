@@ -40,5 +40,5 @@ def test_a_place_is_the_share_below_to_within_its_error(law: Law, massive: float
 def test_median_and_reach_are_those_of_all_outputs() -> None:
     values = DISTRIBUTIONS[0].sample(20_000).astype(np.float32)
     found, exact = counted(values, 20_000).scale, Levels.of(values)
-    width = 16 / 1024 * values.std()
+    width = 16 / 1024 * float(values.std())
     assert [found.median, found.reach] == pytest.approx([exact.median, exact.reach], abs=width)

@@ -66,16 +66,15 @@ def test_contexts_are_those_in_the_runs_folder(run: xr.DataTree, tmp_path: Path)
 
 def test_windows_and_sign_cases_are_those_in_the_runs_folder(tmp_path: Path) -> None:
     model, windows, tokenizer = tiny_model("llama"), drawn_windows(9), tiny_tokenizer()
-    entangle.measure(model, windows, layers=[LAYER, OTHER], out=tmp_path)
-    run = entangle.open_run(tmp_path)
+    out = tmp_path / "run"
+    entangle.measure(model, windows, layers=[LAYER, OTHER], out=out)
+    run = entangle.open_run(out)
     neurons = [run.entangle.neuron(f"{layer}:3") for layer in (LAYER, OTHER)]
     for neuron in neurons:
         with pytest.raises(LookupError, match=f"entangle contexts .*{neuron.name}"):
             _ = neuron.windows
     names = [neuron.name for neuron in neurons]
-    found = entangle.contexts(
-        model, windows, run=run, neurons=names, tokenizer=tokenizer, out=tmp_path
-    )
+    found = entangle.contexts(model, windows, run=run, neurons=names, tokenizer=tokenizer, out=out)
     gated, other = neurons
     assert [one.window for one in gated.windows] == [one.window for one in found[0].windows]
     words = gated.windows._repr_html_()
