@@ -401,7 +401,7 @@ def run_disentangle(args: argparse.Namespace) -> None:
 
 
 def run_contexts(args: argparse.Namespace) -> None:
-    """Find the contexts of neurons, and add them to the run.
+    """Find the contexts of neurons, and add them to the run; or print their values on a prompt.
 
     Raises:
         ValueError: neurons and --top are both given, or neither.
@@ -426,6 +426,13 @@ def run_contexts(args: argparse.Namespace) -> None:
     drawn = {name: about[name] for name in ("windows", "length", "seed", "bos")}
     drawn |= {"text": [*about.get("texts", [about["text"]])]}
     args, tokenizer = argparse.Namespace(**vars(args) | drawn), _tokenizer(args)
+    if args.prompt is not None:
+        on_text = entangle.values_on(
+            _model(args), args.prompt, run=run, neurons=names, tokenizer=tokenizer
+        )
+        told = {"neurons": [one.told() for one in on_text]}
+        _print(args, told, printed.on_text)
+        return
     parts, model = _parts(args, tokenizer), _model(args)
     windows = _mixed(args, parts, model, tokenizer, args.run)
     found = entangle.contexts(

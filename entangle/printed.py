@@ -3,6 +3,7 @@
 import json
 import math
 import statistics
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -341,6 +342,37 @@ def _columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     ]
 
 
+def on_text(result: dict[str, Any]) -> str:
+    """Return the values of neurons at each token of a text, with colours if stdout is a terminal."""
+    from entangle.show.coloured import in_terminal, on_colour, visible
+
+    colours, lines = sys.stdout.isatty(), []
+    for one in result["neurons"]:
+        lines += [f"{one['neuron']}: {one['side']}, quantile in the run's distribution, token"]
+        if colours:
+            lines += ["", in_terminal(one["tokens"], one["shades"]), ""]
+        columns = ("tokens", "values", "quantiles", "quantile_errors", "shades")
+        for token, value, place, error, shade in zip(*(one[name] for name in columns), strict=True):
+            wide = f" ± {error:.2f}" if error >= 0.005 else ""
+            text = on_colour(visible(token), shade) if colours else visible(token)
+            lines.append(f"  {value:12.4g}  {place:.4f}{wide:7}  {text}")
+        lines.append("")
+    return "\n".join(lines).rstrip()
+
+
+def _unit(unit: Mapping[str, Any]) -> list[str]:
+    """Return lines on a hidden unit of a gated MLP."""
+    parts = ", ".join(
+        f"{name} W1 {unit['wasserstein'][name]:.4f}" for name in ("gate", "up", "product")
+    )
+    lines = [f"  gate and up together ({parts}):"]
+    for case in unit["cases"]:
+        mean = f", mean product {case['mean']:.3g}" if case["tokens"] else ""
+        signs = f"gate {case['gate']} up {case['up']}"
+        lines.append(f"    {signs}  {case['share']:6.1%} of the tokens{mean}")
+    return lines
+
+
 def contexts(result: dict[str, Any]) -> str:
     """Return the text of the contexts of neurons."""
     lines = []
@@ -363,6 +395,7 @@ def contexts(result: dict[str, Any]) -> str:
             + ", ".join(
                 f"{token['token']!r} {token['share']:.1%}" for token in one["frequent"][:5]
             ),
+            *(_unit(one["unit"]) if one["unit"] else []),
         ]
         why = ""
         for context in () if brief else one["contexts"]:

@@ -7,7 +7,7 @@ the requested neurons are kept, and for a limited number of neurons at a time, t
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -20,15 +20,20 @@ from scipy.signal import find_peaks
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from entangle.measurement.sign_cases import HiddenUnit, hidden_unit, units_of
+from entangle.measurement.window_choice import choose_windows
+from entangle.model.gating import find_gated
 from entangle.model.hooks import backbone_of, recording_rows
 from entangle.model.patterns import INPUT
+from entangle.model.pieces import pieces_of
 from entangle.model.placing import input_device
 from entangle.model.sides import Recordable, stack_of
 from entangle.model.text import TokenWindows
 from entangle.numerics.contributions import bootstrap, distance_parts
 from entangle.numerics.gaussian import from_samples
+from entangle.numerics.levels import Levels
 from entangle.numerics.torch_settings import with_torch_defaults
-from entangle.runs import store
+from entangle.runs.contexts_file import add_contexts, packed
 from entangle.runs.dataset import check_neuron, dataset_of
 from entangle.runs.setup import Setup
 
@@ -62,6 +67,16 @@ class Context:
 
 
 @dataclasses.dataclass(frozen=True)
+class WindowLevels:
+    """A whole window, and the neuron's values in it, as levels of its scale."""
+
+    why: str  # it was chosen: highest, lowest, mode at X, quantile Q
+    window: int  # index
+    position: int  # of the token that it was chosen for
+    levels: str  # of each counted token: signed bytes in base64 (see `numerics.levels`)
+
+
+@dataclasses.dataclass(frozen=True)
 class LeftOut:
     """The distance of a neuron when some tokens are left out."""
 
@@ -85,6 +100,9 @@ class NeuronContexts:
     positions: list[float]  # each window position's share of the distance
     frequent: list[dict[str, Any]]  # token, count, share of the distance, mean output
     without: list[LeftOut]  # without the farthest tokens, one position, one token: see `_without`
+    scale: Levels  # of the values in the windows
+    windows: list[WindowLevels]  # at most 8
+    unit: HiddenUnit | None  # of a gated MLP, that the neuron is a part of
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -133,6 +151,8 @@ def contexts(
     """Find the contexts of ``neurons``, written LAYER:INDEX; return them in this order.
 
     An input channel, LAYER:input:INDEX, has contexts like a neuron; its ``output`` is its value.
+    A neuron of a gated MLP's gate or up layer, and an input channel that is their product, also have
+    the four sign cases of their hidden unit (`NeuronContexts.unit`).
 
     ``windows`` must be those that ``run`` was measured on. A token's share of the distance is the
     integral over its own quantile bin (see `distance_parts`). The interval is a basic bootstrap
@@ -150,22 +170,19 @@ def contexts(
     neurons = [neurons] if isinstance(neurons, str) else neurons
     data = dataset_of(run)
     names = list(dict.fromkeys(neurons))
+    parts_of = units_of(find_gated(model) if names else [])
     for name in names:
         check_neuron(data, name)
         if not np.isfinite(float(data["wasserstein"].sel(neuron=name))):
             raise ValueError(
                 f"{name} is dead or not finite, so it has no distance: choose another neuron"
             )
-    layers: dict[str, set[str]] = {"output": set(), "input": set()}
-    for name in names:
-        side = str(data["side"].sel(neuron=name).item())
-        layers[side].add(name.rpartition(":")[0])
+    heard = [*names, *(part for name in names for part in parts_of(name).values())]
     setup = Setup.of(
         model,
         windows,
         run=run,
-        layers=sorted(layers["output"]),
-        input_layers=sorted(name.removesuffix(INPUT) for name in layers["input"]),
+        **layers_of(data, heard),
         batch_size=int(data.attrs["batch_size"]),
         skip_first=int(data.attrs["skip_first"]),
         progress=progress,
@@ -180,36 +197,59 @@ def contexts(
     decode = functools.partial(tokenizer.decode, clean_up_tokenization_spaces=False)
     found = []
     counted = _CountedTokens.of(windows.tokens[:, setup.skip_first :].numpy())
-    size = max(1, VALUES // setup.tokens)
+    columns = 3 if any(map(parts_of, names)) else 1  # of a hidden unit also its other parts
+    size = max(1, VALUES // (columns * setup.tokens))
     groups = [names[first : first + size] for first in range(0, len(names), size)]
     bar = tqdm(groups, unit="pass", disable=not progress)
     for group in bar:
+        units = [parts_of(name) for name in group]
+        wanted = list(dict.fromkeys([*group, *(part for one in units for part in one.values())]))
+        held = neuron_outputs(setup, wanted, setup.batches)
+        column = {name: held[:, place] for place, name in enumerate(wanted)}
         described = {}
-        for some, outputs, rows in _outputs(setup, group):  # (tokens, neurons)
-            own = counted if rows is None else counted.only(rows)
+        for rows, places in _alike(held[:, : len(group)]):
+            own = counted.only(rows)
+            outputs = held[np.ix_(rows, places)]  # (tokens, neurons)
             parts = distance_parts(outputs)
-            draws = bootstrap(
-                outputs, own.rows // own.length, len(windows), draws=DRAWS, seed=windows.seed
-            )
-            for place, name in enumerate(some):
-                columns = outputs[:, place], parts[:, place], draws[:, place]
-                described[name] = _describe(name, *columns, windows, own, decode)
-        found += [described[name] for name in group]
+            in_windows = own.rows // own.length
+            draws = bootstrap(outputs, in_windows, len(windows), draws=DRAWS, seed=windows.seed)
+            for at, place in enumerate(places):
+                described[place] = _describe(
+                    group[place],
+                    held[:, place],
+                    parts[:, at],
+                    draws[:, at],
+                    windows,
+                    own,
+                    decode,
+                    {part: column[neuron][rows] for part, neuron in units[place].items()},
+                    units[place],
+                )
+        found += [described[place] for place in range(len(group))]
     if out is not None:
-        file = Path(out) / "contexts.json"
-        kept = store.read_json(file) if file.is_file() else {}
-        kept |= {one.neuron: dataclasses.asdict(one) for one in found}
-        store.write_json(file, kept)
+        shown = sorted({one.window for neuron in found for one in neuron.windows})
+        texts = {one: pieces_of(windows.tokens[one].tolist(), decode) for one in shown}
+        add_contexts(Path(out), {one.neuron: dataclasses.asdict(one) for one in found}, texts)
     return found
 
 
-def _outputs(
-    setup: Setup, neurons: Sequence[str]
-) -> Iterator[tuple[list[str], Floats, npt.NDArray[np.int64] | None]]:
-    """Run the model on the windows; yield names of neurons, and their outputs (tokens, neurons).
+def layers_of(run: xr.Dataset, neurons: Sequence[str]) -> dict[str, Any]:
+    """Return the layers of neurons and of input channels, as keywords of `Setup.of`."""
+    names = sorted({neuron.rpartition(":")[0] for neuron in neurons})
+    sides = dict(zip(run["layer"].to_numpy().astype(str), run["side"].to_numpy(), strict=True))
+    inputs = [
+        name for name in names if sides.get(name, "input") == "input" and name.endswith(INPUT)
+    ]
+    return {
+        "layers": [name for name in names if name not in inputs],
+        "input_layers": [name.removesuffix(INPUT) for name in inputs],
+    }
 
-    An input channel has its values. All neurons of layers with all counted tokens come together.
-    Those of a trained expert come with the indices of its tokens (tokens,), ascending.
+
+def neuron_outputs(setup: Setup, neurons: Sequence[str], batches: Sequence[torch.Tensor]) -> Floats:
+    """Run the model on batches; return the outputs (or inputs) of ``neurons`` (tokens, neurons).
+
+    A neuron of a trained expert has NaN at the tokens that were not sent to the expert.
     """
     wanted: dict[str, list[int]] = {}
     for neuron in neurons:
@@ -231,34 +271,46 @@ def _outputs(
         torch.inference_mode(),
         recording_rows(model, layers, on_rows, skip_first=skip_first) as counter,
     ):
-        for batch in setup.batches:
+        for batch in batches:
             backbone_of(model)(input_ids=batch.to(device), use_cache=False)
-    columns: dict[str, torch.Tensor] = {}
+    tokens = sum(batch[:, skip_first:].numel() for batch in batches)
+    found = np.full((tokens, len(neurons)), np.nan, np.float32)
+    column = {neuron: place for place, neuron in enumerate(neurons)}
     for name, parts in kept.items():
-        rows, names = torch.cat(parts), [f"{name}:{index}" for index in wanted[name]]
-        if which[name]:
-            tokens, order = torch.cat(which[name]).sort()
-            yield names, rows[order].numpy(), tokens.numpy()
-        else:
-            columns |= zip(names, rows.unbind(1), strict=True)
-    if columns:
-        yield list(columns), torch.stack(list(columns.values()), dim=1).numpy(), None
+        places = [column[f"{name}:{index}"] for index in wanted[name]]
+        rows = torch.cat(which[name]).numpy() if which[name] else np.arange(tokens)
+        found[np.ix_(rows, places)] = torch.cat(parts).numpy()
+    return found
+
+
+def _alike(outputs: Floats) -> Iterator[tuple[npt.NDArray[np.int64], list[int]]]:
+    """Yield the tokens at which neurons have outputs (tokens, neurons), and which neurons these are."""
+    groups: dict[bytes, list[int]] = {}
+    here = ~np.isnan(outputs.T)
+    for place, mask in enumerate(here):
+        groups.setdefault(np.packbits(mask).tobytes(), []).append(place)
+    for places in groups.values():
+        yield np.flatnonzero(here[places[0]]), places
 
 
 def _describe(
     name: str,
-    outputs: Floats,
+    values: Floats,
     parts: Array,
     draws: Array,
     windows: TokenWindows,
     counted: "_CountedTokens",
     decode: Any,
+    unit: Mapping[str, Floats],
+    unit_names: Mapping[str, str],
 ) -> NeuronContexts:
     """Return the contexts of a neuron.
 
-    ``outputs`` and ``parts``, their parts of the distance, are (tokens,); ``draws`` are the
-    bootstrap's distances.
+    ``values`` are its outputs at all counted tokens, NaN where it has none. ``counted`` are the tokens
+    at which it has, ``parts`` their parts of the distance (tokens,), and ``draws`` the bootstrap's
+    distances. ``unit`` has the values (tokens,) of its hidden unit's parts, if any.
     """
+    outputs = values[counted.rows]
     distance = float(parts.sum())
     mean, std = float(outputs.mean(dtype=np.float64)), float(outputs.std(dtype=np.float64))
     low = high = math.nan
@@ -269,18 +321,17 @@ def _describe(
     shares = parts / distance
     text = windows.tokens.numpy()
 
-    def context(why: str, row: int) -> Context:
+    def text_of(row: int) -> dict[str, Any]:
         window, position = divmod(int(counted.rows[row]), length)
         position += skip_first
-        line = text[window].tolist()
-        before, token, after = _texts(line, position, decode)
+        texts = _texts(text[window].tolist(), position, decode)
+        place = {"window": window, "position": position}
+        return place | dict(zip(("before", "token", "after"), texts, strict=True))
+
+    def context(why: str, row: int) -> Context:
         return Context(
             why=why,
-            window=window,
-            position=position,
-            before=before,
-            token=token,
-            after=after,
+            **text_of(row),
             output=float(outputs[row]),
             deviation=(float(outputs[row]) - mean) / std,
             share=float(shares[row]),
@@ -288,6 +339,8 @@ def _describe(
 
     modes = _modes(outputs, mean, std)
     contexts = [context(why, row) for why, row in _chosen(outputs, modes)]
+    scale, by_window = Levels.of(outputs), values.reshape(-1, length)
+    levels = scale.levels(by_window)
     return NeuronContexts(
         neuron=name,
         tokens=len(outputs),
@@ -299,6 +352,12 @@ def _describe(
         positions=np.bincount(counted.position, weights=shares, minlength=length).tolist(),
         frequent=_frequent(counted, outputs, shares, decode),
         without=_without(counted, outputs, skip_first, decode),
+        scale=scale,
+        windows=[
+            WindowLevels(why, window, position + skip_first, packed(levels[window]))
+            for why, window, position in choose_windows(by_window, modes)
+        ],
+        unit=hidden_unit(unit_names, unit, text_of) if unit else None,
     )
 
 
