@@ -209,7 +209,7 @@ def contexts(
         described = {}
         for rows, places in _alike(held[:, : len(group)]):
             own = counted.only(rows)
-            outputs = held[np.ix_(rows, places)]  # (tokens, neurons)
+            outputs = held[rows][:, places]  # (tokens, neurons)
             parts = distance_parts(outputs)
             in_windows = own.rows // own.length
             draws = bootstrap(outputs, in_windows, len(windows), draws=DRAWS, seed=windows.seed)
@@ -279,7 +279,7 @@ def neuron_outputs(setup: Setup, neurons: Sequence[str], batches: Sequence[torch
     for name, parts in kept.items():
         places = [column[f"{name}:{index}"] for index in wanted[name]]
         rows = torch.cat(which[name]).numpy() if which[name] else np.arange(tokens)
-        found[np.ix_(rows, places)] = torch.cat(parts).numpy()
+        found[rows[:, None], places] = torch.cat(parts).numpy()
     return found
 
 

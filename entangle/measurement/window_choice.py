@@ -19,7 +19,7 @@ def choose_windows(
     others have the outputs nearest to each mode, if there are several, and to quantiles. No window
     is chosen twice, so a short text has fewer.
     """
-    left = ~np.isnan(outputs).all(axis=1)
+    left = np.asarray(~np.isnan(outputs).all(axis=1))
     found: list[tuple[str, int, int]] = []
     for why, far in _wishes(outputs, modes):  # far: (windows, length), the smaller the better
         if len(found) == WINDOWS or not left.any():

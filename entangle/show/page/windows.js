@@ -19,7 +19,8 @@ function colouredWindow(one, tokens, scale) {
   const text = make("code", {});
   if (one.first > 0) text.append("…");
   shown.forEach((piece, i) => {
-    const value = i < skipped ? null : scale.median + scale.reach * Math.sinh(scale.step * levels[i - skipped]);
+    const level = i < skipped ? -128 : levels[i - skipped]; // -128: no value
+    const value = level === -128 ? null : scale.median + scale.reach * Math.sinh(scale.step * level);
     const token = colouredToken(piece, value, scale);
     if (one.first + i === one.position) token.classList.add("chosen");
     token.dataset.place = `window ${one.window}, position ${one.first + i}`;
