@@ -206,10 +206,8 @@ def test_experts_of_a_block_stand_side_by_side() -> None:
     np.testing.assert_allclose(cells.filled(np.nan), expected)
     assert drawn["up"].get_xlim() == (0, 100)
     assert "experts side by side" in figure.get_supxlabel()
-    every = plots.ranks(run).axes[0].lines[0]
-    np.testing.assert_allclose(
-        every.get_ydata(), [0.4, 0.3, 0.2, 0.1]
-    )  # of a block's experts together
+    ranked = np.asarray(plots.ranks(run).axes[0].lines[0].get_ydata(), float)
+    np.testing.assert_allclose(ranked, [0.4, 0.3, 0.2, 0.1])  # of a block's experts together
 
 
 def test_blocks_go_down_and_neurons_go_from_the_most_entangled() -> None:
