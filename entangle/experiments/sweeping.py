@@ -160,6 +160,7 @@ def sweep(
       output embedding.
     * ``model_dense_multiply_adds``: the same for the dense model.
     * ``stored``: non-zero weights of the pruned layers, over all experts.
+    * ``dense_weights``: weights of the same layers when dense.
     * ``disk_bytes``, ``memory_bytes``: size of the pruned layers and routers, bytes.
     * ``microseconds``: the time of a token of a text that the model writes, median (see
       `token_microseconds`), on the machine as it is; NaN without ``speed``, or if it could not be
