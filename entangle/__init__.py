@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         top_by_layer,
     )
     from entangle.measurement.recording import record
+    from entangle.measurement.vocabulary import words
     from entangle.model.generating import generate
     from entangle.model.loading import load_model, load_tokenizer
     from entangle.model.mixing import mixed_windows
@@ -63,6 +64,7 @@ __all__ = [
     "sweep",
     "token_windows",
     "top_by_layer",
+    "words",
 ]
 
 # The module of each public name. It is imported at first use, so that `import entangle` and
@@ -94,6 +96,7 @@ _HOMES = {
     "top_by_layer": "entangle.measurement.ranking",
     "rank": "entangle.measurement.ranking",
     "report": "entangle.show.reporting",
+    "words": "entangle.measurement.vocabulary",
 }
 
 

@@ -27,6 +27,11 @@ zero. The tokens of --skip-first are treated too, but pruning and the score leav
 DISENTANGLE = f"""Measure each neuron within clusters of its layer's inputs, and with a pruned expert
 for each cluster. Clusters and experts are computed from --text. The neurons are measured on at most
 8,192 held-out tokens, from at most 64 windows of --evaluation. {RESUME}"""
+WORDS = """Multiply the weights of neurons by the embeddings of all tokens of the vocabulary: the row of a
+layer that reads the residual stream by the input embedding, through the norm before it, and the column
+of a layer that writes to it by the output embedding, through the final norm. A hidden unit is shown as
+a whole: the rows of its gate and up projection, and its column of the down projection. An input channel
+is written LAYER:input:INDEX; it need not be measured."""
 PLOTS = {  # kinds of pictures, and what each shows
     "heatmap": "distances of all neurons, a row per block, a panel per role",
     "layers": "distribution of the distances in each layer, by block",
@@ -476,6 +481,22 @@ def parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
         type=int,
         metavar="N",
         help="find the contexts of each layer's N most entangled neurons, instead of named ones",
+    )
+
+    words = commands.add_parser(
+        "words",
+        parents=[measured, layers, output],
+        help="print the tokens that neurons' weights read and write, and add them to the run",
+        description=WORDS,
+    )
+    words.add_argument(
+        "neurons", nargs="*", metavar="LAYER:INDEX", help="neurons to find the words of"
+    )
+    words.add_argument(
+        "--top",
+        type=int,
+        metavar="N",
+        help="find the words of each layer's N most entangled neurons, instead of named ones",
     )
 
     rank = commands.add_parser(

@@ -401,28 +401,12 @@ def run_disentangle(args: argparse.Namespace) -> None:
 
 
 def run_contexts(args: argparse.Namespace) -> None:
-    """Find the contexts of neurons, and add them to the run.
-
-    Raises:
-        ValueError: neurons and --top are both given, or neither.
-    """
-    if args.neurons and args.top:
-        raise ValueError(
-            f"expected neurons (LAYER:INDEX) or --top, not both: got {' '.join(args.neurons)} and "
-            f"--top {args.top}"
-        )
-    if not args.neurons and not args.top:
-        raise ValueError(
-            "no neurons are given: name them as LAYER:INDEX, or take each layer's N most entangled "
-            "ones with --top N"
-        )
+    """Find the contexts of neurons, and add them to the run."""
+    _check_named(args)
     from entangle.runs import dataset
 
     run, args = _measured(args)
-    about, names = dataset.about(run), args.neurons
-    if args.top:
-        ranked = entangle.top_by_layer(run, count=args.top, **_layers(args))
-        names = [f"{layer}:{index}" for layer, indices in ranked.items() for index in indices]
+    about, names = dataset.about(run), _named(args, run)
     drawn = {name: about[name] for name in ("windows", "length", "seed", "bos")}
     drawn |= {"text": [*about.get("texts", [about["text"]])]}
     args, tokenizer = argparse.Namespace(**vars(args) | drawn), _tokenizer(args)
@@ -439,6 +423,42 @@ def run_contexts(args: argparse.Namespace) -> None:
     )
     result = {"neurons": [dataclasses.asdict(one) for one in found]}
     _print(args, result | {"file": str(args.run / "contexts.json")}, printed.contexts)
+
+
+def run_words(args: argparse.Namespace) -> None:
+    """Find the tokens that neurons' weights read and write, and add them to the run."""
+    _check_named(args)
+    run, args = _measured(args)
+    names, tokenizer = _named(args, run), _tokenizer(args)
+    found = entangle.words(_model(args), names, tokenizer=tokenizer, run=run, out=args.run)
+    result = {"neurons": [dataclasses.asdict(one) for one in found]}
+    _print(args, result | {"file": str(args.run / "words.json")}, printed.words)
+
+
+def _check_named(args: argparse.Namespace) -> None:
+    """Check that neurons are named or --top is given.
+
+    Raises:
+        ValueError: both are given, or neither.
+    """
+    if args.neurons and args.top:
+        raise ValueError(
+            f"expected neurons (LAYER:INDEX) or --top, not both: got {' '.join(args.neurons)} and "
+            f"--top {args.top}"
+        )
+    if not args.neurons and not args.top:
+        raise ValueError(
+            "no neurons are given: name them as LAYER:INDEX, or take each layer's N most entangled "
+            "ones with --top N"
+        )
+
+
+def _named(args: argparse.Namespace, run: "xr.DataTree") -> list[str]:
+    """Return the neurons that are named, or each layer's most entangled ones."""
+    if not args.top:
+        return list(args.neurons)
+    ranked = entangle.top_by_layer(run, count=args.top, **_layers(args))
+    return [f"{layer}:{index}" for layer, indices in ranked.items() for index in indices]
 
 
 def run_rank(args: argparse.Namespace) -> None:
@@ -729,6 +749,7 @@ COMMANDS = {
     "ablate": run_ablate,
     "disentangle": run_disentangle,
     "contexts": run_contexts,
+    "words": run_words,
     "rank": run_rank,
     "diff": run_diff,
     "plot": run_plot,

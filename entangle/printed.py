@@ -370,3 +370,26 @@ def contexts(result: dict[str, Any]) -> str:
             f"tokens are not printed for more than {FEW} neurons: entangle report shows them"
         )
     return "\n".join([*lines, f"contexts written to {result['file']}"])
+
+
+def words(result: dict[str, Any]) -> str:
+    """Return the text of what neurons read and write."""
+    lines = [
+        "products of the weights with the tokens' embeddings; in brackets how many std from the mean "
+        "over the vocabulary",
+        "",
+    ]
+    for one in result["neurons"]:
+        lines.append(one["neuron"])
+        for found in one["words"]:
+            through = f", through {' and '.join(found['through'])}" if found["through"] else ""
+            lines.append(f"  {found['side']} ({found['what']} {found['neuron']}{through}):")
+            for name, tokens in (("most", found["top"]), ("least", found["bottom"])):
+                texts = [
+                    f"{json.dumps(word['token'], ensure_ascii=False)} {word['value']:.3g} "
+                    f"({word['deviation']:+.1f})"
+                    for word in tokens
+                ]
+                lines.append(f"    {name + ':':<6} {', '.join(texts)}")
+        lines += [*(f"  {reason}" for reason in one["missing"]), ""]
+    return "\n".join([*lines, f"words written to {result['file']}"])
