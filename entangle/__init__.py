@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from entangle.experiments.budget_search import choose_budget
     from entangle.experiments.disentangling import disentangle
     from entangle.experiments.planning import plan
+    from entangle.experiments.steering import steer, steered
     from entangle.experiments.sweeping import sweep
     from entangle.measurement.comparing import diff
     from entangle.measurement.context_search import contexts
@@ -61,6 +62,8 @@ __all__ = [
     "report",
     "sliding_windows",
     "sparsify",
+    "steer",
+    "steered",
     "sweep",
     "token_windows",
     "top_by_layer",
@@ -91,6 +94,8 @@ _HOMES = {
     "repetition": "entangle.model.repeating",
     "sliding_windows": "entangle.model.sliding",
     "sparsify": "entangle.pruning.sparsifying",
+    "steer": "entangle.experiments.steering",
+    "steered": "entangle.experiments.steering",
     "sweep": "entangle.experiments.sweeping",
     "token_windows": "entangle.model.text",
     "top_by_layer": "entangle.measurement.ranking",

@@ -32,6 +32,9 @@ layer that reads the residual stream by the input embedding, through the norm be
 of a layer that writes to it by the output embedding, through the final norm. A hidden unit is shown as
 a whole: the rows of its gate and up projection, and its column of the down projection. An input channel
 is written LAYER:input:INDEX; it need not be measured."""
+STEER = """Set a neuron to a value on all tokens while the model runs, and compare the model with itself:
+zero, its mean or a quantile over RUN's tokens (mean, quantile:0.99), or its output times a number
+(scale:2). An input LAYER:input:INDEX is set for this layer alone."""
 PLOTS = {  # kinds of pictures, and what each shows
     "heatmap": "distances of all neurons, a row per block, a panel per role",
     "layers": "distribution of the distances in each layer, by block",
@@ -497,6 +500,37 @@ def parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
         type=int,
         metavar="N",
         help="find the words of each layer's N most entangled neurons, instead of named ones",
+    )
+
+    steer = commands.add_parser(
+        "steer",
+        parents=[measured, output],
+        help="set a neuron to a value, and compare with the untouched model",
+        description=STEER,
+    )
+    steer.add_argument("neuron", metavar="LAYER:INDEX", help="neuron, or input LAYER:input:INDEX")
+    steer.add_argument(
+        "--set",
+        required=True,
+        type=_several(),
+        metavar="A,B",
+        help="what to set the neuron to; one or several of zero, mean, quantile:Q and scale:X",
+    )
+    steer.add_argument("--text", metavar="TEXT", help=f"text to compare on: {TEXT} [RUN's text]")
+    steer.add_argument(
+        "--windows", type=int, default=16, metavar="N", help="number of windows of the text [16]"
+    )
+    steer.add_argument(
+        "--prompt",
+        metavar="TEXT",
+        help="also go on with this text, always with the most likely token",
+    )
+    steer.add_argument(
+        "--tokens",
+        type=int,
+        default=40,
+        metavar="N",
+        help="largest number of new tokens after --prompt [40]",
     )
 
     rank = commands.add_parser(

@@ -407,9 +407,7 @@ def run_contexts(args: argparse.Namespace) -> None:
 
     run, args = _measured(args)
     about, names = dataset.about(run), _named(args, run)
-    drawn = {name: about[name] for name in ("windows", "length", "seed", "bos")}
-    drawn |= {"text": [*about.get("texts", [about["text"]])]}
-    args, tokenizer = argparse.Namespace(**vars(args) | drawn), _tokenizer(args)
+    args, tokenizer = argparse.Namespace(**vars(args) | _drawn(about)), _tokenizer(args)
     parts, model = _parts(args, tokenizer), _model(args)
     windows = _mixed(args, parts, model, tokenizer, args.run)
     found = entangle.contexts(
@@ -433,6 +431,57 @@ def run_words(args: argparse.Namespace) -> None:
     found = entangle.words(_model(args), names, tokenizer=tokenizer, run=run, out=args.run)
     result = {"neurons": [dataclasses.asdict(one) for one in found]}
     _print(args, result | {"file": str(args.run / "words.json")}, printed.words)
+
+
+def run_steer(args: argparse.Namespace) -> None:
+    """Set a neuron to a value, and compare the model's predictions with its own.
+
+    Raises:
+        ValueError: --windows or --tokens is too small.
+    """
+    from entangle.model.steering import Setting
+    from entangle.model.text import evenly_spaced
+    from entangle.runs import dataset
+
+    for name, number in (("windows", args.windows), ("tokens", args.tokens)):
+        if number < 1:
+            raise ValueError(f"--{name} must be at least 1, got {number}")
+    for text in args.set:
+        Setting.of(text)  # before a model is loaded
+    run, args = _measured(args)
+    about = dataset.about(run)
+    given = {} if args.text is None else {"text": [args.text], "windows": args.windows}
+    args = argparse.Namespace(**vars(args) | _drawn(about) | given | {"shown": args.windows})
+    tokenizer = _tokenizer(args)
+    parts, model = _parts(args, tokenizer), _model(args)
+    windows = evenly_spaced(_mixed(args, parts, model, tokenizer, args.run), args.shown)
+    found = entangle.steered(
+        model,
+        windows,
+        run=run,
+        neuron=args.neuron,
+        settings=args.set,
+        tokenizer=tokenizer,
+        prompt=args.prompt,
+        prompt_tokens=args.tokens,
+        batch_size=about["batch_size"],
+        skip_first=about["skip_first"],
+        progress=_progress(),
+    )
+    result = {"neuron": found.neuron, "model": args.model, "tokens": found.tokens}
+    result |= {"text": windows.text, "windows": len(windows), "length": windows.length}
+    result |= {"settings": [one.told() for one in found.settings]}
+    _print(
+        args,
+        result | {"prompt": args.prompt, "continuation": found.continuation},
+        printed.steered,
+    )
+
+
+def _drawn(about: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments that draw the windows of a run's text again."""
+    drawn = {name: about[name] for name in ("windows", "length", "seed", "bos")}
+    return drawn | {"text": [*about.get("texts", [about["text"]])]}
 
 
 def _check_named(args: argparse.Namespace) -> None:
@@ -750,6 +799,7 @@ COMMANDS = {
     "disentangle": run_disentangle,
     "contexts": run_contexts,
     "words": run_words,
+    "steer": run_steer,
     "rank": run_rank,
     "diff": run_diff,
     "plot": run_plot,

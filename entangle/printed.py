@@ -393,3 +393,38 @@ def words(result: dict[str, Any]) -> str:
                 lines.append(f"    {name + ':':<6} {', '.join(texts)}")
         lines += [*(f"  {reason}" for reason in one["missing"]), ""]
     return "\n".join([*lines, f"words written to {result['file']}"])
+
+
+def steered(result: dict[str, Any]) -> str:
+    """Return the text of what the settings of a neuron do."""
+    lines = [
+        f"{result['neuron']} of {result['model']}, compared with the untouched model on "
+        f"{result['tokens']:,} predictions of {result['text']} ({result['windows']} windows of "
+        f"{result['length']}; ± is the standard error over windows)",
+    ]
+    for one in result["settings"]:
+        held = "" if one["value"] is None else f" (held at {one['value']:.4g})"
+        lines += [
+            "",
+            f"{one['setting']}{held}: KL divergence {one['kl']:.3g} ± {one['kl_error']:.2g} nats a token, "
+            f"99.9% of the tokens below {one['kl_tail']:.3g}; the same most likely token at "
+            f"{one['agreement']:.2%} ± {one['agreement_error']:.2%}; loss {one['nats']:+.3g} ± "
+            f"{one['nats_error']:.2g} nats a token",
+        ]
+        for name, moved in (("more", one["up"]), ("less", one["down"])):
+            texts = [
+                f"{json.dumps(x['token'], ensure_ascii=False)} {x['before']:.2%} {x['change']:+.3%} "
+                f"± {x['error']:.3%}"
+                for x in moved
+            ]
+            lines.append(f"  {name} likely: {', '.join(texts) or 'no token'}")
+    if result["prompt"] is not None:
+        lines += ["", f"after {json.dumps(result['prompt'], ensure_ascii=False)}:"]
+        written = {"untouched": result["continuation"]}
+        written |= {one["setting"]: one["continuation"] for one in result["settings"]}
+        width = max(map(len, written))
+        lines += [
+            f"  {name:<{width}}  {json.dumps(text, ensure_ascii=False)}"
+            for name, text in written.items()
+        ]
+    return "\n".join(lines)

@@ -82,6 +82,7 @@ ROOMS = {
         "scoring",
         "generating",
         "repeating",
+        "steering",
         "writing",
     ),
     "runs": ("dataset", "store", "own_text", "resuming", "labelling", "setup", "markdown"),
@@ -118,6 +119,7 @@ ROOMS = {
         "disentangle_table",
         "disentangling",
         "budget_search",
+        "steering",
         "planning",
     ),
     "show": (
