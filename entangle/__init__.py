@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from entangle.measurement.context_search import contexts
     from entangle.measurement.measuring import measure
     from entangle.measurement.merging import merge
+    from entangle.measurement.prompting import values_on
     from entangle.measurement.ranking import (
         matched_random,
         rank,
@@ -67,6 +68,7 @@ __all__ = [
     "sweep",
     "token_windows",
     "top_by_layer",
+    "values_on",
     "words",
 ]
 
@@ -99,6 +101,7 @@ _HOMES = {
     "sweep": "entangle.experiments.sweeping",
     "token_windows": "entangle.model.text",
     "top_by_layer": "entangle.measurement.ranking",
+    "values_on": "entangle.measurement.prompting",
     "rank": "entangle.measurement.ranking",
     "report": "entangle.show.reporting",
     "words": "entangle.measurement.vocabulary",

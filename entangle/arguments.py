@@ -485,6 +485,12 @@ def parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
         metavar="N",
         help="find the contexts of each layer's N most entangled neurons, instead of named ones",
     )
+    contexts.add_argument(
+        "--prompt",
+        metavar="TEXT",
+        help="print the neurons' values at each token of TEXT instead, and their places in the "
+        "distributions (nothing is added to the run)",
+    )
 
     words = commands.add_parser(
         "words",

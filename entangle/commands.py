@@ -401,13 +401,20 @@ def run_disentangle(args: argparse.Namespace) -> None:
 
 
 def run_contexts(args: argparse.Namespace) -> None:
-    """Find the contexts of neurons, and add them to the run."""
+    """Find the contexts of neurons, and add them to the run; or print their values on a prompt."""
     _check_named(args)
     from entangle.runs import dataset
 
     run, args = _measured(args)
     about, names = dataset.about(run), _named(args, run)
     args, tokenizer = argparse.Namespace(**vars(args) | _drawn(about)), _tokenizer(args)
+    if args.prompt is not None:
+        on_text = entangle.values_on(
+            _model(args), args.prompt, run=run, neurons=names, tokenizer=tokenizer
+        )
+        told = {"neurons": [one.told() for one in on_text]}
+        _print(args, told, printed.on_text)
+        return
     parts, model = _parts(args, tokenizer), _model(args)
     windows = _mixed(args, parts, model, tokenizer, args.run)
     found = entangle.contexts(

@@ -3,6 +3,7 @@
 import json
 import math
 import statistics
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -331,6 +332,36 @@ def _columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     ]
 
 
+def on_text(result: dict[str, Any]) -> str:
+    """Return the values of neurons at each token of a text, with colours if stdout is a terminal."""
+    from entangle.show.coloured import in_terminal, on_colour, visible
+
+    colours, lines = sys.stdout.isatty(), []
+    for one in result["neurons"]:
+        lines += [f"{one['neuron']}: {one['side']}, quantile in the run's distribution, token"]
+        if colours:
+            lines += ["", in_terminal(one["tokens"], one["shades"]), ""]
+        columns = ("tokens", "values", "quantiles", "quantile_errors", "shades")
+        for token, value, place, error, shade in zip(*(one[name] for name in columns), strict=True):
+            wide = f" ± {error:.2f}" if error >= 0.005 else ""
+            text = on_colour(visible(token), shade) if colours else visible(token)
+            lines.append(f"  {value:12.4g}  {place:.4f}{wide:7}  {text}")
+        lines.append("")
+    return "\n".join(lines).rstrip()
+
+
+def _unit(unit: Mapping[str, Any]) -> list[str]:
+    """Return lines on a hidden unit of a gated MLP."""
+    parts = ", ".join(
+        f"{name} {unit['wasserstein'][name]:.4f}" for name in ("gate", "up", "product")
+    )
+    signs = "; ".join(
+        f"gate {case['gate']} up {case['up']} {case['share']:.1%} (mean {case['mean']:.3g})"
+        for case in unit["cases"]
+    )
+    return [f"  gate and up: W1 of {parts}", f"  share of the tokens (mean product): {signs}"]
+
+
 def contexts(result: dict[str, Any]) -> str:
     """Return the text of the contexts of neurons."""
     lines = []
@@ -353,6 +384,7 @@ def contexts(result: dict[str, Any]) -> str:
             + ", ".join(
                 f"{token['token']!r} {token['share']:.1%}" for token in one["frequent"][:5]
             ),
+            *(_unit(one["unit"]) if one["unit"] else []),
         ]
         why = ""
         for context in () if brief else one["contexts"]:

@@ -267,7 +267,7 @@ def test_a_picture_of_one_input_says_so(run: xr.DataTree) -> None:
 def test_contexts_are_those_of_the_inputs(run: xr.DataTree, place: Path) -> None:
     names = [f"{DOWN}:input:5", "model.layers.0.self_attn.o_proj:input:2", f"{DOWN}:5"]
     assert main(["contexts", str(place / "run"), *names]) == 0
-    kept = json.loads((place / "run" / "contexts.json").read_text())
+    kept = json.loads((place / "run" / "contexts.json").read_text())["neurons"]
     assert [*kept] == names
     model = entangle.load_model(place / "model")
     windows = drawn(place)

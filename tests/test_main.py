@@ -1425,7 +1425,7 @@ def test_contexts_are_printed_and_added_to_the_run(
     printed = json.loads(capsys.readouterr().out)
     assert printed["file"] == str(run / "contexts.json")
     assert [one["neuron"] for one in printed["neurons"]] == names
-    written = json.loads((run / "contexts.json").read_text())
+    written = json.loads((run / "contexts.json").read_text())["neurons"]
     assert list(written.values()) == printed["neurons"]
     for one, head in zip(printed["neurons"], heads, strict=True):
         assert f"95% interval {one['low']:.4f} to {one['high']:.4f} " in head
@@ -1436,7 +1436,7 @@ def test_contexts_are_printed_and_added_to_the_run(
         assert f"[[{lowest['token']}]]" in said
 
     assert main(["contexts", str(run), "model.layers.1.mlp.up_proj:5"]) == 0
-    assert set(json.loads((run / "contexts.json").read_text())) == {
+    assert set(json.loads((run / "contexts.json").read_text())["neurons"]) == {
         *names,
         "model.layers.1.mlp.up_proj:5",
     }
@@ -1444,6 +1444,32 @@ def test_contexts_are_printed_and_added_to_the_run(
     assert after.pop("contexts.json")
     assert after == before
     assert main(["rank", str(run)]) == 0  # it is still a run
+
+
+def test_a_prompt_is_printed_with_values_and_places_and_in_colour_on_a_terminal(
+    place: Path, run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, name = _contents(run), "model.layers.2.mlp.up_proj:36"
+    words = ["contexts", str(run), name, "--prompt", "a fox\n"]
+    assert main([*words, "--json"]) == 0
+    (found,) = json.loads(capsys.readouterr().out)["neurons"]
+    assert "".join(found["tokens"]) == "a fox\n"
+    assert main(words) == 0
+    said = capsys.readouterr().out
+    assert "\x1b" not in said
+    lines = said.splitlines()
+    assert lines[0].startswith(f"{name}: output")
+    for line, token, value, quantile in zip(
+        lines[1:], found["tokens"], found["values"], found["quantiles"], strict=True
+    ):
+        assert line.split()[:2] == [f"{value:.4g}", f"{quantile:.4f}"]
+        assert line.endswith(token.replace("\n", "⏎"))
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    assert main(words) == 0
+    assert "\x1b[30;48;2;" in capsys.readouterr().out
+    assert main([*words[:3], "--prompt", ""]) == 2
+    _one_message(capsys, ["no tokens"])
+    assert _contents(run) == before
 
 
 def test_contexts_of_each_layers_most_entangled_neurons(
@@ -1459,7 +1485,7 @@ def test_contexts_of_each_layers_most_entangled_neurons(
             expected |= {f"{layer}:{i}" for i in some.nlargest(2, "wasserstein")["index"]}
     assert len(found) == len(expected) == 12
     assert {one["neuron"] for one in found} == expected
-    assert set(json.loads((run / "contexts.json").read_text())) == expected
+    assert set(json.loads((run / "contexts.json").read_text())["neurons"]) == expected
 
 
 def test_contexts_of_a_run_on_a_folder_of_two_texts(
@@ -1490,7 +1516,7 @@ def test_neurons_may_stand_behind_options(run: Path, capsys: pytest.CaptureFixtu
     assert [name in said for name in names] == [True] * 6
     assert "more than 5 neurons" in said
     assert "[[" not in said
-    assert {*json.loads((run / "contexts.json").read_text())} == {*names}
+    assert {*json.loads((run / "contexts.json").read_text())["neurons"]} == {*names}
     assert main(["plot", str(run), "neuron", "--out", str(run / "a.png"), names[0]]) == 0
     plan = ["plan", str(run), "--text", "text.txt", "--seed", "what"]  # which plan would not use
     for words in (["rank", str(run), "what"], ["contexts", str(run), "--what", names[0]], plan):

@@ -7,7 +7,7 @@ the requested neurons are kept, and for a limited number of neurons at a time, t
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -20,15 +20,20 @@ from scipy.signal import find_peaks
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from entangle.measurement.sign_cases import HiddenUnit, hidden_unit, units_of
+from entangle.measurement.window_choice import choose_windows
+from entangle.model.gating import find_gated
 from entangle.model.hooks import backbone_of, recording_rows
 from entangle.model.patterns import INPUT
+from entangle.model.pieces import pieces_of
 from entangle.model.placing import input_device
 from entangle.model.sides import Recordable
 from entangle.model.text import TokenWindows
 from entangle.numerics.contributions import bootstrap, distance_parts
 from entangle.numerics.gaussian import from_samples
+from entangle.numerics.levels import Levels
 from entangle.numerics.torch_settings import with_torch_defaults
-from entangle.runs import store
+from entangle.runs.contexts_file import add_contexts, packed
 from entangle.runs.dataset import check_neuron, dataset_of
 from entangle.runs.setup import Setup
 
@@ -62,6 +67,16 @@ class Context:
 
 
 @dataclasses.dataclass(frozen=True)
+class WindowLevels:
+    """A whole window, and the neuron's values in it, as levels of its scale."""
+
+    why: str  # it was chosen: highest, lowest, mode at X, quantile Q
+    window: int  # index
+    position: int  # of the token that it was chosen for
+    levels: str  # of each counted token: signed bytes in base64 (see `numerics.levels`)
+
+
+@dataclasses.dataclass(frozen=True)
 class LeftOut:
     """The distance of a neuron when some tokens are left out."""
 
@@ -85,6 +100,9 @@ class NeuronContexts:
     positions: list[float]  # each window position's share of the distance
     frequent: list[dict[str, Any]]  # token, count, share of the distance, mean output
     without: list[LeftOut]  # without the farthest tokens, one position, one token: see `_without`
+    scale: Levels  # of the values in the windows
+    windows: list[WindowLevels]  # at most 8
+    unit: HiddenUnit | None  # of a gated MLP, that the neuron is a part of
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -125,6 +143,8 @@ def contexts(
     """Find the contexts of ``neurons``, written LAYER:INDEX; return them in this order.
 
     An input channel, LAYER:input:INDEX, has contexts like a neuron; its ``output`` is its value.
+    A neuron of a gated MLP's gate or up layer, and an input channel that is their product, also have
+    the four sign cases of their hidden unit (`NeuronContexts.unit`).
 
     ``windows`` must be those that ``run`` was measured on. A token's share of the distance is the
     integral over its own quantile bin (see `distance_parts`). The interval is a basic bootstrap
@@ -142,22 +162,19 @@ def contexts(
     neurons = [neurons] if isinstance(neurons, str) else neurons
     data = dataset_of(run)
     names = list(dict.fromkeys(neurons))
+    parts_of = units_of(find_gated(model) if names else [])
     for name in names:
         check_neuron(data, name)
         if not np.isfinite(float(data["wasserstein"].sel(neuron=name))):
             raise ValueError(
                 f"{name} is dead or not finite, so it has no distance: choose another neuron"
             )
-    layers: dict[str, set[str]] = {"output": set(), "input": set()}
-    for name in names:
-        side = str(data["side"].sel(neuron=name).item())
-        layers[side].add(name.rpartition(":")[0])
+    heard = [*names, *(part for name in names for part in parts_of(name).values())]
     setup = Setup.of(
         model,
         windows,
         run=run,
-        layers=sorted(layers["output"]),
-        input_layers=sorted(name.removesuffix(INPUT) for name in layers["input"]),
+        **layers_of(data, heard),
         batch_size=int(data.attrs["batch_size"]),
         skip_first=int(data.attrs["skip_first"]),
         progress=progress,
@@ -172,11 +189,16 @@ def contexts(
     decode = functools.partial(tokenizer.decode, clean_up_tokenization_spaces=False)
     found = []
     counted = _CountedTokens.of(windows.tokens[:, setup.skip_first :].numpy())
-    size = max(1, VALUES // setup.tokens)
+    columns = 3 if any(map(parts_of, names)) else 1  # of a hidden unit also its other parts
+    size = max(1, VALUES // (columns * setup.tokens))
     groups = [names[first : first + size] for first in range(0, len(names), size)]
     bar = tqdm(groups, unit="pass", disable=not progress)
     for group in bar:
-        outputs = _outputs(setup, group)  # (tokens, neurons)
+        units = [parts_of(name) for name in group]
+        wanted = list(dict.fromkeys([*group, *(part for one in units for part in one.values())]))
+        held = neuron_outputs(setup, wanted, setup.batches)  # (tokens, neurons)
+        column = {name: held[:, place] for place, name in enumerate(wanted)}
+        outputs = held[:, : len(group)]
         parts = distance_parts(outputs)
         draws = bootstrap(outputs, counted.length, draws=DRAWS, seed=windows.seed)
         for place, name in enumerate(group):
@@ -189,18 +211,32 @@ def contexts(
                     windows,
                     counted,
                     decode,
+                    {part: column[neuron] for part, neuron in units[place].items()},
+                    units[place],
                 )
             )
     if out is not None:
-        file = Path(out) / "contexts.json"
-        kept = store.read_json(file) if file.is_file() else {}
-        kept |= {one.neuron: dataclasses.asdict(one) for one in found}
-        store.write_json(file, kept)
+        shown = sorted({one.window for neuron in found for one in neuron.windows})
+        texts = {one: pieces_of(windows.tokens[one].tolist(), decode) for one in shown}
+        add_contexts(Path(out), {one.neuron: dataclasses.asdict(one) for one in found}, texts)
     return found
 
 
-def _outputs(setup: Setup, neurons: Sequence[str]) -> Floats:
-    """Run the model on the windows; return the outputs (or inputs) of ``neurons`` (tokens, neurons)."""
+def layers_of(run: xr.Dataset, neurons: Sequence[str]) -> dict[str, Any]:
+    """Return the layers of neurons and of input channels, as keywords of `Setup.of`."""
+    names = sorted({neuron.rpartition(":")[0] for neuron in neurons})
+    sides = dict(zip(run["layer"].to_numpy().astype(str), run["side"].to_numpy(), strict=True))
+    inputs = [
+        name for name in names if sides.get(name, "input") == "input" and name.endswith(INPUT)
+    ]
+    return {
+        "layers": [name for name in names if name not in inputs],
+        "input_layers": [name.removesuffix(INPUT) for name in inputs],
+    }
+
+
+def neuron_outputs(setup: Setup, neurons: Sequence[str], batches: Sequence[torch.Tensor]) -> Floats:
+    """Run the model on batches; return the outputs (or inputs) of ``neurons`` (tokens, neurons)."""
     wanted: dict[str, list[int]] = {}
     for neuron in neurons:
         layer, _, index = neuron.rpartition(":")
@@ -218,7 +254,7 @@ def _outputs(setup: Setup, neurons: Sequence[str]) -> Floats:
         torch.inference_mode(),
         recording_rows(model, layers, on_rows, skip_first=skip_first),
     ):
-        for batch in setup.batches:
+        for batch in batches:
             backbone_of(model)(input_ids=batch.to(device), use_cache=False)
     columns = {
         f"{name}:{index}": rows[:, place]
@@ -237,11 +273,13 @@ def _describe(
     windows: TokenWindows,
     counted: "_CountedTokens",
     decode: Any,
+    unit: Mapping[str, Floats],
+    unit_names: Mapping[str, str],
 ) -> NeuronContexts:
     """Return the contexts of a neuron.
 
     ``outputs`` and ``parts``, their parts of the distance, are (tokens,); ``draws`` are the
-    bootstrap's distances.
+    bootstrap's distances. ``unit`` has the values (tokens,) of its hidden unit's parts, if any.
     """
     distance = float(parts.sum())
     mean, std = float(outputs.mean(dtype=np.float64)), float(outputs.std(dtype=np.float64))
@@ -253,17 +291,16 @@ def _describe(
     shares = parts / distance
     text = windows.tokens.numpy()
 
-    def context(why: str, row: int) -> Context:
+    def text_of(row: int) -> dict[str, Any]:
         window, position = row // length, row % length + skip_first
-        line = text[window].tolist()
-        before, token, after = _texts(line, position, decode)
+        texts = _texts(text[window].tolist(), position, decode)
+        place = {"window": int(window), "position": int(position)}
+        return place | dict(zip(("before", "token", "after"), texts, strict=True))
+
+    def context(why: str, row: int) -> Context:
         return Context(
             why=why,
-            window=int(window),
-            position=int(position),
-            before=before,
-            token=token,
-            after=after,
+            **text_of(row),
             output=float(outputs[row]),
             deviation=(float(outputs[row]) - mean) / std,
             share=float(shares[row]),
@@ -271,6 +308,8 @@ def _describe(
 
     modes = _modes(outputs, mean, std)
     contexts = [context(why, row) for why, row in _chosen(outputs, modes)]
+    scale, by_window = Levels.of(outputs), outputs.reshape(-1, length)
+    levels = scale.levels(by_window)
     return NeuronContexts(
         neuron=name,
         tokens=len(outputs),
@@ -282,6 +321,12 @@ def _describe(
         positions=shares.reshape(-1, length).sum(axis=0).tolist(),
         frequent=_frequent(counted, outputs, shares, decode),
         without=_without(counted, outputs, skip_first, decode),
+        scale=scale,
+        windows=[
+            WindowLevels(why, window, position + skip_first, packed(levels[window]))
+            for why, window, position in choose_windows(by_window, modes)
+        ],
+        unit=hidden_unit(unit_names, unit, text_of) if unit else None,
     )
 
 

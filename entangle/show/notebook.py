@@ -1,6 +1,7 @@
 """Accessor for notebooks: ``run.entangle.neuron("LAYER:INDEX")`` on the tree of a run."""
 
 import html
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,21 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from entangle.numerics.gaussian import from_samples, noise_floor
-from entangle.runs import store
+from entangle.runs.contexts_file import Kept, read_contexts
 from entangle.runs.dataset import check_neuron, dataset_of
 from entangle.show import plots
+from entangle.show.coloured import ColouredText, ColouredWindows
 from entangle.show.panels import subject_of
 from entangle.show.sketches import sketch
 
 _BARS = 72
+_OF_WINDOWS = {"scale", "windows", "unit"}
 _FACTS = ("mean", "std", "skewness", "kurtosis", "modes", "min", "max", "weight_norm", "count")
+
+
+def _function(module: str, name: str) -> Any:
+    """Return a function that needs torch, whose import takes seconds: all else here needs none."""
+    return getattr(importlib.import_module(f"entangle.{module}"), name)
 
 
 @xr.register_datatree_accessor("entangle")  # type: ignore[no-untyped-call]
@@ -28,6 +36,20 @@ class Entangle:
     def __init__(self, run: xr.DataTree) -> None:
         """Wrap a tree that ``measure`` or ``open_run`` returned."""
         self._run = run
+        self._loaded: tuple[Any, Any] | None = None
+
+    def loaded(self) -> tuple[Any, Any]:
+        """Return the model that the run was measured on, and its tokenizer; they are loaded once."""
+        if self._loaded is None:
+            about = self._run.attrs
+            where = {"revision": about.get("revision")}
+            self._loaded = (
+                _function("model.loading", "load_model")(
+                    about["model"], dtype=about["dtype"], **where
+                ),
+                _function("model.loading", "load_tokenizer")(about["model"], **where),
+            )
+        return self._loaded
 
     def neuron(self, name: str) -> "Neuron":
         """Return one neuron, written LAYER:INDEX, or input channel, LAYER:input:INDEX.
@@ -68,18 +90,75 @@ class Neuron:
         Raises:
             LookupError: the contexts of this neuron were not searched yet.
         """
-        source = self._run.encoding.get("source")
-        file = Path(source).parent / "contexts.json" if source else None
-        kept: dict[str, Any] = store.read_json(file) if file and file.is_file() else {}
-        if self.name not in kept:
-            folder = file.parent if file else "RUN"
-            raise LookupError(
-                f"the contexts of {self.name} are missing: run entangle contexts {folder} {self.name}"
-            )
-        found = kept[self.name]
+        found = dict(self._kept().neurons[self.name])
         table = pd.DataFrame(found.pop("contexts"))
-        table.attrs = found
+        table.attrs = {name: value for name, value in found.items() if name not in _OF_WINDOWS}
         return table
+
+    @property
+    def windows(self) -> ColouredWindows:
+        """The windows that ``entangle contexts`` found, with the neuron's value at each token.
+
+        A notebook shows them in colour: the distance to the median, full for the farthest 1%.
+
+        Raises:
+            LookupError: the contexts of this neuron were not searched yet, or by an older version.
+        """
+        found = self._kept().windows_of(self.name)
+        if not found:
+            raise LookupError(f"the windows of {self.name} are missing: {self._search()}")
+        return ColouredWindows(found)
+
+    @property
+    def cases(self) -> pd.DataFrame:
+        """The signs of gate and up of the neuron's hidden unit: a row per case.
+
+        ``attrs`` holds the names of gate, up and product, and their distances.
+
+        Raises:
+            LookupError: the contexts of this neuron were not searched yet, or it is in no gated MLP.
+        """
+        unit = self._kept().neurons[self.name].get("unit")
+        if not unit:
+            raise LookupError(
+                f"{self.name} has no sign cases: it is no part of a gated MLP, or an older version "
+                f"found its contexts. Then {self._search()}"
+            )
+        table = pd.DataFrame(unit["cases"])
+        table.attrs = {name: value for name, value in unit.items() if name != "cases"}
+        return table
+
+    def on(self, text: str, *, model: Any = None, tokenizer: Any = None) -> ColouredText:
+        """Return the neuron's value at each token of a text, and its place in the distribution.
+
+        Without ``model`` and ``tokenizer`` those that the run was measured on are loaded, once for
+        all neurons of the run. A notebook shows the text in colour; ``table`` has the numbers.
+
+        Raises:
+            ValueError: the run was measured on other weights, or the text has no tokens or too many.
+        """
+        if model is None or tokenizer is None:
+            model, tokenizer = self._run.entangle.loaded()
+        values_on = _function("measurement.prompting", "values_on")
+        (found,) = values_on(model, text, run=self._run, neurons=self.name, tokenizer=tokenizer)
+        return ColouredText(self.name, found.table, found.shades.tolist())
+
+    def _kept(self) -> Kept:
+        """Return what the run's contexts.json has of this neuron and others.
+
+        Raises:
+            LookupError: it has nothing of this neuron.
+        """
+        source = self._run.encoding.get("source")
+        kept = read_contexts(Path(source).parent) if source else Kept({}, {})
+        if self.name not in kept.neurons:
+            raise LookupError(f"the contexts of {self.name} are missing: {self._search()}")
+        return kept
+
+    def _search(self) -> str:
+        """Return the advice to search the contexts of this neuron."""
+        source = self._run.encoding.get("source")
+        return f"run entangle contexts {Path(source).parent if source else 'RUN'} {self.name}"
 
     @property
     def by_cluster(self) -> pd.DataFrame:

@@ -20,8 +20,10 @@ from plotly.offline import get_plotlyjs
 
 from entangle.experiments import ablation_table, sweep_table
 from entangle.runs import store
+from entangle.runs.contexts_file import FILE, read_contexts
 from entangle.runs.dataset import disentangled, summary, trusted
 from entangle.show import plots
+from entangle.show.cut_windows import cut
 from entangle.show.panels import held_out_subject, subject_of
 from entangle.show.sketches import sketch
 
@@ -40,6 +42,7 @@ _MADE_OF = (
     *("fingerprint", "layers", "input_layers", "versions"),
 )
 READERS = {"sweep": sweep_table.read_table, "ablation": ablation_table.read_table}
+_SCRIPTS = ("report.js", "windows.js")
 _FIGURES = {  # by kind of run, besides the interactive ones
     "measure": ("layers", "difficulty"),
     "disentangle": ("improvement", "clusters", "sparse"),
@@ -96,7 +99,7 @@ def report(folders: str | Path | Sequence[str | Path], out: str | Path) -> Path:
     text = page.get_template("report.html").render(
         sections=sections,
         style=loader.get_source(page, "report.css")[0],
-        script=loader.get_source(page, "report.js")[0],
+        script="".join(loader.get_source(page, name)[0] for name in _SCRIPTS),
         plotly=_packed(get_plotlyjs().encode()) if interactive else "",
     )
     return store.save_text(text, out)
@@ -116,7 +119,7 @@ def _section(folder: Path) -> Section:
         subject = held_out_subject(run.to_dataset())
         return _table_section(folder, "disentangle", run, about, subject)
     found = summary(run)
-    data, left_out = _interactive(run, _contexts(folder / "contexts.json"))
+    data, left_out = _interactive(run, _contexts(folder))
     figures, not_drawn = _drawn(run, "measure")
     return Section(
         name=folder.resolve().name,
@@ -218,10 +221,10 @@ def _drawn(run: xr.DataTree | pd.DataFrame, kind: str) -> tuple[dict[str, str], 
     return figures, notes
 
 
-def _interactive(run: xr.DataTree, contexts: Mapping[str, Any]) -> tuple[dict[str, str], list[str]]:
+def _interactive(run: xr.DataTree, found: Mapping[str, Any]) -> tuple[dict[str, str], list[str]]:
     """Return the packed data of the interactive figures, and notes on neurons that are left out.
 
-    Neurons are ordered by layer, the most entangled first. Numbers are floats of 3 bytes, with a
+    ``found`` is what `_contexts` returns. Neurons are ordered by layer, the most entangled first. Numbers are floats of 3 bytes, with a
     mantissa of 15 bits. A sketch has 40 bars with 63 levels, relative to the highest bar. Both are
     stored column by column, since similar neighbours compress well.
     """
@@ -265,7 +268,7 @@ def _interactive(run: xr.DataTree, contexts: Mapping[str, Any]) -> tuple[dict[st
         "bars": _BARS,
         "levels": _LEVELS,
         "tokens": int(data["count"].max()),
-        "contexts": contexts,
+        **found,
     }
     packed = {"header": _packed(_json(header))}
     packed |= {name: _packed(_three_bytes(values)) for name, values in columns.items()}
@@ -287,20 +290,24 @@ def _most_of_each(counts: Sequence[int]) -> int:
     return most
 
 
-def _contexts(file: Path) -> dict[str, Any]:
-    """Return the contexts of neurons by name, cut to the text that the page shows.
+def _contexts(folder: Path) -> dict[str, Any]:
+    """Return the contexts of neurons by name, and the texts of their windows, as the page shows them.
 
     Raises:
         ValueError: another version wrote the file, or it is damaged.
     """
-    found = store.read_json(file) if file.is_file() else {}
+    kept = read_contexts(folder)
     try:
-        return {name: _shortened(one) for name, one in found.items()}
+        found = {name: _shortened(one) | cut(kept, name) for name, one in kept.neurons.items()}
+        texts = {
+            window: [str(token) for token in tokens] for window, tokens in kept.windows.items()
+        }
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
-            f"{file} was not written by this version of entangle contexts ({error!r}): delete it and "
-            "run entangle contexts again"
+            f"{folder / FILE} was not written by this version of entangle contexts ({error!r}): delete "
+            "it and run entangle contexts again"
         ) from error
+    return {"contexts": found, "windows": texts}
 
 
 def _shortened(found: Mapping[str, Any]) -> dict[str, Any]:

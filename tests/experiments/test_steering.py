@@ -118,7 +118,9 @@ def test_mean_and_quantiles_are_those_of_the_measured_outputs(case: Case) -> Non
         one.setting: one.value
         for one in case.steered(["mean", "quantile:0", "quantile:0.3", "quantile:1"]).settings
     }
-    assert values["mean"] == pytest.approx(float(case.outputs.mean()), abs=float(1e-3 * case.outputs.std()))
+    assert values["mean"] == pytest.approx(
+        float(case.outputs.mean()), abs=float(1e-3 * case.outputs.std())
+    )
     assert values["quantile:0"] == pytest.approx(float(case.outputs.min()))
     assert values["quantile:1"] == pytest.approx(float(case.outputs.max()))
     width = 16 * case.outputs.std() / 1024  # of a bin, nearly

@@ -22,6 +22,7 @@ from entangle.model.text import TokenWindows, token_windows
 from entangle.numerics.contributions import bootstrap, distance_parts
 from entangle.numerics.gaussian import from_samples
 from entangle.numerics.histograms import Histograms
+from entangle.runs.contexts_file import read_contexts
 from entangle.runs.store import open_run
 from tests.distributions import BIMODAL, DISTRIBUTIONS, TRIMODAL, Distribution
 from tests.measurement.test_recording import captured, flat, neuron_names
@@ -206,6 +207,41 @@ def test_words_keep_the_spaces_between_them() -> None:
         tokenizer=tokenizer,
     )
     assert any("the dog the fox" in one.before for one in found.contexts)
+
+
+# --- whole windows
+
+
+def test_windows_have_the_models_own_value_at_each_token(case: Case, tmp_path: Path) -> None:
+    found = case.find(neurons_of(case), out=tmp_path)
+    kept = read_contexts(tmp_path)
+    assert set(kept.windows) == {str(one.window) for neuron in found for one in neuron.windows}
+    for window, texts in kept.windows.items():
+        assert "".join(texts) == TOKENIZER.decode(case.windows.tokens[int(window)])
+    for neuron in found:
+        layer, _, index = neuron.neuron.rpartition(":")
+        column, scale = case.column(neuron.neuron), neuron.scale
+        far = np.abs(column - np.median(column))
+        assert scale.median == pytest.approx(np.median(column), rel=1e-5, abs=1e-6)
+        assert scale.reach == pytest.approx(np.quantile(far, 0.99), rel=1e-4)
+        shown = kept.windows_of(neuron.neuron)
+        assert len({one.window for one in shown}) == len(shown) == 8
+        for one in shown:
+            with captured(case.model) as outputs:
+                case.model(case.windows.tokens[one.window][None])
+            own = outputs[layer][0][0, :, int(index)].numpy()
+            assert len(one.tokens) == len(one.values) == LENGTH
+            assert np.isnan(one.values[: case.skip_first]).all()
+            off = np.abs(one.values - own)[case.skip_first :]
+            bound = 0.53 * scale.step * np.hypot(scale.reach, own - scale.median)
+            assert (off <= bound[case.skip_first :] + 1e-4 * scale.reach).all()
+            shades = ((own - scale.median) / scale.reach).clip(-1, 1)[case.skip_first :]
+            assert one.shades[case.skip_first :] == pytest.approx(shades, abs=0.02)
+            assert one.position >= case.skip_first
+        assert [one.why for one in shown[:6]] == ["highest"] * 3 + ["lowest"] * 3
+        for one, end in ((shown[0], column.max()), (shown[3], column.min())):
+            place = one.window, one.position - case.skip_first
+            assert column[place] == pytest.approx(end, rel=1e-6)
 
 
 # --- which tokens
@@ -441,23 +477,24 @@ def test_no_neurons_is_no_contexts(llama: Case) -> None:
     assert llama.find([]) == []
 
 
-@pytest.mark.parametrize(("held", "sizes"), [(2, [2, 2, 1]), (5, [5]), (0, [1] * 5)])
+@pytest.mark.parametrize(("held", "sizes"), [(6, [2, 2, 1]), (15, [5]), (0, [1] * 5)])
 def test_neurons_that_do_not_fit_at_once_take_several_passes(
     llama: Case, monkeypatch: pytest.MonkeyPatch, held: int, sizes: list[int]
 ) -> None:
     layers = ["0.mlp.up_proj", "2.mlp.up_proj", "0.mlp.up_proj", "1.mlp.gate_proj", "0.mlp.up_proj"]
     names = [f"model.layers.{layer}:{36 - i}" for i, layer in enumerate(layers)]
     expected = llama.find(names)
-    passes, run_once = [], context_search._outputs
+    passes, run_once = [], context_search.neuron_outputs
 
     def counted(*arguments: Any) -> Array:
         passes.append(run_once(*arguments))
         return passes[-1]
 
     monkeypatch.setattr(context_search, "VALUES", held * 20 * LENGTH + 1)
-    monkeypatch.setattr(context_search, "_outputs", counted)
+    monkeypatch.setattr(context_search, "neuron_outputs", counted)
     assert llama.find(names) == expected
-    assert [outputs.shape for outputs in passes] == [(20 * LENGTH, size) for size in sizes]
+    shapes = [(20 * LENGTH, 3 * size) for size in sizes]  # the three parts of each hidden unit
+    assert [outputs.shape for outputs in passes] == shapes
 
 
 def test_a_run_is_a_tree_or_its_dataset(llama: Case) -> None:
@@ -565,7 +602,7 @@ def test_contexts_are_added_to_the_run(tmp_path: Path) -> None:
         found = contexts(
             model, windows, run=open_run(out), neurons=some, tokenizer=TOKENIZER, out=out
         )
-        content = read_strictly(out / "contexts.json")
+        content: dict[str, Any] = read_strictly(out / "contexts.json")["neurons"]
         assert found == contexts(
             model, windows, run=run, neurons=some, tokenizer=TOKENIZER
         )  # as without a folder
@@ -580,7 +617,9 @@ def test_contexts_are_added_to_the_run(tmp_path: Path) -> None:
     assert set(whole) == set(names)
     assert {name: whole[name] for name in both} == both  # what was there is still there
     changed = whole | {names[1]: {"neuron": "an older one"}, "another": {"neuron": "é"}}
-    (out / "contexts.json").write_text(json.dumps(changed), encoding="utf-8")
+    windows_there = read_strictly(out / "contexts.json")["windows"]
+    file = {"neurons": changed, "windows": windows_there}
+    (out / "contexts.json").write_text(json.dumps(file), encoding="utf-8")
     assert written(names[1]) == whole | {"another": {"neuron": "é"}}
     assert set(out.rglob("*")) - files == {out / "contexts.json"}
     (out / "contexts.json").write_text('{"model.layers')

@@ -1,5 +1,6 @@
 """One neuron in a notebook: what it shows is what the run holds."""
 
+import html
 import json
 import re
 import subprocess
@@ -8,14 +9,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import xarray as xr
 
 import entangle
 from entangle.numerics.gaussian import from_samples
+from tests.measurement.test_context_search import drawn_windows
 from tests.pruning.test_sparsifying import random_windows
-from tests.tiny_models import tiny_model
+from tests.tiny_models import save_tiny, tiny_model, tiny_tokenizer
 
 LAYER = "model.layers.1.mlp.up_proj"
+OTHER = "model.layers.1.self_attn.o_proj"
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +62,54 @@ def test_contexts_are_those_in_the_runs_folder(run: xr.DataTree, tmp_path: Path)
     assert neuron.contexts.attrs == {"low": 0.1}
     with pytest.raises(LookupError, match=f"contexts of {LAYER}:0.*entangle contexts"):
         _ = run.entangle.neuron(f"{LAYER}:0").contexts  # a run that is in no folder
+
+
+def test_windows_and_sign_cases_are_those_in_the_runs_folder(tmp_path: Path) -> None:
+    model, windows, tokenizer = tiny_model("llama"), drawn_windows(9), tiny_tokenizer()
+    out = tmp_path / "run"
+    entangle.measure(model, windows, layers=[LAYER, OTHER], out=out)
+    run = entangle.open_run(out)
+    neurons = [run.entangle.neuron(f"{layer}:3") for layer in (LAYER, OTHER)]
+    for neuron in neurons:
+        with pytest.raises(LookupError, match=f"entangle contexts .*{neuron.name}"):
+            _ = neuron.windows
+    names = [neuron.name for neuron in neurons]
+    found = entangle.contexts(model, windows, run=run, neurons=names, tokenizer=tokenizer, out=out)
+    gated, other = neurons
+    assert [one.window for one in gated.windows] == [one.window for one in found[0].windows]
+    words = gated.windows._repr_html_()
+    texts = [html.unescape(one) for one in re.findall(r"<span[^>]*>(.*?)</span>", words)]
+    assert "".join(texts) == "".join("".join(one.tokens) for one in gated.windows)
+    shades = np.concatenate([one.shades for one in gated.windows])
+    alphas = [float(one) for one in re.findall(r"rgba\([\d,]+,([\d.]+)\)", words)]
+    assert alphas == pytest.approx(0.65 * np.abs(shades), abs=0.006)
+    assert gated.cases["tokens"].sum() == windows.tokens.numel()
+    assert gated.cases.attrs["up"] == f"{LAYER}:3"
+    with pytest.raises(LookupError, match="no part of a gated MLP"):
+        _ = other.cases
+    assert {"scale", "windows", "unit"}.isdisjoint(gated.contexts.attrs)
+
+
+def test_a_neuron_reads_a_text_with_the_runs_model(tmp_path: Path) -> None:
+    model = save_tiny(tmp_path / "model")
+    loaded = entangle.load_model(tmp_path / "model")
+    entangle.measure(loaded, drawn_windows(9), layers=[LAYER], out=tmp_path / "run")
+    neuron = entangle.open_run(tmp_path / "run").entangle.neuron(f"{LAYER}:3")
+    found, text = neuron.on("a <b>\n"), "a <b>\n"
+    tokens = tiny_tokenizer()(text)["input_ids"]
+    heard: list[torch.Tensor] = []
+    hook = model.get_submodule(LAYER).register_forward_hook(lambda *a: heard.append(a[2]))
+    with torch.no_grad():
+        model(torch.tensor([tokens]))
+    hook.remove()
+    assert found.table["output"].tolist() == pytest.approx(heard[0][0, :, 3].tolist(), rel=1e-4)
+    assert "".join(found.table["token"]) == text
+    words = found._repr_html_()
+    assert "&lt;" in words
+    assert "<b>\n" not in words
+    assert f"quantile {found.table['quantile'][0]:.4f}" in words
+    given = neuron.on(text, model=model, tokenizer=tiny_tokenizer())
+    assert given.table.equals(found.table)
 
 
 def test_clusters_are_those_of_its_kept_outputs(run: xr.DataTree) -> None:

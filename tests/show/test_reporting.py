@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from html.parser import HTMLParser
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -26,8 +26,11 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright
 import entangle
 from entangle.__main__ import main
 from entangle.runs import store
+from entangle.runs.contexts_file import Kept, packed
+from entangle.runs.contexts_file import unpacked as levels_of
 from entangle.runs.dataset import attributes_of
 from entangle.show import reporting
+from entangle.show.cut_windows import cut
 from entangle.show.sketches import Sketches, sketch
 from tests.command_lines import running
 from tests.pruning.test_sparsifying import random_windows
@@ -43,6 +46,7 @@ LENGTH, BARS = 43, 40
 TIMEOUT = 20_000  # ms
 FLOATS = ["wasserstein", "wasserstein_error", "mean", "std", "skewness", "kurtosis", "min", "max"]
 ASKED = ["model.layers.2.mlp.down_proj:7", "model.layers.0.self_attn.q_proj:0"]
+UNIT = "model.layers.1.mlp.up_proj:4"  # half of a hidden unit
 NUMBERS = {  # on the page
     "wasserstein": "W1 (std)",
     "wasserstein_error": "± bound",
@@ -219,9 +223,14 @@ class Site:
         return ranked(self.tree)
 
     @property
-    def contexts(self) -> dict[str, Any]:
+    def kept(self) -> dict[str, Any]:
         found: dict[str, Any] = json.loads((self.run / "contexts.json").read_text("utf-8"))
         return found
+
+    @property
+    def contexts(self) -> dict[str, Any]:
+        neurons: dict[str, Any] = self.kept["neurons"]
+        return neurons
 
 
 def ranked(tree: xr.DataTree) -> pd.DataFrame:
@@ -276,7 +285,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Site:
     frame = ranked(tree)
     most = str(top_of(frame))
     entangle.contexts(
-        model, windows, run=tree, neurons=[*ASKED, most], tokenizer=tokenizer, out=out
+        model, windows, run=tree, neurons=[*ASKED, UNIT, most], tokenizer=tokenizer, out=out
     )
     kinds = ["*.mlp.down_proj", "*.self_attn.q_proj"]
     entangle.measure(model, windows, layers=kinds, out=folder / "small")
@@ -414,7 +423,8 @@ def test_texts_longer_than_the_page_shows_are_cut_next_to_the_token(
     found = site.contexts
     for one in found[ASKED[0]]["contexts"]:
         one["before"], one["after"] = "x" * 90 + "y" * 60, "y" * 25 + "z" * 90
-    (run / "contexts.json").write_text(json.dumps(found), encoding="utf-8")
+    file = site.kept | {"neurons": found}
+    (run / "contexts.json").write_text(json.dumps(file), encoding="utf-8")
     held = payload(sections(read(entangle.report([run], tmp_path / "a.html")))[0])
     for one in held.header["contexts"][ASKED[0]]["contexts"]:
         assert (one["before"], one["after"]) == ("y" * 60, "y" * 25)
@@ -593,7 +603,11 @@ def attacked(site: Site, tmp_path: Path) -> Path:
     for one in found[ASKED[0]]["frequent"]:
         one["token"] = ATTACK
     found[ASKED[0]]["without"][-1]["what"] = f"token {ATTACK}"
-    (folder / "contexts.json").write_text(json.dumps(found), encoding="utf-8")
+    for one in found[ASKED[0]]["windows"]:
+        one["why"] = f"highest {ATTACK}"
+    windows = {name: [ATTACK] * len(tokens) for name, tokens in site.kept["windows"].items()}
+    file = {"neurons": found, "windows": windows}
+    (folder / "contexts.json").write_text(json.dumps(file), encoding="utf-8")
     return folder
 
 
@@ -1017,6 +1031,114 @@ def test_text_that_looks_like_html_is_shown_as_it_is(
         assert (
             page.evaluate("[...document.scripts].some(s => s.textContent == 'alert(1)')") is False
         )
+
+
+TOKENS = """() => [...document.querySelectorAll('.coloured li')].map((line) =>
+  [...line.querySelectorAll('code span')].map((token) => {
+    const style = getComputedStyle(token);
+    return [token.textContent, token.dataset.value ?? null, style.backgroundColor,
+      token.classList.contains('chosen')];
+  }))"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_windows_have_the_models_values_in_colour(
+    browser: Browser, site: Site, scheme: Literal["light", "dark"]
+) -> None:
+    """The values and shades are computed from those that a plain hook hears."""
+    model = entangle.load_model(site.run.parent / "model")
+    tokenizer = entangle.load_tokenizer(site.run.parent / "model")
+    windows = entangle.token_windows(site.run.parent / "text.txt", tokenizer, windows=20, length=43)
+    layer, _, index = UNIT.rpartition(":")
+    heard: list[torch.Tensor] = []
+    hook = model.get_submodule(layer).register_forward_hook(lambda *a: heard.append(a[2]))
+    with torch.no_grad():
+        model(windows.tokens)
+    hook.remove()
+    own = heard[0][..., int(index)].numpy()
+    median = np.median(own)
+    reach = np.quantile(np.abs(own - median), 0.99)
+    tints = {"light": ([255, 176, 77], [130, 186, 245]), "dark": ([143, 74, 0], [29, 87, 150])}
+    with visit(browser, site.file, UNIT, color_scheme=scheme) as page:
+        lines = page.evaluate(TOKENS)
+        truth = site.contexts[UNIT]["windows"]
+        assert len(lines) == len(truth) == 8
+        for line, one in zip(lines, truth, strict=True):
+            texts, values, colours, chosen = zip(*line, strict=True)
+            text = str(tokenizer.decode(windows.tokens[one["window"]]))
+            assert "".join(texts) == made_visible(text)
+            assert [place for place, there in enumerate(chosen) if there] == [one["position"]]
+            for value, colour, exact in zip(values, colours, own[one["window"]], strict=True):
+                assert float(value) == pytest.approx(exact, abs=0.02 * reach)
+                *tint, alpha = [float(x) for x in re.findall(r"[\d.]+", colour)]
+                shade = float(np.clip((exact - median) / reach, -1, 1))
+                assert (alpha if len(tint) == 3 else 1) == pytest.approx(abs(shade), abs=0.025)
+                if abs(shade) > 0.05:
+                    assert (tint if len(tint) == 3 else [*tint, alpha]) == tints[scheme][shade < 0]
+
+
+def test_windows_are_read_by_the_keyboard_and_by_touch(browser: Browser, site: Site) -> None:
+    with visit(browser, site.file, UNIT) as page:
+        said = page.locator(".said")
+        page.locator(".coloured").focus()
+        first = site.contexts[UNIT]["windows"][0]
+        for key, position in (("ArrowDown", first["position"]), ("ArrowRight", None), ("Home", 0)):
+            page.keyboard.press(key)
+            place = position if position is not None else first["position"] + 1
+            expect(said).to_contain_text(f"window {first['window']}, position {place}")
+        assert page.locator(".coloured .current").count() == 1
+        page.locator(".coloured li").nth(2).locator("span[data-value]").nth(5).click()
+        third = site.contexts[UNIT]["windows"][2]
+        expect(said).to_contain_text("output")
+        expect(said).to_contain_text(f"window {third['window']}, position 5")
+
+
+def test_sign_cases_stand_with_their_examples(page: Page, site: Site) -> None:
+    open_by_table(page, UNIT)
+    unit = site.contexts[UNIT]["unit"]
+    rows = page.locator(".unit tbody tr").all()
+    for row, case in zip(rows, unit["cases"], strict=True):
+        gate, up, share, mean = row.locator("td").all_text_contents()
+        assert (gate, up) == (case["gate"], case["up"])
+        assert share == f"{100 * case['share']:.1f}%"
+        assert number_of(mean) == pytest.approx(case["mean"], rel=1e-3)
+    words = page.locator(".unit").inner_text()
+    for part in ("gate", "up", "product"):
+        assert f"{unit[part]}" in words
+        assert f"W1 {unit['wasserstein'][part]:.4f}" in words
+    marks = page.locator(".unit mark").all_text_contents()
+    examples = [one for case in unit["cases"] for one in case["examples"]]
+    assert marks == [made_visible(one["token"]) or "∅" for one in examples]
+    open_by_table(page, ASKED[1])
+    assert page.locator(".unit").count() == 0
+
+
+def test_contexts_of_an_older_version_are_shown_without_windows(
+    browser: Browser, site: Site, tmp_path: Path
+) -> None:
+    run = changed(site.run, tmp_path / "run")
+    newer = ("scale", "windows", "unit")
+    older = {
+        name: {key: value for key, value in one.items() if key not in newer}
+        for name, one in site.contexts.items()
+    }
+    (run / "contexts.json").write_text(json.dumps(older), encoding="utf-8")
+    with visit(browser, entangle.report([run], tmp_path / "a.html"), UNIT) as page:
+        assert page.locator(".coloured, .unit").count() == 0
+        assert "older version" in page.locator(".neuron").inner_text()
+        assert page.locator(".texts li").count() == len(older[UNIT]["contexts"])
+
+
+def test_of_a_long_window_the_tokens_around_the_chosen_one_are_shown() -> None:
+    levels = np.arange(300, dtype=np.uint16).astype(np.int8)[10:]  # the first ten are not counted
+    texts = [f"t{place}" for place in range(300)]
+    for position, first in ((10, 0), (150, 86), (299, 172)):
+        one = {"why": "", "window": 0, "position": position, "levels": packed(levels)}
+        kept = Kept({"n": {"scale": {"step": 0.1}, "windows": [one]}}, {"0": texts})
+        (shown,) = cut(kept, "n")["shown"]
+        assert (shown["first"], shown["end"]) == (first, first + 128)
+        places = np.arange(max(first, 10), first + 128)
+        assert levels_of(shown["levels"]).tolist() == places.astype(np.int8).tolist()
 
 
 # the table

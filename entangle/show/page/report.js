@@ -196,6 +196,10 @@ class Explorer {
       box.append(make("p", { class: "quiet" }, "The contexts of this neuron are missing. To see the tokens behind its distance, run ", make("code", {}, `entangle contexts RUN ${name}`), " and write the report again."));
       return box;
     }
+    const side = this.header.layers[this.layerOf[this.names.indexOf(name)]].side;
+    if (found.shown) box.append(colouredWindows(found, this.header.windows, side));
+    else box.append(make("p", { class: "quiet" }, "An older version found these contexts. To see whole windows in colour, run ", make("code", {}, `entangle contexts RUN ${name}`), " again."));
+    if (found.unit) box.append(signCases(found.unit, name));
     const interval = found.low === null ? "" : `, 95% interval ${found.low.toFixed(4)} to ${found.high.toFixed(4)}`;
     box.append(make("h4", {}, "Origin of the distance"), make("p", {}, `Exact W1 ${found.wasserstein.toFixed(4)}${interval} (${found.tokens.toLocaleString("en")} tokens, bootstrap of windows).`));
     const without = make("ol");

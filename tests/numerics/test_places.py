@@ -1,0 +1,44 @@
+"""Places in a distribution: against all outputs, sorted."""
+
+import numpy as np
+import pytest
+import torch
+
+from entangle.numerics.histograms import Histograms
+from entangle.numerics.levels import Levels
+from entangle.numerics.places import Distribution
+from tests.distributions import DISTRIBUTIONS
+from tests.distributions import Distribution as Law
+
+
+def counted(values: np.ndarray, pilot: int) -> Distribution:
+    rows = torch.from_numpy(values)[:, None]
+    histograms = Histograms.zeros(1, bins=1024)
+    histograms.start(rows[:pilot])
+    histograms.add(rows)
+    return Distribution.of({name: one[0].numpy() for name, one in histograms.tensors().items()})
+
+
+@pytest.mark.parametrize("massive", [0.0, 300.0])
+@pytest.mark.parametrize("law", DISTRIBUTIONS, ids=str)
+def test_a_place_is_the_share_below_to_within_its_error(law: Law, massive: float) -> None:
+    values = law.sample(20_000).astype(np.float32)
+    values[::400] += np.float32(massive)
+    found = counted(values, 2_000)
+    asked = np.concatenate([np.quantile(values, np.linspace(0.001, 0.999, 200)), values[:200]])
+    places, errors = found.places(asked)
+    ordered = np.sort(values)
+    low, high = (np.searchsorted(ordered, asked, side) / len(values) for side in ("left", "right"))
+    # The values of a bin lie anywhere in it: the place is off by at most the bin's share.
+    assert (places >= low - 2 * errors - 1e-4).all()
+    assert (places <= high + 2 * errors + 1e-4).all()
+    assert np.median(np.abs(places - (low + high) / 2)) <= np.median(errors) + 1e-4
+    ends = np.array([values.min() - 1, values.max() + 1])
+    assert [one.tolist() for one in found.places(ends)] == [[0, 1], [0, 0]]
+
+
+def test_median_and_reach_are_those_of_all_outputs() -> None:
+    values = DISTRIBUTIONS[0].sample(20_000).astype(np.float32)
+    found, exact = counted(values, 20_000).scale, Levels.of(values)
+    width = 16 / 1024 * float(values.std())
+    assert [found.median, found.reach] == pytest.approx([exact.median, exact.reach], abs=width)
