@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from entangle.model.sliding import sliding_windows
     from entangle.model.text import token_windows
     from entangle.pruning.sparsifying import sparsify
+    from entangle.runs.descriptions import describe
     from entangle.runs.own_text import own_windows
     from entangle.runs.store import open_run
     from entangle.show import plots
@@ -42,6 +43,7 @@ __all__ = [
     "ablate",
     "choose_budget",
     "contexts",
+    "describe",
     "diff",
     "disentangle",
     "generate",
@@ -77,6 +79,7 @@ __all__ = [
 _HOMES = {
     "ablate": "entangle.experiments.ablating",
     "choose_budget": "entangle.experiments.budget_search",
+    "describe": "entangle.runs.descriptions",
     "diff": "entangle.measurement.comparing",
     "disentangle": "entangle.experiments.disentangling",
     "contexts": "entangle.measurement.context_search",

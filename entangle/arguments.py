@@ -492,6 +492,27 @@ def parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
         "distributions (nothing is added to the run)",
     )
 
+    contexts.add_argument(
+        "--delphi",
+        type=_path,
+        metavar="FOLDER",
+        help="also write the tokens at both ends of the distributions into a new folder, in the form that "
+        "the automated explainer delphi reads [not written]",
+    )
+
+    describe = commands.add_parser(
+        "describe",
+        parents=[output],
+        help="add descriptions of neurons to a run; rank, report and notebooks show them",
+    )
+    describe.add_argument("run", type=_path, metavar="RUN", help="folder of a measured run")
+    describe.add_argument(
+        "source",
+        type=_path,
+        metavar="FILE",
+        help="JSON file of texts by LAYER:INDEX, or the folder of explanations that delphi wrote",
+    )
+
     words = commands.add_parser(
         "words",
         parents=[measured, layers, output],

@@ -424,6 +424,7 @@ def run_contexts(args: argparse.Namespace) -> None:
         neurons=names,
         tokenizer=tokenizer,
         out=args.run,
+        delphi=args.delphi,
         progress=_progress(),
     )
     result = {"neurons": [dataclasses.asdict(one) for one in found]}
@@ -517,12 +518,25 @@ def _named(args: argparse.Namespace, run: "xr.DataTree") -> list[str]:
     return [f"{layer}:{index}" for layer, indices in ranked.items() for index in indices]
 
 
+def run_describe(args: argparse.Namespace) -> None:
+    """Add descriptions of neurons to a run."""
+    from entangle.runs import descriptions
+
+    found = entangle.describe(args.run, args.source)
+    result = {"descriptions": found, "file": str(args.run / descriptions.FILE)}
+    _print(args, result, lambda _: f"{len(found):,} descriptions written to {result['file']}")
+
+
 def run_rank(args: argparse.Namespace) -> None:
     """Print the neurons with the largest distance, or largest value of another variable."""
     from entangle.runs import dataset, store
+    from entangle.runs.descriptions import read_descriptions
 
     run = store.open_run(args.run)
     table = entangle.rank(run, args.top, by=args.by, **_layers(args))
+    known = read_descriptions(args.run)
+    if known:
+        table["description"] = [known.get(name, "") for name in table["neuron"]]
     if args.csv:
         store.save_table(table, args.csv)
     rows = table.to_dict(orient="records")
@@ -807,6 +821,7 @@ COMMANDS = {
     "contexts": run_contexts,
     "words": run_words,
     "steer": run_steer,
+    "describe": run_describe,
     "rank": run_rank,
     "diff": run_diff,
     "plot": run_plot,

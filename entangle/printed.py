@@ -317,7 +317,7 @@ FEW = 5  # the contexts of more neurons are not printed
 
 
 def _columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return the lines of a table; only names of neurons and layers are left-aligned."""
+    """Return the lines of a table; only names of neurons and layers, and descriptions, are left-aligned."""
     texts = [
         {k: f"{v:.4g}" if isinstance(v, float) else str(v) for k, v in row.items()} for row in rows
     ]
@@ -325,7 +325,9 @@ def _columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     widths = {name: max(len(row[name]) for row in [header, *texts]) for name in header}
     return [
         "  ".join(
-            row[name].ljust(width) if name in {"neuron", "layer"} else row[name].rjust(width)
+            row[name].ljust(width)
+            if name in {"neuron", "layer", "description"}
+            else row[name].rjust(width)
             for name, width in widths.items()
         ).rstrip()
         for row in [header, *texts]

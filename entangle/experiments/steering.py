@@ -20,7 +20,7 @@ from entangle.model.scoring import NotFiniteError, compared
 from entangle.model.sides import Recordable
 from entangle.model.steering import Setting, changed, find_steerable
 from entangle.model.text import TokenWindows, check_one_text, check_windows, token_name
-from entangle.numerics.kernels.bins import HALF_RANGE
+from entangle.numerics.places import Distribution
 from entangle.numerics.torch_settings import with_torch_defaults
 from entangle.runs.dataset import check_neuron, dataset_of
 from entangle.runs.setup import Setup
@@ -149,19 +149,16 @@ def _quantile(run: xr.DataTree, neuron: str, share: float) -> float:
     """
     held = run.children["histogram"].to_dataset(inherit=False)
     held = held.isel(neuron=dataset_of(run).get_index("neuron").get_loc(neuron)).load()
-    low, high = (int(count) for count in held["tail_count"].to_numpy())
-    below = low + np.append(0, np.cumsum(held["counts"].to_numpy(), dtype=np.int64))
-    total = int(below[-1]) + high
-    if not low <= share * total <= total - high:
-        first, last = low / total, 1 - high / total
+    known = Distribution.of({str(name): one.to_numpy() for name, one in held.items()})
+    first, last = known.below[1], known.below[-2]  # shares below both ends of the bins
+    if not first <= share <= last:
+        beyond = int(held["tail_count"].sum())
         raise ValueError(
-            f"the run has not kept quantile {share:g} of {neuron}, since its {low + high:,} farthest "
+            f"the run has not kept quantile {share:g} of {neuron}, since its {beyond:,} farthest "
             f"outputs are beyond its histogram: give a quantile from {first:.6f} to {last:.6f}, or 0 or "
             "1, the smallest and largest output"
         )
-    reach, center = HALF_RANGE * float(held["scale"]), float(held["center"])
-    edges = np.linspace(center - reach, center + reach, len(below))
-    return float(np.interp(share * total, below, edges))
+    return float(np.interp(share, known.below, known.knots))
 
 
 @with_torch_defaults
