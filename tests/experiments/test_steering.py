@@ -174,11 +174,11 @@ def test_what_makes_no_sense_is_refused(case: Case) -> None:
 
 def test_a_quantile_in_a_tail_is_refused_with_what_there_is(case: Case) -> None:
     far = measure(case.model, case.windows, layers="*.up_proj", batch_size=1)
-    held = far.children["histogram"]
-    row = far.to_dataset().get_index("neuron").get_loc(NEURON)
+    held = far.children["histogram"].to_dataset(inherit=False)
     tails = held["tail_count"].to_numpy().copy()
-    tails[row] = [0, 40]
-    held["tail_count"] = (held["tail_count"].dims, tails)
+    tails[far.to_dataset().get_index("neuron").get_loc(NEURON)] = [0, 40]
+    held = held.assign(tail_count=(held["tail_count"].dims, tails))
+    far["histogram"] = xr.DataTree(held)
     with (
         pytest.raises(ValueError, match="beyond its histogram"),
         steer(case.model, NEURON, "quantile:0.9", run=far),

@@ -1,6 +1,7 @@
 """Descriptions are read from people's files and from delphi's, and shown wherever a neuron is."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,16 @@ UP = "model.layers.1.mlp.up_proj"
 DOWN = "model.layers.1.mlp.down_proj"
 
 
-@pytest.fixture
-def run(tmp_path: Path) -> Path:
-    folder = tmp_path / "run"
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("place") / "run"
     measure(tiny_model(), drawn_windows(3, 16), layers=UP, input_layers=DOWN, out=folder)
     return folder
+
+
+@pytest.fixture
+def run(measured: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(measured, tmp_path / "run"))
 
 
 def written(file: Path, content: Any) -> Path:
