@@ -1457,7 +1457,9 @@ def test_words_are_printed_and_added_to_the_run(
     norm = model.get_submodule("model.layers.1.post_attention_layernorm").get_parameter("weight")
     row = model.get_submodule(up).get_parameter("weight")[5] * norm
     embedding = model.get_input_embeddings().get_parameter("weight")
-    largest = float((embedding @ row)[: len(entangle.load_tokenizer(place / "model"))].max())
+    largest = float(
+        (embedding @ row).detach()[: len(entangle.load_tokenizer(place / "model"))].max()
+    )
     kept = json.loads((run / "words.json").read_text())
     assert [*kept] == [f"{up}:5", f"{down}:input:5"]
     assert kept[f"{up}:5"]["words"][0]["top"][0]["value"] == pytest.approx(largest, rel=1e-4)

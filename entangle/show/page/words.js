@@ -14,7 +14,9 @@ function inWords(header, name) {
     const list = make("ul");
     for (const [label, tokens] of [["most", one.top], ["least", one.bottom]]) {
       const line = make("li", {}, `${label}: `);
-      for (const [token, value, deviation] of tokens) line.append(make("code", {}, JSON.stringify(token)), ` ${short(value)} (${deviation > 0 ? "+" : ""}${deviation.toFixed(1)}) `);
+      tokens.forEach(([token, value, deviation], place) => {
+        line.append(place ? ", " : "", make("code", {}, JSON.stringify(token)), ` ${short(value)} (${deviation > 0 ? "+" : ""}${deviation.toFixed(1)})`);
+      });
       list.append(line);
     }
     box.append(list);
