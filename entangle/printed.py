@@ -355,13 +355,14 @@ def on_text(result: dict[str, Any]) -> str:
 def _unit(unit: Mapping[str, Any]) -> list[str]:
     """Return lines on a hidden unit of a gated MLP."""
     parts = ", ".join(
-        f"{name} {unit['wasserstein'][name]:.4f}" for name in ("gate", "up", "product")
+        f"{name} W1 {unit['wasserstein'][name]:.4f}" for name in ("gate", "up", "product")
     )
-    signs = "; ".join(
-        f"gate {case['gate']} up {case['up']} {case['share']:.1%} (mean {case['mean']:.3g})"
-        for case in unit["cases"]
-    )
-    return [f"  gate and up: W1 of {parts}", f"  share of the tokens (mean product): {signs}"]
+    lines = [f"  gate and up together ({parts}):"]
+    for case in unit["cases"]:
+        mean = f", mean product {case['mean']:.3g}" if case["tokens"] else ""
+        signs = f"gate {case['gate']} up {case['up']}"
+        lines.append(f"    {signs}  {case['share']:6.1%} of the tokens{mean}")
+    return lines
 
 
 def contexts(result: dict[str, Any]) -> str:

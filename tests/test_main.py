@@ -1427,6 +1427,8 @@ def test_contexts_are_printed_and_added_to_the_run(
     assert [one["neuron"] for one in printed["neurons"]] == names
     written = json.loads((run / "contexts.json").read_text())["neurons"]
     assert list(written.values()) == printed["neurons"]
+    for case in printed["neurons"][0]["unit"]["cases"]:
+        assert f"gate {case['gate']} up {case['up']}  {case['share']:6.1%} of the tokens" in said
     for one, head in zip(printed["neurons"], heads, strict=True):
         assert f"95% interval {one['low']:.4f} to {one['high']:.4f} " in head
         lowest = one["contexts"][0]

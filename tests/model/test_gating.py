@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from entangle.model import gating
 from entangle.model.gating import find_gated
 from entangle.model.layers import find_layers
 from tests.tiny_models import tiny_llama4, tiny_mamba, tiny_model
@@ -51,6 +52,27 @@ def test_any_activation_and_sizes_that_tell_nothing(act: str, dtype: torch.dtype
     same: dict[str, Any] = {"intermediate_size": 24, "num_key_value_heads": 3, "hidden_act": act}
     found = roles(tiny_model("llama", dtype=dtype, **same))
     assert found == [("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")] * 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_only_products_with_a_vector_of_each_half_are_products(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    up = torch.randn(16, 40, generator=generator).to(dtype)
+    first, second = torch.randn(2, 40, generator=generator).to(dtype)
+    vectors = torch.stack([first] * 8 + [second] * 8)
+    cases = {
+        "product": (vectors * up, True),
+        "dead units": (torch.relu(vectors) * up, True),
+        "one vector for all tokens": (first * up, False),  # whatever the gate's outputs are
+        "sum": (vectors + up, False),
+        "another token's output": (vectors * up.roll(1, 0), False),
+        "another unit's output": (vectors * up.roll(1, 1), False),
+        "the gate alone": (vectors, False),
+        "activated": (vectors * torch.relu(up), False),
+        "nothing": (torch.zeros_like(up), False),
+    }
+    found = {name: gating._multiplied(up, products) for name, (products, _) in cases.items()}
+    assert found == {name: expected for name, (_, expected) in cases.items()}
 
 
 def test_the_trial_leaves_the_model_and_its_recordings_as_they_were() -> None:

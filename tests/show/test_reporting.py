@@ -1057,7 +1057,7 @@ def test_windows_have_the_models_values_in_colour(
     hook.remove()
     own = heard[0][..., int(index)].numpy()
     median = np.median(own)
-    reach = np.quantile(np.abs(own - median), 0.99)
+    reach = float(np.quantile(np.abs(own - median), 0.99))
     tints = {"light": ([255, 176, 77], [130, 186, 245]), "dark": ([143, 74, 0], [29, 87, 150])}
     with visit(browser, site.file, UNIT, color_scheme=scheme) as page:
         lines = page.evaluate(TOKENS)
