@@ -21,7 +21,7 @@ from entangle.model.calls import (
     run_short,
     run_whole,
 )
-from entangle.model.hooks import backbone_of, on_trial
+from entangle.model.hooks import backbone_of, check_hooks, on_trial
 from entangle.model.layers import LinearLayer, find_blocks
 from entangle.model.placing import input_device
 from entangle.model.sides import inputs_among
@@ -49,7 +49,12 @@ class SilencedModel:
 
     @classmethod
     def of(cls, model: PreTrainedModel, layers: Sequence[LinearLayer]) -> Self:
-        """Run the model as it is on one token, to see the form of its blocks' outputs."""
+        """Run the model as it is on one token, to see the form of its blocks' outputs.
+
+        Raises:
+            ValueError: the model is compiled or not loaded, or has no list of blocks.
+        """
+        check_hooks(model, 0)
         blocks = list(find_blocks(model)[1])
         arguments = {"input_ids": _tokens(model, 1)}
         with on_trial(model), torch.inference_mode():

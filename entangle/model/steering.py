@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from entangle.model.hooks import unheard_layers
+from entangle.model.hooks import check_hooks, unheard_layers
 from entangle.model.layers import linear_layers
 from entangle.model.sides import LayerInputs, Recordable, find_channel, inputs_among, layer_of
 
@@ -60,9 +60,10 @@ def find_steerable(model: PreTrainedModel, neuron: str) -> tuple[Recordable, int
 
     Raises:
         LookupError: the model has no such neuron.
-        ValueError: the layer does not run once in a forward pass, or not on each token, so that a
+        ValueError: the model is compiled or not loaded; or the layer does not run once in a forward pass, or not on each token, so that a
             hook would change nothing or only a part.
     """
+    check_hooks(model, 0)
     one, index = find_channel(linear_layers(model), neuron)
     vocabulary = len(model.get_input_embeddings().get_parameter("weight"))
     tokens = torch.arange(1, 9)[None] * vocabulary // 10

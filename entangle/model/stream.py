@@ -114,7 +114,7 @@ def find_stream(model: PreTrainedModel, blocks: Collection[int] | None = None) -
     single tokens, without products of weights. No recording counts these runs.
 
     Raises:
-        ValueError: the model has no list of blocks, its weights are in files, or its blocks are not
+        ValueError: the model has no list of blocks or is compiled, its weights are in files, or its blocks are not
             called with hidden states.
     """
     check_in_memory(model, "to find what a layer reads and writes")
