@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from entangle.experiments.budget_search import choose_budget
     from entangle.experiments.disentangling import disentangle
     from entangle.experiments.planning import plan
+    from entangle.experiments.steering import steer, steered
     from entangle.experiments.sweeping import sweep
     from entangle.measurement.comparing import diff
     from entangle.measurement.context_search import contexts
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
         top_by_layer,
     )
     from entangle.measurement.recording import record
+    from entangle.measurement.vocabulary import words
     from entangle.model.generating import generate
     from entangle.model.loading import load_model, load_tokenizer
     from entangle.model.mixing import mixed_windows
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from entangle.model.sliding import sliding_windows
     from entangle.model.text import token_windows
     from entangle.pruning.sparsifying import sparsify
+    from entangle.runs.descriptions import describe
     from entangle.runs.own_text import own_windows
     from entangle.runs.store import open_run
     from entangle.show import plots
@@ -40,6 +43,7 @@ __all__ = [
     "ablate",
     "choose_budget",
     "contexts",
+    "describe",
     "diff",
     "disentangle",
     "generate",
@@ -61,10 +65,13 @@ __all__ = [
     "report",
     "sliding_windows",
     "sparsify",
+    "steer",
+    "steered",
     "sweep",
     "token_windows",
     "top_by_layer",
     "values_on",
+    "words",
 ]
 
 # The module of each public name. It is imported at first use, so that `import entangle` and
@@ -72,6 +79,7 @@ __all__ = [
 _HOMES = {
     "ablate": "entangle.experiments.ablating",
     "choose_budget": "entangle.experiments.budget_search",
+    "describe": "entangle.runs.descriptions",
     "diff": "entangle.measurement.comparing",
     "disentangle": "entangle.experiments.disentangling",
     "contexts": "entangle.measurement.context_search",
@@ -91,12 +99,15 @@ _HOMES = {
     "repetition": "entangle.model.repeating",
     "sliding_windows": "entangle.model.sliding",
     "sparsify": "entangle.pruning.sparsifying",
+    "steer": "entangle.experiments.steering",
+    "steered": "entangle.experiments.steering",
     "sweep": "entangle.experiments.sweeping",
     "token_windows": "entangle.model.text",
     "top_by_layer": "entangle.measurement.ranking",
     "values_on": "entangle.measurement.prompting",
     "rank": "entangle.measurement.ranking",
     "report": "entangle.show.reporting",
+    "words": "entangle.measurement.vocabulary",
 }
 
 

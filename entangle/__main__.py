@@ -28,7 +28,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     top, commands = parsers()
     args, unknown = top.parse_known_args(argv)
-    positional = args.command in {"contexts", "plot"}  # the commands that take neurons by position
+    positional = args.command in {
+        "contexts",
+        "plot",
+        "words",
+    }  # the commands that take neurons by position
     if unknown and (not positional or any(word.startswith("-") for word in unknown)):
         commands[args.command].error(
             f"unrecognized arguments: {' '.join(unknown)}. "

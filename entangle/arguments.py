@@ -27,6 +27,14 @@ zero. The tokens of --skip-first are treated too, but pruning and the score leav
 DISENTANGLE = f"""Measure each neuron within clusters of its layer's inputs, and with a pruned expert
 for each cluster. Clusters and experts are computed from --text. The neurons are measured on at most
 8,192 held-out tokens, from at most 64 windows of --evaluation. {RESUME}"""
+WORDS = """Multiply the weights of neurons by the embeddings of all tokens of the vocabulary: the row of a
+layer that reads the residual stream by the input embedding, through the norm before it, and the column
+of a layer that writes to it by the output embedding, through the final norm. A hidden unit is shown as
+a whole: the rows of its gate and up projection, and its column of the down projection. An input channel
+is written LAYER:input:INDEX; it need not be measured."""
+STEER = """Set a neuron to a value on all tokens while the model runs, and compare the model with itself:
+zero, its mean or a quantile over RUN's tokens (mean, quantile:0.99), or its output times a number
+(scale:2). An input LAYER:input:INDEX is set for this layer alone."""
 PLOTS = {  # kinds of pictures, and what each shows
     "heatmap": "distances of all neurons, a row per block, a panel per role",
     "layers": "distribution of the distances in each layer, by block",
@@ -488,6 +496,74 @@ def parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
         metavar="TEXT",
         help="print the neurons' values at each token of TEXT instead, and their places in the "
         "distributions (nothing is added to the run)",
+    )
+
+    contexts.add_argument(
+        "--delphi",
+        type=_path,
+        metavar="FOLDER",
+        help="also write the tokens at both ends of the distributions into a new folder, in the form that "
+        "the automated explainer delphi reads [not written]",
+    )
+
+    describe = commands.add_parser(
+        "describe",
+        parents=[output],
+        help="add descriptions of neurons to a run; rank, report and notebooks show them",
+    )
+    describe.add_argument("run", type=_path, metavar="RUN", help="folder of a measured run")
+    describe.add_argument(
+        "source",
+        type=_path,
+        metavar="FILE",
+        help="JSON file of texts by LAYER:INDEX, or the folder of explanations that delphi wrote",
+    )
+
+    words = commands.add_parser(
+        "words",
+        parents=[measured, layers, output],
+        help="print the tokens that neurons' weights read and write, and add them to the run",
+        description=WORDS,
+    )
+    words.add_argument(
+        "neurons", nargs="*", metavar="LAYER:INDEX", help="neurons to find the words of"
+    )
+    words.add_argument(
+        "--top",
+        type=int,
+        metavar="N",
+        help="find the words of each layer's N most entangled neurons, instead of named ones",
+    )
+
+    steer = commands.add_parser(
+        "steer",
+        parents=[measured, output],
+        help="set a neuron to a value, and compare with the untouched model",
+        description=STEER,
+    )
+    steer.add_argument("neuron", metavar="LAYER:INDEX", help="neuron, or input LAYER:input:INDEX")
+    steer.add_argument(
+        "--set",
+        required=True,
+        type=_several(),
+        metavar="A,B",
+        help="what to set the neuron to; one or several of zero, mean, quantile:Q and scale:X",
+    )
+    steer.add_argument("--text", metavar="TEXT", help=f"text to compare on: {TEXT} [RUN's text]")
+    steer.add_argument(
+        "--windows", type=int, default=16, metavar="N", help="number of windows of the text [16]"
+    )
+    steer.add_argument(
+        "--prompt",
+        metavar="TEXT",
+        help="also go on with this text, always with the most likely token",
+    )
+    steer.add_argument(
+        "--tokens",
+        type=int,
+        default=40,
+        metavar="N",
+        help="largest number of new tokens after --prompt [40]",
     )
 
     rank = commands.add_parser(

@@ -401,31 +401,13 @@ def run_disentangle(args: argparse.Namespace) -> None:
 
 
 def run_contexts(args: argparse.Namespace) -> None:
-    """Find the contexts of neurons, and add them to the run; or print their values on a prompt.
-
-    Raises:
-        ValueError: neurons and --top are both given, or neither.
-    """
-    if args.neurons and args.top:
-        raise ValueError(
-            f"expected neurons (LAYER:INDEX) or --top, not both: got {' '.join(args.neurons)} and "
-            f"--top {args.top}"
-        )
-    if not args.neurons and not args.top:
-        raise ValueError(
-            "no neurons are given: name them as LAYER:INDEX, or take each layer's N most entangled "
-            "ones with --top N"
-        )
+    """Find the contexts of neurons, and add them to the run; or print their values on a prompt."""
+    _check_named(args)
     from entangle.runs import dataset
 
     run, args = _measured(args)
-    about, names = dataset.about(run), args.neurons
-    if args.top:
-        ranked = entangle.top_by_layer(run, count=args.top, **_layers(args))
-        names = [f"{layer}:{index}" for layer, indices in ranked.items() for index in indices]
-    drawn = {name: about[name] for name in ("windows", "length", "seed", "bos")}
-    drawn |= {"text": [*about.get("texts", [about["text"]])]}
-    args, tokenizer = argparse.Namespace(**vars(args) | drawn), _tokenizer(args)
+    about, names = dataset.about(run), _named(args, run)
+    args, tokenizer = argparse.Namespace(**vars(args) | _drawn(about)), _tokenizer(args)
     if args.prompt is not None:
         on_text = entangle.values_on(
             _model(args), args.prompt, run=run, neurons=names, tokenizer=tokenizer
@@ -442,18 +424,119 @@ def run_contexts(args: argparse.Namespace) -> None:
         neurons=names,
         tokenizer=tokenizer,
         out=args.run,
+        delphi=args.delphi,
         progress=_progress(),
     )
     result = {"neurons": [dataclasses.asdict(one) for one in found]}
     _print(args, result | {"file": str(args.run / "contexts.json")}, printed.contexts)
 
 
+def run_words(args: argparse.Namespace) -> None:
+    """Find the tokens that neurons' weights read and write, and add them to the run."""
+    _check_named(args)
+    run, args = _measured(args)
+    names, tokenizer = _named(args, run), _tokenizer(args)
+    found = entangle.words(_model(args), names, tokenizer=tokenizer, run=run, out=args.run)
+    result = {"neurons": [dataclasses.asdict(one) for one in found]}
+    _print(args, result | {"file": str(args.run / "words.json")}, printed.words)
+
+
+def run_steer(args: argparse.Namespace) -> None:
+    """Set a neuron to a value, and compare the model's predictions with its own.
+
+    Raises:
+        ValueError: --windows or --tokens is too small.
+    """
+    from entangle.model.steering import Setting
+    from entangle.model.text import evenly_spaced
+    from entangle.runs import dataset
+
+    for name, number in (("windows", args.windows), ("tokens", args.tokens)):
+        if number < 1:
+            raise ValueError(f"--{name} must be at least 1, got {number}")
+    for text in args.set:
+        Setting.of(text)  # before a model is loaded
+    run, args = _measured(args)
+    about = dataset.about(run)
+    given = {} if args.text is None else {"text": [args.text], "windows": args.windows}
+    args = argparse.Namespace(**vars(args) | _drawn(about) | given | {"shown": args.windows})
+    tokenizer = _tokenizer(args)
+    parts, model = _parts(args, tokenizer), _model(args)
+    windows = evenly_spaced(_mixed(args, parts, model, tokenizer, args.run), args.shown)
+    found = entangle.steered(
+        model,
+        windows,
+        run=run,
+        neuron=args.neuron,
+        settings=args.set,
+        tokenizer=tokenizer,
+        prompt=args.prompt,
+        prompt_tokens=args.tokens,
+        batch_size=about["batch_size"],
+        skip_first=about["skip_first"],
+        progress=_progress(),
+    )
+    result = {"neuron": found.neuron, "model": args.model, "tokens": found.tokens}
+    result |= {"text": windows.text, "windows": len(windows), "length": windows.length}
+    result |= {"settings": [one.told() for one in found.settings]}
+    _print(
+        args,
+        result | {"prompt": args.prompt, "continuation": found.continuation},
+        printed.steered,
+    )
+
+
+def _drawn(about: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments that draw the windows of a run's text again."""
+    drawn = {name: about[name] for name in ("windows", "length", "seed", "bos")}
+    return drawn | {"text": [*about.get("texts", [about["text"]])]}
+
+
+def _check_named(args: argparse.Namespace) -> None:
+    """Check that neurons are named or --top is given.
+
+    Raises:
+        ValueError: both are given, or neither.
+    """
+    if args.neurons and args.top:
+        raise ValueError(
+            f"expected neurons (LAYER:INDEX) or --top, not both: got {' '.join(args.neurons)} and "
+            f"--top {args.top}"
+        )
+    if not args.neurons and not args.top:
+        raise ValueError(
+            "no neurons are given: name them as LAYER:INDEX, or take each layer's N most entangled "
+            "ones with --top N"
+        )
+
+
+def _named(args: argparse.Namespace, run: "xr.DataTree") -> list[str]:
+    """Return the neurons that are named, or each layer's most entangled ones."""
+    if not args.top:
+        return list(args.neurons)
+    ranked = entangle.top_by_layer(run, count=args.top, **_layers(args))
+    return [f"{layer}:{index}" for layer, indices in ranked.items() for index in indices]
+
+
+def run_describe(args: argparse.Namespace) -> None:
+    """Add descriptions of neurons to a run."""
+    from entangle.runs import descriptions
+
+    found = entangle.describe(args.run, args.source)
+    result = {"descriptions": found, "file": str(args.run / descriptions.FILE)}
+    _print(args, result, lambda _: f"{len(found):,} descriptions written to {result['file']}")
+
+
 def run_rank(args: argparse.Namespace) -> None:
     """Print the neurons with the largest distance, or largest value of another variable."""
     from entangle.runs import dataset, store
+    from entangle.runs.descriptions import read_descriptions
 
     run = store.open_run(args.run)
     table = entangle.rank(run, args.top, by=args.by, **_layers(args))
+    known = read_descriptions(args.run)
+    if known:
+        table["description"] = [known.get(name, "") for name in table["neuron"]]
     if args.csv:
         store.save_table(table, args.csv)
     rows = table.to_dict(orient="records")
@@ -736,6 +819,9 @@ COMMANDS = {
     "ablate": run_ablate,
     "disentangle": run_disentangle,
     "contexts": run_contexts,
+    "words": run_words,
+    "steer": run_steer,
+    "describe": run_describe,
     "rank": run_rank,
     "diff": run_diff,
     "plot": run_plot,

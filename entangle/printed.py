@@ -328,7 +328,7 @@ FEW = 5  # the contexts of more neurons are not printed
 
 
 def _columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return the lines of a table; only names of neurons and layers are left-aligned."""
+    """Return the lines of a table; only names of neurons and layers, and descriptions, are left-aligned."""
     texts = [
         {k: f"{v:.4g}" if isinstance(v, float) else str(v) for k, v in row.items()} for row in rows
     ]
@@ -336,7 +336,9 @@ def _columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     widths = {name: max(len(row[name]) for row in [header, *texts]) for name in header}
     return [
         "  ".join(
-            row[name].ljust(width) if name in {"neuron", "layer"} else row[name].rjust(width)
+            row[name].ljust(width)
+            if name in {"neuron", "layer", "description"}
+            else row[name].rjust(width)
             for name, width in widths.items()
         ).rstrip()
         for row in [header, *texts]
@@ -414,3 +416,61 @@ def contexts(result: dict[str, Any]) -> str:
             f"tokens are not printed for more than {FEW} neurons: entangle report shows them"
         )
     return "\n".join([*lines, f"contexts written to {result['file']}"])
+
+
+def words(result: dict[str, Any]) -> str:
+    """Return the text of what neurons read and write."""
+    lines = [
+        "products of the weights with the tokens' embeddings; in brackets how many std from the mean "
+        "over the vocabulary",
+        "",
+    ]
+    for one in result["neurons"]:
+        lines.append(one["neuron"])
+        for found in one["words"]:
+            through = f", through {' and '.join(found['through'])}" if found["through"] else ""
+            lines.append(f"  {found['side']} ({found['what']} {found['neuron']}{through}):")
+            for name, tokens in (("most", found["top"]), ("least", found["bottom"])):
+                texts = [
+                    f"{json.dumps(word['token'], ensure_ascii=False)} {word['value']:.3g} "
+                    f"({word['deviation']:+.1f})"
+                    for word in tokens
+                ]
+                lines.append(f"    {name + ':':<6} {', '.join(texts)}")
+        lines += [*(f"  {reason}" for reason in one["missing"]), ""]
+    return "\n".join([*lines, f"words written to {result['file']}"])
+
+
+def steered(result: dict[str, Any]) -> str:
+    """Return the text of what the settings of a neuron do."""
+    lines = [
+        f"{result['neuron']} of {result['model']}, compared with the untouched model on "
+        f"{result['tokens']:,} predictions of {result['text']} ({result['windows']} windows of "
+        f"{result['length']}; ± is the standard error over windows)",
+    ]
+    for one in result["settings"]:
+        held = "" if one["value"] is None else f" (held at {one['value']:.4g})"
+        lines += [
+            "",
+            f"{one['setting']}{held}: KL divergence {one['kl']:.3g} ± {one['kl_error']:.2g} nats a token, "
+            f"99.9% of the tokens below {one['kl_tail']:.3g}; the same most likely token at "
+            f"{one['agreement']:.2%} ± {one['agreement_error']:.2%}; loss {one['nats']:+.3g} ± "
+            f"{one['nats_error']:.2g} nats a token",
+        ]
+        for name, moved in (("more", one["up"]), ("less", one["down"])):
+            texts = [
+                f"{json.dumps(x['token'], ensure_ascii=False)} {x['before']:.2%} {x['change']:+.3%} "
+                f"± {x['error']:.3%}"
+                for x in moved
+            ]
+            lines.append(f"  {name} likely: {', '.join(texts) or 'no token'}")
+    if result["prompt"] is not None:
+        lines += ["", f"after {json.dumps(result['prompt'], ensure_ascii=False)}:"]
+        written = {"untouched": result["continuation"]}
+        written |= {one["setting"]: one["continuation"] for one in result["settings"]}
+        width = max(map(len, written))
+        lines += [
+            f"  {name:<{width}}  {json.dumps(text, ensure_ascii=False)}"
+            for name, text in written.items()
+        ]
+    return "\n".join(lines)

@@ -23,6 +23,7 @@ LIGHT = [
     "model.folders",
     "model.ranks",
     "runs.dataset",
+    "runs.descriptions",
     "runs.store",
     "runs.markdown",
     "measurement.ranking",

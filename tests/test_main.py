@@ -1447,6 +1447,82 @@ def test_contexts_are_printed_and_added_to_the_run(
     assert main(["rank", str(run)]) == 0  # it is still a run
 
 
+def test_words_are_printed_and_added_to_the_run(
+    place: Path, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = _contents(run)
+    up, down = "model.layers.1.mlp.up_proj", "model.layers.1.mlp.down_proj"
+    assert main(["words", "--device", "cpu", str(run), f"{up}:5", f"{down}:input:5"]) == 0
+    said = capsys.readouterr().out
+    model = entangle.load_model(place / "model")
+    norm = model.get_submodule("model.layers.1.post_attention_layernorm").get_parameter("weight")
+    row = model.get_submodule(up).get_parameter("weight")[5] * norm
+    embedding = model.get_input_embeddings().get_parameter("weight")
+    largest = float(
+        (embedding @ row).detach()[: len(entangle.load_tokenizer(place / "model"))].max()
+    )
+    kept = json.loads((run / "words.json").read_text())
+    assert [*kept] == [f"{up}:5", f"{down}:input:5"]
+    assert kept[f"{up}:5"]["words"][0]["top"][0]["value"] == pytest.approx(largest, rel=1e-4)
+    assert f" {largest:.3g} (+" in said
+    assert said.count("  reads (row ") == 4
+    assert said.count(f"  writes (column {down}:input:5, through the final RMS norm)") == 2
+    assert main(["words", str(run), "--top", "1", "--layers", "*.up_proj", "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["neurons"]) == 3
+    after = _contents(run)
+    assert after.pop("words.json")
+    assert after == before
+    neuron = entangle.open_run(run).entangle.neuron(f"{up}:5")
+    table = neuron.words
+    assert table["value"][0] == pytest.approx(largest, rel=1e-4)
+    assert {*table["side"]} == {"reads", "writes"}
+    assert table[table["of"] == f"{up}:5"]["value"].is_monotonic_decreasing
+    with pytest.raises(LookupError, match=f"entangle words .*{up}:6"):
+        _ = entangle.open_run(run).entangle.neuron(f"{up}:6").words
+
+
+def test_steering_is_printed_with_errors_and_continuations(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = _contents(run)
+    line = ["steer", str(run), "model.layers.1.mlp.up_proj:5", "--windows", "3"]
+    line += ["--set", "zero,quantile:0.9", "--prompt", "The quick", "--tokens", "5"]
+    assert main([*line, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [one["setting"] for one in found["settings"]] == ["zero", "quantile:0.9"]
+    assert (found["windows"], found["tokens"]) == (3, 3 * 31)
+    assert all(one["kl"] > 0 < one["kl_error"] for one in found["settings"])
+    assert main(line) == 0
+    said = capsys.readouterr().out
+    for one in found["settings"]:
+        assert (
+            f"{one['setting']} (held at {one['value']:.4g}): KL divergence {one['kl']:.3g} ± "
+            in said
+        )
+        assert f"{one['up'][0]['change']:+.3%} ± {one['up'][0]['error']:.3%}" in said
+    assert f"  untouched     {json.dumps(found['continuation'], ensure_ascii=False)}" in said
+    assert _contents(run) == before
+
+
+@pytest.mark.parametrize(
+    ("words", "messages"),
+    [
+        (["UP:5", "--set", "zeros"], ["'zeros'", "quantile:0.99"]),
+        (["UP:5", "--set", "zero", "--windows", "0"], ["--windows", "got 0"]),
+        (["UP:5", "--set", "zero", "--prompt", "a", "--tokens", "0"], ["--tokens", "got 0"]),
+        (["UP:37", "--set", "zero"], ["36"]),
+        (["lm_head:3", "--set", "mean"], ["lm_head:3"]),
+        (["UP:5", "--set", "zero", "--text", "missing.txt"], ["missing.txt"]),
+    ],
+)
+def test_a_slip_in_steer_gets_one_message(
+    run: Path, capsys: pytest.CaptureFixture[str], words: list[str], messages: list[str]
+) -> None:
+    words = [word.replace("UP", "model.layers.1.mlp.up_proj") for word in words]
+    assert main(["steer", str(run), *words]) == 2
+    _one_message(capsys, messages)
+
+
 def test_a_prompt_is_printed_with_values_and_places_and_in_colour_on_a_terminal(
     place: Path, run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,7 +14,7 @@ from tests.torture.lines import WEIGHTS
 from tests.torture.record import Record, read
 
 COUNT = {"report": 4, "plot": 8, "diff": 6, "merge": 8, "plan": 10, "contexts": 10}  # slow
-COUNT |= {"disentangle": 9}
+COUNT |= {"disentangle": 9, "words": 5, "steer": 7, "describe": 4}
 OTHERS = (300 - sum(COUNT.values())) // (len(WEIGHTS) - len(COUNT))
 
 

@@ -20,6 +20,7 @@ from scipy.signal import find_peaks
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from entangle.measurement.explainers import Examples, check_examples
 from entangle.measurement.sign_cases import HiddenUnit, hidden_unit, units_of
 from entangle.measurement.window_choice import choose_windows
 from entangle.model.gating import find_gated
@@ -146,6 +147,7 @@ def contexts(
     neurons: str | Sequence[str],
     tokenizer: PreTrainedTokenizerBase,
     out: str | Path | None = None,
+    delphi: str | Path | None = None,
     progress: bool = False,
 ) -> list[NeuronContexts]:
     """Find the contexts of ``neurons``, written LAYER:INDEX; return them in this order.
@@ -160,11 +162,13 @@ def contexts(
     distance, so the interval may lie below it. A few massive outputs raise the std and so squeeze
     all other standardised outputs, which then carry the shares: compare the distance without them
     (`NeuronContexts.without`). With ``out``, the run's folder, the contexts are added to its
-    contexts.json.
+    contexts.json. With ``delphi``, a new folder, the ends of the neurons' distributions are written
+    there in the form that this explainer reads (`measurement.explainers`).
 
     Raises:
+        FileExistsError: the folder ``delphi`` has files.
         LookupError: the run has no such neuron.
-        ValueError: the run was measured on other weights or other windows, a neuron has no
+        ValueError: the windows cannot be cut into delphi's examples; the run was measured on other weights or other windows, a neuron has no
             distance, or the model is in training mode.
     """
     neurons = [neurons] if isinstance(neurons, str) else neurons
@@ -194,6 +198,9 @@ def contexts(
             f"{data.attrs.get('text')}, as it was when measured, drawn with seed "
             f"{data.attrs.get('seed')}"
         )
+    examples = Examples(windows, setup.skip_first)
+    if delphi is not None:
+        check_examples(delphi, windows)
     decode = functools.partial(tokenizer.decode, clean_up_tokenization_spaces=False)
     found = []
     counted = _CountedTokens.of(windows.tokens[:, setup.skip_first :].numpy())
@@ -206,6 +213,9 @@ def contexts(
         wanted = list(dict.fromkeys([*group, *(part for one in units for part in one.values())]))
         held = neuron_outputs(setup, wanted, setup.batches)
         column = {name: held[:, place] for place, name in enumerate(wanted)}
+        if delphi is not None:
+            for name, values in zip(group, held.T, strict=False):  # parts of hidden units follow
+                examples.add(name, values)
         described = {}
         for rows, places in _alike(held[:, : len(group)]):
             own = counted.only(rows)
@@ -230,6 +240,8 @@ def contexts(
         shown = sorted({one.window for neuron in found for one in neuron.windows})
         texts = {one: pieces_of(windows.tokens[one].tolist(), decode) for one in shown}
         add_contexts(Path(out), {one.neuron: dataclasses.asdict(one) for one in found}, texts)
+    if delphi is not None:
+        examples.write(delphi, str(data.attrs["model"]))
     return found
 
 

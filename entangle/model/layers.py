@@ -252,6 +252,19 @@ def find_layers(
     return list(itertools.compress(layers, chosen(names, patterns, exclude)))
 
 
+def linear_layers(model: "PreTrainedModel") -> list[LinearLayer]:
+    """Return all linear layers of a model that may be packed, but for the output embedding.
+
+    Their blocks and roles are unknown: `find_layers` tells them of a model that is not packed.
+    """
+    head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    return [
+        LinearLayer(name, -1, name, module)
+        for name, module in model.named_modules()
+        if _is_linear(module) and module is not head
+    ]
+
+
 def _walk(model: "PreTrainedModel") -> Iterator[LinearLayer]:
     prefix, blocks = find_blocks(model)
     config = model.config.get_text_config(decoder=True)

@@ -98,11 +98,11 @@ def score_of(
                 targets = window[firsts[row] : firsts[row] + length]
                 given = slice(firsts[row] - 1, firsts[row] - 1 + length)
                 others = None if dense is None else dense[place, given]
-                compared = _compared(logits[place, given], targets, others)
-                found[row] = float(compared[0].double().mean())
+                rows = compared(logits[place, given], targets, others)
+                found[row] = float(rows[0].double().mean())
                 if others is not None:
-                    kl[row] = compared[1]
-                    shares[:, row] = compared[2:].double().mean(dim=1)
+                    kl[row] = rows[1]
+                    shares[:, row] = rows[2:].double().mean(dim=1)
             bar.update(batch.numel())
     for values in (found, kl, shares) if against is not None else (found,):
         ranks.all_reduce_sum_(values)
@@ -133,7 +133,7 @@ def _dense_logits(
     return logits
 
 
-def _compared(
+def compared(
     scores: torch.Tensor, targets: torch.Tensor, others: torch.Tensor | None
 ) -> torch.Tensor:
     """Return the losses of tokens from their logits (tokens, vocabulary), in nats: (1, tokens).

@@ -6,6 +6,7 @@ a module can have a colon in its name, so in practice no layer has such a name; 
 """
 
 import dataclasses
+import difflib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
@@ -88,6 +89,28 @@ def find_inputs(
         )
     kept = chosen([one.name for one in found], ["*"], as_list(exclude)) if found else []
     return [one for one, keep in zip(found, kept, strict=True) if keep]
+
+
+def find_channel(layers: Sequence[LinearLayer], name: str) -> tuple[Recordable, int]:
+    """Return the layer of a neuron LAYER:INDEX, or the inputs of LAYER:input:INDEX, and the index.
+
+    Raises:
+        LookupError: there is no such neuron or input channel.
+    """
+    place, _, index = name.rpartition(":")
+    layer = next((one for one in layers if one.name == place.removesuffix(INPUT)), None)
+    if layer is None:
+        names = [one.name for one in layers]
+        near = difflib.get_close_matches(place.removesuffix(INPUT) or name, names, 3, 0.3)
+        close = " or ".join(f"{one}:0" for one in near or names[:1])
+        raise LookupError(f"no neuron {name!r}: expected LAYER:INDEX, such as {close}")
+    found: Recordable = LayerInputs(layer) if place.endswith(INPUT) else layer
+    if not (index.isascii() and index.isdigit() and int(index) < found.neurons):
+        raise LookupError(
+            f"no neuron {name!r}: {place} has {found.neurons:,} {found.side}s, 0 to "
+            f"{found.neurons - 1}"
+        )
+    return found, int(index)
 
 
 def find_both(

@@ -383,3 +383,9 @@ def start_tokens(tokenizer: PreTrainedTokenizerBase, bos: Bos) -> list[int]:
             "use bos='never'"
         )
     return [token] if bos == "always" and not start else start
+
+
+def token_name(tokenizer: "PreTrainedTokenizerBase", token: int) -> str:
+    """Return a token's text; its id follows if it is a part of a character, since those look alike."""
+    text = str(tokenizer.decode([token], clean_up_tokenization_spaces=False))
+    return f"{text}<{token}>" if "\ufffd" in text or not text else text

@@ -12,8 +12,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from entangle.numerics.gaussian import from_samples, noise_floor
+from entangle.runs import store
 from entangle.runs.contexts_file import Kept, read_contexts
 from entangle.runs.dataset import check_neuron, dataset_of
+from entangle.runs.descriptions import read_descriptions
 from entangle.show import plots
 from entangle.show.coloured import ColouredText, ColouredWindows
 from entangle.show.panels import subject_of
@@ -155,6 +157,44 @@ class Neuron:
             raise LookupError(f"the contexts of {self.name} are missing: {self._search()}")
         return kept
 
+    @property
+    def words(self) -> pd.DataFrame:
+        """The words that ``entangle words`` found: a row per token, the largest products first.
+
+        Columns:
+
+        * ``side``: whether the weights read the token or write it.
+        * ``of``: the neuron or input channel whose weights they are.
+        * ``token``: of the vocabulary.
+        * ``value``: product of the weights and the token's embedding.
+        * ``deviation``: of the value from the mean over the vocabulary, in std.
+
+        Raises:
+            LookupError: the words of this neuron were not searched yet.
+        """
+        source = self._run.encoding.get("source")
+        folder = Path(source).parent if source else None
+        file = folder / "words.json" if folder else None
+        kept = store.read_json(file) if file and file.is_file() else {}
+        if self.name not in kept:
+            raise LookupError(
+                f"the words of {self.name} are missing: run entangle words {folder or 'RUN'} {self.name}"
+            )
+        columns = ("token", "value", "deviation")
+        return pd.DataFrame(
+            [
+                {"side": one["side"], "of": one["neuron"]} | {name: word[name] for name in columns}
+                for one in kept[self.name]["words"]
+                for word in [*one["top"], *one["bottom"][::-1]]
+            ]
+        )
+
+    @property
+    def description(self) -> str | None:
+        """The description that ``entangle describe`` added, or None."""
+        source = self._run.encoding.get("source")
+        return read_descriptions(Path(source).parent).get(self.name) if source else None
+
     def _search(self) -> str:
         """Return the advice to search the contexts of this neuron."""
         source = self._run.encoding.get("source")
@@ -234,6 +274,7 @@ class Neuron:
         subject = html.escape(subject_of(self._run.to_dataset()))
         return (
             f"<div><b>{html.escape(self.name)}</b><br><small>{subject}</small>"
+            f"{f'<p>{html.escape(self.description)}</p>' if self.description else ''}"
             f"<div style='display:flex;gap:1.5em;align-items:flex-start'>"
             f"<table>{rows}</table>{self._sketch()}</div></div>"
         )

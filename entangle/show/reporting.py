@@ -22,6 +22,7 @@ from entangle.experiments import ablation_table, sweep_table
 from entangle.runs import store
 from entangle.runs.contexts_file import FILE, read_contexts
 from entangle.runs.dataset import disentangled, summary, trusted
+from entangle.runs.descriptions import read_descriptions
 from entangle.show import plots
 from entangle.show.cut_windows import cut
 from entangle.show.panels import held_out_subject, subject_of
@@ -42,7 +43,7 @@ _MADE_OF = (
     *("fingerprint", "layers", "input_layers", "versions"),
 )
 READERS = {"sweep": sweep_table.read_table, "ablation": ablation_table.read_table}
-_SCRIPTS = ("report.js", "windows.js")
+_SCRIPTS = ("report.js", "windows.js", "words.js")
 _FIGURES = {  # by kind of run, besides the interactive ones
     "measure": ("layers", "difficulty"),
     "disentangle": ("improvement", "clusters", "sparse"),
@@ -119,7 +120,7 @@ def _section(folder: Path) -> Section:
         subject = held_out_subject(run.to_dataset())
         return _table_section(folder, "disentangle", run, about, subject)
     found = summary(run)
-    data, left_out = _interactive(run, _contexts(folder))
+    data, left_out = _interactive(run, _contexts(folder) | _in_words(folder))
     figures, not_drawn = _drawn(run, "measure")
     return Section(
         name=folder.resolve().name,
@@ -308,6 +309,35 @@ def _contexts(folder: Path) -> dict[str, Any]:
             "it and run entangle contexts again"
         ) from error
     return {"contexts": found, "windows": texts}
+
+
+def _in_words(folder: Path) -> dict[str, Any]:
+    """Return the descriptions of neurons, and the words that they read and write, by name.
+
+    Raises:
+        ValueError: another version wrote the file of words, or it is damaged.
+    """
+    file = folder / "words.json"
+    kept = store.read_json(file) if file.is_file() else {}
+    try:
+        words = {
+            name: [
+                {key: one[key] for key in ("side", "neuron", "what", "through")}
+                | {end: [_word(word) for word in one[end]] for end in ("top", "bottom")}
+                for one in found["words"]
+            ]
+            for name, found in kept.items()
+        }
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{file} was not written by this version of entangle words ({error!r}): delete it and run "
+            "entangle words again"
+        ) from error
+    return {"words": words, "descriptions": read_descriptions(folder)}
+
+
+def _word(word: Mapping[str, Any]) -> list[Any]:
+    return [word["token"], float(f"{word['value']:.4g}"), round(word["deviation"], 1)]
 
 
 def _shortened(found: Mapping[str, Any]) -> dict[str, Any]:

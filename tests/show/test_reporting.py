@@ -1545,3 +1545,32 @@ def test_a_page_of_tables_alone_has_no_script(
         assert len(widths) == 1
         assert min(widths) > 500
         expect(page.locator("table").first).to_be_visible()
+
+
+def test_words_and_descriptions_are_shown_and_found(
+    browser: Browser, site: Site, tmp_path: Path
+) -> None:
+    run = changed(site.small, tmp_path / "small")
+    word = {"token": ATTACK, "id": 3, "value": 0.12345, "deviation": 4.21}
+    least = {"token": " low", "id": 4, "value": -2.5, "deviation": -3.04}
+    found: dict[str, Any] = {"side": "reads", "neuron": ASKED[0], "what": "row"}
+    found |= {"through": ["the norm"]}
+    found |= {"mean": 0.0, "std": 1.0, "top": [word], "bottom": [least]}
+    words = {ASKED[0]: {"neuron": ASKED[0], "words": [found], "missing": []}}
+    (run / "words.json").write_text(json.dumps(words), encoding="utf-8")
+    told = {ASKED[0]: f"{ATTACK} and line breaks"}
+    (run / "descriptions.json").write_text(json.dumps(told), encoding="utf-8")
+    file = entangle.report([run], tmp_path / "report.html")
+    with visit(browser, file, ASKED[0]) as page:
+        box = page.locator(".neuron .words")
+        text = box.inner_text()
+        assert told[ASKED[0]] in text
+        assert f"reads (row {ASKED[0]}, through the norm)" in text
+        assert f"most: {json.dumps(ATTACK)} 0.1235 (+4.2)" in text
+        assert 'least: " low" -2.5 (-3.0)' in text
+        page.get_by_label("search by layer and index").fill("line breaks")
+        assert page.locator(".neurons tbody tr").count() == 1
+        assert page.locator(".neurons .told").all_text_contents() == [told[ASKED[0]]]
+    (run / "words.json").write_text(json.dumps({ASKED[0]: {"words": [{}]}}), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"words\.json was not written by this version"):
+        entangle.report([run], tmp_path / "report.html")

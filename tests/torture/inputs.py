@@ -399,8 +399,9 @@ def _may_change(name: str, case: Case, done: Outcome) -> bool:
     if case.words[0] in {"rank", "diff", "plot", "report"}:
         inside = re.search(r"/figures/|/report\.html$", name) is not None
         return inside or name in {str(Path(word)) for word in words}
-    if case.words[0] == "contexts":
-        return name.endswith("/contexts.json")
+    added = {"contexts": "contexts", "words": "words", "describe": "descriptions"}
+    if case.words[0] in added:
+        return name.endswith(f"/{added[case.words[0]]}.json")
     targets = {str(Path(to)) for flag, to in itertools.pairwise(words) if flag in {"--ou", "--out"}}
     overwrites = any("--overwrite".startswith(word) for word in words if len(word) > 4)
     return overwrites and any(f"{name}/".startswith(f"{target}/") for target in targets)

@@ -29,7 +29,7 @@ MADE = {
     "ablated": f"ablate run {SCORED} {SOME} --seeds 2 --share 0.2 --out ablated",
     "untangled": f"disentangle run {SCORED} {SOME} --experts 2 --out untangled",
 }
-NAMES = ("model", "gpt2", "texts", "text.txt", "evaluation.txt", "short.txt", *MADE)
+NAMES = ("model", "gpt2", "texts", "text.txt", "evaluation.txt", "short.txt", "told.json", *MADE)
 
 
 def workplace() -> Path:
@@ -54,6 +54,7 @@ def make_sources(folder: Path) -> None:
     (folder / "text.txt").write_text(prose(seed=1, words=400))
     (folder / "evaluation.txt").write_text(prose(seed=2, words=100))
     (folder / "short.txt").write_text("too short")
+    (folder / "told.json").write_text('{"model.layers.0.mlp.up_proj:3": "names of people"}')
     (folder / "texts").mkdir()
     for name in ("calibration", "evaluation"):
         (folder / "texts" / f"{name}.txt").write_text(prose(seed=len(name), words=100))

@@ -119,6 +119,10 @@ class Explorer {
     }
   }
 
+  described(row) {
+    return this.header.descriptions[this.names[row]] ?? "";
+  }
+
   // To where the neuron was opened from, which on a phone is a long way up or down.
   back() {
     if (!this.from?.isConnected) return;
@@ -167,7 +171,7 @@ class Explorer {
     this.neuron.replaceChildren(
       make("h3", {}, name),
       make("p", { class: "quiet" }, `rank ${rank.toLocaleString("en")} of the ${layer.neurons.toLocaleString("en")} ${layer.side === "input" ? "inputs" : "neurons"} of its layer, on ${this.header.tokens.toLocaleString("en")} tokens`),
-      this.picture, facts, this.contexts(name));
+      this.picture, facts, inWords(this.header, name), this.contexts(name));
     const back = make("button", { type: "button", class: "plain" }, "back to where it was opened");
     back.addEventListener("click", () => this.back());
     this.neuron.append(back);
@@ -417,7 +421,7 @@ class Table {
     const { explorer } = this, values = explorer[this.by], terms = this.search.value.trim().toLowerCase().split(/\s+/);
     const rows = [];
     for (let row = 0; row < explorer.count; row++) {
-      const name = explorer.names[row].toLowerCase() + (explorer.header.contexts[explorer.names[row]] ? " contexts" : "");
+      const name = explorer.names[row].toLowerCase() + (explorer.header.contexts[explorer.names[row]] ? " contexts" : "") + explorer.described(row).toLowerCase();
       if (terms.every((term) => name.includes(term))) rows.push(row);
     }
     const sign = this.falling ? -1 : 1;
@@ -437,7 +441,8 @@ class Table {
     open.addEventListener("click", () => explorer.select(row));
     const cells = COLUMNS.map(([key]) => make("td", {}, key.startsWith("wasserstein") ? explorer[key][row].toFixed(4) : short(explorer[key][row])));
     const known = explorer.header.contexts[explorer.names[row]] ? [" ", make("small", {}, "contexts")] : [];
-    return make("tr", { "data-row": row }, make("td", {}, open, ...known), ...cells, make("td", {}, explorer.small(row)));
+    const told = explorer.described(row) ? [make("div", { class: "told" }, explorer.described(row))] : [];
+    return make("tr", { "data-row": row }, make("td", {}, open, ...known, ...told), ...cells, make("td", {}, explorer.small(row)));
   }
 
   mark() {
