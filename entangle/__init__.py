@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         top_by_layer,
     )
     from entangle.measurement.recording import record
+    from entangle.measurement.resolving import resolve
     from entangle.model.generating import generate
     from entangle.model.loading import load_model, load_tokenizer
     from entangle.model.mixing import mixed_windows
@@ -58,6 +59,7 @@ __all__ = [
     "record",
     "repetition",
     "report",
+    "resolve",
     "sliding_windows",
     "sparsify",
     "sweep",
@@ -85,6 +87,7 @@ _HOMES = {
     "plan": "entangle.experiments.planning",
     "rank_correlations": "entangle.measurement.ranking",
     "record": "entangle.measurement.recording",
+    "resolve": "entangle.measurement.resolving",
     "perplexity": "entangle.model.scoring",
     "repetition": "entangle.model.repeating",
     "sliding_windows": "entangle.model.sliding",
@@ -105,6 +108,7 @@ def __getattr__(name: str) -> Any:
         "merge",
         "open_run",
         "record",
+        "resolve",
     }:  # they return trees: register the accessor
         importlib.import_module("entangle.show.notebook")
     if name not in _HOMES:

@@ -19,6 +19,17 @@ Array = npt.NDArray[np.float64]
 UNITS = {
     "wasserstein": ("1-Wasserstein distance to a Gaussian", "std"),
     "wasserstein_error": ("certified bound of the error of wasserstein", "std"),
+    "wasserstein_bulk": (
+        "1-Wasserstein distance of the bulk to a Gaussian without its farthest 1%",
+        "std of the bulk",
+    ),
+    "wasserstein_bulk_error": (
+        "certified bound of the error of wasserstein_bulk",
+        "std of the bulk",
+    ),
+    "negentropy": ("negentropy of the bulk", "nats"),
+    "bimodality": ("bimodality coefficient of the bulk", "1"),
+    "far_variance": ("share of the variance beyond 6 std", "1"),
     "mean": ("mean output", "output"),
     "std": ("population standard deviation of the output", "output"),
     "skewness": ("skewness", "1"),
@@ -136,12 +147,28 @@ def disentangled(run: xr.DataTree | xr.Dataset) -> dict[str, Any]:
     return found
 
 
-def trusted(run: xr.DataTree | xr.Dataset) -> npt.NDArray[np.bool_]:
-    """Return a mask (neurons,) of those that are ranked: a distance, and a bound of at most 0.1."""
-    dataset = dataset_of(run)
-    bound, distance = dataset["wasserstein_error"].to_numpy(), dataset["wasserstein"].to_numpy()
+def trusted(run: xr.DataTree | xr.Dataset, by: str = "wasserstein") -> npt.NDArray[np.bool_]:
+    """Return a mask (neurons,) of those that are ranked: a distance, and a bound of at most 0.1.
+
+    It is of ``wasserstein_bulk`` if ``by`` is that, and else of ``wasserstein``.
+    """
+    dataset, name = dataset_of(run), by if by == "wasserstein_bulk" else "wasserstein"
+    bound, distance = dataset[f"{name}_error"].to_numpy(), dataset[name].to_numpy()
     known: npt.NDArray[np.bool_] = (bound <= TRUSTED_ERROR) & np.isfinite(distance)
     return known
+
+
+def kinds_of(data: xr.Dataset) -> npt.NDArray[np.str_]:
+    """Return the kind of each neuron (neurons,): ``outliers``, ``shape``, or empty if not known.
+
+    Outliers make a distance that is less than half as large without the 1% of tokens farthest from
+    the median; any other is of the shape. It is not known where the bound of the bulk's distance is
+    above 0.1, or the distance itself is not.
+    """
+    distance, bulk = data["wasserstein"].to_numpy(), data["wasserstein_bulk"].to_numpy()
+    known = trusted(data, "wasserstein_bulk") & np.isfinite(distance)
+    kinds: npt.NDArray[np.str_] = np.where(bulk < distance / 2, "outliers", "shape")
+    return np.where(known, kinds, "")
 
 
 def summary(run: xr.DataTree | xr.Dataset) -> dict[str, Any]:
@@ -178,7 +205,8 @@ def _distances(dataset: xr.Dataset) -> dict[str, Any]:
     known = np.where(trusted(dataset), distance, np.nan)
     largest = int(np.nanargmax(known)) if np.isfinite(known).any() else None
     median, quantile = np.nanquantile(known, [0.5, 0.95]) if largest is not None else (np.nan,) * 2
-    return {
+    bulk = {"bulk": _bulk_distances(dataset)} if "wasserstein_bulk" in dataset else {}
+    return bulk | {
         "neurons_measured": dataset.sizes["neuron"],
         "layers": len(set(dataset["layer"].to_numpy())),
         "median": float(median),
@@ -186,6 +214,24 @@ def _distances(dataset: xr.Dataset) -> dict[str, Any]:
         "largest": np.nan if largest is None else float(distance[largest]),
         "largest_error": np.nan if largest is None else float(error[largest]),
         "largest_neuron": "none" if largest is None else dataset["neuron"][largest].item(),
+    }
+
+
+def _bulk_distances(dataset: xr.Dataset) -> dict[str, Any]:
+    """Return the quantiles of the bulks' distances, in their std, and how many are not known."""
+    distance, error = (
+        dataset[name].to_numpy() for name in ("wasserstein_bulk", "wasserstein_bulk_error")
+    )
+    known = np.where(trusted(dataset, "wasserstein_bulk"), distance, np.nan)
+    found = {"unknown": int((error > TRUSTED_ERROR).sum())}
+    if not np.isfinite(known).any():
+        return found | {"median": np.nan, "largest": np.nan, "largest_neuron": "none"}
+    largest = int(np.nanargmax(known))
+    return found | {
+        "median": float(np.nanmedian(known)),
+        "largest": float(distance[largest]),
+        "largest_error": float(error[largest]),
+        "largest_neuron": dataset["neuron"][largest].item(),
     }
 
 

@@ -35,7 +35,11 @@ Floats = NDArray[np.float64]
 Counts = NDArray[np.int64]
 Sheet = Figure | SubFigure | None
 
-DISTANCE = "1-Wasserstein distance\nto a Gaussian (std)"
+DISTANCES = {
+    "wasserstein": "1-Wasserstein distance\nto a Gaussian (std)",
+    "wasserstein_bulk": "1-Wasserstein distance\nof the bulk (its std)",
+}
+DISTANCE = DISTANCES["wasserstein"]
 STYLE: dict[Any, Any] = {
     **sns.plotting_context("paper", font_scale=0.88),
     **dict.fromkeys(("axes.labelsize", "figure.labelsize", "figure.titlesize"), 8.5),
@@ -123,7 +127,7 @@ def frame_of(run: Run, variable: str, layers: Names) -> tuple[pd.DataFrame, Coun
     frame = pd.DataFrame({key: data[key].to_numpy() for key in ("layer", "block", "role", "count")})
     value = data[variable].to_numpy().astype(float)
     dead = ~np.isfinite(value)
-    doubtful = ~dead & ~trusted(data) & (variable == "wasserstein")
+    doubtful = ~dead & ~trusted(data, variable) & (variable in DISTANCES)
     floors = {count: noise_floor(count) for count in frame["count"].unique() if count}
     frame["floor"] = frame["count"].map(floors)
     frame["value"] = np.where(dead | doubtful, np.nan, value)
@@ -172,7 +176,7 @@ def panels_of(
         sizes = " to ".join(f"{end:,}" for end in ends)
         ax.set_title(f"{names[place]}\n{sizes} {'inputs' if role.endswith(INPUT) else 'neurons'}")
         ax.tick_params(labelbottom=place + columns >= len(roles))
-        if labels[1] == DISTANCE:
+        if labels[1] in DISTANCES.values():
             ax.set_yscale("log")
             ax.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5), numticks=9))
             ax.yaxis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))

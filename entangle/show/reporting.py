@@ -21,6 +21,7 @@ from plotly.offline import get_plotlyjs
 from entangle.experiments import ablation_table, sweep_table
 from entangle.runs import store
 from entangle.runs.dataset import disentangled, summary, trusted
+from entangle.runs.shapes import finer
 from entangle.show import plots
 from entangle.show.panels import held_out_subject, subject_of
 from entangle.show.sketches import sketch
@@ -32,7 +33,7 @@ _FREQUENT = 8  # tokens whose share is shown
 _PLACES = 32  # groups of window positions whose shares are shown
 _FLOATS = (
     *("wasserstein", "wasserstein_error", "mean", "std"),
-    *("skewness", "kurtosis", "min", "max"),
+    *("skewness", "kurtosis", "min", "max", "wasserstein_bulk", "far_variance"),
 )
 _MADE_OF = (
     *("command", "model", "class", "revision", "weights", "dtype", "device", "text", "windows"),
@@ -161,6 +162,12 @@ def _findings(about: Mapping[str, Any]) -> dict[str, str]:
         f"{about['largest_neuron']}",
         "noise floor": f"{about['noise_floor']:.4f} std",
     }
+    if "bulk" in about and np.isfinite(about["bulk"]["largest"]):
+        bulk = about["bulk"]
+        found |= {
+            "largest of a bulk": f"{bulk['largest']:.4f} ± {bulk['largest_error']:.4f} of its std, "
+            f"{bulk['largest_neuron']}"
+        }
     if "inputs" in about:
         inputs = about["inputs"]
         found |= {
@@ -252,6 +259,7 @@ def _interactive(run: xr.DataTree, contexts: Mapping[str, Any]) -> tuple[dict[st
             continue
         part = data.isel(neuron=slice(start, end))
         held = histograms.isel(neuron=slice(start, end)).load()
+        held = finer(held, run, np.arange(start, end))
         drawn = sketch(held, part["mean"].to_numpy(), part["std"].to_numpy(), bars=_BARS)
         bars.append(np.column_stack([drawn.low, drawn.high, drawn.shares])[ranked])
         rows.append(start + ranked)
@@ -259,6 +267,8 @@ def _interactive(run: xr.DataTree, contexts: Mapping[str, Any]) -> tuple[dict[st
     highest = drawn_bars[:, 2:].max(axis=1)
     levels = np.round(_LEVELS * drawn_bars[:, 2:] / highest[:, None]).astype(np.uint8)
     columns = {name: data[name].to_numpy()[row] for name in _FLOATS}
+    untrusted = ~trusted(data, "wasserstein_bulk")[row]
+    columns["wasserstein_bulk"] = np.where(untrusted, np.nan, columns["wasserstein_bulk"])
     columns |= {"low": drawn_bars[:, 0], "high": drawn_bars[:, 1], "highest": highest}
     header = {
         "layers": layers,
