@@ -71,12 +71,13 @@ def unresolved(tree: xr.DataTree) -> Rows:
     if not len(rows):
         return rows
     state = {name: tensor.numpy() for name, tensor in _state(tree, rows).tensors().items()}
-    return rows[ends_of_counts(state).bins < state["counts"].shape[1] / _FEW]
+    few: Rows = rows[ends_of_counts(state).bins < state["counts"].shape[1] / _FEW]
+    return few
 
 
 def _state(tree: xr.DataTree, rows: Rows) -> Histograms:
     """Return the state of these rows, the second one of those that have it."""
-    first = tree["histogram"].to_dataset(inherit=False).isel(neuron=rows).load()
+    first = tree.children["histogram"].to_dataset(inherit=False).isel(neuron=rows).load()
     return labelling.from_held(finer(first, tree, rows))
 
 

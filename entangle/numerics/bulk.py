@@ -57,11 +57,12 @@ def shapes_of_counts(state: Mapping[str, npt.NDArray[Any]], mean: Array, std: Ar
     known = np.isfinite(std)
     count, removed, ends, width = _placed(state)
     found, far = np.full((len(std), 4), np.nan), np.full(len(std), np.nan)
-    sums = [state[name] for name in ("steps", "tail_count", "tail_excess", "tail_square")]
-    bulk_shapes(state["counts"], count, removed, *sums[:3], ends, known, found)
-    place = (mean - state["center"]) / width + state["counts"].shape[1] / 2
-    far_variance(state["counts"], count, *sums[1:], place, std / width, known, far)
-    return Shapes(*found.T, far)
+    counts, tails, excess = state["counts"], state["tail_count"], state["tail_excess"]
+    bulk_shapes(counts, count, removed, state["steps"], tails, excess, ends, known, found)
+    place, spread = (mean - state["center"]) / width + counts.shape[1] / 2, std / width
+    far_variance(counts, count, tails, excess, state["tail_square"], place, spread, known, far)
+    distance, error, negentropy, bimodality = (found[:, column] for column in range(4))
+    return Shapes(distance, error, negentropy, bimodality, far)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,9 +81,11 @@ def ends_of_counts(state: Mapping[str, npt.NDArray[Any]]) -> Ends:
     count, removed, ends, width = _placed(state)
     found = np.full((len(count), 4), np.nan)
     known = np.isfinite(ends).all(axis=1) & (count > 0)
-    bulk_ends(state["counts"], count, removed, state["tail_count"], ends, known, found)
+    tails = state["tail_count"], state["tail_excess"]
+    bulk_ends(state["counts"], count, removed, *tails, ends, known, found)
     left = state["center"] - width * (state["counts"].shape[1] / 2)
-    return Ends(*(left[:, None] + width[:, None] * found).T, found[:, 1] - found[:, 0])
+    least, most, low, high = (left + width * found[:, column] for column in range(4))
+    return Ends(least, most, low, high, found[:, 1] - found[:, 0])
 
 
 def _placed(

@@ -19,14 +19,8 @@ Array = npt.NDArray[np.float64]
 UNITS = {
     "wasserstein": ("1-Wasserstein distance to a Gaussian", "std"),
     "wasserstein_error": ("certified bound of the error of wasserstein", "std"),
-    "wasserstein_bulk": (
-        "1-Wasserstein distance of the bulk to a Gaussian without its farthest 1%",
-        "std of the bulk",
-    ),
-    "wasserstein_bulk_error": (
-        "certified bound of the error of wasserstein_bulk",
-        "std of the bulk",
-    ),
+    "wasserstein_bulk": ("1-Wasserstein distance of the bulk to a Gaussian", "its std"),
+    "wasserstein_bulk_error": ("certified bound of the error of wasserstein_bulk", "its std"),
     "negentropy": ("negentropy of the bulk", "nats"),
     "bimodality": ("bimodality coefficient of the bulk", "1"),
     "far_variance": ("share of the variance beyond 6 std", "1"),
@@ -161,14 +155,17 @@ def trusted(run: xr.DataTree | xr.Dataset, by: str = "wasserstein") -> npt.NDArr
 def kinds_of(data: xr.Dataset) -> npt.NDArray[np.str_]:
     """Return the kind of each neuron (neurons,): ``outliers``, ``shape``, or empty if not known.
 
-    Outliers make a distance that is less than half as large without the 1% of tokens farthest from
-    the median; any other is of the shape. It is not known where the bound of the bulk's distance is
-    above 0.1, or the distance itself is not.
+    Outliers make a distance if more than half of the variance is beyond 6 std, or if it is less than
+    half as large without the 1% of tokens farthest from the median. Any other is of the shape. It
+    is not known where the bulk's distance has a bound above 0.1 that leaves both possible, or the
+    distance is not known.
     """
-    distance, bulk = data["wasserstein"].to_numpy(), data["wasserstein_bulk"].to_numpy()
-    known = trusted(data, "wasserstein_bulk") & np.isfinite(distance)
-    kinds: npt.NDArray[np.str_] = np.where(bulk < distance / 2, "outliers", "shape")
-    return np.where(known, kinds, "")
+    names = ("wasserstein", "wasserstein_bulk", "wasserstein_bulk_error", "far_variance")
+    distance, bulk, error, far = (data[name].to_numpy() for name in names)
+    half, apart = distance / 2, far > 0.5
+    known = (error <= TRUSTED_ERROR) | (bulk + error < half) | (bulk - error >= half) | apart
+    kinds: npt.NDArray[np.str_] = np.where((bulk < half) | apart, "outliers", "shape")
+    return np.where(known & np.isfinite(distance), kinds, "")
 
 
 def summary(run: xr.DataTree | xr.Dataset) -> dict[str, Any]:

@@ -87,7 +87,9 @@ def held_of(held: xr.Dataset, run: xr.DataTree, names: Sequence[str]) -> xr.Data
     ``held`` are the run's first histograms, with the index ``neuron``.
     """
     return finer(
-        held.sel(neuron=list(names)).load(), run, held.get_index("neuron").get_indexer(names)
+        held.sel(neuron=list(names)).load(),
+        run,
+        held.get_index("neuron").get_indexer(pd.Index(names)),
     )
 
 
@@ -98,7 +100,7 @@ def finer(held: xr.Dataset, run: xr.DataTree, rows: npt.ArrayLike) -> xr.Dataset
     """
     if "resolved" not in run.children:
         return held
-    second = run["resolved"].to_dataset(inherit=False)
+    second = run.children["resolved"].to_dataset(inherit=False)
     place = pd.Index(second["row"].to_numpy()).get_indexer(pd.Index(np.asarray(rows)))
     chosen = np.flatnonzero(place >= 0)
     found = held.copy(deep=True)

@@ -222,7 +222,7 @@ def open_run(folder: str | Path) -> xr.DataTree:
             resolved = _resolved(folder)
             if resolved is not None:
                 tree["resolved"] = xr.DataTree(resolved)
-            histograms = tree["histogram"].to_dataset(inherit=False)
+            histograms = tree.children["histogram"].to_dataset(inherit=False)
             tree.dataset = with_shapes(tree.to_dataset(), histograms, resolved)
         if (folder / TEXT).is_file():
             with_text(tree, np.load(folder / TEXT))
@@ -249,7 +249,7 @@ def write_resolved(
             for name, array in arrays.items()
         }
     with folders.new_file(folder / RESOLVED) as partial:
-        np.savez_compressed(partial, run=of, **arrays)
+        np.savez_compressed(partial, run=of, **arrays)  # type: ignore[arg-type]  # not allow_pickle
 
 
 def _resolved(folder: Path) -> xr.Dataset | None:
@@ -262,7 +262,7 @@ def _resolved(folder: Path) -> xr.Dataset | None:
     if not file.is_file():
         return None
     try:
-        with np.load(file, allow_pickle=False) as held:
+        with file.open("rb") as opened, np.load(opened, allow_pickle=False) as held:
             arrays = {name: held[name] for name in held.files}
         of = str(arrays.pop("run"))
         dimensions = {"counts": ("bin",)} | dict.fromkeys(_TAILS, ("tail",))

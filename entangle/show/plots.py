@@ -320,13 +320,14 @@ def _mark_tails(ax: Axes, beyond: tuple[int, int], reach: tuple[float, float], t
         if count:
             words = f"{count / tokens:.2%} to {std:+.3g} std"
             ax.text(
-                0.995 if side else 0.005,
-                0.03,
+                0.99 if side else 0.01,
+                0.97,
                 f"{words} \u25b8" if side else f"\u25c2 {words}",
                 transform=ax.transAxes,
                 ha="right" if side else "left",
+                va="top",
                 fontsize=7,
-                color=FIT,
+                color=QUIET,
             )
 
 

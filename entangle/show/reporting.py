@@ -20,7 +20,7 @@ from plotly.offline import get_plotlyjs
 
 from entangle.experiments import ablation_table, sweep_table
 from entangle.runs import store
-from entangle.runs.dataset import disentangled, summary, trusted
+from entangle.runs.dataset import disentangled, kinds_of, summary, trusted
 from entangle.runs.shapes import finer
 from entangle.show import plots
 from entangle.show.panels import held_out_subject, subject_of
@@ -40,6 +40,7 @@ _MADE_OF = (
     *("length", "tokens", "seed", "bos", "skip_first", "evaluation", "evaluation_windows"),
     *("fingerprint", "layers", "input_layers", "versions"),
 )
+_KINDS = ("", "outliers", "shape")  # in the order of report.js
 READERS = {"sweep": sweep_table.read_table, "ablation": ablation_table.read_table}
 _FIGURES = {  # by kind of run, besides the interactive ones
     "measure": ("layers", "difficulty"),
@@ -280,6 +281,8 @@ def _interactive(run: xr.DataTree, contexts: Mapping[str, Any]) -> tuple[dict[st
     packed = {"header": _packed(_json(header))}
     packed |= {name: _packed(_three_bytes(values)) for name, values in columns.items()}
     packed["index"] = _packed(_planes(data["index"].to_numpy()[row].astype("<u4")))
+    kinds = kinds_of(data)[row]
+    packed["kind"] = _packed(np.array([_KINDS.index(kind) for kind in kinds], np.uint8))
     packed["modes"] = _packed(data["modes"].to_numpy()[row].clip(0, 255).astype(np.uint8))
     packed["sketch"] = _packed(np.diff(levels.T, axis=0, prepend=np.uint8(0)))  # (bars, neurons)
     shown = len(row)

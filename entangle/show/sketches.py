@@ -11,6 +11,7 @@ from entangle.numerics.kernels.bins import HALF_RANGE
 
 Floats = npt.NDArray[np.float64]
 
+_STATE = ("counts", "count", "center", "scale", "tail_count", "tail_excess", "minimum", "maximum")
 _ROOM = 0.3  # of the bulk's extent, free on both sides of it
 
 
@@ -29,8 +30,7 @@ def axis_of(held: xr.Dataset) -> tuple[Floats, Floats]:
     They follow its bulk, all tokens but the 1% farthest from the median, and leave 30% of its
     extent free on both sides. NaN for a neuron without a bulk.
     """
-    names = ("counts", "count", "center", "scale", "tail_count", "minimum", "maximum")
-    ends = ends_of_counts({name: held[name].to_numpy() for name in names})
+    ends = ends_of_counts({name: held[name].to_numpy() for name in _STATE})
     fine = 2 * HALF_RANGE * held["scale"].to_numpy() / held["counts"].shape[1]
     room = np.maximum(_ROOM * (ends.high - ends.low), fine)
     return ends.low - room, ends.high + room

@@ -23,7 +23,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     entangle.measure(tiny_model("llama"), random_windows(20), layers=[LAYER], out=today)
     tree = store.open_run(today)
     data = tree.to_dataset().drop_vars(shapes.SHAPES).load()
-    held = tree["histogram"].to_dataset(inherit=False).load()
+    held = tree.children["histogram"].to_dataset(inherit=False).load()
     both = xr.DataTree.from_dict({"/": data, "/histogram": held})
     log = store.read_json(today / "log.json")
     store.write_run(older, [both], store.read_json(today / "run.json"), lambda: log)
@@ -56,16 +56,27 @@ def test_an_older_run_has_the_shapes_that_a_run_of_today_stores(
 
 def test_kinds_are_told_by_half_the_distance_where_the_bulks_is_known() -> None:
     values = {
-        "wasserstein": [0.8, 0.8, 0.8, np.nan, 0.8],
-        "wasserstein_error": [0.01] * 5,
-        "wasserstein_bulk": [0.39, 0.41, 0.39, 0.3, np.nan],
-        "wasserstein_bulk_error": [0.01, 0.01, 0.11, 0.01, np.nan],
+        "wasserstein": [0.8, 0.8, 0.8, np.nan, 0.8, 0.8, 0.8, 0.8, 0.8],
+        "wasserstein_error": [0.01] * 9,
+        "wasserstein_bulk": [0.39, 0.41, 0.39, 0.3, np.nan, 0.1, 0.6, 0.6, 0.4],
+        "wasserstein_bulk_error": [0.02, 0.02, 0.11, 0.01, np.nan, 0.2, 0.2, 0.01, 1],
+        "far_variance": [0.4, 0.5, 0.0, 0.9, 0.0, 0.0, 0.0, 0.51, 0.9],
     }
     data = xr.Dataset({name: ("neuron", np.array(one)) for name, one in values.items()})
-    data = data.assign_coords(neuron=[f"a:{i}" for i in range(5)], side=("neuron", ["output"] * 5))
-    assert kinds_of(data).tolist() == ["outliers", "shape", "", "", ""]
-    assert trusted(data, "wasserstein_bulk").tolist() == [True, True, False, True, False]
-    assert trusted(data, "kurtosis").tolist() == [True, True, True, False, True]
+    data = data.assign_coords(neuron=[f"a:{i}" for i in range(9)], side=("neuron", ["output"] * 9))
+    assert kinds_of(data).tolist() == [
+        "outliers",
+        "shape",
+        *[""] * 3,
+        "outliers",
+        "shape",
+        *["outliers"] * 2,
+    ]
+    assert trusted(data, "wasserstein_bulk").tolist() == [True, True, False, True] + [False] * 3 + [
+        True,
+        False,
+    ]
+    assert trusted(data, "kurtosis").tolist() == [True] * 3 + [False] + [True] * 5
 
 
 def test_the_summary_has_the_bulks_beside_the_distances(runs: tuple[Path, Path]) -> None:

@@ -106,8 +106,18 @@ def make_tree(rows: Array, **variables: Any) -> xr.DataTree:
 
 
 def make_parts(root: xr.Dataset, histograms: Histograms) -> xr.DataTree:
-    sides = {"counts": ("neuron", "bin"), "tail_count": ("neuron", "tail")}
-    names = ("counts", "center", "scale", "tail_count")
+    sides = {"counts": ("neuron", "bin")}
+    sides |= dict.fromkeys(("tail_count", "tail_excess"), ("neuron", "tail"))
+    names = (
+        "counts",
+        "count",
+        "center",
+        "scale",
+        "tail_count",
+        "tail_excess",
+        "minimum",
+        "maximum",
+    )
     state = {name: (sides.get(name, ("neuron",)), getattr(histograms, name)) for name in names}
     return xr.DataTree.from_dict({"/": root, "/histogram": xr.Dataset(state)})
 

@@ -838,6 +838,7 @@ def top_of(frame: pd.DataFrame) -> str:
 def of_kind(frame: pd.DataFrame, kind: str) -> pd.DataFrame:
     """Return the neurons whose distance outliers make, or their shape."""
     outliers = frame["wasserstein_bulk"] < frame["wasserstein"] / 2
+    outliers |= frame["far_variance"] > 0.5
     return frame[outliers if kind == "outliers" else ~outliers]
 
 

@@ -42,7 +42,8 @@ def bulk_shapes(counts, count, removed, steps, tail_count, tail_excess, ends, kn
         n, kept = count[i], count[i] - removed[i]
         inside = n - tail_count[i, 0] - tail_count[i, 1]
         least, most = ends[i, 0], ends[i, 1]
-        first, start, last = _cut(below, n, kept, least, most)
+        means = _tail_means(bins, tail_count[i], tail_excess[i])
+        first, start, last = _cut(below, n, kept, least, most, means)
         top = start + kept
 
         # Tokens of a tail that belong to the bulk are taken to be at its edge.
@@ -182,7 +183,7 @@ def far_variance(counts, count, tail_count, tail_excess, tail_square, mean, std,
 
 
 @numba.njit(parallel=True, nogil=True, cache=True)
-def bulk_ends(counts, count, removed, tail_count, ends, known, found):  # type: ignore[no-untyped-def]
+def bulk_ends(counts, count, removed, tail_count, tail_excess, ends, known, found):  # type: ignore[no-untyped-def]
     """Fill ``found`` (neurons, 4): the bulk is within the first two positions, and about the others."""
     neurons, bins = counts.shape
     for i in numba.prange(neurons):
@@ -190,10 +191,12 @@ def bulk_ends(counts, count, removed, tail_count, ends, known, found):  # type: 
             continue
         below = _tokens_below(counts[i], tail_count[i])
         kept, least, most = count[i] - removed[i], ends[i, 0], ends[i, 1]
-        first, start, last = _cut(below, count[i], kept, least, most)
+        means = _tail_means(bins, tail_count[i], tail_excess[i])
+        first, start, last = _cut(below, count[i], kept, least, most, means)
         found[i, 0] = _low(_item(below, first + 1), least)
         found[i, 1] = _high(_item(below, last + kept), bins, most)
-        found[i, 2], found[i, 3] = _place(below, start), _place(below, start + kept)
+        found[i, 2] = max(_place(below, start, means), 0.0)
+        found[i, 3] = min(_place(below, start + kept, means), float(bins))
 
 
 @numba.njit(cache=True)
@@ -224,16 +227,24 @@ def _high(item, bins, most):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(cache=True)
-def _place(below, rank):  # type: ignore[no-untyped-def]
-    """Return where that many tokens end, if those of a bin are spread evenly."""
+def _tail_means(bins, count, excess):  # type: ignore[no-untyped-def]
+    """Return the mean position of each tail's tokens, or its edge if it has none."""
+    left = -(excess[0] / count[0] + 0.5) / STEPS if count[0] > 0 else 0.0
+    right = (excess[1] / count[1] + 0.5) / STEPS if count[1] > 0 else 0.0
+    return left, bins + right
+
+
+@numba.njit(cache=True)
+def _place(below, rank, means):  # type: ignore[no-untyped-def]
+    """Return where that many tokens end, if those of a bin are spread evenly, and a tail's equal."""
     item, bins = _item(below, max(rank, 1e-9)), len(below) - 3
     if item == 0 or item == bins + 1:
-        return 0.0 if item == 0 else float(bins)
+        return means[0] if item == 0 else means[1]
     return item - 1 + (rank - below[item]) / (below[item + 1] - below[item])
 
 
 @numba.njit(cache=True)
-def _cut(below, n, kept, least, most):  # type: ignore[no-untyped-def]
+def _cut(below, n, kept, least, most, means):  # type: ignore[no-untyped-def]
     """Return how many tokens to the left of the bulk do not belong to it: least, about, most.
 
     The bulk is the tokens of the ranks i + 1 to i + kept, and i is how many ranks have
@@ -262,10 +273,10 @@ def _cut(below, n, kept, least, most):  # type: ignore[no-untyped-def]
             first = i
         else:
             last = i
-    begin, end, twice = float(first), float(last), 2 * _place(below, 0.5 * n)
+    begin, end, twice = float(first), float(last), 2 * _place(below, 0.5 * n, means)
     for _ in range(40):
         middle = 0.5 * (begin + end)
-        if _place(below, middle) + _place(below, middle + kept) < twice:
+        if _place(below, middle, means) + _place(below, middle + kept, means) < twice:
             begin = middle
         else:
             end = middle

@@ -43,6 +43,7 @@ const COLUMNS = [
   ["max", "max"],
 ];
 const INFERNO = ["#000004", "#160b39", "#420a68", "#6a176e", "#932667", "#bc3754", "#dd513a", "#f37819", "#fca50a", "#f6d746", "#fcffa4"];
+const KINDS = ["", "outliers", "shape"]; // of what makes a distance
 const OF_EACH_KIND = 8; // neurons in the first table
 const ROWS = 50; // of the table at first, and more by as many
 
@@ -59,7 +60,7 @@ class Explorer {
   }
 
   constructor(root, header, held) {
-    Object.assign(this, { root, header, sketch: held.sketch, modes: held.modes });
+    Object.assign(this, { root, header, sketch: held.sketch, modes: held.modes, kinds: held.kind });
     this.index = numbers(held.index, Uint32Array);
     for (const name of ["wasserstein", "wasserstein_error", "mean", "std", "skewness", "kurtosis", "min", "max", "low", "high", "highest", "wasserstein_bulk", "far_variance"]) {
       this[name] = numbers(held[name], Float32Array);
@@ -129,16 +130,12 @@ class Explorer {
     this.from.scrollIntoView({ block: "center" });
   }
 
-  // What makes the distance: outliers, if it is less than half as large without the farthest 1%.
-  kind(row) {
-    const bulk = this.wasserstein_bulk[row];
-    return Number.isNaN(bulk) ? "unknown" : bulk < this.wasserstein[row] / 2 ? "outliers" : "shape";
-  }
-
   // The rows of a kind with the largest values, largest first.
   largest(kind, values, count) {
     const rows = [];
-    for (let row = 0; row < this.count; row++) if (this.kind(row) === kind) rows.push(row);
+    for (let row = 0; row < this.count; row++) {
+      if (KINDS[this.kinds[row]] === kind && Number.isFinite(values[row])) rows.push(row);
+    }
     return rows.sort((a, b) => values[b] - values[a] || a - b).slice(0, count);
   }
 
@@ -211,7 +208,7 @@ class Explorer {
     for (const [right, end, farthest] of [[0, this.low[row], this.min[row]], [1, this.high[row], this.max[row]]]) {
       if (right ? farthest <= end : farthest >= end) continue;
       const words = `to ${std((farthest - this.mean[row]) / this.std[row])}`;
-      tails.push({ xref: "paper", yref: "paper", x: right, xanchor: right ? "right" : "left", y: 0.02, yanchor: "bottom", showarrow: false, text: right ? `${words} ▸` : `◂ ${words}`, font: { size: 11, color: colour("--ink") } });
+      tails.push({ xref: "paper", yref: "paper", x: right, xanchor: right ? "right" : "left", y: right ? 0.8 : 1, yanchor: "top", showarrow: false, text: right ? `${words} ▸` : `◂ ${words}`, font: { size: 11, color: colour("--ink") } });
     }
     Plotly.react(this.picture, [
       { type: "bar", x: middles, y: Array.from(heights, (share) => share / width), width: width, marker: { color: colour("--bar") }, name: `${side}s`, hovertemplate: `${side} %{x:.4g}: density %{y:.4g}<extra></extra>` },
@@ -429,7 +426,7 @@ class Table {
     this.more.addEventListener("click", () => { this.shown += ROWS; this.fill(); });
     explorer.tableBox.append(
       make("h3", {}, "Shapes and outliers"),
-      make("p", { class: "quiet" }, "A few outliers make a distance by squeezing all other tokens together. Without the 1% of tokens farthest from the median, the bulk, such a distance is less than half as large. The other distances are of the shape."),
+      make("p", { class: "quiet" }, "A few outliers make a distance by squeezing all other tokens together. Such a distance is less than half as large in the bulk, all tokens but the 1% farthest from the median, or more than half of the variance is beyond 6 std. The other distances are of the shape."),
       make("div", { class: "kinds" },
         this.kinds("Shapes", "shape", explorer.wasserstein_bulk),
         this.kinds("Outliers", "outliers", explorer.wasserstein)),
@@ -447,9 +444,9 @@ class Table {
     for (const row of explorer.largest(kind, values, OF_EACH_KIND)) {
       const open = make("button", { type: "button", class: "plain" }, explorer.names[row]);
       open.addEventListener("click", () => explorer.select(row));
-      body.append(make("tr", {}, make("td", {}, open), ...["wasserstein", "wasserstein_bulk"].map((key) => make("td", {}, explorer[key][row].toFixed(4))), make("td", {}, percent(explorer.far_variance[row])), make("td", {}, explorer.small(row))));
+      body.append(make("tr", {}, make("td", {}, open), ...["wasserstein", "wasserstein_bulk"].map((key) => make("td", {}, distanceOrShort(key, explorer[key][row]))), make("td", {}, explorer.small(row))));
     }
-    const heads = ["neuron", "W1 (std)", "of the bulk", "variance beyond 6 std", "distribution"];
+    const heads = ["neuron", "W1 (std)", "of the bulk", "distribution"];
     return make("div", {}, make("h4", {}, title),
       make("div", { class: "scroll", role: "region", "aria-label": `${title.toLowerCase()}, largest first`, tabindex: "0" },
         make("table", { class: "kind" }, make("thead", {}, make("tr", {}, ...heads.map((text) => make("th", { scope: "col" }, text)))), body)));
