@@ -59,7 +59,7 @@ def test_kinds_are_told_by_half_the_distance_where_the_bulks_is_known() -> None:
         "wasserstein": [0.8, 0.8, 0.8, np.nan, 0.8, 0.8, 0.8, 0.8, 0.8],
         "wasserstein_error": [0.01] * 9,
         "wasserstein_bulk": [0.39, 0.41, 0.39, 0.3, np.nan, 0.1, 0.6, 0.6, 0.4],
-        "wasserstein_bulk_error": [0.02, 0.02, 0.11, 0.01, np.nan, 0.2, 0.2, 0.01, 1],
+        "wasserstein_bulk_error": [0.02, 0.02, 0.11, 0.01, np.nan, 0.2, 0.15, 0.01, 1],
         "far_variance": [0.4, 0.5, 0.0, 0.9, 0.0, 0.0, 0.0, 0.51, 0.9],
     }
     data = xr.Dataset({name: ("neuron", np.array(one)) for name, one in values.items()})

@@ -195,8 +195,9 @@ def bulk_ends(counts, count, removed, tail_count, tail_excess, ends, known, foun
         first, start, last = _cut(below, count[i], kept, least, most, means)
         found[i, 0] = _low(_item(below, first + 1), least)
         found[i, 1] = _high(_item(below, last + kept), bins, most)
-        found[i, 2] = max(_place(below, start, means), 0.0)
-        found[i, 3] = min(_place(below, start + kept, means), float(bins))
+        little = 1e-6  # so that a whole tail, or bin, beside the bulk is no part of it
+        found[i, 2] = max(_place(below, start + little, means), 0.0)
+        found[i, 3] = min(_place(below, start + kept - little, means), float(bins))
 
 
 @numba.njit(cache=True)
