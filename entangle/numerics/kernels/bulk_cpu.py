@@ -196,8 +196,8 @@ def bulk_ends(counts, count, removed, tail_count, tail_excess, ends, known, foun
         found[i, 0] = _low(_item(below, first + 1), least)
         found[i, 1] = _high(_item(below, last + kept), bins, most)
         little = 1e-6  # so that a whole tail, or bin, beside the bulk is no part of it
-        found[i, 2] = max(_place(below, start + little, means), 0.0)
-        found[i, 3] = min(_place(below, start + kept - little, means), float(bins))
+        for end, rank in ((2, start + little), (3, start + kept - little)):
+            found[i, end] = min(max(_place(below, rank, means), 0.0), float(bins))
 
 
 @numba.njit(cache=True)
