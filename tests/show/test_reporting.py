@@ -365,6 +365,8 @@ def test_neurons_are_all_there_the_most_entangled_of_each_layer_first(site: Site
 
 def test_numbers_are_the_runs_to_15_bits_after_the_point(site: Site) -> None:
     found, frame = payload(sections(read(site.file))[0]), site.frame
+    unknown = frame["wasserstein_bulk_error"] > 0.1
+    frame["wasserstein_bulk"] = frame["wasserstein_bulk"].mask(unknown)
     for name in FLOATS:
         np.testing.assert_allclose(found.frame[name], frame[name], rtol=2.0**-16 * 1.001)
     assert found.frame["modes"].tolist() == frame["modes"].tolist()
