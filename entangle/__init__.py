@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         top_by_layer,
     )
     from entangle.measurement.recording import record
+    from entangle.measurement.resolving import resolve
     from entangle.measurement.vocabulary import words
     from entangle.model.generating import generate
     from entangle.model.loading import load_model, load_tokenizer
@@ -63,6 +64,7 @@ __all__ = [
     "record",
     "repetition",
     "report",
+    "resolve",
     "sliding_windows",
     "sparsify",
     "steer",
@@ -95,6 +97,7 @@ _HOMES = {
     "plan": "entangle.experiments.planning",
     "rank_correlations": "entangle.measurement.ranking",
     "record": "entangle.measurement.recording",
+    "resolve": "entangle.measurement.resolving",
     "perplexity": "entangle.model.scoring",
     "repetition": "entangle.model.repeating",
     "sliding_windows": "entangle.model.sliding",
@@ -119,6 +122,7 @@ def __getattr__(name: str) -> Any:
         "merge",
         "open_run",
         "record",
+        "resolve",
     }:  # they return trees: register the accessor
         importlib.import_module("entangle.show.notebook")
     if name not in _HOMES:

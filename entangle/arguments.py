@@ -10,7 +10,8 @@ from entangle.experiments.interventions import INTERVENTIONS, SETS
 from entangle.pruning.options import METHODS, OPTIONS, SOLVE, SOLVERS, read_count, read_number
 
 VARIABLES = (  # of a neuron in a run, in the order of `runs.dataset.UNITS`
-    *("wasserstein", "wasserstein_error", "mean", "std", "skewness", "kurtosis", "modes"),
+    *("wasserstein", "wasserstein_error", "wasserstein_bulk", "wasserstein_bulk_error"),
+    *("negentropy", "bimodality", "far_variance", "mean", "std", "skewness", "kurtosis", "modes"),
     *("min", "max", "count", "nonfinite", "weight_norm"),
 )
 DIFFICULTY_VARIABLES = ("difficulty", "difficulty_pairs", "difficulty_equal")
@@ -20,7 +21,8 @@ RESUME = "To resume a stopped command, run the same command again."
 ABLATE = f"""Treat a share of each layer's neurons, leave the others as they are, and score the model.
 --sets chooses the neurons: those with the largest Wasserstein distance (wasserstein) or the smallest
 (bottom), random ones (random: one set for each of --seeds seeds), or those with the largest
-kurtosis, weight_norm, std or difficulty (difficulty only if RUN was measured with --difficulty).
+kurtosis, weight_norm, std, wasserstein_bulk (the distance without the 1% of tokens farthest from the
+median) or difficulty (only if RUN was measured with --difficulty).
 --intervention chooses the treatment: sparsify prunes the neurons' weights by SparseGPT; zero sets
 their outputs to zero, mean to their mean over RUN's tokens, and negative sets negative outputs to
 zero. The tokens of --skip-first are treated too, but pruning and the score leave them out. {RESUME}"""
@@ -64,6 +66,8 @@ AGAINST = """also compare with this model, the dense one: KL divergence, agreeme
 tokens, and tokens lost and gained [no comparison]"""
 GENERATE = """also let the model go on after 20 prompts of 64 tokens from --text, by 128 tokens each, and
 count distinct n-grams and repeated tokens [do not]"""
+RESOLVE = """instead of a new run, add second histograms to RUN, of neurons whose bulk lies in too few
+of its bins; MODEL and the text must be those that RUN was measured on [--text and --out: a new run]"""
 SHARD = """count only this part of the batches, such as 3/8; entangle merge makes one run of all parts
 [all batches]"""
 AUTO_STRENGTH = """; auto chooses the strength, and the variable if --budget names none, on a fourth of
@@ -285,12 +289,12 @@ def parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
     bins = "bins of each neuron's histogram [1024]"
     measure = commands.add_parser(
         "measure",
-        parents=[model, verify, spread, text, layers, inputs, overwrite, output],
+        parents=[model, verify, spread, windows, layers, inputs, overwrite, output],
         help="measure the distribution of every neuron over a text",
     )
-    measure.add_argument(
-        "--out", type=_path, required=True, metavar="RUN", help="new folder for the run"
-    )
+    measure.add_argument("--text", nargs="+", metavar="TEXT", help=TEXTS)
+    measure.add_argument("--out", type=_path, metavar="RUN", help="new folder for the run")
+    measure.add_argument("--resolve", type=_path, metavar="RUN", help=RESOLVE)
     measure.add_argument("--bins", type=int, default=1024, metavar="N", help=bins)
     measure.add_argument(
         "--difficulty",
@@ -628,6 +632,12 @@ def parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
         metavar="LAYER:INDEX",
         help="neurons to draw: one or several for neuron, at most one for clusters and sparse "
         "[for clusters and sparse: the most entangled neuron whose outputs were kept]",
+    )
+    plot.add_argument(
+        "--by",
+        metavar="VARIABLE",
+        help="variable to draw: any for heatmap, wasserstein or wasserstein_bulk for layers and ranks "
+        "[wasserstein]",
     )
     plot.add_argument(
         "--sparsity", metavar="S", help="sparsity to draw, for improvement and sparse [RUN's last]"

@@ -24,10 +24,22 @@ if TYPE_CHECKING:
 
 
 def run_measure(args: argparse.Namespace) -> None:
-    """Measure the distribution of every neuron over a text."""
+    """Measure the distribution of every neuron over a text, or add second histograms to a run.
+
+    Raises:
+        ValueError: there is no text, no folder to write to, or too much of them.
+    """
     from entangle.model import folders, ranks
     from entangle.runs import dataset
 
+    if args.resolve:
+        _resolve(args)
+        return
+    if not args.text or not args.out:
+        raise ValueError(
+            "measure needs --text TEXT and --out RUN, a text and a new folder, or --resolve RUN, the "
+            "folder of a run that gets second histograms"
+        )
     folders.check_target(args.out, args.overwrite)  # fail before the long computation
     tokenizer = _tokenizer(args)
     parts, model = _parts(args, tokenizer), _model(args)
@@ -51,6 +63,31 @@ def run_measure(args: argparse.Namespace) -> None:
     _print(
         args, dataset.summary(run) | {"run": str(args.out), "log": _log(args.out)}, printed.describe
     )
+
+
+def _resolve(args: argparse.Namespace) -> None:
+    """Add second histograms to a run, from the windows that it was measured on.
+
+    Raises:
+        ValueError: --out is given too.
+    """
+    from entangle.runs import dataset
+
+    if args.out:
+        raise ValueError(
+            f"--resolve adds to {args.resolve} and writes no new run: leave --out {args.out} out"
+        )
+    run = entangle.open_run(args.resolve)
+    about = dataset.about(run)
+    drawn = {name: about[name] for name in ("windows", "length", "seed", "bos")}
+    drawn |= {"text": args.text or [*about.get("texts", [about["text"]])]}
+    args, tokenizer = argparse.Namespace(**vars(args) | drawn), _tokenizer(args)
+    parts, model = _parts(args, tokenizer), _model(args)
+    windows = _mixed(args, parts, model, tokenizer, args.resolve)
+    found = entangle.resolve(model, windows, run=args.resolve, progress=_progress())
+    count = found["resolved"].sizes["resolved"] if "resolved" in found.children else 0
+    result = dataset.summary(found) | {"run": str(args.resolve), "resolved": count}
+    _print(args, result, printed.resolved)
 
 
 def run_merge(args: argparse.Namespace) -> None:
@@ -569,7 +606,7 @@ def run_plot(args: argparse.Namespace) -> None:
 
     Raises:
         ValueError: the plot needs a neuron and none is given, it takes fewer neurons than are
-            given, or it takes no --sparsity.
+            given, or it takes no --sparsity or no --by.
     """
     from entangle.experiments import ablation_table, sweep_table
     from entangle.runs import store
@@ -587,12 +624,15 @@ def run_plot(args: argparse.Namespace) -> None:
     run: Any = readers.get(kind, store.open_run)(args.run)
     if args.sparsity is not None and kind not in {"improvement", "sparse"}:
         raise ValueError(f"plot {kind} takes no --sparsity, got {args.sparsity!r}")
+    if args.by is not None and kind not in {"heatmap", "layers", "ranks"}:
+        raise ValueError(f"plot {kind} takes no --by, got {args.by!r}")
     options = {} if args.sparsity is None else {"sparsity": args.sparsity}
+    options |= {} if args.by is None else {"variable": args.by}
     if names[1:]:
         figure, name = entangle.plots.neurons(run, names), "neurons"
     else:
         figure = getattr(entangle.plots, kind)(run, *names, **options)
-        name = "-".join([kind, *names]).replace(":", "-")
+        name = "-".join([kind, *([args.by] if args.by else []), *names]).replace(":", "-")
     file = store.save_figure(figure, args.out or args.run / "figures" / f"{name}.png")
     _print(args, {"figure": str(file)}, lambda result: str(result["figure"]))
 

@@ -46,6 +46,7 @@ def describe(summary: dict[str, Any]) -> str:
             if "inputs" in summary
             else []
         ),
+        *_bulk(summary.get("bulk", {})),
         *summary["warnings"],
         f"written to {summary['run']} in {log['seconds']:.0f} s, "
         f"peak memory {log['peak_memory_bytes'] / 1e9:.2f} GB",
@@ -58,6 +59,33 @@ def _distances(summary: Mapping[str, Any]) -> str:
         f"median {summary['median']:.4f}, 95% below {summary['quantile_95']:.4f}, largest "
         f"{summary['largest']:.4f} ± {summary['largest_error']:.4f} ({summary['largest_neuron']})"
     )
+
+
+def _bulk(found: Mapping[str, Any]) -> list[str]:
+    """Return lines on the distances without the 1% of tokens farthest from the median."""
+    if not math.isfinite(found.get("largest", math.nan)):
+        return []
+    lines = [
+        f"wasserstein_bulk (without the 1% of tokens farthest from the median): median "
+        f"{found['median']:.4f}, largest {found['largest']:.4f} ± {found['largest_error']:.4f} "
+        f"({found['largest_neuron']})"
+    ]
+    if found["unknown"]:
+        lines.append(
+            f"{found['unknown']:,} neurons whose bulk is in too few bins, with a bound of "
+            "wasserstein_bulk above 0.1: entangle measure MODEL --resolve RUN gives them bins of "
+            "their own"
+        )
+    return lines
+
+
+def resolved(result: dict[str, Any]) -> str:
+    """Return the text of what `resolve` added."""
+    lines = [
+        f"{result['resolved']:,} neurons have a second histogram in {result['run']}/resolved.npz",
+        *_bulk(result.get("bulk", {})),
+    ]
+    return "\n".join(lines)
 
 
 def planned(result: dict[str, Any]) -> str:

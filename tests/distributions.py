@@ -75,6 +75,17 @@ DISTRIBUTIONS = [
 ]
 
 
+def bulk_of(column: Array, *, high_first: bool = False) -> Array:
+    """Return the tokens without the 1% farthest from the median, sorted.
+
+    Of those that are equally far, the highest are removed first or last.
+    """
+    x = np.sort(column.astype(np.float64))
+    x = x[::-1] if high_first else x
+    far = np.argsort(-np.abs(x - np.median(x)), kind="stable")
+    return np.sort(np.delete(x, far[: round(0.01 * len(x))]))
+
+
 def integrated(ends: Array, cumulative: Array) -> float:
     """Return ∫|F - Φ| on a grid fine enough for 1e-6, F linear between (ends, cumulative).
 

@@ -94,6 +94,21 @@ def test_measure_says_what_it_measured_and_found_and_no_more(
     assert said.err == ""
 
 
+def test_resolving_a_run_needs_the_text_that_it_was_measured_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_tiny(tmp_path / "model", "llama")
+    text = tmp_path / "text.txt"
+    text.write_text(WORDS * 60)
+    assert main(_measure(tmp_path, "run", "--layers", "*.1.mlp.up_proj")) == 0
+    words = ["measure", str(tmp_path / "model"), "--resolve", str(tmp_path / "run")]
+    assert main(words) == 0
+    assert "0 neurons have a second histogram" in capsys.readouterr().out
+    text.write_text(WORDS.upper() * 60)
+    assert main(words) == 2
+    _one_message(capsys, ["other windows", str(text)])
+
+
 def test_unknown_tokens_are_said_and_noted(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = place / "few"
     save_tiny(folder)
@@ -273,6 +288,8 @@ def test_plots_are_written_into_the_run(place: Path, capsys: pytest.CaptureFixtu
         (["rank", "Gr\udcf6\udcdfe"], [r"\udcf6", "not UTF-8", "rename"]),
         (["measure", "MODEL", "--text", "TEXT\0"], [r"\x00", "not UTF-8"]),
         (["measure", "MODEL", "--text", "TEXT", "--seed", "-1"], ["--seed", "at least 0", "-1"]),
+        (["measure", "MODEL"], ["--text TEXT", "--out RUN", "--resolve RUN"]),
+        (["measure", "MODEL", "--resolve", "RUN"], ["--resolve adds", "leave --out"]),
         (["rank", "RUN", "--top", "-3"], ["--top", "at least 1", "-3"]),
         (["rank", "RUN", "--top", "0"], ["--top", "at least 1", "got 0"]),
         (["diff", "RUN", "RUN", "--top", "-3"], ["--top", "at least 1", "-3"]),
@@ -280,6 +297,8 @@ def test_plots_are_written_into_the_run(place: Path, capsys: pytest.CaptureFixtu
         (["rank", "RUN", "--layers", "*.nothing"], ["*.nothing"]),
         (["plot", "RUN", "neuron"], ["LAYER:INDEX"]),
         (["plot", "RUN", "heatmap", "a:1"], ["a:1"]),
+        (["plot", "RUN", "neuron", "a:1", "--by", "std"], ["takes no --by", "std"]),
+        (["plot", "RUN", "ranks", "--by", "std"], ["wasserstein_bulk", "std"]),
         (["plot", "RUN", "neuron", "model.layers.1.mlp.up_prj:5"], ["model.layers.1.mlp.up_proj"]),
         (["plot", "RUN", "neuron", "model.layers.1.mlp.up_proj:99"], ["99", "37"]),
         (["plot", "RUN", "layers", "--out", "x.wrong"], ["wrong"]),

@@ -16,6 +16,7 @@ from entangle.numerics import gaussian, wasserstein
 from entangle.numerics.histograms import Histograms
 from entangle.runs import store
 from entangle.runs.dataset import runs_of
+from tests.numerics.test_bulk import exact
 
 DATA = Path(__file__).parents[1] / "data"
 LAYERS = [
@@ -78,6 +79,18 @@ def test_distances_lie_within_their_bounds_of_the_exact_ones(
     top, exact_top = (set(np.argsort(-values)[:20]) for values in (distance, exact))
     assert len(top & exact_top) >= 19
     assert stats.spearmanr(distance, exact).statistic >= 0.998
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_distances_of_bulks_lie_within_their_bounds_of_the_exact_ones(
+    measured: Measured, layer: str
+) -> None:
+    distance = measured.values("wasserstein_bulk", layer)[::16]
+    bound = measured.values("wasserstein_bulk_error", layer)[::16]
+    truth = np.array([exact(column) for column in measured.raw[layer].numpy()[:, ::16].T])
+    assert (np.abs(distance - truth) <= bound + 2e-4).all()
+    fine = bound < 0.02
+    assert (np.abs(distance - truth)[fine] <= 0.004).all()
 
 
 @pytest.mark.parametrize("layer", LAYERS)

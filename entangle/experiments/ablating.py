@@ -65,8 +65,8 @@ def ablate(
     * ``wasserstein``: the neurons with the largest distance to a Gaussian.
     * ``bottom``: those with the smallest distance.
     * ``random``: random neurons, drawn once for each of ``seeds`` seeds.
-    * ``kurtosis``, ``weight_norm``, ``std``, ``difficulty``: those with the largest value; a set
-      is left out if the run lacks its variable.
+    * ``kurtosis``, ``weight_norm``, ``std``, ``difficulty``, ``wasserstein_bulk``: those with the
+      largest value; a set is left out if the run lacks its variable.
 
     ``intervention`` is one or several of:
 

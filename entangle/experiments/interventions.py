@@ -14,7 +14,7 @@ from entangle.pruning.options import ONE, SOLVE, Clustering, Several, check_solv
 
 INTERVENTIONS = ("sparsify", "zero", "mean", "negative")
 RANDOM, BOTTOM = "random", "bottom"
-RIVALS = ("kurtosis", "weight_norm", "std", "difficulty")
+RIVALS = ("kurtosis", "weight_norm", "std", "difficulty", "wasserstein_bulk")
 SETS = ("wasserstein", BOTTOM, RANDOM, *RIVALS)
 
 

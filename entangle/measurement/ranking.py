@@ -10,10 +10,13 @@ import pandas as pd
 import scipy
 import xarray as xr
 
-from entangle.runs.dataset import dataset_of, matching, outputs_of, rows_by_layer, trusted
+from entangle.runs.dataset import dataset_of, kinds_of, matching, outputs_of, rows_by_layer, trusted
 
 Neurons = dict[str, npt.NDArray[np.int64]]  # the indices of each layer's neurons, ascending
-COLUMNS = ("wasserstein", "wasserstein_error", "mean", "std", "skewness", "kurtosis", "modes")
+COLUMNS = (
+    *("wasserstein", "wasserstein_error", "wasserstein_bulk", "wasserstein_bulk_error"),
+    *("far_variance", "mean", "std", "skewness", "kurtosis", "modes"),
+)
 
 
 def rank(
@@ -28,13 +31,18 @@ def rank(
 
     Inputs that the run has beside outputs are ranked with them; ``*:input`` matches their layers.
     Layers that match a pattern in ``exclude`` are left out.
-    Neurons that have no distance, or an error bound above 0.1, are left out. Neurons without a
+    Neurons that have no distance, or an error bound above 0.1, are left out (of the bulk's distance,
+    if they are ranked by it). Neurons without a
     value of ``by`` come last. Ties keep the order of the model. The columns are:
 
     - ``neuron``: LAYER:INDEX, or LAYER:input:INDEX for an input channel.
     - the variable ``by``, in its unit (`runs.dataset.UNITS`).
     - ``layer_ratio``: ``by`` divided by its median over the layer's ranked neurons.
     - ``wasserstein``, ``wasserstein_error``: the distance and its certified error bound, in std.
+    - ``wasserstein_bulk``, ``wasserstein_bulk_error``: the same without the 1% of tokens farthest
+      from the median, against what is left of a Gaussian (see `numerics.bulk`).
+    - ``kind``: outliers or shape (see `runs.dataset.kinds_of`).
+    - ``far_variance``: the share of the variance beyond 6 std.
     - ``mean``, ``std``: of the output, in its units.
     - ``skewness``, ``kurtosis`` (excess): without a unit.
     - ``modes``: how many modes the smoothed histogram has.
@@ -45,16 +53,19 @@ def rank(
     dataset = dataset_of(run)
     values = _variable(dataset, by)
     names = dataset["layer"].to_numpy()
-    chosen = trusted(dataset) & matching(names, layers, exclude)
+    chosen = trusted(dataset, by) & matching(names, layers, exclude)
     order = np.flatnonzero(chosen)
     order = order[np.argsort(-values[order], kind="stable")][: max(top, 0)]
-    rows = dataset.isel(neuron=order)
-    table = rows[list(dict.fromkeys([by, *COLUMNS]))].to_dataframe()
+    rows, known = dataset.isel(neuron=order), [name for name in COLUMNS if name in dataset]
+    table = rows[list(dict.fromkeys([by, *known]))].to_dataframe()
     index = table["index"].astype(str)
     table.insert(0, "neuron", table["layer"] + ":" + index)
     medians = pd.Series(values[chosen]).groupby(names[chosen]).median()
+    if "wasserstein_bulk" in rows:
+        table["kind"] = kinds_of(rows)
+        known = ["kind", *known]
     table.insert(2, "layer_ratio", table[by] / table["layer"].map(medians).astype(float))
-    columns = ["neuron", by, "layer_ratio", *[name for name in COLUMNS if name != by]]
+    columns = ["neuron", by, "layer_ratio", *[name for name in known if name != by]]
     return table[columns].reset_index(drop=True)
 
 
@@ -90,7 +101,7 @@ def top_by_layer(
         raise ValueError(f"expected a share of neurons above 0 and at most 1, got {share}")
     dataset = dataset_of(run)
     values = _variable(dataset, by) * (1 if lowest else -1)
-    ranked, indices = trusted(dataset) & np.isfinite(values), dataset["index"].to_numpy()
+    ranked, indices = trusted(dataset, by) & np.isfinite(values), dataset["index"].to_numpy()
     chosen = {}
     for name, rows in rows_by_layer(dataset, layers, exclude).items():
         known = rows[ranked[rows]]
@@ -151,7 +162,7 @@ def rank_correlations(
     dataset, others = dataset_of(run), [others] if isinstance(others, str) else others
     variables = {name: _variable(dataset, name) for name in (by, *others)}
     blocks, roles = dataset["block"].to_numpy(), dataset["role"].to_numpy()
-    ranked = trusted(dataset) & np.isfinite(variables[by])
+    ranked = trusted(dataset, by) & np.isfinite(variables[by])
     table = []
     for name, all_rows in rows_by_layer(dataset, layers, exclude).items():
         rows = all_rows[ranked[all_rows]]

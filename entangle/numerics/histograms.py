@@ -191,11 +191,15 @@ class Histograms:
         median = ascending.index_select(0, middle)
         median = torch.where(median.isinf(), 1.0, median)
         scale = torch.where(std > 0, torch.maximum(std, 1e-3 * median), median)
+        self.place(torch.where(torch.isfinite(mean), mean, 0.0), scale)
+
+    def place(self, center: torch.Tensor, scale: torch.Tensor) -> None:
+        """Place the bins of each neuron over center ± 8 scale, both (neurons,) float64."""
         # The kernels multiply by the float32 inverse of a step, so the scale is computed from that
         # inverse. The clamp prevents its overflow.
         inverse = (STEPS * self.bins / (2 * HALF_RANGE) / scale.clamp(min=1e-30)).float()
         self.scale.copy_(STEPS * self.bins / (2 * HALF_RANGE) / inverse.double())
-        self.center.copy_(torch.where(torch.isfinite(mean), mean, 0.0).float())
+        self.center.copy_(center.float())
 
     def add(self, rows: torch.Tensor, places: torch.Tensor | None = None) -> None:
         """Count rows (tokens, neurons) of any floating dtype.

@@ -54,7 +54,8 @@ def zeros_of(
     `numerics.shares.sparsity_by_rank`):
 
     * ``wasserstein*std``: the distance in output units.
-    * ``wasserstein``, ``std``, ``kurtosis``, ``weight_norm``: that variable of the run.
+    * ``wasserstein_bulk*std``: the same without the 1% of tokens farthest from the median.
+    * ``wasserstein``, ``wasserstein_bulk``, ``std``, ``kurtosis``, ``weight_norm``: that variable of the run.
     * ``ranks``: the sum of the ranks of ``wasserstein`` and ``std``.
     * ``shuffled``: the ranks of ``wasserstein*std``, permuted over the layer; the control.
     * ``trim``: TRIM's rule. It needs the inputs, so the layer's total is returned.
@@ -274,6 +275,8 @@ def _values(layer: LinearLayer, variable: str, data: xr.Dataset) -> Floats:
         values = ranks_of(distance) + ranks_of(of("std"))
     elif variable in {DISTANCE, SHUFFLED}:
         values = distance * of("std")
+    elif variable == "wasserstein_bulk*std":
+        values = of("wasserstein_bulk") * of("std")
     else:
         values = of(variable)
     return np.where(np.isnan(distance), np.nan, values)  # NaN has rank ½

@@ -38,6 +38,8 @@ Budget = Literal[
     "wasserstein*std",
     "ranks",
     "wasserstein",
+    "wasserstein_bulk*std",
+    "wasserstein_bulk",
     "std",
     "kurtosis",
     "weight_norm",
@@ -200,7 +202,8 @@ class Pruning:
         Option(
             "how a layer's weights are divided among its rows: uniform, trim (TRIM's rule), or "
             "RUN[:VARIABLE], by a variable of the measured run RUN: wasserstein*std (default), "
-            "wasserstein, std, ranks (the sum of the ranks of these two), kurtosis, weight_norm, "
+            "wasserstein, std, ranks (the sum of the ranks of these two), wasserstein_bulk*std, "
+            "wasserstein_bulk (of the bulk, without outliers), kurtosis, weight_norm, "
             "shuffled (the default one shuffled, as a control) or uniform (if only --across uses RUN)",
             metavar="RUN[:VARIABLE]",
             scope="budget",

@@ -20,6 +20,11 @@ Array = npt.NDArray[np.float64]
 UNITS = {
     "wasserstein": ("1-Wasserstein distance to a Gaussian", "std"),
     "wasserstein_error": ("certified bound of the error of wasserstein", "std"),
+    "wasserstein_bulk": ("1-Wasserstein distance of the bulk to a Gaussian", "its std"),
+    "wasserstein_bulk_error": ("certified bound of the error of wasserstein_bulk", "its std"),
+    "negentropy": ("negentropy of the bulk", "nats"),
+    "bimodality": ("bimodality coefficient of the bulk", "1"),
+    "far_variance": ("share of the variance beyond 6 std", "1"),
     "mean": ("mean output", "output"),
     "std": ("population standard deviation of the output", "output"),
     "skewness": ("skewness", "1"),
@@ -138,12 +143,31 @@ def disentangled(run: xr.DataTree | xr.Dataset) -> dict[str, Any]:
     return found
 
 
-def trusted(run: xr.DataTree | xr.Dataset) -> npt.NDArray[np.bool_]:
-    """Return a mask (neurons,) of those that are ranked: a distance, and a bound of at most 0.1."""
-    dataset = dataset_of(run)
-    bound, distance = dataset["wasserstein_error"].to_numpy(), dataset["wasserstein"].to_numpy()
+def trusted(run: xr.DataTree | xr.Dataset, by: str = "wasserstein") -> npt.NDArray[np.bool_]:
+    """Return a mask (neurons,) of those that are ranked: a distance, and a bound of at most 0.1.
+
+    It is of ``wasserstein_bulk`` if ``by`` is that, and else of ``wasserstein``.
+    """
+    dataset, name = dataset_of(run), by if by == "wasserstein_bulk" else "wasserstein"
+    bound, distance = dataset[f"{name}_error"].to_numpy(), dataset[name].to_numpy()
     known: npt.NDArray[np.bool_] = (bound <= TRUSTED_ERROR) & np.isfinite(distance)
     return known
+
+
+def kinds_of(data: xr.Dataset) -> npt.NDArray[np.str_]:
+    """Return the kind of each neuron (neurons,): ``outliers``, ``shape``, or empty if not known.
+
+    Outliers make a distance if more than half of the variance is beyond 6 std, or if it is less than
+    half as large without the 1% of tokens farthest from the median. Any other is of the shape. It
+    is not known where the bulk's distance has a bound above 0.1 that leaves both possible, or the
+    distance is not known.
+    """
+    names = ("wasserstein", "wasserstein_bulk", "wasserstein_bulk_error", "far_variance")
+    distance, bulk, error, far = (data[name].to_numpy() for name in names)
+    half, apart = distance / 2, far > 0.5
+    known = (error <= TRUSTED_ERROR) | (bulk + error < half) | (bulk - error >= half) | apart
+    kinds: npt.NDArray[np.str_] = np.where((bulk < half) | apart, "outliers", "shape")
+    return np.where(known & np.isfinite(distance), kinds, "")
 
 
 def summary(run: xr.DataTree | xr.Dataset) -> dict[str, Any]:
@@ -181,7 +205,8 @@ def _distances(dataset: xr.Dataset) -> dict[str, Any]:
     known = np.where(trusted(dataset), distance, np.nan)
     largest = int(np.nanargmax(known)) if np.isfinite(known).any() else None
     median, quantile = np.nanquantile(known, [0.5, 0.95]) if largest is not None else (np.nan,) * 2
-    return {
+    bulk = {"bulk": _bulk_distances(dataset)} if "wasserstein_bulk" in dataset else {}
+    return bulk | {
         "neurons_measured": dataset.sizes["neuron"],
         "layers": len(set(dataset["layer"].to_numpy())),
         "median": float(median),
@@ -207,6 +232,24 @@ def _of_experts(dataset: xr.Dataset, tokens: int) -> dict[str, Any]:
             "least_tokens": int(layers.min()),
             "most_tokens": int(layers.max()),
         }
+    }
+
+
+def _bulk_distances(dataset: xr.Dataset) -> dict[str, Any]:
+    """Return the quantiles of the bulks' distances, in their std, and how many are not known."""
+    distance, error = (
+        dataset[name].to_numpy() for name in ("wasserstein_bulk", "wasserstein_bulk_error")
+    )
+    known = np.where(trusted(dataset, "wasserstein_bulk"), distance, np.nan)
+    found = {"unknown": int((error > TRUSTED_ERROR).sum())}
+    if not np.isfinite(known).any():
+        return found | {"median": np.nan, "largest": np.nan, "largest_neuron": "none"}
+    largest = int(np.nanargmax(known))
+    return found | {
+        "median": float(np.nanmedian(known)),
+        "largest": float(distance[largest]),
+        "largest_error": float(error[largest]),
+        "largest_neuron": dataset["neuron"][largest].item(),
     }
 
 

@@ -16,6 +16,7 @@ from entangle.numerics import wasserstein
 from entangle.numerics.difficulty import Difficulty
 from entangle.numerics.histograms import Histograms
 from entangle.runs.dataset import Array, attributes_of, labelled
+from entangle.runs.shapes import shapes_of
 
 _DIMENSIONS = {"counts": ("neuron", "bin")} | dict.fromkeys(
     ("tail_count", "tail_excess", "tail_square"), ("neuron", "tail")
@@ -41,9 +42,11 @@ def tree_of(
     distances = wasserstein.from_histograms(histograms, moments)
     invalid = histograms.invalid()
     unknown = invalid | (moments.count == 0)
+    arrays = {name: tensor.cpu().numpy() for name, tensor in histograms.tensors().items()}
     values = {
         "wasserstein": distances.wasserstein,
         "wasserstein_error": distances.error,
+        **shapes_of(arrays, moments.mean, moments.std),
         "mean": moments.mean,
         "std": moments.std,
         "skewness": moments.skewness,
@@ -61,8 +64,8 @@ def tree_of(
         attrs=attributes_of(attributes),
     )
     state = {
-        name: (_DIMENSIONS.get(name, ("neuron", "moment")[: tensor.ndim]), tensor.cpu().numpy())
-        for name, tensor in histograms.tensors().items()
+        name: (_DIMENSIONS.get(name, ("neuron", "moment")[: array.ndim]), array)
+        for name, array in arrays.items()
     }
     histogram = xr.Dataset(state)
     return xr.DataTree.from_dict({"/": dataset, "/histogram": histogram})
@@ -98,7 +101,11 @@ def from_tree(tree: xr.DataTree, span: slice = slice(None)) -> Histograms:
         raise ValueError(
             "this run has no histograms, only a dataset: read its folder with open_run"
         )
-    group = tree["histogram"].to_dataset().isel(neuron=span)
+    return from_held(tree["histogram"].to_dataset().isel(neuron=span))
+
+
+def from_held(group: xr.Dataset) -> Histograms:
+    """Return the state of histograms that a run holds."""
     names = [field.name for field in dataclasses.fields(Histograms)]
     return Histograms(**{name: torch.from_numpy(group[name].to_numpy()) for name in names})
 

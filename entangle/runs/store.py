@@ -5,6 +5,8 @@ import hashlib
 import json
 import math
 import warnings
+import zipfile
+import zlib
 from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,12 +20,15 @@ from numcodecs import Blosc
 
 from entangle.model import folders
 from entangle.runs.dataset import upgraded, with_text
+from entangle.runs.shapes import with_shapes
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 CHUNK = 4096  # neurons
 DATASET = "neurons.zarr"
+RESOLVED = "resolved.npz"  # second histograms of some neurons (see `measurement.resolving`)
+_TAILS = ("tail_count", "tail_excess", "tail_square")
 TEXT = "text.npy"  # hashes of the text that the run was measured on
 _ZARR = {".zarray", ".zattrs", ".zgroup", ".zmetadata"}
 
@@ -181,7 +186,8 @@ def _parsed(file: Path) -> dict[str, Any]:
 def open_run(folder: str | Path) -> xr.DataTree:
     """Open a run: its root is the dataset, its child ``histogram`` the mergeable state.
 
-    Both are read lazily. The child ``text`` has the hashes of the measured text. The files are
+    Both are read lazily. The shapes of bulks that an older run lacks are computed at the first
+    reading (see `runs.shapes`). The child ``text`` has the hashes of the measured text. The files are
     checked against the SHA-256 in log.json.
 
     Raises:
@@ -212,6 +218,12 @@ def open_run(folder: str | Path) -> xr.DataTree:
         for held in tree.children.values():
             if "side" in held.dims:  # the name of `tail` before a neuron had a side
                 held.dataset = held.to_dataset(inherit=False).rename(side="tail")
+        if "histogram" in tree.children:
+            resolved = _resolved(folder)
+            if resolved is not None:
+                tree["resolved"] = xr.DataTree(resolved)
+            histograms = tree.children["histogram"].to_dataset(inherit=False)
+            tree.dataset = with_shapes(tree.to_dataset(), histograms, resolved)
         if (folder / TEXT).is_file():
             with_text(tree, np.load(folder / TEXT))
     except (OSError, ValueError, KeyError) as error:
@@ -220,6 +232,51 @@ def open_run(folder: str | Path) -> xr.DataTree:
             "--overwrite"
         ) from error
     return tree
+
+
+def write_resolved(
+    folder: str | Path, rows: npt.NDArray[np.int64], state: Mapping[str, Any]
+) -> None:
+    """Add second histograms of the neurons in these rows to a run, or replace those it has."""
+    folder = Path(folder)
+    of = np.array(_parsed(folder / "log.json")["sha256"])
+    kept = _resolved(folder)
+    arrays = {name: np.asarray(array) for name, array in state.items()} | {"row": rows}
+    if kept is not None:
+        older = ~np.isin(kept["row"].to_numpy(), rows)
+        arrays = {
+            name: np.concatenate([kept[name].to_numpy()[older], array])
+            for name, array in arrays.items()
+        }
+    with folders.new_file(folder / RESOLVED) as partial:
+        np.savez_compressed(partial, run=of, **arrays)  # type: ignore[arg-type]  # not allow_pickle
+
+
+def _resolved(folder: Path) -> xr.Dataset | None:
+    """Return the second histograms of a run's neurons, with their rows, or None.
+
+    Raises:
+        ValueError: the file is damaged, or of another run.
+    """
+    file = folder / RESOLVED
+    if not file.is_file():
+        return None
+    try:
+        with file.open("rb") as opened, np.load(opened, allow_pickle=False) as held:
+            arrays = {name: held[name] for name in held.files}
+        of = str(arrays.pop("run"))
+        dimensions = {"counts": ("bin",)} | dict.fromkeys(_TAILS, ("tail",))
+        found = xr.Dataset(
+            {
+                name: (("resolved", *dimensions.get(name, ("moment",)[: array.ndim - 1])), array)
+                for name, array in arrays.items()
+            }
+        )
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile, EOFError, zlib.error) as error:
+        raise ValueError(f"{RESOLVED} ({error}): delete it and resolve the run again") from error
+    if of != _parsed(folder / "log.json")["sha256"]:
+        raise ValueError(f"{RESOLVED} is of another run: delete it and resolve the run again")
+    return found
 
 
 def _check_finished(folder: Path) -> None:

@@ -26,6 +26,7 @@ _COLOURED = [
 _STROKES = ("-", "--", "-.", ":", (0, (1, 3)))  # one per budget across blocks
 _SETS = {  # in the order in which they are drawn
     "wasserstein": "#0b3c5d",
+    "wasserstein_bulk": "#c9741a",
     "kurtosis": "#b8306b",
     "difficulty": "#8c6d31",
     "std": "#2a9d6f",

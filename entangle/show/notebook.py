@@ -265,6 +265,8 @@ class Neuron:
         cells = {"W1 (std)": f"{float(values['wasserstein']):.4f}"}
         cells["error bound"] = f"{float(values['wasserstein_error']):.4f}"
         cells["noise floor"] = f"{noise_floor(int(values['count'])):.4f}"
+        if "wasserstein_bulk" in values:
+            cells["W1 of the bulk"] = f"{float(values['wasserstein_bulk']):.4f}"
         cells |= {name: f"{float(values[name]):.4g}" for name in _FACTS if name in values}
         cells["count"] = f"{int(values['count']):,}"
         rows = "".join(

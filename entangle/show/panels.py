@@ -35,7 +35,11 @@ Floats = NDArray[np.float64]
 Counts = NDArray[np.int64]
 Sheet = Figure | SubFigure | None
 
-DISTANCE = "1-Wasserstein distance\nto a Gaussian (std)"
+DISTANCES = {
+    "wasserstein": "1-Wasserstein distance\nto a Gaussian (std)",
+    "wasserstein_bulk": "1-Wasserstein distance\nof the bulk (its std)",
+}
+DISTANCE = DISTANCES["wasserstein"]
 STYLE: dict[Any, Any] = {
     **sns.plotting_context("paper", font_scale=0.88),
     **dict.fromkeys(("axes.labelsize", "figure.labelsize", "figure.titlesize"), 8.5),
@@ -126,7 +130,7 @@ def frame_of(run: Run, variable: str, layers: Names) -> tuple[pd.DataFrame, Coun
     frame = experts_together(frame)
     value = data[variable].to_numpy().astype(float)
     dead = ~np.isfinite(value)
-    doubtful = ~dead & ~trusted(data) & (variable == "wasserstein")
+    doubtful = ~dead & ~trusted(data, variable) & (variable in DISTANCES)
     floors = {count: noise_floor(count) for count in frame["count"].unique() if count}
     frame["floor"] = frame["count"].map(floors)
     frame["value"] = np.where(dead | doubtful, np.nan, value)
@@ -184,7 +188,7 @@ def panels_of(
         count = part["expert"].max() + 1
         ax.set_title(f"{names[place]}\n{f'{count} experts of {ends[-1]:,}' if count else sizes}")
         ax.tick_params(labelbottom=place + columns >= len(roles))
-        if labels[1] == DISTANCE:
+        if labels[1] in DISTANCES.values():
             ax.set_yscale("log")
             ax.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5), numticks=9))
             ax.yaxis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))

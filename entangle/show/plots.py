@@ -21,13 +21,14 @@ from matplotlib.figure import Figure
 
 from entangle.numerics.gaussian import noise_floor
 from entangle.runs.dataset import TRUSTED_ERROR, check_neuron, dataset_of
+from entangle.runs.shapes import held_of
 from entangle.show.arms import ablation, sweep
 from entangle.show.outputs import clusters, sparse
 from entangle.show.panels import (
     BAND,
     DASHES,
     DEAD,
-    DISTANCE,
+    DISTANCES,
     FIT,
     INK,
     QUIET,
@@ -48,7 +49,7 @@ from entangle.show.panels import (
     subject_of,
 )
 from entangle.show.relations import comparison, difficulty, improvement
-from entangle.show.sketches import sketch
+from entangle.show.sketches import axis_of, sketch
 
 __all__ = [
     "ablation",
@@ -103,7 +104,7 @@ def heatmap(
     rims = np.append(blocks, blocks[-1] + 1) - 0.5
     cells = {role: _side_by_side(part, blocks, bins) for role, part in frame.groupby("role")}
     scale, colour = colours_of(np.concatenate([*cells.values()], axis=None))
-    order = "most entangled" if variable == "wasserstein" else "largest"
+    order = "most entangled" if variable in DISTANCES else "largest"
     across = f"neurons, {order} first (% of layer; a column is the mean of its {100 / bins:.3g}%)"
     across += "; experts side by side" * bool((frame["expert"] >= 0).any())
     height = float(np.clip(0.105 * len(blocks), 1.3, 5))
@@ -122,55 +123,72 @@ def heatmap(
 
 
 @mpl.rc_context(STYLE)
-def layers(run: Run, *, layers: Names = None, figure: Sheet = None) -> Figure:
+def layers(
+    run: Run, *, variable: str = "wasserstein", layers: Names = None, figure: Sheet = None
+) -> Figure:
     """Draw the distribution of the distances in each layer against its block: one panel per role.
 
-    A box shows a layer's median, its 25% to 75% and 5% to 95% quantiles, and the largest distance
-    as a point. The dashed line is the noise floor at the layer's number of tokens.
+    ``variable`` is ``wasserstein`` or ``wasserstein_bulk``. A box shows a layer's median, its 25% to 75% and 5% to 95% quantiles, and the largest distance
+    as a point. The dashed line is the noise floor at the layer's number of tokens; the bulk's
+    distance has none.
+
+    Raises:
+        ValueError: the variable is no distance, or no neuron has a value.
     """
-    frame, blocks = frame_of(run, "wasserstein", layers)
+    label = _distance(variable)
+    frame, blocks = frame_of(run, variable, layers)
     by_layer = frame.groupby(["role", "block"])
     table = by_layer["value"].quantile(np.array([0.05, 0.25, 0.5, 0.75, 0.95, 1])).unstack()
     table["floor"] = by_layer["floor"].max()
-    panels, sheet = panels_of(frame, figure, most=4, height=1.7, labels=("block", DISTANCE))
+    panels, sheet = panels_of(frame, figure, most=4, height=1.7, labels=("block", label))
     for role, ax in panels.items():
         part = table.loc[role].reindex(blocks)
         ax.plot(blocks, part[1.0], ".", color=INK, markersize=3.5, label="largest")
         for low, high, alpha in ((0.05, 0.95, 0.3), (0.25, 0.75, 0.8)):
             look: dict[str, Any] = {"color": BAND, "alpha": alpha, "linewidth": 0}
-            label = f"{low:.0%} to {high:.0%}"
-            ax.bar(blocks, part[high] - part[low], 0.86, part[low], label=label, **look)
+            name = f"{low:.0%} to {high:.0%}"
+            ax.bar(blocks, part[high] - part[low], 0.86, part[low], label=name, **look)
         ax.hlines(part[0.5], blocks - 0.43, blocks + 0.43, INK, linewidth=1.6, label="median")
         rims = np.append(blocks, blocks[-1] + 1) - 0.5
-        ax.stairs(part["floor"], rims, baseline=None, label="noise floor", **DASHES)
+        if variable == "wasserstein":
+            ax.stairs(part["floor"], rims, baseline=None, label="noise floor", **DASHES)
         ax.xaxis.set_major_locator(ticker.MaxNLocator(6, integer=True, min_n_ticks=1))
     sheet.legend(*ax.get_legend_handles_labels(), loc="outside upper right", ncols=5)
     return sheet.figure
 
 
 @mpl.rc_context(STYLE)
-def ranks(run: Run, *, layers: Names = None, figure: Sheet = None) -> Figure:
+def ranks(
+    run: Run, *, variable: str = "wasserstein", layers: Names = None, figure: Sheet = None
+) -> Figure:
     """Draw each layer's distances, largest first, against their rank: one panel per role.
 
-    The colour is the block. Ticks at the right are the exact distances of known distributions. The
+    ``variable`` is ``wasserstein`` or ``wasserstein_bulk``. The colour is the block. Of
+    ``wasserstein``, ticks at the right are the exact distances of known distributions, and the
     dashed line is the noise floor, its median over the role's neurons.
+
+    Raises:
+        ValueError: the variable is no distance, or no neuron has a value.
     """
-    frame, blocks = frame_of(run, "wasserstein", layers)
+    label = _distance(variable)
+    frame, blocks = frame_of(run, variable, layers)
     shades = colors.ListedColormap(mpl.colormaps["viridis"](np.linspace(0, 0.93, 256)))
     colour = ScalarMappable(colors.Normalize(blocks[0] - 0.5, blocks[-1] + 0.5), shades)
     tints = dict(zip(blocks.tolist(), colour.to_rgba(blocks), strict=True))
     across = "neurons, most entangled first (% of layer)"
-    panels, sheet = panels_of(frame, figure, most=4, height=2.0, labels=(across, DISTANCE))
+    panels, sheet = panels_of(frame, figure, most=4, height=2.0, labels=(across, label))
     for role, ax in panels.items():
         part = frame[frame["role"] == role]
         for block, layer in part.groupby("block"):
             values = np.sort(layer["value"].dropna())[::-1]
             share = 100 * (np.arange(len(values)) + 0.5) / len(layer)
             ax.plot(share, values, color=tints[block], linewidth=0.8)
-        ax.axhline(part["floor"].median(), label="noise floor", **DASHES)
+        if variable == "wasserstein":
+            ax.axhline(part["floor"].median(), label="noise floor", **DASHES)
         ax.set(xlim=(-2, 101), xticks=[0, 25, 50, 75, 100])
-    _mark_references([*panels.values()])
-    sheet.legend(*ax.get_legend_handles_labels(), loc="outside upper right")
+    if variable == "wasserstein":
+        _mark_references([*panels.values()])
+        sheet.legend(*ax.get_legend_handles_labels(), loc="outside upper right")
     bar = sheet.colorbar(colour, ax=[*panels.values()], label="block", pad=0.015, aspect=40)
     bar.locator = ticker.MaxNLocator(8, integer=True)
     return sheet.figure
@@ -186,8 +204,8 @@ def neuron(run: xr.DataTree, name: str, *, ax: Axes | None = None) -> Figure | A
 
     A bar is a whole number of fine bins, about as wide as the rule of Freedman and Diaconis
     (2·IQR/∛tokens). Its height is a density over all tokens: the bars integrate to the share of
-    tokens shown. The range covers the central 99.9% of the tokens that lie within the histogram,
-    and 3.5 std on both sides of the mean.
+    tokens shown. The range follows the bulk (see `sketches.axis_of`). At its ends it says how many
+    tokens are beyond them and how far they reach.
 
     Raises:
         LookupError: the run has no such neuron.
@@ -201,14 +219,17 @@ def neuron(run: xr.DataTree, name: str, *, ax: Axes | None = None) -> Figure | A
         raise ValueError(
             f"{name} is dead or not finite (mean {mean:g}, std {std:g}): choose another neuron"
         )
-    edges, below = histogram_of(held.sel(neuron=name).load())
-    low, high = quantiles_of(edges, below, [0.0005, 0.9995])
-    span = min(mean - 3.5 * std, low), max(mean + 3.5 * std, high)
+    own = held_of(held, run, [name])
+    edges, below = histogram_of(own.isel(neuron=0))
+    (low,), (high,) = axis_of(own)
     figure = Picture(figsize=(8.5, 3.6), layout="constrained")
     panel = ax or figure.add_subplot()
     side = str(row["side"].item())
-    drawn = _draw_density(panel, edges, below, span, mean=mean, std=std, label=f"{side}s")
-    unseen = below[-1] - drawn
+    span = float(low), float(high)
+    beyond = _draw_density(panel, edges, below, span, mean=mean, std=std, label=f"{side}s")
+    ends = (float(row["min"]) - mean) / std, (float(row["max"]) - mean) / std
+    _mark_tails(panel, beyond, ends, below[-1])
+    unseen = sum(beyond)
     note = f"all {below[-1]:,} tokens are within the picture"
     if unseen:
         reach = f"{side}s reach from {_number(row['min'])} to {_number(row['max'])}"
@@ -229,8 +250,8 @@ def neuron(run: xr.DataTree, name: str, *, ax: Axes | None = None) -> Figure | A
 def neurons(run: xr.DataTree, names: Sequence[str]) -> Figure:
     """Draw the standardised distributions of neurons, LAYER:INDEX, and N(0, 1), side by side.
 
-    Panels share their axes. These cover the central 99.8% of each neuron's tokens, at least 3.5
-    and at most 8 std on both sides of the mean.
+    Panels share their axes. These follow each neuron's bulk (see `sketches.axis_of`), at most 8 std
+    on both sides of the mean.
 
     Raises:
         LookupError: the run has no such neuron.
@@ -243,7 +264,7 @@ def neurons(run: xr.DataTree, names: Sequence[str]) -> Figure:
         check_neuron(data, name)
     part = data.sel(neuron=list(names)).load()
     mean, std = part["mean"].to_numpy(), part["std"].to_numpy()
-    drawn = sketch(held.sel(neuron=list(names)).load(), mean, std, bars=_BARS)
+    drawn = sketch(held_of(held, run, names), mean, std, bars=_BARS)
     sides = [*dict.fromkeys(part["side"].to_numpy().astype(str))]
     figure = Picture(figsize=(8.5, 3.0), layout="constrained")
     grid = figure.subplots(1, len(names), sharex=True, sharey=True, squeeze=False)[0]
@@ -258,7 +279,8 @@ def neurons(run: xr.DataTree, names: Sequence[str]) -> Figure:
         x = np.linspace(max(ends[0], -8), min(ends[1], 8), 401)
         ax.plot(x, np.exp(-(x**2) / 2) / np.sqrt(2 * np.pi), color=FIT, label="N(0, 1)")
         row = part.isel(neuron=place)
-        facts = f"W1 {row['wasserstein']:.4f}, excess kurtosis {_number(row['kurtosis'])}"
+        bulk = f", bulk {row['wasserstein_bulk']:.4f}" if "wasserstein_bulk" in row else ""
+        facts = f"W1 {row['wasserstein']:.4f}{bulk}, excess kurtosis {_number(row['kurtosis'])}"
         ax.set_title(f"{names[place]}\n{facts}", loc="left")
     low, high = grid[0].get_xlim()
     grid[0].set_xlim(max(low, -8), min(high, 8))
@@ -284,6 +306,34 @@ def _histograms(run: xr.DataTree) -> xr.Dataset:
     return held.assign_coords(neuron=dataset_of(run)["neuron"])
 
 
+def _distance(variable: str) -> str:
+    """Return the label of a distance.
+
+    Raises:
+        ValueError: the variable is no distance.
+    """
+    if variable not in DISTANCES:
+        raise ValueError(f"variable must be one of {', '.join(DISTANCES)}, got {variable!r}")
+    return DISTANCES[variable]
+
+
+def _mark_tails(ax: Axes, beyond: tuple[int, int], reach: tuple[float, float], tokens: int) -> None:
+    """Mark at each end of the axis how many tokens are beyond it, and how many std they reach."""
+    for side, (count, std) in enumerate(zip(beyond, reach, strict=True)):
+        if count:
+            words = f"{count / tokens:.2%} to {std:+.3g} std"
+            ax.text(
+                0.99 if side else 0.01,
+                0.97,
+                f"{words} \u25b8" if side else f"\u25c2 {words}",
+                transform=ax.transAxes,
+                ha="right" if side else "left",
+                va="top",
+                fontsize=7,
+                color=QUIET,
+            )
+
+
 def _draw_density(
     ax: Axes,
     edges: Floats,
@@ -293,8 +343,11 @@ def _draw_density(
     mean: float,
     std: float,
     label: str,
-) -> int:
-    """Draw bars of whole fine bins, and the Gaussian, over a range; return the tokens in bars."""
+) -> tuple[int, int]:
+    """Draw bars of whole fine bins, and the Gaussian, over a range.
+
+    Return how many tokens are below the bars, and above them.
+    """
     low, high = span
     quarters = quantiles_of(edges, below, [0.25, 0.75])
     width = 2 * (quarters[1] - quarters[0]) / np.cbrt(below[-1])
@@ -309,7 +362,7 @@ def _draw_density(
     gaussian = np.exp(-0.5 * ((x - mean) / std) ** 2) / (std * np.sqrt(2 * np.pi))
     ax.plot(x, gaussian, color=FIT, linewidth=1.4, label="fitted Gaussian")
     ax.set_xlim(x[0], x[-1])
-    return int(below[last] - below[first])
+    return int(below[first]), int(below[-1] - below[last])
 
 
 def _side_by_side(part: pd.DataFrame, blocks: Counts, bins: int) -> Floats:
@@ -352,6 +405,15 @@ def _number(value: Any) -> str:
     return f"{float(value):,.0f}" if abs(value) >= 1000 else f"{float(value):.3g}"
 
 
+def _bulk_facts(row: xr.Dataset) -> dict[str, str]:
+    if "wasserstein_bulk" not in row:
+        return {}
+    return {
+        "W1 of the bulk": f"{row['wasserstein_bulk']:.4f}",
+        "  its bound": f"±{np.ceil(row['wasserstein_bulk_error'] * 1e4) / 1e4:.4f}",
+    }
+
+
 def _facts(row: xr.Dataset) -> str:
     """Return the variables of a neuron as aligned text."""
     texts = {
@@ -360,6 +422,7 @@ def _facts(row: xr.Dataset) -> str:
         else "W1, untrusted": f"{row['wasserstein']:.4f}",
         "  error bound": f"±{np.ceil(row['wasserstein_error'] * 1e4) / 1e4:.4f}",
         "  noise floor": f"{noise_floor(int(row['count'])):.4f}",
+        **_bulk_facts(row),
         **{key: _number(row[key]) for key in ("mean", "std", "skewness")},
         "excess kurtosis": _number(row["kurtosis"]),
         "modes": f"{row['modes']:,.0f}",

@@ -21,8 +21,9 @@ from plotly.offline import get_plotlyjs
 from entangle.experiments import ablation_table, sweep_table
 from entangle.runs import store
 from entangle.runs.contexts_file import FILE, read_contexts
-from entangle.runs.dataset import disentangled, summary, trusted
+from entangle.runs.dataset import disentangled, kinds_of, summary, trusted
 from entangle.runs.descriptions import read_descriptions
+from entangle.runs.shapes import finer
 from entangle.show import plots
 from entangle.show.cut_windows import cut
 from entangle.show.panels import held_out_subject, subject_of
@@ -35,13 +36,14 @@ _FREQUENT = 8  # tokens whose share is shown
 _PLACES = 32  # groups of window positions whose shares are shown
 _FLOATS = (
     *("wasserstein", "wasserstein_error", "mean", "std"),
-    *("skewness", "kurtosis", "min", "max"),
+    *("skewness", "kurtosis", "min", "max", "wasserstein_bulk", "far_variance"),
 )
 _MADE_OF = (
     *("command", "model", "class", "revision", "weights", "dtype", "device", "text", "windows"),
     *("length", "tokens", "seed", "bos", "skip_first", "evaluation", "evaluation_windows"),
     *("fingerprint", "layers", "input_layers", "versions"),
 )
+_KINDS = ("", "outliers", "shape")  # in the order of report.js
 READERS = {"sweep": sweep_table.read_table, "ablation": ablation_table.read_table}
 _SCRIPTS = ("report.js", "windows.js", "words.js")
 _FIGURES = {  # by kind of run, besides the interactive ones
@@ -165,6 +167,12 @@ def _findings(about: Mapping[str, Any]) -> dict[str, str]:
         f"{about['largest_neuron']}",
         "noise floor": f"{about['noise_floor']:.4f} std",
     }
+    if "bulk" in about and np.isfinite(about["bulk"]["largest"]):
+        bulk = about["bulk"]
+        found |= {
+            "largest of a bulk": f"{bulk['largest']:.4f} ± {bulk['largest_error']:.4f} of its std, "
+            f"{bulk['largest_neuron']}"
+        }
     if "inputs" in about:
         inputs = about["inputs"]
         found |= {
@@ -256,6 +264,7 @@ def _interactive(run: xr.DataTree, found: Mapping[str, Any]) -> tuple[dict[str, 
             continue
         part = data.isel(neuron=slice(start, end))
         held = histograms.isel(neuron=slice(start, end)).load()
+        held = finer(held, run, np.arange(start, end))
         drawn = sketch(held, part["mean"].to_numpy(), part["std"].to_numpy(), bars=_BARS)
         bars.append(np.column_stack([drawn.low, drawn.high, drawn.shares])[ranked])
         rows.append(start + ranked)
@@ -263,6 +272,8 @@ def _interactive(run: xr.DataTree, found: Mapping[str, Any]) -> tuple[dict[str, 
     highest = drawn_bars[:, 2:].max(axis=1)
     levels = np.round(_LEVELS * drawn_bars[:, 2:] / highest[:, None]).astype(np.uint8)
     columns = {name: data[name].to_numpy()[row] for name in _FLOATS}
+    untrusted = ~trusted(data, "wasserstein_bulk")[row]
+    columns["wasserstein_bulk"] = np.where(untrusted, np.nan, columns["wasserstein_bulk"])
     columns |= {"low": drawn_bars[:, 0], "high": drawn_bars[:, 1], "highest": highest}
     header = {
         "layers": layers,
@@ -274,6 +285,8 @@ def _interactive(run: xr.DataTree, found: Mapping[str, Any]) -> tuple[dict[str, 
     packed = {"header": _packed(_json(header))}
     packed |= {name: _packed(_three_bytes(values)) for name, values in columns.items()}
     packed["index"] = _packed(_planes(data["index"].to_numpy()[row].astype("<u4")))
+    kinds = kinds_of(data)[row]
+    packed["kind"] = _packed(np.array([_KINDS.index(kind) for kind in kinds], np.uint8))
     packed["modes"] = _packed(data["modes"].to_numpy()[row].clip(0, 255).astype(np.uint8))
     packed["sketch"] = _packed(np.diff(levels.T, axis=0, prepend=np.uint8(0)))  # (bars, neurons)
     shown = len(row)

@@ -81,7 +81,7 @@ def test_arms_are_all_combinations_each_once(run: xr.Dataset) -> None:
     assert {arm.seed for arm in arms if arm.neurons == "random"} == {0, 1, 2}
     assert {arm.seed for arm in arms if arm.neurons != "random"} == {None}
     assert [arm.clustering.experts for arm in arms[::16]] == [1, 4, 1]
-    assert missing_sets(run, ["difficulty", *SETS]) == ["difficulty"]
+    assert missing_sets(run, ["difficulty", *SETS]) == ["difficulty", "wasserstein_bulk"]
     assert missing_sets(xr.DataTree(run), ["random", "bottom", "std"]) == []
 
 

@@ -45,11 +45,14 @@ ATTACK = "<script>alert(1)</script>"
 LENGTH, BARS = 43, 40
 TIMEOUT = 20_000  # ms
 FLOATS = ["wasserstein", "wasserstein_error", "mean", "std", "skewness", "kurtosis", "min", "max"]
+FLOATS += ["wasserstein_bulk", "far_variance"]
 ASKED = ["model.layers.2.mlp.down_proj:7", "model.layers.0.self_attn.q_proj:0"]
 UNIT = "model.layers.1.mlp.up_proj:4"  # half of a hidden unit
 NUMBERS = {  # on the page
     "wasserstein": "W1 (std)",
     "wasserstein_error": "± bound",
+    "wasserstein_bulk": "W1 of the bulk",
+    "far_variance": "variance beyond 6 std",
     "mean": "mean",
     "std": "std",
     "skewness": "skewness",
@@ -371,6 +374,8 @@ def test_neurons_are_all_there_the_most_entangled_of_each_layer_first(site: Site
 
 def test_numbers_are_the_runs_to_15_bits_after_the_point(site: Site) -> None:
     found, frame = payload(sections(read(site.file))[0]), site.frame
+    unknown = frame["wasserstein_bulk_error"] > 0.1
+    frame["wasserstein_bulk"] = frame["wasserstein_bulk"].mask(unknown)
     for name in FLOATS:
         np.testing.assert_allclose(found.frame[name], frame[name], rtol=2.0**-16 * 1.001)
     assert found.frame["modes"].tolist() == frame["modes"].tolist()
@@ -841,8 +846,16 @@ def layer_of(site: Site, role: str, block: int) -> list[dict[Any, Any]]:
 
 
 def top_of(frame: pd.DataFrame) -> str:
-    """Return the most entangled neuron."""
-    return str(frame["name"].iloc[int(frame["wasserstein"].to_numpy().argmax())])
+    """Return the neuron with the largest distance of its bulk, of those that outliers do not make."""
+    shapes = of_kind(frame, "shape").sort_values("wasserstein_bulk", ascending=False)
+    return str(shapes["name"].iloc[0])
+
+
+def of_kind(frame: pd.DataFrame, kind: str) -> pd.DataFrame:
+    """Return the neurons whose distance outliers make, or their shape."""
+    outliers = frame["wasserstein_bulk"] < frame["wasserstein"] / 2
+    outliers |= frame["far_variance"] > 0.5
+    return frame[outliers if kind == "outliers" else ~outliers]
 
 
 def point_at(page: Page, role: str, block: int, rank: int, *, wide: int) -> tuple[float, float]:
@@ -959,12 +972,26 @@ def test_a_link_opens_its_neuron(browser: Browser, site: Site) -> None:
 
 
 @pytest.mark.parametrize("name", ["", "50%"])
-def test_any_other_link_opens_the_most_entangled_neuron(
+def test_any_other_link_opens_the_neuron_of_the_most_conspicuous_shape(
     browser: Browser, site: Site, name: str
 ) -> None:
     with visit(browser, site.file, name) as page:
         is_open(page, site, top_of(site.frame))
         assert page.evaluate("location.hash") == (f"#{name}" if name else "")
+
+
+def test_shapes_and_outliers_are_told_apart(page: Page, site: Site) -> None:
+    for kind, by in (("shape", "wasserstein_bulk"), ("outliers", "wasserstein")):
+        rows = of_kind(site.frame, kind).sort_values(by, ascending=False, kind="stable").head(8)
+        title = "shapes" if kind == "shape" else kind
+        table = page.get_by_role("region", name=f"{title}, largest first").locator("tbody")
+        assert table.locator("td:first-child button").all_inner_texts() == rows["name"].tolist()
+        for column, key in ((2, "wasserstein"), (3, "wasserstein_bulk")):
+            cells = table.locator(f"td:nth-child({column})").all_inner_texts()
+            assert [*map(float, cells)] == pytest.approx(rows[key].tolist(), abs=7e-5)
+    name = of_kind(site.frame, "shape").sort_values("wasserstein_bulk")["name"].iloc[-2]
+    page.locator("table.kind").first.get_by_role("button", name=name, exact=True).click()
+    expect(page.locator(".neuron h3")).to_have_text(name)
 
 
 def made_visible(text: str) -> str:

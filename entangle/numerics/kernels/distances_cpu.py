@@ -37,7 +37,7 @@ def histogram_distance(left, width, counts, count, tails, excess, known):  # typ
         cumulative, density = normal_cumulative(atom), normal_density(atom)
         total += max(atom * cumulative + density, 0.0)
         if f > 0:
-            total += _crossing(atom, z, f - cumulative, f - normal_cumulative(z), 0.0)
+            total += crossing(atom, z, f - cumulative, f - normal_cumulative(z), 0.0)
         cumulative, density = normal_cumulative(z), normal_density(z)
         for k in range(bins):
             end = left[i] + (k + 1) * h
@@ -50,22 +50,20 @@ def histogram_distance(left, width, counts, count, tails, excess, known):  # typ
                 gaussian = end * next_cumulative + next_density - z * cumulative - density
                 total += abs((f + 0.5 * slope * h) * h - gaussian)
             else:
-                total += _crossing(z, end, d0, d1, slope)
+                total += crossing(z, end, d0, d1, slope)
             z, cumulative, density = end, next_cumulative, next_density
             f += counts[i, k] / count[i]
         f = tails[i, 1]
         atom = -z - excess[i, 1] / f if f > 0 else -z  # the right tail, mirrored
         total += max(atom * normal_cumulative(atom) + normal_density(atom), 0.0)
         if f > 0:
-            total += _crossing(
-                atom, -z, f - normal_cumulative(atom), f - normal_cumulative(-z), 0.0
-            )
+            total += crossing(atom, -z, f - normal_cumulative(atom), f - normal_cumulative(-z), 0.0)
         distance[i] = total
     return distance
 
 
 @numba.njit(cache=True)
-def _crossing(begin, end, d_begin, d_end, slope):  # type: ignore[no-untyped-def]
+def crossing(begin, end, d_begin, d_end, slope):  # type: ignore[no-untyped-def]
     """Return ∫|d| from begin to end, where d = F - Φ may change its sign and F is linear.
 
     d is monotone between the points where φ equals the slope of F, and has at most one root there.

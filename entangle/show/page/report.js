@@ -32,15 +32,19 @@ const short = (x) => {
   if (x !== 0 && (Math.abs(x) >= 1e5 || Math.abs(x) < 1e-3)) return x.toExponential(2);
   return Math.abs(x) >= 1000 ? Math.round(x).toLocaleString("en") : String(Number(x.toPrecision(4)));
 };
+const distanceOrShort = (key, x) => (key.startsWith("wasserstein") && Number.isFinite(x) ? x.toFixed(4) : short(x));
 const percent = (x) => `${(100 * x).toFixed(1)}%`;
 const visible = (text) => text.replaceAll("\n", "⏎").replaceAll("\t", "⇥");
 
 const COLUMNS = [
-  ["wasserstein", "W1 (std)"], ["wasserstein_error", "± bound"], ["mean", "mean"], ["std", "std"],
+  ["wasserstein", "W1 (std)"], ["wasserstein_error", "± bound"], ["wasserstein_bulk", "W1 of the bulk"],
+  ["far_variance", "variance beyond 6 std"], ["mean", "mean"], ["std", "std"],
   ["skewness", "skewness"], ["kurtosis", "excess kurtosis"], ["modes", "modes"], ["min", "min"],
   ["max", "max"],
 ];
 const INFERNO = ["#000004", "#160b39", "#420a68", "#6a176e", "#932667", "#bc3754", "#dd513a", "#f37819", "#fca50a", "#f6d746", "#fcffa4"];
+const KINDS = ["", "outliers", "shape"]; // of what makes a distance
+const OF_EACH_KIND = 8; // neurons in the first table
 const ROWS = 50; // of the table at first, and more by as many
 
 class Explorer {
@@ -56,9 +60,9 @@ class Explorer {
   }
 
   constructor(root, header, held) {
-    Object.assign(this, { root, header, sketch: held.sketch, modes: held.modes });
+    Object.assign(this, { root, header, sketch: held.sketch, modes: held.modes, kinds: held.kind });
     this.index = numbers(held.index, Uint32Array);
-    for (const name of ["wasserstein", "wasserstein_error", "mean", "std", "skewness", "kurtosis", "min", "max", "low", "high", "highest"]) {
+    for (const name of ["wasserstein", "wasserstein_error", "mean", "std", "skewness", "kurtosis", "min", "max", "low", "high", "highest", "wasserstein_bulk", "far_variance"]) {
       this[name] = numbers(held[name], Float32Array);
     }
     this.count = this.index.length;
@@ -130,6 +134,24 @@ class Explorer {
     this.from.scrollIntoView({ block: "center" });
   }
 
+  // The rows of a kind with the largest values, largest first.
+  largest(kind, values, count) {
+    const rows = [];
+    for (let row = 0; row < this.count; row++) {
+      if (KINDS[this.kinds[row]] === kind && Number.isFinite(values[row])) rows.push(row);
+    }
+    return rows.sort((a, b) => values[b] - values[a] || a - b).slice(0, count);
+  }
+
+  // The neuron that is open at first: the one with the most conspicuous shape, if any is known.
+  first() {
+    const shapes = this.largest("shape", this.wasserstein_bulk, 1);
+    if (shapes.length) return shapes[0];
+    let first = 0;
+    for (let i = 1; i < this.count; i++) if (this.wasserstein[i] > this.wasserstein[first]) first = i;
+    return first;
+  }
+
   heights(row) {
     const bars = this.header.bars, found = new Float64Array(bars);
     let level = 0;
@@ -164,7 +186,7 @@ class Explorer {
     const rank = row - layer.first + 1;
     const facts = make("dl");
     for (const [key, label] of COLUMNS) {
-      const text = key.startsWith("wasserstein") ? this[key][row].toFixed(4) : short(this[key][row]);
+      const text = distanceOrShort(key, this[key][row]);
       facts.append(make("div", {}, make("dt", {}, label), make("dd", {}, text)));
     }
     this.picture = make("div", { class: "picture", role: "img", "aria-label": `histogram of the ${layer.side}s of ${name} over the fitted Gaussian` });
@@ -184,12 +206,21 @@ class Explorer {
     const width = (this.high[row] - this.low[row]) / bars;
     const middles = Array.from(heights, (_, bar) => this.low[row] + (bar + 0.5) * width);
     const fine = Array.from({ length: 201 }, (_, i) => this.low[row] + (i / 200) * (this.high[row] - this.low[row]));
+    // The axis follows the bulk; what is beyond it is told at its ends.
+    const std = (value) => `${value < 0 ? "−" : "+"}${Math.abs(value).toPrecision(3)} std`;
+    const tails = [];
+    for (const [right, end, farthest] of [[0, this.low[row], this.min[row]], [1, this.high[row], this.max[row]]]) {
+      if (right ? farthest <= end : farthest >= end) continue;
+      const words = `to ${std((farthest - this.mean[row]) / this.std[row])}`;
+      tails.push({ xref: "paper", yref: "paper", x: right, xanchor: right ? "right" : "left", y: right ? 0.8 : 1, yanchor: "top", showarrow: false, text: right ? `${words} ▸` : `◂ ${words}`, font: { size: 11, color: colour("--ink") } });
+    }
     Plotly.react(this.picture, [
       { type: "bar", x: middles, y: Array.from(heights, (share) => share / width), width: width, marker: { color: colour("--bar") }, name: `${side}s`, hovertemplate: `${side} %{x:.4g}: density %{y:.4g}<extra></extra>` },
       { type: "scatter", mode: "lines", x: fine, y: fine.map((x) => this.gaussian(row, x)), line: { color: colour("--fit"), width: 2, simplify: false }, name: "fitted Gaussian", hoverinfo: "skip" },
     ], layout({
       height: 260, margin: { l: 64, r: 8, t: 8, b: 40 }, bargap: 0,
-      xaxis: { title: { text: `${side} (${side} units)` } }, yaxis: { title: { text: "density" } },
+      xaxis: { title: { text: `${side} (${side} units)` }, range: [this.low[row], this.high[row]] }, yaxis: { title: { text: "density" } },
+      annotations: tails,
       legend: { x: 1, xanchor: "right", y: 1, bgcolor: "rgba(0,0,0,0)" },
     }), CONFIG);
   }
@@ -402,12 +433,31 @@ class Table {
     this.more = make("button", { type: "button" }, `${ROWS} more`);
     this.more.addEventListener("click", () => { this.shown += ROWS; this.fill(); });
     explorer.tableBox.append(
+      make("h3", {}, "Shapes and outliers"),
+      make("p", { class: "quiet" }, "A few outliers make a distance by squeezing all other tokens together. Such a distance is less than half as large in the bulk, all tokens but the 1% farthest from the median, or more than half of the variance is beyond 6 std. The other distances are of the shape."),
+      make("div", { class: "kinds" },
+        this.kinds("Shapes", "shape", explorer.wasserstein_bulk),
+        this.kinds("Outliers", "outliers", explorer.wasserstein)),
       make("h3", {}, "Ranked"),
       make("div", { class: "ask" }, make("label", {}, "search by layer and index", this.search), this.found),
       make("div", { class: "scroll", role: "region", "aria-label": "ranked neurons", tabindex: "0" },
         make("table", { class: "neurons" }, make("thead", {}, head), this.body)),
       make("p", {}, this.more));
     this.fill();
+  }
+
+  // A short table of the neurons of one kind, largest first.
+  kinds(title, kind, values) {
+    const body = make("tbody"), { explorer } = this;
+    for (const row of explorer.largest(kind, values, OF_EACH_KIND)) {
+      const open = make("button", { type: "button", class: "plain" }, explorer.names[row]);
+      open.addEventListener("click", () => explorer.select(row));
+      body.append(make("tr", {}, make("td", {}, open), ...["wasserstein", "wasserstein_bulk"].map((key) => make("td", {}, distanceOrShort(key, explorer[key][row]))), make("td", {}, explorer.small(row))));
+    }
+    const heads = ["neuron", "W1 (std)", "of the bulk", "distribution"];
+    return make("div", {}, make("h4", {}, title),
+      make("div", { class: "scroll", role: "region", "aria-label": `${title.toLowerCase()}, largest first`, tabindex: "0" },
+        make("table", { class: "kind" }, make("thead", {}, make("tr", {}, ...heads.map((text) => make("th", { scope: "col" }, text)))), body)));
   }
 
   sort(key) {
@@ -425,7 +475,8 @@ class Table {
       if (terms.every((term) => name.includes(term))) rows.push(row);
     }
     const sign = this.falling ? -1 : 1;
-    rows.sort((a, b) => sign * (values[a] - values[b]) || a - b);
+    const known = (row) => (Number.isNaN(values[row]) ? 1 : 0); // what is not known comes last
+    rows.sort((a, b) => known(a) - known(b) || sign * (values[a] - values[b]) || a - b);
     for (const [key, cell] of this.heads) {
       if (key === this.by) cell.setAttribute("aria-sort", this.falling ? "descending" : "ascending");
       else cell.removeAttribute("aria-sort");
@@ -439,7 +490,7 @@ class Table {
   line(row) {
     const { explorer } = this, open = make("button", { type: "button", class: "plain" }, explorer.names[row]);
     open.addEventListener("click", () => explorer.select(row));
-    const cells = COLUMNS.map(([key]) => make("td", {}, key.startsWith("wasserstein") ? explorer[key][row].toFixed(4) : short(explorer[key][row])));
+    const cells = COLUMNS.map(([key]) => make("td", {}, distanceOrShort(key, explorer[key][row])));
     const known = explorer.header.contexts[explorer.names[row]] ? [" ", make("small", {}, "contexts")] : [];
     const told = explorer.described(row) ? [make("div", { class: "told" }, explorer.described(row))] : [];
     return make("tr", { "data-row": row }, make("td", {}, open, ...known, ...told), ...cells, make("td", {}, explorer.small(row)));
@@ -473,9 +524,7 @@ function neuronOf(hash) {
       const elsewhere = section && explorer.root.closest("section").id !== section;
       const row = elsewhere ? -1 : explorer.names.indexOf(wanted);
       linked ??= row >= 0 ? explorer : null;
-      let first = 0;
-      for (let i = 1; i < explorer.count; i++) if (explorer.wasserstein[i] > explorer.wasserstein[first]) first = i;
-      explorer.select(row >= 0 ? row : first, explorer === linked);
+      explorer.select(row >= 0 ? row : explorer.first(), explorer === linked);
     }
     if (wanted.includes(":") && !linked) explorers[0].status.textContent = `The link names ${wanted}, which is not shown here.`;
     matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => explorers.forEach((one) => one.recolour()));

@@ -1,0 +1,152 @@
+"""Second histograms, with bins of their own, of neurons whose bulk lies in too few bins of a run's."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import xarray as xr
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from entangle.model import ranks
+from entangle.model.hooks import backbone_of, recording_rows
+from entangle.model.patterns import INPUT
+from entangle.model.placing import input_device, is_offloaded
+from entangle.model.sides import Recordable
+from entangle.model.text import TokenWindows
+from entangle.numerics.bulk import ends_of_counts
+from entangle.numerics.histograms import Histograms
+from entangle.numerics.kernels.bins import HALF_RANGE
+from entangle.runs import labelling, store
+from entangle.runs.dataset import NAMED_ERROR, dataset_of
+from entangle.runs.setup import Setup
+from entangle.runs.shapes import finer
+
+PASSES = 3  # at most: each divides the width of bins by up to their number
+_FEW = 4  # a bulk in fewer than a fourth of the bins is in few
+_FARTHEST = 2.0**20  # bins from the center: what is farther out is counted there
+Rows = npt.NDArray[np.int64]
+
+
+def resolve(
+    model: PreTrainedModel,
+    windows: TokenWindows,
+    *,
+    run: str | Path,
+    progress: bool = False,
+) -> xr.DataTree:
+    """Give neurons whose bulk lies in too few bins second histograms, and return the run with them.
+
+    ``run`` is the folder of a run that was measured with this model on these ``windows``. Its bulks'
+    distances with an error bound above 0.02 are those concerned, if the bulk is in less than a
+    fourth of the bins. The second bins cover what the first say about the bulk's place; where that
+    is not enough, there are third ones in their place. Only the bulk's variables change. The second
+    histograms are written to resolved.npz in the folder, and `open_run` reads them.
+
+    Raises:
+        FileNotFoundError: the folder holds no run.
+        ValueError: the run was measured on other weights or other windows, is a shard, or the model
+            is in training mode, spread over processes, or has its blocks in files.
+    """
+    tree = store.open_run(run)
+    rows = unresolved(tree)
+    setup = _setup(model, windows, tree, rows, progress)
+    bar = tqdm(range(PASSES), unit="pass", disable=not progress)
+    for _ in bar:
+        if not len(rows):
+            break
+        state = _counted(setup, dataset_of(tree), rows, _state(tree, rows))
+        store.write_resolved(run, rows, state.tensors())
+        tree = store.open_run(run)
+        rows = unresolved(tree)
+    return tree
+
+
+def unresolved(tree: xr.DataTree) -> Rows:
+    """Return the rows of neurons whose bulk's distance has a bound above 0.02 for lack of bins."""
+    data = dataset_of(tree)
+    rows = np.flatnonzero(data["wasserstein_bulk_error"].to_numpy() > NAMED_ERROR)
+    if not len(rows):
+        return rows
+    state = {name: tensor.numpy() for name, tensor in _state(tree, rows).tensors().items()}
+    few: Rows = rows[ends_of_counts(state).bins < state["counts"].shape[1] / _FEW]
+    return few
+
+
+def _state(tree: xr.DataTree, rows: Rows) -> Histograms:
+    """Return the state of these rows, the second one of those that have it."""
+    first = tree.children["histogram"].to_dataset(inherit=False).isel(neuron=rows).load()
+    return labelling.from_held(finer(first, tree, rows))
+
+
+def _setup(
+    model: PreTrainedModel, windows: TokenWindows, tree: xr.DataTree, rows: Rows, progress: bool
+) -> Setup:
+    """Check that the run is of this model and these windows; return what runs the layers of rows.
+
+    Raises:
+        ValueError: it is not, or the model cannot be run at once.
+    """
+    if ranks.count() > 1 or is_offloaded(model):
+        raise ValueError(
+            "second histograms need the whole model in memory and one process: leave --offload and "
+            "torchrun out"
+        )
+    data = dataset_of(tree)
+    chosen = data.isel(neuron=rows if len(rows) else [0])  # to check the model and windows too
+    names: Mapping[str, list[str]] = {
+        side: sorted({*chosen["layer"].to_numpy()[chosen["side"].to_numpy() == side].tolist()})
+        for side in ("output", "input")
+    }
+    setup = Setup.of(
+        model,
+        windows,
+        run=tree,
+        layers=names["output"],
+        input_layers=[name.removesuffix(INPUT) for name in names["input"]],
+        batch_size=int(data.attrs["batch_size"]),
+        skip_first=int(data.attrs["skip_first"]),
+        progress=progress,
+    )
+    if data.attrs.get("fingerprint") != windows.fingerprint:
+        raise ValueError(
+            f"the run was measured on other windows than these of {windows.text}: expected "
+            f"{data.attrs.get('windows')} windows of {data.attrs.get('length')} tokens from "
+            f"{data.attrs.get('text')}, as it was when measured, drawn with seed "
+            f"{data.attrs.get('seed')}"
+        )
+    return setup
+
+
+def _counted(setup: Setup, data: xr.Dataset, rows: Rows, first: Histograms) -> Histograms:
+    """Return the histograms of these rows over the windows, with bins where ``first`` has the bulk."""
+    state = {name: tensor.numpy() for name, tensor in first.tensors().items()}
+    ends = ends_of_counts(state)
+    center = torch.from_numpy((ends.least + ends.most) / 2)
+    # A little wider, so that rounding of the center and of float32 outputs loses nothing
+    reach = torch.from_numpy(ends.most - ends.least) / 2 * 1.01 + center.abs() * 2.0**-22
+    second = Histograms.zeros(len(rows), bins=first.bins)
+    second.place(center, reach / HALF_RANGE)
+    far = _FARTHEST * second.width
+    names, indices = data["layer"].to_numpy()[rows], data["index"].to_numpy()[rows]
+    spans = {name: np.flatnonzero(names == name) for name in dict.fromkeys(names.tolist())}
+
+    def on_rows(layer: Recordable, values: torch.Tensor, places: torch.Tensor | None) -> None:
+        span = spans[layer.name]
+        part = second[slice(int(span[0]), int(span[-1]) + 1)]
+        values = values[:, torch.from_numpy(indices[span]).to(values.device)]
+        values = (values if places is None else values.index_select(0, places)).double().cpu()
+        low, high = part.center - far[span], part.center + far[span]
+        part.add(values.maximum(low).minimum(high).float())
+
+    layers = [layer for layer in setup.recorded if layer.name in spans]
+    model, device = setup.model, input_device(setup.model)
+    with (
+        torch.inference_mode(),
+        recording_rows(model, layers, on_rows, skip_first=setup.skip_first),
+    ):
+        for batch in setup.batches:
+            backbone_of(model)(input_ids=batch.to(device), use_cache=False)
+    return second
