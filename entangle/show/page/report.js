@@ -212,16 +212,16 @@ class Explorer {
     for (const [right, end, farthest] of [[0, this.low[row], this.min[row]], [1, this.high[row], this.max[row]]]) {
       if (right ? farthest <= end : farthest >= end) continue;
       const words = `to ${std((farthest - this.mean[row]) / this.std[row])}`;
-      tails.push({ xref: "paper", yref: "paper", x: right, xanchor: right ? "right" : "left", y: right ? 0.8 : 1, yanchor: "top", showarrow: false, text: right ? `${words} ▸` : `◂ ${words}`, font: { size: 11, color: colour("--ink") } });
+      tails.push({ xref: "paper", yref: "paper", x: right, xanchor: right ? "right" : "left", y: 1, yanchor: "top", showarrow: false, text: right ? `${words} ▸` : `◂ ${words}`, font: { size: 11, color: colour("--ink") } });
     }
     Plotly.react(this.picture, [
       { type: "bar", x: middles, y: Array.from(heights, (share) => share / width), width: width, marker: { color: colour("--bar") }, name: `${side}s`, hovertemplate: `${side} %{x:.4g}: density %{y:.4g}<extra></extra>` },
       { type: "scatter", mode: "lines", x: fine, y: fine.map((x) => this.gaussian(row, x)), line: { color: colour("--fit"), width: 2, simplify: false }, name: "fitted Gaussian", hoverinfo: "skip" },
     ], layout({
-      height: 260, margin: { l: 64, r: 8, t: 8, b: 40 }, bargap: 0,
+      height: 270, margin: { l: 64, r: 8, t: 30, b: 40 }, bargap: 0,
       xaxis: { title: { text: `${side} (${side} units)` }, range: [this.low[row], this.high[row]] }, yaxis: { title: { text: "density" } },
       annotations: tails,
-      legend: { x: 1, xanchor: "right", y: 1, bgcolor: "rgba(0,0,0,0)" },
+      legend: { orientation: "h", x: 1, xanchor: "right", y: 1.02, yanchor: "bottom", bgcolor: "rgba(0,0,0,0)" },
     }), CONFIG);
   }
 
