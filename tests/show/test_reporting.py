@@ -1353,7 +1353,7 @@ def test_a_link_names_the_run_where_there_are_two(
     name, section = ASKED[1], "#run-1"
     with visit(browser, file) as page:
         page.locator(f"{section} input[type=search]").fill(name)
-        page.locator(f"{section} tbody button").first.click()
+        page.locator(f"{section} table.neurons tbody button").first.click()
         assert page.url.endswith(f"#run-1/{name}")
         first = page.locator("#run-0 .neuron h3").inner_text()
     with visit(browser, file, f"run-1/{name}") as page:
@@ -1547,8 +1547,9 @@ def test_pictures_follow_the_colour_scheme(browser: Browser, site: Site) -> None
 
 def test_two_measured_runs_are_apart(browser: Browser, site: Site, tmp_path: Path) -> None:
     tree = entangle.open_run(site.small)
-    turned = tree["wasserstein"].to_numpy()[::-1].copy()  # another order of the same layers
-    other = changed(site.small, tmp_path / "other", wasserstein=turned)
+    distances = ("wasserstein", "wasserstein_bulk")
+    turned = {name: tree[name].to_numpy()[::-1].copy() for name in distances}  # another order
+    other = changed(site.small, tmp_path / "other", **turned)
     file = entangle.report([site.small, other], tmp_path / "report.html")
     names = [top_of(ranked(entangle.open_run(run))) for run in (site.small, other)]
     assert names[0] != names[1]
