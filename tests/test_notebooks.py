@@ -44,6 +44,7 @@ SMALL: dict[str, dict[str, Any]] = {
         "EVALUATION_WINDOWS": 8,
     },
     "5": {"MIXTURES": ["mixture"] * 2, "DENSE": ["model"] * 2},
+    "6": {},
 }
 REAL: dict[str, dict[str, Any]] = {
     "1": {"PAIRS": 4096},
@@ -75,6 +76,7 @@ REAL: dict[str, dict[str, Any]] = {
         "WINDOWS": 256,
         "LENGTH": 256,
     },
+    "6": {},
 }
 PLACES = {
     "MODEL": "../data/smollm2-135m",
@@ -83,13 +85,14 @@ PLACES = {
     "WINDOWS": 128,
     "LENGTH": 512,
 }
-PICTURES = {"1": 3, "2": 3, "3": 1, "4": 3, "5": 1}
+PICTURES = {"1": 3, "2": 3, "3": 1, "4": 3, "5": 1, "6": 1}
 BELONGS = {  # what only the outputs of the real model have
     "1": ["155520.0", "65536.0", "model.layers.11.mlp.down_proj:507"],
     "2": ["smollm2-135m · python-docs/calibration · 65,536 tokens"],
     "3": ["3270"],  # 3% of 30 x (1536 + 1536 + 576) neurons
     "4": ["7296", "8192"],  # neurons of two MLPs, held-out tokens
     "5": ["16384.0"],  # the mean number of an expert's tokens: 65,536 times 2 of 8
+    "6": ["7.mlp.up_proj:943"],
 }
 
 Row = dict[str, str]
@@ -322,6 +325,25 @@ def test_experts_are_compared_with_dense_layers_and_random_tokens(
     )
     own = np.nanmedian(run["wasserstein"].to_numpy()[~down])
     assert float(routed[-1]["own tokens"]) == pytest.approx(own, abs=6e-4)
+
+
+def test_kinds_are_counted_and_the_first_of_each_told(
+    executed: dict[str, Any], run: xr.DataTree
+) -> None:
+    counts, outliers, shapes = tables_of(executed["6"])
+    data = run.to_dataset()
+    bulk = data["wasserstein_bulk"].to_numpy()
+    order = np.argsort(-bulk)[:10]
+    far = (bulk < data["wasserstein"].to_numpy() / 2) | (data["far_variance"].to_numpy() > 0.5)
+    row = next(one for one in counts if (one["by"], one["top"]) == ("wasserstein_bulk", "10"))
+    assert int(row.get("shape", 0)) == int((~far[order]).sum())
+    expected = np.flatnonzero(~far)[np.argmax(bulk[~far])]
+    name = f"{data['layer'].values[expected]}:{data['index'].values[expected]}"
+    assert f"model.layers.{shapes[0]['neuron']}" == name
+    exact = float(data["wasserstein"].values[expected])
+    bound = float(data["wasserstein_error"].values[expected])
+    assert float(shapes[0]["distance"]) == pytest.approx(exact, abs=bound + 5e-4)
+    assert len(outliers) == min(10, int(far.sum()))
 
 
 def test_a_cell_that_writes_to_standard_error_is_refused(tmp_path: Path) -> None:
