@@ -32,7 +32,7 @@ class TokenValues:
     tokens: list[str]
     values: npt.NDArray[np.float32]  # (tokens,)
     quantiles: Array  # (tokens,) share of the run's tokens below the value, from 0 to 1
-    errors: Array  # (tokens,) of the quantiles: half the share of the value's bin
+    errors: Array  # (tokens,) bounds of the errors of the quantiles: see `Distribution.places`
     shades: Array  # (tokens,) from -1 to 1: the distance to the median, full for the farthest 1%
 
     @property

@@ -40,15 +40,16 @@ class Distribution:
         return cls(knots, np.concatenate([[0.0], np.cumsum(counts)]) / counts.sum())
 
     def places(self, values: npt.NDArray[np.floating]) -> tuple[Array, Array]:
-        """Return the share of the tokens below each value, and how far off it may be.
+        """Return the share of the tokens below each value, and the bound of its error.
 
-        It may be off by half the share of the value's bin, or of its tail.
+        The tokens of the value's bin, or tail, may lie anywhere in it: the bound is the distance to
+        the farther end of the bin's share.
         """
         found = np.interp(values, self.knots, self.below)
         after = np.searchsorted(self.knots, values, side="right").clip(1, len(self.knots) - 1)
         inside = (values >= self.knots[0]) & (values <= self.knots[-1])
-        share = self.below[after] - self.below[after - 1]
-        return found, np.where(inside, share / 2, 0.0)
+        bound = np.maximum(found - self.below[after - 1], self.below[after] - found)
+        return found, np.where(inside, bound, 0.0)
 
     @property
     def scale(self) -> Levels:
