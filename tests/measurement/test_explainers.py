@@ -2,14 +2,18 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from entangle.measurement.context_search import contexts
 from entangle.measurement.explainers import Examples, check_examples
+from entangle.measurement.measuring import measure
 from tests.measurement.test_context_search import drawn_windows
+from tests.tiny_models import tiny_model, tiny_tokenizer
 
 SKIP = 3
 LAYER = "model.layers.1.mlp.down_proj"
@@ -55,3 +59,24 @@ def test_windows_and_folders_that_delphi_could_not_read_are_refused(tmp_path: Pa
     (tmp_path / "other").touch()
     with pytest.raises(FileExistsError, match="not empty"):
         check_examples(tmp_path, drawn_windows(2, 32))
+
+
+def test_contexts_writes_the_examples_of_its_neurons(tmp_path: Path) -> None:
+    model, windows, neuron = tiny_model("llama"), drawn_windows(6, 32), f"{LAYER}:7"
+    run = measure(model, windows, layers=LAYER)
+    heard: list[torch.Tensor] = []
+    handle = model.get_submodule(LAYER).register_forward_hook(lambda *x: heard.append(x[2]))
+    with torch.inference_mode():
+        model(windows.tokens)
+    handle.remove()
+    out: Any = {"run": run, "neurons": neuron, "tokenizer": tiny_tokenizer()}
+    contexts(model, windows, **out, delphi=tmp_path / "new")
+    held = load_file(tmp_path / "new" / f"{LAYER}.high" / "7_7.safetensors")
+    values = heard[0][..., 7].numpy()
+    window, position, index = held["locations"].T.numpy()
+    assert not index.any()
+    level = np.quantile(values, 0.95)
+    assert held["activations"].numpy() == pytest.approx(values[window, position] - level, abs=1e-4)
+    assert abs(len(window) - 0.05 * values.size) <= 2
+    with pytest.raises(FileExistsError, match="not empty"):
+        contexts(model, windows, **out, delphi=tmp_path / "new")
