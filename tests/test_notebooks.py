@@ -85,7 +85,7 @@ PLACES = {
     "WINDOWS": 128,
     "LENGTH": 512,
 }
-PICTURES = {"1": 3, "2": 3, "3": 1, "4": 3, "5": 1, "6": 1}
+PICTURES = {"1": 3, "2": 3, "3": 1, "4": 3, "5": 1, "6": 2}
 BELONGS = {  # what only the outputs of the real model have
     "1": ["155520.0", "65536.0", "model.layers.11.mlp.down_proj:507"],
     "2": ["smollm2-135m · python-docs/calibration · 65,536 tokens"],
