@@ -1548,7 +1548,9 @@ def test_pictures_follow_the_colour_scheme(browser: Browser, site: Site) -> None
 def test_two_measured_runs_are_apart(browser: Browser, site: Site, tmp_path: Path) -> None:
     tree = entangle.open_run(site.small)
     distances = ("wasserstein", "wasserstein_bulk")
-    turned = {name: tree[name].to_numpy()[::-1].copy() for name in distances}  # another order
+    turned: dict[str, Any] = {
+        name: tree[name].to_numpy()[::-1].copy() for name in distances
+    }  # another order
     other = changed(site.small, tmp_path / "other", **turned)
     file = entangle.report([site.small, other], tmp_path / "report.html")
     names = [top_of(ranked(entangle.open_run(run))) for run in (site.small, other)]
