@@ -245,6 +245,7 @@ def _interactive(run: xr.DataTree, contexts: Mapping[str, Any]) -> tuple[dict[st
                 "role": str(data["role"].to_numpy()[start]),
                 "side": str(data["side"].to_numpy()[start]),
                 "neurons": int(end - start),
+                "tokens": int(data["count"].to_numpy()[start:end].max()),
                 "shown": len(ranked),
             }
         )
@@ -264,7 +265,6 @@ def _interactive(run: xr.DataTree, contexts: Mapping[str, Any]) -> tuple[dict[st
         "layers": layers,
         "bars": _BARS,
         "levels": _LEVELS,
-        "tokens": int(data["count"].max()),
         "contexts": contexts,
     }
     packed = {"header": _packed(_json(header))}

@@ -139,9 +139,18 @@ def _gated(name: str, outs: list[torch.Tensor]) -> torch.Tensor:
     return silu(gate) * up
 
 
-@pytest.mark.parametrize("name", [name for name in MIXTURES if name != "jetmoe"])
-def test_each_experts_rows_are_its_tokens_multiplied_by_hand(name: str) -> None:
-    model = tiny_mixture(name)
+SQUARE = {"intermediate_size": HIDDEN}  # no shape says which of a matrix's sides is the inputs'
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [(name, {}) for name in MIXTURES if name != "jetmoe"]
+    + [("mixtral", SQUARE), ("gpt_oss", SQUARE)],
+)
+def test_each_experts_rows_are_its_tokens_multiplied_by_hand(
+    name: str, changes: dict[str, int]
+) -> None:
+    model = tiny_mixture(name, **changes)
     own = getattr(model.config, "_experts_implementation", None)
     layers = experts_of(model)
     truth = by_hand(model, name)
@@ -166,6 +175,29 @@ def test_each_experts_rows_are_its_tokens_multiplied_by_hand(name: str) -> None:
     fused = {id(p) for owner in owners for p in owner.parameters(recurse=False)}
     named = {n for n, p in model.named_parameters() if id(p) in fused}
     assert not named & {*skipped_parameters(model)}
+
+
+def test_in_bfloat16_the_rows_are_those_of_the_routers_choice() -> None:
+    model = tiny_mixture().bfloat16()
+    chosen: list[torch.Tensor] = []
+    gate: Any = model.get_submodule("model.layers.1.mlp.gate")
+    handle = gate.register_forward_hook(lambda _, __, out: chosen.append(out[2]))
+    layers = find_layers(model, "*.1.mlp.experts.*")
+    heard, _ = hear(model, layers, input_ids=IDS)
+    handle.remove()
+    for layer in layers:
+        rows, expert = heard[layer.name], int(layer.name.split(".")[-2])
+        assert rows.outputs.dtype == torch.bfloat16
+        assert torch.equal(rows.tokens, (chosen[0] == expert).any(dim=1).nonzero().flatten())
+        truth = rows.inputs.double() @ weight_of(layer).double().T
+        assert len(rows.tokens) > 0
+        torch.testing.assert_close(rows.outputs.double(), truth, rtol=1e-2, atol=1e-2)
+
+
+def test_the_roles_that_there_are_name_no_expert() -> None:
+    with pytest.raises(LookupError, match=r"mlp\.experts\.\*\.down_proj") as error:
+        find_layers(tiny_mixture(), "nothing")
+    assert "experts.3" not in str(error.value)
 
 
 def test_the_mlp_of_jetmoe_is_heard_and_its_experts_of_attention_are_skipped_in_words() -> None:
