@@ -29,20 +29,25 @@ def _processor() -> list[str]:
     return [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
 
 
-def side_by_side(cases: dict[str, Callable[[], Any]], rounds: int = ROUNDS) -> dict[str, float]:
+def side_by_side(
+    cases: dict[str, Callable[[], Any]],
+    rounds: int = ROUNDS,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, float]:
     """Return each case's median seconds; the cases take turns, after one turn to warm up.
 
-    A case ends when its work on a GPU has ended too.
+    A case ends when its work on a GPU has ended too. The clock may be `time.process_time`, which does
+    not count what other processes do.
     """
     seconds: dict[str, list[float]] = {name: [] for name in cases}
     for turn in range(rounds + 1):
         for name, case in cases.items():
-            start = time.perf_counter()
+            start = clock()
             case()
             if torch.cuda.is_initialized():
                 torch.cuda.synchronize()
             if turn:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(clock() - start)
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 

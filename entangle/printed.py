@@ -258,10 +258,11 @@ def sparsified(result: dict[str, Any]) -> str:
             f"({_settings(result, EXPERT_DEFAULTS)})"
         )
     share = result["model_multiply_adds"] / result["model_dense_multiply_adds"]
+    weights = result.get("dense_weights", result["dense_multiply_adds"])  # older folders lack it
     lines.append(
         f"a token takes {result['density']:.2%} of these layers' dense multiply-adds, routers "
         f"included, and {share:.2%} of those of all linear layers and the output embedding; the "
-        f"number of stored weights is {result['stored'] / result['dense_multiply_adds']:.3g} times "
+        f"number of stored weights is {result['stored'] / weights:.3g} times "
         f"that of the dense layers, {result['disk_bytes'] / 1e6:,.1f} MB on disk and "
         f"{result['memory_bytes'] / 1e6:,.1f} MB in memory"
     )

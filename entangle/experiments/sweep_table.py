@@ -31,6 +31,7 @@ COSTS = (
     "model_multiply_adds",
     "model_dense_multiply_adds",
     "stored",
+    "dense_weights",
     "disk_bytes",
     "memory_bytes",
 )
@@ -202,6 +203,12 @@ def _medians(values: Losses, layers: Sequence[Mapping[str, Any]]) -> list[float]
     return [_median(part) for part in np.split(values, edges)]
 
 
+def _dense_weights(row: Mapping[str, Any]) -> float:
+    """Return the number of weights of the dense layers; older tables have only the multiply-adds."""
+    weights = float(row.get("dense_weights", math.nan))
+    return float(row["dense_multiply_adds"]) if math.isnan(weights) else weights
+
+
 def _median(values: Losses | None) -> float:
     """Return the median of the values that are not NaN; NaN if there is none."""
     known = values[~np.isnan(values)] if values is not None else np.zeros(0)
@@ -319,7 +326,7 @@ def markdown(table: pd.DataFrame) -> str:
         cells += [_number(gain, ".3f")] if improved else []
         cells += [
             f"{row['density']:.1%}",
-            f"{row['stored'] / row['dense_multiply_adds']:.3g}x",
+            f"{row['stored'] / _dense_weights(row):.3g}x",
             f"{row['disk_bytes'] / 1e6:,.4g} MB",
             f"{row['memory_bytes'] / 1e6:,.4g} MB",
         ]

@@ -153,6 +153,7 @@ def sweep(
       output embedding.
     * ``model_dense_multiply_adds``: the same for the dense model.
     * ``stored``: non-zero weights of the pruned layers, over all experts.
+    * ``dense_weights``: weights of the same layers when dense.
     * ``disk_bytes``, ``memory_bytes``: size of the pruned layers and routers, bytes.
     * ``windows``: windows of the text.
     * ``tokens``: its scored tokens.

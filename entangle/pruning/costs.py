@@ -19,7 +19,14 @@ from entangle.model.layers import LinearLayer, find_layers, weight_of
 from entangle.numerics.rounding import rounded_bytes
 from entangle.numerics.routing import Router
 
-SUMS = ("multiply_adds", "router_multiply_adds", "stored", "disk_bytes", "memory_bytes")
+SUMS = (
+    "multiply_adds",
+    "router_multiply_adds",
+    "stored",
+    "dense_weights",
+    "disk_bytes",
+    "memory_bytes",
+)
 
 
 def costs_of(layer: LinearLayer) -> dict[str, Any]:
@@ -44,6 +51,7 @@ def costs_of(layer: LinearLayer) -> dict[str, Any]:
         "multiply_adds": float((nonzeros * shares).sum()),
         "router_multiply_adds": 0 if router is None else router.multiply_adds,
         "dense_multiply_adds": _dense(layer),
+        "dense_weights": layer.neurons * layer.inputs,
         "stored": int(nonzeros.sum()),
         "disk_bytes": disk + routing,
         "memory_bytes": memory + routing,
@@ -78,6 +86,7 @@ def dense_costs_of(layer: LinearLayer) -> dict[str, Any]:
         "multiply_adds": _dense(layer),
         "router_multiply_adds": 0,
         "dense_multiply_adds": _dense(layer),
+        "dense_weights": layer.neurons * layer.inputs,
         "stored": weight.numel(),
         "disk_bytes": size,
         "memory_bytes": size,

@@ -71,8 +71,9 @@ def tuned_layers(setup: Setup) -> list[LinearLayer]:
     if not layers:
         raise ValueError(
             "reconstruct mlp tunes layers that work on each token alone, but all layers that can be "
-            f"pruned among {', '.join(setup.patterns)} are parts of attention, or of something else "
-            "that mixes tokens: choose layers of the MLP, or use reconstruct none"
+            f"pruned among {', '.join(setup.patterns)} are parts of attention, of something else that "
+            "mixes tokens, or of trained experts, which are not tuned: choose other layers of the MLP, or "
+            "use reconstruct none"
         )
     return layers
 

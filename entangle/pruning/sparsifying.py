@@ -88,8 +88,10 @@ class Sparsified:
       tokens.
     * ``router_multiply_adds``: multiply-adds per token of the router; counted in the first of the
       layers that share it.
-    * ``dense_multiply_adds``: multiply-adds per token of the dense layer.
+    * ``dense_multiply_adds``: multiply-adds per token of the dense layer; of a trained expert's times
+      the share of the experts that a token is sent to.
     * ``stored``: non-zero weights, over all experts.
+    * ``dense_weights``: weights of the dense layer.
     * ``disk_bytes``: size of the written weights and router, bytes; several experts are packed.
     * ``memory_bytes``: size of the weights and router in memory, bytes.
     * ``input_share``: the share of zero inputs that the layer was given; 0 with dense inputs.

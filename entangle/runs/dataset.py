@@ -220,11 +220,12 @@ def _warnings(dataset: xr.Dataset, what: str, values: str, tokens: int) -> list[
     """
     distance, error = dataset["wasserstein"].to_numpy(), dataset["wasserstein_error"].to_numpy()
     broken, counts = dataset["nonfinite"].to_numpy() > 0, dataset["count"].to_numpy()
-    unused, few = counts == 0, (counts > 0) & (counts < min(tokens, NOISY_TOKENS))
+    unused = counts < min(tokens, 2)  # of one token there is no std
+    few = ~unused & (counts < min(tokens, NOISY_TOKENS))
     dead, large = np.isnan(distance) & ~broken & ~unused, error > TRUSTED_ERROR
     noisy = f"fewer than {NOISY_TOKENS} tokens, so with a noise floor above {NOISY_FLOOR} std"
     cases = [
-        (unused, f"{what}{{}} of experts that no token was sent to, so without a distance"),
+        (unused, f"{what}{{}} of experts that had no token, or only one, so without a distance"),
         (few, f"{what}{{}} of experts with {noisy}"),
         (broken, f"{what}{{}} with NaN, infinite or too large {values}, so without a distance"),
         (dead, f"dead {what}{{}} (constant {values}), so without a distance"),

@@ -27,6 +27,7 @@ def arm(experts: int, sparsity: str = "0.5", **words: Any) -> dict[str, Any]:
     routed = {"assign": "kmeans", "components": "auto", "shrinkage": 0.5} if experts > 1 else {}
     costs = {name: 100.0 + place for place, name in enumerate(COSTS)}
     costs |= {"density": 0.3125, "stored": 950.0, "dense_multiply_adds": 200.0}
+    costs |= {"dense_weights": 200.0}
     return named | routed | {"sparsity": sparsity} | words | {
         "window_nats": [3.0, 3.5],
         "tokens": 60,

@@ -10,21 +10,24 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import entangle
+from entangle.__main__ import main
 from entangle.experiments.ablating import ablate
 from entangle.experiments.sweeping import sweep
 from entangle.measurement.measuring import measure
 from entangle.model.blocks import BlockWalk
 from entangle.model.layers import LinearLayer, find_layers, weight_of
-from entangle.model.loading import load_model
+from entangle.model.loading import load_model, save_model
 from entangle.numerics.masks import prune
 from entangle.numerics.moments import InputMoments
 from entangle.numerics.sparsity import Sparsity
 from entangle.pruning import sparsifying
 from entangle.pruning.calibration import calibrate, load_calibrations, save_calibrations
 from entangle.pruning.options import ONE, SHRINKAGE
+from tests.forking import forked_ranks
 from tests.measurement.test_mixtures import EXPERTS, UNUSED, windows_of
 from tests.model.test_eager import experts_of, hear
 from tests.tiny_mixtures import MIXTURES, tiny_mixture, without_tokens
+from tests.tiny_models import tiny_tokenizer
 
 WINDOWS = windows_of(6)
 HELD_OUT = windows_of(4, seed=2)
@@ -229,3 +232,37 @@ def test_neurons_of_experts_that_are_set_to_zero_are_rows_of_zeros(tmp_path: Pat
         )
     assert found["perplexity"].iloc[1] == pytest.approx(float(nats.exp()), rel=1e-4)
     assert found["perplexity"].iloc[0] == again["perplexity"].iloc[0]
+
+
+def test_two_processes_measure_and_prune_as_one_does(tmp_path: Path) -> None:
+    """Batches of eight tokens, of which each process sends some to experts that the other has not."""
+    model = tiny_mixture(num_local_experts=8)
+    save_model(model, tiny_tokenizer(), tmp_path / "model")
+    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog " * 8)
+    words: list[str | Path] = ["--text", tmp_path / "text.txt", "--windows", "6", "--length", "8"]
+    words += ["--batch-size", "1", "--layers", EXPERTS, "--device", "cpu"]
+    commands: dict[str, list[str]] = {
+        "measure": [],
+        "sparsify": ["--sparsity", "0.5", "--method", "wanda"],
+    }
+    for name, more in commands.items():
+        line: list[str | Path] = [
+            "-m",
+            "entangle",
+            name,
+            tmp_path / "model",
+            *words,
+            *more,
+            "--out",
+        ]
+        done = forked_ranks(2, *line, tmp_path / f"{name}-2")
+        assert done.returncode == 0, done.stderr
+        assert main([*map(str, line[2:]), str(tmp_path / f"{name}-1")]) == 0
+    two, one = (entangle.open_run(tmp_path / f"measure-{n}").to_dataset() for n in (2, 1))
+    assert (two["count"] == one["count"]).all()
+    assert (one["count"] == 0).any()
+    assert two["wasserstein"].identical(one["wasserstein"])
+    pruned = [load_model(tmp_path / f"sparsify-{n}") for n in (2, 1)]
+    for key, parameter in pruned[0].named_parameters():
+        other = pruned[1].get_parameter(key)  # sums are rounded in another order: near ties differ
+        assert (parameter != other).float().mean() < 0.01, key
