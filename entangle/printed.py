@@ -28,8 +28,8 @@ def _measured_on(summary: dict[str, Any]) -> str:
 def _of_experts(experts: Mapping[str, Any]) -> str:
     without = experts["without_tokens"]
     return (
-        f"{experts['matrices']:,} of the layers are matrices of trained experts, which had "
-        f"{experts['least_tokens']:,} to {experts['most_tokens']:,} of the tokens; each neuron's noise "
+        f"{experts['matrices']:,} of the layers, matrices of trained experts, had not all tokens but "
+        f"{experts['least_tokens']:,} to {experts['most_tokens']:,}; each neuron's noise "
         f"floor is that of its own count{f' ({without:,} had none)' if without else ''}"
     )
 

@@ -32,6 +32,8 @@ class Comparison:
     - ``change``: other - first, in std.
     - ``bound``: the sum of the certified error bounds of both distances, in std.
     - ``beyond``: ``max(abs(change) - bound, 0)``, in std.
+    - ``first_count``, ``other_count``: its tokens in each run. Only if neurons have different counts,
+      as those of trained experts do.
     """
 
     layers: pd.DataFrame
@@ -56,7 +58,7 @@ def diff(
     """
     tables = []
     for one in map(dataset_of, (run, other)):
-        kept = one[["wasserstein", "wasserstein_error"]].isel(neuron=trusted(one))
+        kept = one[["wasserstein", "wasserstein_error", "count"]].isel(neuron=trusted(one))
         tables.append(kept.to_dataframe())
     keys = ["layer", "block", "role", "index", "side"]
     both = tables[0].merge(tables[1], on=keys, suffixes=("_first", ""))
@@ -74,6 +76,7 @@ def diff(
             f"no neuron of the {len(wanted)} chosen layers of the first run is ranked in both runs: "
             f"{why}"
         )
+    both["first_count"], both["other_count"] = both["count_first"], both["count"]
     both["first"], both["other"] = both["wasserstein_first"], both["wasserstein"]
     both["change"] = both["other"] - both["first"]
     both["bound"] = both["wasserstein_error_first"] + both["wasserstein_error"]
@@ -98,4 +101,6 @@ def diff(
     neurons = both.iloc[order].reset_index(drop=True)
     neurons.insert(0, "neuron", neurons["layer"] + ":" + neurons["index"].astype(str))
     columns = ["neuron", "first", "other", "change", "bound", "beyond"]
+    counts = ["first_count", "other_count"]
+    columns += counts if (both[counts].nunique() > 1).any() else []
     return Comparison(pd.DataFrame(rows), neurons[columns])

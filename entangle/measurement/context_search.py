@@ -94,7 +94,7 @@ class NeuronContexts:
     neuron: str  # LAYER:INDEX
     tokens: int
     wasserstein: float  # exact, computed from the outputs, in std
-    low: float  # lower end of its 95% bootstrap interval, in std; NaN for one window
+    low: float  # lower end of its 95% bootstrap interval, in std; NaN if one window has all its tokens
     high: float  # upper end
     modes: list[float]  # in output units
     contexts: list[Context]
@@ -158,7 +158,8 @@ def contexts(
 
     ``windows`` must be those that ``run`` was measured on. A token's share of the distance is the
     integral over its own quantile bin (see `distance_parts`). The interval is a basic bootstrap
-    interval from 200 draws of whole windows; it is NaN for a single window. Noise only adds to a
+    interval from 200 draws of whole windows, without the draws in which a trained expert has no
+    token; it is NaN if one window has all of the neuron's tokens. Noise only adds to a
     distance, so the interval may lie below it. A few massive outputs raise the std and so squeeze
     all other standardised outputs, which then carry the shares: compare the distance without them
     (`NeuronContexts.without`). With ``out``, the run's folder, the contexts are added to its
@@ -178,6 +179,11 @@ def contexts(
     for name in names:
         check_neuron(data, name)
         if not np.isfinite(float(data["wasserstein"].sel(neuron=name))):
+            if not int(data["count"].sel(neuron=name)):
+                raise ValueError(
+                    f"no token was sent to the expert of {name}, so it has no distance: choose a "
+                    "neuron of another expert"
+                )
             raise ValueError(
                 f"{name} is dead or not finite, so it has no distance: choose another neuron"
             )
@@ -326,7 +332,7 @@ def _describe(
     distance = float(parts.sum())
     mean, std = float(outputs.mean(dtype=np.float64)), float(outputs.std(dtype=np.float64))
     low = high = math.nan
-    if len(windows) > 1:
+    if len(np.unique(counted.rows // counted.length)) > 1:
         low, high = (2 * distance - np.nanquantile(draws, [0.975, 0.025])).tolist()
     length = counted.length
     skip_first = windows.length - length

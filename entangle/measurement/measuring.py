@@ -25,6 +25,7 @@ from entangle.model.overlap import run_hashes
 from entangle.model.packing import load_tensors, save_tensors
 from entangle.model.placing import input_device, is_offloaded
 from entangle.model.ranks import Shard
+from entangle.model.reloading import free_memory
 from entangle.model.sampling import sample_inputs
 from entangle.model.sides import Recordable, by_block
 from entangle.model.text import TokenWindows, evenly_spaced
@@ -91,8 +92,8 @@ def measure(
         LookupError: a pattern matches no layer, or all layers are excluded.
         RuntimeError: ``difficulty`` is above 0 and the model cannot be run block by block.
         ValueError: the windows are longer than the model's context, the model is in training mode
-            or compiled, a number is out of range, ``shard`` has no batch, or it is given under
-            torchrun or with ``difficulty``.
+            or compiled, a number is out of range, the histograms do not fit into memory, ``shard``
+            has no batch, or it is given under torchrun or with ``difficulty``.
     """
     if difficulty < 0:
         raise ValueError(
@@ -113,6 +114,8 @@ def measure(
             f"difficulty {difficulty} is of the neurons of layers, but only inputs are recorded: give "
             "layers, or leave difficulty out"
         )
+    if not is_offloaded(model):  # else memory has one block's histograms
+        _check_memory(setup.recorded, bins)
     recording = _Recording(setup, bins, _shard(shard, difficulty))
     if shard is not None and not recording.own:
         raise ValueError(
@@ -152,6 +155,22 @@ def measure(
     if out is None or not streamed:
         return tree
     return store.open_run(out) if ranks.rank() == 0 else xr.DataTree()
+
+
+def _check_memory(recorded: Sequence[Recordable], bins: int) -> None:
+    """Check that the histograms of all neurons fit into the memory that is free.
+
+    Raises:
+        ValueError: they do not, as with the experts of a large mixture.
+    """
+    neurons = sum(one.neurons for one in recorded)
+    needed, free = 4 * bins * neurons, free_memory()
+    if needed > free:
+        raise ValueError(
+            f"the histograms of {neurons:,} neurons with {bins} bins need {needed / 1e9:.1f} GB, but "
+            f"{free / 1e9:.1f} GB of memory are free: choose fewer layers (--exclude '*.experts.*' "
+            "leaves out trained experts), take fewer bins, or run block by block (--offload)"
+        )
 
 
 def _tree(

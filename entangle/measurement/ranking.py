@@ -10,6 +10,7 @@ import pandas as pd
 import scipy
 import xarray as xr
 
+from entangle.numerics.gaussian import noise_floor
 from entangle.runs.dataset import dataset_of, kinds_of, matching, outputs_of, rows_by_layer, trusted
 
 Neurons = dict[str, npt.NDArray[np.int64]]  # the indices of each layer's neurons, ascending
@@ -46,6 +47,9 @@ def rank(
     - ``mean``, ``std``: of the output, in its units.
     - ``skewness``, ``kurtosis`` (excess): without a unit.
     - ``modes``: how many modes the smoothed histogram has.
+    - ``count``, ``noise_floor``: the neuron's tokens and the noise floor of so many, in std. Only if
+      the ranked neurons have different counts, as those of trained experts do: a high distance of few
+      tokens may be noise.
 
     Raises:
         LookupError: the run has no such variable, or a pattern matches none of its layers.
@@ -61,12 +65,16 @@ def rank(
     index = table["index"].astype(str)
     table.insert(0, "neuron", table["layer"] + ":" + index)
     medians = pd.Series(values[chosen]).groupby(names[chosen]).median()
+    counts = dataset["count"].to_numpy()
+    own = ["count", "noise_floor"] if len(np.unique(counts[chosen])) > 1 else []
+    table["count"] = counts[order]
+    table["noise_floor"] = [noise_floor(count) for count in counts[order]]
     if "wasserstein_bulk" in rows:
         table["kind"] = kinds_of(rows)
         known = ["kind", *known]
     table.insert(2, "layer_ratio", table[by] / table["layer"].map(medians).astype(float))
     columns = ["neuron", by, "layer_ratio", *[name for name in known if name != by]]
-    return table[columns].reset_index(drop=True)
+    return table[list(dict.fromkeys([*columns, *own]))].reset_index(drop=True)
 
 
 def top_by_layer(

@@ -79,9 +79,7 @@ class BlockWalk:
         self.block = 0
         self._device = input_device(model)
         self.counted: list[CountedTokens] = []
-        self.first: list[
-            torch.Tensor
-        ] = []  # per batch, which tokens begin a window (see `first_tokens`)
+        self.first: list[torch.Tensor] = []  # per batch, which begin a window (`first_tokens`)
         self._batch = 0  # the number of the running batch
         self._hidden: list[torch.Tensor] = []
         self._calls: list[list[BlockCall]] = []  # per batch, per block

@@ -23,6 +23,7 @@ _WITH_BIAS = ("addmm", "baddbmm")  # their first argument is added to the produc
 _PRODUCTS = ("linear", "matmul", "__matmul__", "mm", "bmm", *_WITH_BIAS)
 _GATHERS = ("__getitem__", "index_select")
 _SUMS = ("add", "add_", "__add__", "__iadd__")
+_Stack = tuple[nn.Module, str]  # the owner and the parameter of all experts' matrices
 _Place = tuple[nn.Module, str, int]  # of a matrix: the owner, the parameter and the expert
 _View = tuple[int, torch.Size, tuple[int, ...]]  # address, shape and strides
 _Rows = ReferenceType[torch.Tensor]
@@ -104,7 +105,7 @@ class _Watch(TorchFunctionMode):
             self._wanted.setdefault(_place(matrix), []).append(matrix)
         # All matrices of the scope, since another one may tell which tokens an expert has. Their
         # views are found when they are used: weights in files are read only then.
-        self._unseen: dict[tuple[nn.Module, str], list[FusedMatrix]] = {}
+        self._unseen: dict[_Stack, list[FusedMatrix]] = {}
         for matrix in wanted[0].among:
             self._unseen.setdefault((matrix.owner, matrix.parameter), []).append(matrix)
         self._matrices: dict[_View, FusedMatrix] = {}
@@ -114,7 +115,8 @@ class _Watch(TorchFunctionMode):
         self._gathered: dict[int, tuple[_Rows, torch.Tensor, int]] = {}
         self._tokens: dict[int, tuple[torch.Tensor, int]] = {}
         self._without_bias: dict[int, tuple[torch.Tensor, torch.Tensor, FusedMatrix]] = {}
-        self._heard: dict[_Place, torch.Tensor] = {}  # an empty tensor like the outputs
+        self._done: set[_Place] = set()  # were heard, or cannot be: their tokens are not told
+        self._like: dict[_Stack, torch.Tensor] = {}  # an empty tensor like the outputs
 
     def __torch_function__(
         self,
@@ -125,22 +127,27 @@ class _Watch(TorchFunctionMode):
     ) -> Any:
         result = func(*args, **(kwargs or {}))
         name = getattr(func, "__name__", "")
+        if len(args) < 2:  # a call by keywords alone tells nothing
+            return result
         if name in _PRODUCTS:
             return self._product(name, args, kwargs or {}, result)
         if name in _GATHERS:
-            self._gather(args[0], args[-1], result)
+            self._gather(args, result)
         elif name == "split":
             self._split(args, result)
         elif name in _SUMS and self._without_bias:
             return self._sum(args[0], args[1], result)
         return result
 
-    def _gather(self, source: torch.Tensor, index: Any, result: Any) -> None:
-        """Note which tokens rows are that are gathered from (tokens, width)."""
+    def _gather(self, args: tuple[Any, ...], result: Any) -> None:
+        """Note which tokens rows are that are gathered from (tokens, width), or from such rows."""
+        source, *dim, index = args
         if not isinstance(index, torch.Tensor) or index.dtype != torch.int64 or index.ndim != 1:
             return
-        if source.ndim == 2 and source.is_floating_point():
-            self._gathered[id(result)] = ref(result), index, len(source)
+        if source.ndim == 2 and source.is_floating_point() and dim in ([], [0]):
+            tokens, batch = self._tokens_of(source) or (None, len(source))
+            own = index if tokens is None else tokens[index]
+            self._gathered[id(result)] = ref(result), own, batch
 
     def _split(self, args: tuple[Any, ...], parts: Any) -> None:
         """Note which tokens the parts are of rows that are split (not of columns)."""
@@ -168,7 +175,10 @@ class _Watch(TorchFunctionMode):
         if view in self._stacks:
             return self._all_at_once(self._stacks[view], inputs, result)
         matrix = self._matrices.get(view)
-        if matrix is None or inputs.ndim != 2:
+        if matrix is None:
+            return result
+        if inputs.ndim != 2:
+            self._done.add(_place(matrix))
             return result
         told = self._tokens_of(inputs)
         if told is not None:
@@ -203,9 +213,10 @@ class _Watch(TorchFunctionMode):
     def _hear(self, matrix: FusedMatrix, inputs: torch.Tensor, outputs: torch.Tensor) -> Any:
         """Call a matrix with the rows of its expert, if it is told which tokens they are."""
         tokens, batch = self._tokens.get(matrix.expert, (None, 0))
+        self._done.add(_place(matrix))
         if tokens is not None and len(tokens) == len(inputs):
+            self._like[matrix.owner, matrix.parameter] = outputs.new_empty(0)
             for wanted in self._wanted.get(_place(matrix), ()):
-                self._heard[_place(matrix)] = outputs.new_empty(0)
                 wanted.tokens, wanted.batch = tokens, batch
                 outputs = wanted(inputs, outputs)
         return outputs
@@ -213,7 +224,13 @@ class _Watch(TorchFunctionMode):
     def _all_at_once(
         self, matrices: Sequence[FusedMatrix], inputs: torch.Tensor, outputs: torch.Tensor
     ) -> torch.Tensor:
-        """Hear a product of all tokens with all experts' matrices: (experts, tokens, inputs)."""
+        """Hear a product of all tokens with all experts' matrices, if inputs are those of each expert.
+
+        They are (experts, tokens, inputs). A product of other inputs does not tell an expert's tokens.
+        """
+        self._done |= {*map(_place, matrices)}
+        if inputs.ndim != 3 or len(inputs) != len(matrices):
+            return outputs
         for matrix, rows, products in zip(matrices, inputs, outputs, strict=True):
             if matrix.expert not in self._tokens:
                 self._tokens[matrix.expert] = rows.any(dim=1).nonzero().flatten(), len(rows)
@@ -229,14 +246,16 @@ class _Watch(TorchFunctionMode):
     def finish(self) -> None:
         """Call the matrices of experts that no token was sent to, with no rows.
 
-        Only if another expert's matrix of the same parameter was heard: otherwise they are not heard.
+        These are the experts without a product, if another expert's matrix of the same parameter was
+        heard: wanted or not. Without one, and after a product whose tokens are not told, the
+        matrices are not heard.
         """
         batch = max((batch for _, batch in self._tokens.values()), default=0)
-        like = {place[:2]: outputs for place, outputs in self._heard.items()}
+        self._done |= {_place(matrix) for *_, matrix in self._without_bias.values()}
         for place, wanted in self._wanted.items():
-            if place in self._heard or place[:2] not in like:
+            outputs = self._like.get(place[:2])
+            if place in self._done or outputs is None:
                 continue
-            outputs = like[place[:2]]
             for one in wanted:
                 neurons, inputs = one.weight.shape
                 one.tokens = torch.zeros(0, dtype=torch.int64, device=outputs.device)

@@ -2,11 +2,11 @@
 
 The matrices are found by structure. A module with a number of experts, ``num_experts``, has
 parameters of three dimensions, the first of which is the expert, or of two, in which the experts'
-rows follow each other. Of a module's parameters all but the last multiply hidden states, so their
-inputs are as many as the model's width; the last one returns hidden states. Which way a parameter
-lies follows from that, or from the module's attribute ``is_transposed``; a parameter alone has
-(neurons, inputs). If that is wrong for a
-model, a trial does not hear its matrices (`hooks.unheard_layers`), and they are skipped.
+rows follow each other. All of them but the last multiply hidden states, so their inputs are as many
+as the model's width; the last one returns hidden states. These sizes tell whether a parameter has
+(neurons, inputs) or is transposed, unless the module's attribute ``is_transposed`` says it; a
+parameter alone has (neurons, inputs). If this guess is wrong for a model, a trial does not hear the
+matrices (`hooks.unheard_layers`), and they are skipped.
 """
 
 import math
@@ -106,12 +106,17 @@ def _chosen(config: Any) -> float:
 
 
 def _stacks(owner: nn.Module) -> list[str]:
+    """Return the names of the parameters that hold experts' matrices.
+
+    There are none if another parameter has a row for each expert, such as a bias of another name: what
+    it does to the outputs is not known.
+    """
     experts = _experts(owner)
-    return [
-        name
-        for name, parameter in owner._parameters.items()
-        if experts and parameter is not None and _is_stack(parameter, experts)
-    ]
+    own = {name: one for name, one in owner._parameters.items() if one is not None}
+    names = [name for name, one in own.items() if experts and _is_stack(one, experts)]
+    others = own.keys() - {*names, *(name + _BIAS for name in names)}
+    known = not any(own[name].ndim == 2 and len(own[name]) == experts for name in others)
+    return names if known else []
 
 
 def _is_stack(parameter: torch.Tensor, experts: int) -> bool:

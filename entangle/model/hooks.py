@@ -34,7 +34,9 @@ class CountedTokens:
     counted: int
     padding: int
     index: torch.Tensor | None  # (counted,) int64: their places in the batch; None counts all
+    # By device, so that each gets one copy of a batch's.
     _copies: dict[torch.device, torch.Tensor] = dataclasses.field(default_factory=dict)
+    _orders: dict[torch.device, torch.Tensor] = dataclasses.field(default_factory=dict)
 
     @property
     def places(self) -> torch.Tensor:
@@ -87,15 +89,19 @@ class CountedTokens:
 
     def _order(self, device: torch.device) -> torch.Tensor:
         """Return the place of each token (size,) among those that count; -1 for the others."""
-        order = torch.full((self.size,), -1, device=device)
-        order[self.places.to(device)] = torch.arange(self.counted, device=device)
-        return order
+        if device not in self._orders:
+            order = torch.full((self.size,), -1, device=device)
+            places = slice(None) if self.index is None else self.index.to(device)
+            order[places] = torch.arange(self.counted, device=device)
+            self._orders[device] = order
+        return self._orders[device]
 
 
 def tokens_of(layer: Recordable, batch: int) -> torch.Tensor | None:
     """Return which tokens (rows,) of a batch the present rows of a trained expert's matrix are.
 
-    It is None for other layers, and if the expert was sent tokens of another number of rows.
+    It is None for other layers, and if the experts' router had another number of tokens than
+    ``batch``: its rows are then no tokens of the batch.
     """
     module = layer_of(layer).module
     return module.tokens if isinstance(module, FusedMatrix) and module.batch == batch else None
@@ -429,7 +435,7 @@ def _deafness(layer: Recordable, shapes: Sequence[Any], tokens: int) -> str:
     """Return why a layer with these shapes, or types, heard cannot be used; empty if it can."""
     if len(shapes) != 1:
         if not shapes and isinstance(layer_of(layer).module, FusedMatrix):
-            return "in a trial no product told its inputs and which tokens they are of"
+            return "in a trial no product with it told which tokens its inputs are"
         if not shapes:
             return "the model did not run it in a trial"
         return f"the model ran it {len(shapes)} times in a trial, but a layer has to run once"

@@ -283,7 +283,7 @@ def _walk(model: "PreTrainedModel") -> Iterator[LinearLayer]:
 
 
 def _no_match(pattern: str, layers: Sequence[LinearLayer]) -> str:
-    roles = sorted({layer.role for layer in layers})
+    roles = sorted({_role(layer) for layer in layers})
     candidates = [layer.name for layer in layers] + [f"*.{role}" for role in roles]
     near = difflib.get_close_matches(pattern, candidates, n=3, cutoff=0.5)
     hint = f"near matches: {', '.join(near)}; " if near else ""
@@ -291,6 +291,14 @@ def _no_match(pattern: str, layers: Sequence[LinearLayer]) -> str:
         f"no layer matches {pattern!r}; {hint}layers are named like {layers[0].name}, "
         f"with the roles {', '.join(roles)}"
     )
+
+
+def _role(layer: LinearLayer) -> str:
+    """Return a layer's role, of trained experts with ``*`` for the expert, which may be hundreds."""
+    module = layer.module
+    if not isinstance(module, FusedMatrix):
+        return layer.role
+    return layer.role.removesuffix(f"{module.expert}.{module.parameter}") + f"*.{module.parameter}"
 
 
 def skipped_parameters(model: "PreTrainedModel") -> list[str]:

@@ -75,10 +75,15 @@ def _fits(model: PreTrainedModel) -> bool:
     if is_offloaded(model) or len(set(getattr(model, "hf_device_map", {}).values())) > 1:
         return False
     tensors = {id(x): x.nbytes for x in (*model.parameters(), *model.buffers())}
-    free = min(psutil.virtual_memory().available, _free_in_container())
+    free = free_memory()
     if model.device.type == "cuda":
         free = min(free, torch.cuda.mem_get_info(model.device)[0])
     return 1.2 * sum(tensors.values()) < free  # a fifth for what the forward passes need
+
+
+def free_memory() -> float:
+    """Return the bytes of memory that this process may still use."""
+    return min(psutil.virtual_memory().available, _free_in_container())
 
 
 def _free_in_container() -> float:

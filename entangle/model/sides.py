@@ -60,9 +60,9 @@ def layer_of(one: Recordable) -> LinearLayer:
 
 
 def stack_of(one: Recordable) -> object:
-    """Return what the same side of the other experts' matrices has in common with a trained expert's.
+    """Return the same object for all experts of a parameter: with it, one side of their matrices.
 
-    It is None for other layers.
+    It is None for layers that are not of trained experts.
     """
     module = layer_of(one).module
     return (module.owner, module.parameter, one.side) if isinstance(module, FusedMatrix) else None

@@ -218,7 +218,10 @@ def _distances(dataset: xr.Dataset) -> dict[str, Any]:
 
 
 def _of_experts(dataset: xr.Dataset, tokens: int) -> dict[str, Any]:
-    """Return how many tokens the matrices of trained experts had; empty if all layers had ``tokens``."""
+    """Return how many tokens those matrices of trained experts had that had not all; empty if none.
+
+    An expert that had all ``tokens`` is like any other layer.
+    """
     counts = dataset["count"].to_numpy()
     few = counts < tokens
     if not few.any():

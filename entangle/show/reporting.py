@@ -257,6 +257,7 @@ def _interactive(run: xr.DataTree, found: Mapping[str, Any]) -> tuple[dict[str, 
                 "role": str(data["role"].to_numpy()[start]),
                 "side": str(data["side"].to_numpy()[start]),
                 "neurons": int(end - start),
+                "tokens": int(data["count"].to_numpy()[start:end].max()),
                 "shown": len(ranked),
             }
         )
@@ -279,7 +280,6 @@ def _interactive(run: xr.DataTree, found: Mapping[str, Any]) -> tuple[dict[str, 
         "layers": layers,
         "bars": _BARS,
         "levels": _LEVELS,
-        "tokens": int(data["count"].max()),
         **found,
     }
     packed = {"header": _packed(_json(header))}

@@ -9,11 +9,12 @@ import torch
 import xarray as xr
 from transformers import PreTrainedModel
 
+from entangle.measurement.comparing import diff
 from entangle.measurement.context_search import contexts
 from entangle.measurement.measuring import measure
 from entangle.measurement.merging import merge
 from entangle.measurement.ranking import rank
-from entangle.measurement.recording import record
+from entangle.measurement.recording import FEW, record
 from entangle.model.hooks import recording_rows
 from entangle.model.layers import find_layers
 from entangle.model.loading import load_model
@@ -35,6 +36,10 @@ def windows_of(count: int = 12, length: int = 24, seed: int = 1) -> TokenWindows
 
 
 WINDOWS = windows_of()
+
+
+def first(count: int) -> TokenWindows:
+    return TokenWindows(WINDOWS.tokens[:count], "a text", count, 0, False)  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +110,34 @@ def test_the_share_of_tokens_and_the_experts_without_any_are_told(run: xr.DataTr
     assert not ranked["neuron"].str.contains(f"experts.{UNUSED}.").any()
 
 
+def test_an_unused_expert_alone_is_measured_without_tokens(mixture: PreTrainedModel) -> None:
+    run = measure(mixture, WINDOWS, layers=f"*.experts.{UNUSED}.*")
+    assert (run["count"] == 0).all()
+    neuron = f"model.layers.0.mlp.experts.{UNUSED}.down_proj:0"
+    with pytest.raises(ValueError, match="no token was sent"):
+        contexts(mixture, WINDOWS, run=run, neurons=neuron, tokenizer=tiny_tokenizer())
+
+
+def test_a_ranking_shows_counts_where_they_differ(run: xr.DataTree) -> None:
+    table, counts = rank(run), run["count"]
+    for row in table.to_dict(orient="records"):
+        assert row["count"] == int(counts.sel(neuron=row["neuron"]))
+        assert row["noise_floor"] == pytest.approx(0.833 / row["count"] ** 0.5, rel=1e-3)
+    assert "count" not in rank(run, layers="*.o_proj")
+    moved = diff(run, run).neurons
+    assert (moved["first_count"] == counts.sel(neuron=moved["neuron"].to_list()).to_numpy()).all()
+    assert "first_count" not in diff(run, run, layers="*.o_proj").neurons
+
+
+def test_histograms_that_do_not_fit_into_memory_are_refused_before_the_pass(
+    mixture: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("entangle.measurement.measuring.free_memory", lambda: 4 * 64 * 99)
+    assert len(measure(mixture, WINDOWS, layers="*.0.*.q_proj", bins=64)["neuron"]) == 32
+    with pytest.raises(ValueError, match=r"--exclude '\*\.experts"):
+        measure(mixture, WINDOWS, bins=64)
+
+
 def test_a_block_that_is_in_files_gives_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -124,11 +157,18 @@ def same(one: xr.DataTree, other: xr.DataTree) -> bool:
     return powers and bool(a.drop_vars("powers").identical(b.drop_vars("powers")))
 
 
-def test_shards_merge_to_the_bits_of_one_run(mixture: PreTrainedModel, tmp_path: Path) -> None:
-    whole = measure(mixture, WINDOWS, layers=EXPERTS, batch_size=1)
+@pytest.mark.parametrize("batch_size", [1, 3])  # tokens in the pilot: few of all, few of some
+def test_shards_merge_to_the_bits_of_one_run(
+    mixture: PreTrainedModel, tmp_path: Path, batch_size: int
+) -> None:
+    whole = measure(mixture, WINDOWS, layers=EXPERTS, batch_size=batch_size)
+    pilot = measure(mixture, first(batch_size), layers=EXPERTS)["count"].to_numpy()
+    assert pilot.min() < FEW
+    assert (pilot.max() >= FEW) == (batch_size == 3)
     folders = [tmp_path / str(number) for number in range(3)]
     for number, folder in enumerate(folders, start=1):
-        measure(mixture, WINDOWS, layers=EXPERTS, batch_size=1, shard=f"{number}/3", out=folder)
+        share: dict[str, Any] = {"batch_size": batch_size, "shard": f"{number}/3", "out": folder}
+        measure(mixture, WINDOWS, layers=EXPERTS, **share)
     merged = merge(folders, out=tmp_path / "merged")
     assert same(merged, whole)
     left, right = (one.to_dataset().drop_attrs() for one in (merged, whole))
@@ -207,6 +247,30 @@ def test_the_bootstrap_of_windows_of_different_sizes_draws_whole_windows() -> No
         np.testing.assert_allclose(distance, truth)
     equal = np.repeat(np.arange(3), 10)
     np.testing.assert_array_equal(bootstrap(rows, equal, 3), bootstrap(rows, 10))
+
+
+def test_an_expert_with_tokens_in_one_window_has_contexts_and_no_interval() -> None:
+    """Expert 3 has the tokens of window 5 alone, so one batch of three."""
+    model, rare, held = tiny_mixture(), 3, []
+
+    def remember(_: Any, args: Any, kwargs: Any) -> None:
+        held[:] = [kwargs["input_ids"]]
+
+    def route(_: Any, args: Any, output: Any) -> Any:
+        logits, weights, index = output
+        there = (held[0] == WINDOWS.tokens[5]).all(dim=1).repeat_interleave(WINDOWS.length)
+        index = torch.where(there[:, None], torch.tensor([rare, 0]), torch.tensor([1, 2]))
+        return logits, weights, index
+
+    model.get_submodule("model").register_forward_pre_hook(remember, with_kwargs=True)
+    for block in range(2):
+        model.get_submodule(f"model.layers.{block}.mlp.gate").register_forward_hook(route)
+    run = measure(model, WINDOWS, layers=EXPERTS)
+    name = f"model.layers.1.mlp.experts.{rare}.gate_up_proj:5"
+    (found,) = contexts(model, WINDOWS, run=run, neurons=name, tokenizer=tiny_tokenizer())
+    assert found.tokens == WINDOWS.length
+    assert {one.window for one in found.contexts} == {5}
+    assert np.isnan([found.low, found.high]).all()
 
 
 def test_the_difficulty_is_of_the_experts_tokens(mixture: PreTrainedModel) -> None:

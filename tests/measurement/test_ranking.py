@@ -21,6 +21,7 @@ def run() -> xr.Dataset:
     values = np.arange(8.0)
     variables = dict.fromkeys(("mean", "std", "skewness", "kurtosis", "modes"), values)
     variables |= {"wasserstein": np.array(distance), "wasserstein_error": np.array(error)}
+    variables |= {"count": np.full(8, 100)}
     return xr.Dataset(
         {name: ("neuron", value) for name, value in variables.items()},
         coords={

@@ -139,9 +139,18 @@ def _gated(name: str, outs: list[torch.Tensor]) -> torch.Tensor:
     return silu(gate) * up
 
 
-@pytest.mark.parametrize("name", [name for name in MIXTURES if name != "jetmoe"])
-def test_each_experts_rows_are_its_tokens_multiplied_by_hand(name: str) -> None:
-    model = tiny_mixture(name)
+SQUARE = {"intermediate_size": HIDDEN}  # no shape says which of a matrix's sides is the inputs'
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [(name, {}) for name in MIXTURES if name != "jetmoe"]
+    + [("mixtral", SQUARE), ("gpt_oss", SQUARE)],
+)
+def test_each_experts_rows_are_its_tokens_multiplied_by_hand(
+    name: str, changes: dict[str, int]
+) -> None:
+    model = tiny_mixture(name, **changes)
     own = getattr(model.config, "_experts_implementation", None)
     layers = experts_of(model)
     truth = by_hand(model, name)
@@ -166,6 +175,29 @@ def test_each_experts_rows_are_its_tokens_multiplied_by_hand(name: str) -> None:
     fused = {id(p) for owner in owners for p in owner.parameters(recurse=False)}
     named = {n for n, p in model.named_parameters() if id(p) in fused}
     assert not named & {*skipped_parameters(model)}
+
+
+def test_in_bfloat16_the_rows_are_those_of_the_routers_choice() -> None:
+    model = tiny_mixture().bfloat16()
+    chosen: list[torch.Tensor] = []
+    gate: Any = model.get_submodule("model.layers.1.mlp.gate")
+    handle = gate.register_forward_hook(lambda _, __, out: chosen.append(out[2]))
+    layers = find_layers(model, "*.1.mlp.experts.*")
+    heard, _ = hear(model, layers, input_ids=IDS)
+    handle.remove()
+    for layer in layers:
+        rows, expert = heard[layer.name], int(layer.name.split(".")[-2])
+        assert rows.outputs.dtype == torch.bfloat16
+        assert torch.equal(rows.tokens, (chosen[0] == expert).any(dim=1).nonzero().flatten())
+        truth = rows.inputs.double() @ weight_of(layer).double().T
+        assert len(rows.tokens) > 0
+        torch.testing.assert_close(rows.outputs.double(), truth, rtol=1e-2, atol=1e-2)
+
+
+def test_the_roles_that_there_are_name_no_expert() -> None:
+    with pytest.raises(LookupError, match=r"mlp\.experts\.\*\.down_proj") as error:
+        find_layers(tiny_mixture(), "nothing")
+    assert "experts.3" not in str(error.value)
 
 
 def test_the_mlp_of_jetmoe_is_heard_and_its_experts_of_attention_are_skipped_in_words() -> None:
@@ -246,6 +278,126 @@ def test_an_expert_without_tokens_is_called_with_no_rows() -> None:
     assert none == {one.name for one in layers if ".experts.2." in one.name}
     assert heard["model.layers.0.mlp.experts.2.gate_up_proj"].outputs.shape == (0, 48)
     assert unheard_layers(model, layers, IDS) == {}
+
+
+@pytest.mark.parametrize("name", ["mixtral", "llama4_text"])
+def test_an_expert_alone_is_heard_as_it_is_among_all(name: str) -> None:
+    model = tiny_mixture(name)
+    if name == "mixtral":
+        without_tokens(model, expert=2)
+    truth, _ = hear(model, experts_of(model), input_ids=IDS)
+    for expert in (2, 3):
+        alone = find_layers(model, f"*.experts.{expert}.*")
+        heard, _ = hear(model, alone, input_ids=IDS)
+        assert unheard_layers(model, alone, IDS) == {}
+        for key, rows in heard.items():
+            assert torch.equal(rows.tokens, truth[key].tokens)
+            assert torch.equal(rows.outputs, truth[key].outputs)
+    unused = [key for key, rows in truth.items() if not len(rows.tokens)]
+    assert name != "mixtral" or len(unused) == 4
+
+
+# Modules of experts in other forms: which tokens an expert's rows are is told or not.
+
+
+Multiply = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def with_experts(model: PreTrainedModel, multiply: Multiply) -> None:
+    """Let all experts of a Mixtral compute ``multiply(hidden, chosen, weight)`` with gate and up.
+
+    ``chosen`` (tokens, experts) says which tokens an expert has. What it returns is not used.
+    """
+    for path, module in model.named_modules():
+        if path.endswith("mlp.experts"):
+            owner: Any = module
+
+            def forward(hidden: Any, index: Any, _: Any, owner: Any = owner) -> torch.Tensor:
+                chosen = nn.functional.one_hot(index, EXPERTS).sum(dim=1)
+                multiply(hidden, chosen, owner.gate_up_proj)
+                return torch.zeros_like(hidden)
+
+            owner.forward = forward
+
+
+def gate_ups(model: PreTrainedModel) -> list[LinearLayer]:
+    return find_layers(model, "*.experts.*.gate_up_proj")
+
+
+def test_rows_that_are_gathered_twice_are_told() -> None:
+    model = tiny_mixture()
+    truth, _ = hear(model, find_layers(model, "*.layers.0.*.gate_up_proj"), input_ids=IDS)
+
+    def multiply(hidden: torch.Tensor, chosen: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        order = torch.randperm(len(hidden), generator=torch.manual_seed(0))
+        sorted_rows = hidden[order]
+        for expert in range(EXPERTS):
+            rows = chosen[order][:, expert].nonzero().flatten()
+            nn.functional.linear(sorted_rows.index_select(0, rows), weight[expert])
+        return hidden
+
+    with_experts(model, multiply)
+    heard, _ = hear(model, gate_ups(model), input_ids=IDS)
+    for key, rows in truth.items():
+        assert torch.equal(heard[key].tokens, rows.tokens)
+        torch.testing.assert_close(heard[key].outputs, rows.outputs)
+
+
+def test_an_expert_whose_rows_are_padded_to_a_capacity_is_not_called_without_rows() -> None:
+    """Three experts multiply the rows of their tokens, and one also rows of zeros."""
+    model = tiny_mixture()
+
+    def multiply(hidden: torch.Tensor, chosen: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        for expert in range(EXPERTS):
+            rows = hidden[chosen[:, expert].nonzero().flatten()]
+            rows = nn.functional.pad(rows, (0, 0, 0, 3)) if expert == 1 else rows
+            nn.functional.linear(rows, weight[expert])
+        return hidden
+
+    with_experts(model, multiply)
+    skipped = unheard_layers(model, gate_ups(model), IDS)
+    assert {*skipped} == {one.name for one in gate_ups(model) if ".experts.1." in one.name}
+    with pytest.raises(RuntimeError, match=r"experts\.1\."):
+        hear(model, gate_ups(model), input_ids=IDS)
+
+
+def by_keywords(hidden: torch.Tensor, _: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    index = torch.arange(len(hidden))
+    rows = torch.index_select(input=hidden, dim=0, index=index)
+    torch.split(tensor=rows, split_size_or_sections=1)
+    return torch.add(input=nn.functional.linear(input=rows, weight=weight[0]), other=1)
+
+
+def columns(hidden: torch.Tensor, _: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Gather as many columns as there are tokens."""
+    return hidden[:32].index_select(1, torch.arange(32)) @ weight[0].T
+
+
+@pytest.mark.parametrize(
+    "multiply",
+    [
+        by_keywords,
+        columns,
+        lambda hidden, _, weight: torch.matmul(hidden, weight.mT),
+        lambda hidden, _, weight: torch.matmul(hidden[None], weight.mT),
+        lambda hidden, _, weight: nn.functional.linear(hidden[None], weight[0]),
+    ],
+)
+def test_experts_whose_tokens_are_not_told_are_skipped_in_words(multiply: Multiply) -> None:
+    model = tiny_mixture()
+    with_experts(model, multiply)
+    skipped = unheard_layers(model, gate_ups(model), IDS)
+    assert {*skipped} == {one.name for one in gate_ups(model)}
+
+
+def test_experts_with_a_bias_of_another_name_are_no_layers() -> None:
+    model = tiny_mixture("gpt_oss")
+    owner: Any = model.get_submodule("model.layers.0.mlp.experts")
+    owner.register_parameter("up_offset", nn.Parameter(torch.ones(EXPERTS, 48)))
+    assert {one.block for one in experts_of(model)} == {1}
+    names = {"gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias", "up_offset"}
+    skipped = {f"model.layers.0.mlp.experts.{name}" for name in names}
+    assert skipped <= {*skipped_parameters(model)}
 
 
 def test_a_matrix_that_the_model_copies_is_skipped(monkeypatch: pytest.MonkeyPatch) -> None:

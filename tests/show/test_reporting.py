@@ -366,9 +366,9 @@ def test_neurons_are_all_there_the_most_entangled_of_each_layer_first(site: Site
     ):
         assert layer["name"] == name
         assert layer["neurons"] == layer["shown"] == len(part)
+        assert layer["tokens"] == 20 * LENGTH
         assert {layer["block"]} == {*part["block"]}
         assert {layer["role"]} == {*part["role"]}
-    assert found.header["tokens"] == 20 * LENGTH
     assert notes(section) == []
 
 

@@ -192,7 +192,7 @@ class Explorer {
     this.picture = make("div", { class: "picture", role: "img", "aria-label": `histogram of the ${layer.side}s of ${name} over the fitted Gaussian` });
     this.neuron.replaceChildren(
       make("h3", {}, name),
-      make("p", { class: "quiet" }, `rank ${rank.toLocaleString("en")} of the ${layer.neurons.toLocaleString("en")} ${layer.side === "input" ? "inputs" : "neurons"} of its layer, on ${this.header.tokens.toLocaleString("en")} tokens`),
+      make("p", { class: "quiet" }, `rank ${rank.toLocaleString("en")} of the ${layer.neurons.toLocaleString("en")} ${layer.side === "input" ? "inputs" : "neurons"} of its layer, on ${layer.tokens.toLocaleString("en")} tokens`),
       this.picture, facts, inWords(this.header, name), this.contexts(name));
     const back = make("button", { type: "button", class: "plain" }, "back to where it was opened");
     back.addEventListener("click", () => this.back());
