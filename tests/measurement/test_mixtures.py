@@ -251,7 +251,8 @@ def test_the_bootstrap_of_windows_of_different_sizes_draws_whole_windows() -> No
 
 def test_an_expert_with_tokens_in_one_window_has_contexts_and_no_interval() -> None:
     """Expert 3 has the tokens of window 5 alone, so one batch of three."""
-    model, rare, held = tiny_mixture(), 3, []
+    model, rare = tiny_mixture(), 3
+    held: list[torch.Tensor] = []
 
     def remember(_: Any, args: Any, kwargs: Any) -> None:
         held[:] = [kwargs["input_ids"]]
