@@ -505,7 +505,7 @@ def test_sets_that_the_run_has_no_variable_for_are_named_and_left_out(tmp_path: 
     plain = entangle.measure(tiny_model("llama"), random_windows(10, seed=11))
     words: dict[str, Any] = {"intervention": ["zero"], "seeds": 1, "out": tmp_path / "run"}
     table = entangle.ablate(tiny_model("llama"), None, held_out(), run=plain, **words)
-    sets = ["wasserstein", "bottom", "random", "kurtosis", "weight_norm", "std"]
+    sets = ["wasserstein", "bottom", "random", "kurtosis", "weight_norm", "std", "wasserstein_bulk"]
     assert table["set"].tolist() == ["", *sets]
     assert table.attrs["missing_sets"] == ["difficulty"]
     assert "no difficulty" in (tmp_path / "run" / "tables" / "ablation.md").read_text()
