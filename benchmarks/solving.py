@@ -30,33 +30,30 @@ ALL = f"sweep {MODEL} --text {TEXTS[0]} --evaluation {' '.join(TEXTS)} --evaluat
 ALL += " --layers *.mlp.* --propagate sparse --batch-size 1"
 BUDGET = f" --budget {RUN}:ranks --across entanglement"
 MIXTURE, RANDOM, TUNED = " --experts 16", " --experts 16 --assign random", " --reconstruct mlp"
-AT_70, OTHERS = " --method sparsegpt --sparsity 0.7", " --method sparsegpt --sparsity 0.5,0.6,0.8"
-SOLVED = " --solve greedy,exact,admm"
+SPARSEGPT_AT, SOLVES = " --method sparsegpt --sparsity ", ("greedy", "exact", "admm")
+AT_70 = SPARSEGPT_AT + "0.7"
+WITH = {  # experts and budgets
+    "one": "",
+    "one-budget": BUDGET,
+    "experts": MIXTURE,
+    "experts-budget": MIXTURE + BUDGET,
+    "experts-random": RANDOM,
+}
 
 STEPS = {
-    "one": AT_70 + SOLVED,
-    "one-budget": AT_70 + SOLVED + BUDGET,
-    "experts": AT_70 + SOLVED + MIXTURE,
-    "experts-budget": AT_70 + SOLVED + MIXTURE + BUDGET,
-    "experts-random": AT_70 + SOLVED + RANDOM,
+    name: AT_70 + WITH[name] + f" --solve {','.join(SOLVES)}" for name in ("one", "one-budget")
 }
-for solve in ("greedy", "admm"):
-    end = f" --solve {solve}" + TUNED
-    STEPS |= {
-        f"one-{solve}-tuned": AT_70 + end,
-        f"one-budget-{solve}-tuned": AT_70 + end + BUDGET,
-        f"experts-{solve}-tuned": AT_70 + end + MIXTURE,
-        f"experts-budget-{solve}-tuned": AT_70 + end + MIXTURE + BUDGET,
-        f"experts-random-{solve}-tuned": AT_70 + end + RANDOM,
-    }
-STEPS |= {
-    "magnitude-tuned": " --method magnitude --solve greedy --sparsity 0.7" + TUNED,
-    "others-one": OTHERS + " --solve greedy,exact",
-    "others-experts-budget": OTHERS + " --solve greedy,exact" + MIXTURE + BUDGET,
-}
+for name in ("experts", "experts-budget", "experts-random"):
+    STEPS |= {f"{name}-{solve}": AT_70 + WITH[name] + f" --solve {solve}" for solve in SOLVES}
+for name, end in WITH.items():
+    for solve in ("greedy", "admm"):
+        STEPS[f"{name}-{solve}-tuned"] = AT_70 + end + f" --solve {solve}" + TUNED
+STEPS["magnitude-tuned"] = " --method magnitude --solve greedy --sparsity 0.7" + TUNED
 for share in ("0.5", "0.6", "0.8"):
-    end = f" --method sparsegpt --sparsity {share} --solve admm" + TUNED
-    STEPS |= {f"{share}-one-tuned": end, f"{share}-experts-budget-tuned": end + MIXTURE + BUDGET}
+    for name in ("one", "experts-budget"):
+        at = SPARSEGPT_AT + share + WITH[name]
+        STEPS |= {f"{share}-{name}-{solve}": f"{at} --solve {solve}" for solve in SOLVES[:2]}
+        STEPS[f"{share}-{name}-tuned"] = f"{at} --solve admm" + TUNED
 
 WAYS = {  # solve, reconstruct
     "greedy": ("greedy", "none"),
