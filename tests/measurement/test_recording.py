@@ -461,7 +461,7 @@ def test_a_model_in_training_mode_is_refused() -> None:
 def test_a_run_knows_what_it_was_measured_on(tmp_path: Path) -> None:
     model = tiny_model("mixtral")
     windows = windows_of(tokens(4))
-    run = measure(model, windows, layers="*.0.*", batch_size=3, skip_first=1, bins=128)
+    run = measure(model, windows, layers="*layers.0.*", batch_size=3, skip_first=1, bins=128)
     expected = {
         "tokens": 60,
         "bins": 128,
@@ -477,7 +477,7 @@ def test_a_run_knows_what_it_was_measured_on(tmp_path: Path) -> None:
         "bos": "never",
         "skip_first": 1,
         "batch_size": 3,
-        "layers": ["*.0.*"],
+        "layers": ["*layers.0.*"],
     }
     assert run.attrs | expected == run.attrs
     assert len(run.attrs["skipped_parameters"]) == 2  # the weights of the routers

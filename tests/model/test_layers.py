@@ -141,7 +141,7 @@ def test_a_written_weight_is_what_the_layer_multiplies_by(name: str, dtype: torc
 
 def test_the_matrices_of_fused_experts_are_layers_and_routers_are_listed_as_skipped() -> None:
     model = tiny_model("mixtral")
-    assert [layer.role for layer in find_layers(model, "*.1.*")] == [
+    assert [layer.role for layer in find_layers(model, "model.layers.1.*")] == [
         *(f"self_attn.{letter}_proj" for letter in "qkvo"),
         *(f"mlp.experts.{n}.{key}_proj" for n in range(4) for key in ("gate_up", "down")),
     ]

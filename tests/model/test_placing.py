@@ -52,7 +52,7 @@ CPU = torch.device("cpu")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of saved models."""
     folder = tmp_path_factory.mktemp("models")
-    for name in ARCHITECTURES:
+    for name in (*ARCHITECTURES, "mixtral"):
         save_tiny(folder / name, name)
     return folder
 
