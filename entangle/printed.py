@@ -99,7 +99,7 @@ def planned(result: dict[str, Any]) -> str:
     ]
     if result["largest_block_bytes"] > 1.1 * result["block_bytes"]:
         lines.append(
-            "the estimate assumes that all blocks are like the first, of "
+            "the estimate assumes that all blocks are like the one that was run, of "
             f"{result['block_bytes'] / 1e9:.2g} GB, but the largest block has "
             f"{result['largest_block_bytes'] / 1e9:.2g} GB: the costs will be higher"
         )

@@ -18,10 +18,11 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
+from torch import nn
 from transformers import AutoConfig
 
 from entangle.model.classes import class_of
-from entangle.model.layers import find_blocks
+from entangle.model.layers import LinearLayer, find_blocks, find_layers
 from entangle.model.loading import (
     DTYPES,
     explained,
@@ -32,15 +33,18 @@ from entangle.model.loading import (
 )
 from entangle.model.mixing import mixed_windows, share_windows
 from entangle.model.packing import is_expanded
-from entangle.model.placing import bytes_of_block
 from entangle.model.quantised import forget_format
-from entangle.model.sides import Recordable, by_block, find_both, in_order, layer_of
+from entangle.model.sides import Recordable, find_both, in_order, layer_of
 from entangle.model.text import OWN, check_windows
 from entangle.numerics.histograms import Histograms
 from entangle.pruning.options import Pruning, Reconstruct, SolveOption
 from entangle.pruning.reconstruction import step_size
 
 BATCHES = (2, 16)  # numbers of batches that the small models run
+# Names in configurations of indices of blocks: which are the first with experts, and which have none
+# or have them.
+FIRST = ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index")
+AMONG = ("mlp_only_layers", "moe_layers")
 CONTEXT = 5e8  # bytes: an allowance for CUDA's context; 0.2 to 0.7 GB are reported with torch
 FRAGMENTATION = 1.1  # an allowance: what torch's allocator reserves on a GPU, over what is in use
 RUN_BYTES = 3_000  # of a neuron, besides its counts, when histograms are turned into a run
@@ -69,7 +73,7 @@ class Plan:
     inputs: int  # whose distributions `measure` records
     weights: int  # of the chosen layers
     model_bytes: int  # of all weights
-    block_bytes: int  # of the first block; all are assumed to be like it
+    block_bytes: int  # of the block that was run; all are assumed to be like it
     largest_block_bytes: int
     windows: int
     tokens: int
@@ -113,7 +117,7 @@ def plan(
     """Estimate the memory, disk space and time that `measure` and `sparsify` need in one process.
 
     The model is not loaded and need not fit into memory. All blocks are assumed to be like the
-    first. ``text`` is a source or several, which are mixed by equal shares. A GPU can be planned on a
+    largest with a chosen layer. ``text`` is a source or several, which are mixed by equal shares. A GPU can be planned on a
     machine without one: its memory is estimated from that of the commands on the CPU, and the times
     are the CPU's.
 
@@ -164,12 +168,21 @@ def plan(
         step_size(drawn)
     recorded = in_order(chosen, inputs)
     blocks = 1 + recorded[-1].block
+    sizes = list(map(_bytes, find_blocks(whole)[1]))
+    start = max((layer.block for layer in chosen), key=sizes.__getitem__)
+    with explained(model):
+        typical = _empty(_cut(config, 1, start), kind, trust_remote_code)
+    chosen_there, inputs_there = (_like(found, find_layers(typical)) for found in (chosen, inputs))
     few, more = (min(count, batches) for count in BATCHES)
     common = ["--length", str(length), "--batch-size", str(batch_size)]
     without_gpu = device.partition(":")[0] == "cuda" and not torch.cuda.is_available()
-    common += ["--device", "cpu" if without_gpu else device, *_flag("--layers", chosen)]
+    common += [
+        "--device",
+        "cpu" if without_gpu else device,
+        *_flag("--layers", chosen_there or chosen),
+    ]
     commands = {
-        "measure": [*("--bins", str(bins)), *_flag("--input-layers", inputs)],
+        "measure": [*("--bins", str(bins)), *_flag("--input-layers", inputs_there)],
         "sparsify": [
             *("--sparsity", sparsity, "--experts", str(experts), "--solve", solve),
             *("--reconstruct", reconstruct),
@@ -180,7 +193,7 @@ def plan(
         folder = Path(temporary)
         for count in (1, 2):
             small = class_of(config, model).from_config(
-                _cut(config, count), dtype=kind, trust_remote_code=trust_remote_code
+                _cut(config, count, start), dtype=kind, trust_remote_code=trust_remote_code
             )
             save_model(small, tokenizer, folder / str(count))
             del small
@@ -193,11 +206,10 @@ def plan(
                 line = [name, str(folder / str(count)), *common, *drawn_windows, *place, *arguments]
                 found[name].append(_run(line, folder / "out", count, size))
     hidden = batch_size * length * config.get_text_config(decoder=True).hidden_size * kind.itemsize
-    block = sum(parameter.nbytes for parameter in find_blocks(whole)[1][0].parameters())
-    first = [layer for layer in chosen if layer.block == chosen[0].block]
-    in_block = by_block(recorded)[recorded[0].block]
-    histograms = sum(one.neurons for one in in_block) * (4 * bins + RUN_BYTES)
-    linear = sum(layer.neurons * layer.inputs for layer in first) * kind.itemsize
+    block = _bytes(find_blocks(typical)[1][0])
+    rows = sum(one.neurons for one in chosen_there) + sum(one.inputs for one in inputs_there)
+    histograms = rows * (4 * bins + RUN_BYTES)
+    linear = sum(layer.neurons * layer.inputs for layer in chosen_there) * kind.itemsize
     held = {
         "measure": (block + histograms, hidden if offload else 0),
         # Twice: what was written is loaded again and compared with the model in memory.
@@ -222,12 +234,22 @@ def plan(
         sum(layer.neurons * layer.inputs for layer in chosen),
         sum(parameter.nbytes for parameter in whole.parameters()),
         block,
-        bytes_of_block(whole),
+        max(sizes),
         len(drawn),
         drawn.tokens.numel(),
         without_gpu,
         stages,
     )
+
+
+def _bytes(block: nn.Module) -> int:
+    return sum(parameter.nbytes for parameter in block.parameters())
+
+
+def _like(found: Sequence[Recordable], layers: Sequence[LinearLayer]) -> list[LinearLayer]:
+    """Return those of the layers that have the role of one that was found."""
+    roles = {layer_of(one).role for one in found}
+    return [layer for layer in layers if layer.role in roles]
 
 
 def _flag(name: str, found: Sequence[Recordable]) -> list[str]:
@@ -245,14 +267,22 @@ def _empty(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> Any:
     return model
 
 
-def _cut(config: Any, blocks: int) -> Any:
-    """Return a configuration with so many blocks; lists with an entry per block are cut too."""
+def _cut(config: Any, blocks: int, start: int = 0) -> Any:
+    """Return a configuration with so many blocks; lists with an entry per block are cut too.
+
+    They are those from ``start`` on, as far as the configuration has such lists or names the blocks
+    with experts; behind the last they repeat it.
+    """
     small = copy.deepcopy(config)
     text = small.get_text_config(decoder=True)
     before = text.num_hidden_layers
     for name, value in vars(text).items():
-        if isinstance(value, list) and len(value) == before:
-            setattr(text, name, [*value, *value[-1:] * blocks][:blocks])
+        if name in FIRST and isinstance(value, int):
+            setattr(text, name, max(value - start, 0))
+        elif name in AMONG and isinstance(value, list):
+            setattr(text, name, [index - start for index in value if index >= start])
+        elif isinstance(value, list) and len(value) == before:
+            setattr(text, name, [*value, *value[-1:] * blocks][start : start + blocks])
     text.num_hidden_layers = blocks
     return small
 

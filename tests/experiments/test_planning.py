@@ -22,6 +22,7 @@ from entangle.experiments import planning
 from entangle.experiments.planning import _cut, _run, _stage, plan
 from entangle.model.layers import find_blocks, find_layers, weight_of
 from tests.forking import forked
+from tests.tiny_mixtures import tiny_mixture
 from tests.tiny_models import ARCHITECTURES, VOCABULARY, save_tiny, tiny_model, tiny_vision_model
 
 WORDS = "The quick brown fox jumps over the lazy dog; a wizard's job is to vex chumps quickly. "
@@ -317,24 +318,42 @@ def test_the_command_line_says_the_plan(
     assert "largest" not in said
 
 
-def test_the_command_line_says_that_a_plan_of_the_first_block_is_not_of_the_largest(
+@pytest.mark.parametrize("name", ["deepseek_v3", "ernie4_5_moe", "glm4_moe", "lfm2_moe"])
+def test_a_configuration_is_cut_to_the_blocks_with_experts_behind_a_dense_one(name: str) -> None:
+    whole = tiny_mixture(name)
+    for blocks in (1, 2):
+        small: Any = AutoModelForCausalLM.from_config(_cut(whole.config, blocks, 1))  # type: ignore[no-untyped-call]
+        theirs = {layer.role for layer in find_layers(whole) if layer.block == 1}
+        assert "mlp.experts.3.down_proj" in theirs or name == "lfm2_moe"
+        for block in range(blocks):
+            assert {one.role for one in find_layers(small) if one.block == block} == theirs
+
+
+def test_the_command_line_says_that_a_plan_of_a_dense_block_is_not_of_the_largest(
     place: Path, lines: list[list[str]], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Mixtures of experts behind a dense block: the experts are not in what was run."""
+    """A mixture of experts behind a dense block: the experts are in what is run, if chosen."""
     save_tiny(place / "model", "qwen3")
     sizes: dict[str, Any] = {"hidden_size": 24, "intermediate_size": 37, "num_hidden_layers": 3}
     sizes |= {"num_attention_heads": 3, "num_key_value_heads": 1, "moe_intermediate_size": 40}
     config = Qwen3MoeConfig(**sizes, num_experts=8, mlp_only_layers=[0], vocab_size=VOCABULARY)
     config.save_pretrained(place / "model")
-    assert main(["plan", str(place / "model"), "--text", str(place / "text.txt"), "--json"]) == 0
+    words = ["plan", str(place / "model"), "--text", str(place / "text.txt")]
+    assert main([*words, "--json"]) == 0
+    behind = json.loads(capsys.readouterr().out)
+    assert "*.mlp.experts.7.down_proj" in lines[0]
+    assert "*.mlp.down_proj" not in lines[0]
+    dense = ["--layers", "model.layers.0.*"]  # *.0.* is expert 0 too
+    assert main([*words, *dense, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     empty = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
     blocks = [sum(p.nbytes for p in b.parameters()) for b in find_blocks(empty)[1]]
     assert blocks[0] < blocks[1] == blocks[2]
     assert [found["block_bytes"], found["largest_block_bytes"]] == blocks[:2]
-    assert main(["plan", str(place / "model"), "--text", str(place / "text.txt")]) == 0
+    assert behind["block_bytes"] == behind["largest_block_bytes"] == blocks[1]
+    assert main([*words, *dense]) == 0
     first, largest = (f"{size / 1e9:.2g} GB" for size in blocks[:2])
-    assert re.search(rf"first.*\b{first}.*largest.*\b{largest}", capsys.readouterr().out)
+    assert re.search(rf"\b{first}.*largest.*\b{largest}", capsys.readouterr().out)
 
 
 @pytest.mark.parametrize(
