@@ -26,7 +26,7 @@ from entangle.runs.descriptions import read_descriptions
 from entangle.runs.shapes import finer
 from entangle.show import plots
 from entangle.show.cut_windows import cut
-from entangle.show.panels import held_out_subject, subject_of
+from entangle.show.panels import experts_together, held_out_subject, subject_of
 from entangle.show.sketches import sketch
 
 MOST = 200_000  # neurons of a run in the file, with an equal limit per layer
@@ -269,6 +269,9 @@ def _interactive(run: xr.DataTree, found: Mapping[str, Any]) -> tuple[dict[str, 
         drawn = sketch(held, part["mean"].to_numpy(), part["std"].to_numpy(), bars=_BARS)
         bars.append(np.column_stack([drawn.low, drawn.high, drawn.shares])[ranked])
         rows.append(start + ranked)
+    panels = experts_together(pd.DataFrame({"role": [layer["role"] for layer in layers]}))
+    for layer, panel, expert in zip(layers, panels["role"], panels["expert"], strict=True):
+        layer |= {"panel": panel, "expert": None if expert < 0 else int(expert)}
     row, drawn_bars = np.concatenate(rows), np.concatenate(bars)
     highest = drawn_bars[:, 2:].max(axis=1)
     levels = np.round(_LEVELS * drawn_bars[:, 2:] / highest[:, None]).astype(np.uint8)

@@ -34,6 +34,7 @@ from entangle.show.cut_windows import cut
 from entangle.show.sketches import Sketches, sketch
 from tests.command_lines import running
 from tests.pruning.test_sparsifying import random_windows
+from tests.tiny_mixtures import tiny_mixture
 from tests.tiny_models import save_tiny, tiny_model
 
 Array = npt.NDArray[Any]
@@ -1543,6 +1544,34 @@ def test_pictures_follow_the_colour_scheme(browser: Browser, site: Site) -> None
 
 
 # several runs
+
+
+def test_experts_of_a_mixture_share_a_panel(browser: Browser, tmp_path: Path) -> None:
+    entangle.measure(
+        tiny_mixture(),
+        random_windows(12, seed=0),
+        layers=["*.experts.*", "*.q_proj"],
+        out=tmp_path / "a",
+    )
+    file = entangle.report([tmp_path / "a"], tmp_path / "report.html")
+    layers = payload(sections(read(file))[0]).header["layers"]
+    found = {(layer["panel"], layer["block"], layer["expert"]) for layer in layers}
+    expected = {
+        (f"mlp.experts.{role}", block, expert)
+        for role in ("gate_up_proj", "down_proj")
+        for block in range(2)
+        for expert in range(4)
+    }
+    assert found == expected | {("self_attn.q_proj", block, None) for block in range(2)}
+    with visit(browser, file) as page:
+        heads = page.locator(".panel h4").all_inner_texts()
+        assert [head.split(" ")[0] for head in heads] == [
+            "self_attn.q_proj",
+            "mlp.experts.gate_up_proj",
+            "mlp.experts.down_proj",
+        ]
+        ticks = page.locator(".panel").nth(1).locator(".ytick text").all_inner_texts()
+        assert ticks == ["0.0", "0.1", "0.2", "0.3", "1.0", "1.1", "1.2", "1.3"]
 
 
 def test_two_measured_runs_are_apart(browser: Browser, site: Site, tmp_path: Path) -> None:

@@ -88,11 +88,11 @@ class Explorer {
       make("div", { class: "columns" },
         make("div", {},
           make("h3", {}, "Every neuron"),
-          make("p", { class: "quiet" }, "A panel for each kind of layer: a row per block, neurons from the most entangled on the left. Hover to read a neuron, click to open it; drag to zoom, double-click to go back. With the keyboard: arrow keys move, Enter opens."),
+          make("p", { class: "quiet" }, "A panel for each kind of layer: a row per block, or for each expert of a block, neurons from the most entangled on the left. Hover to read a neuron, click to open it; drag to zoom, double-click to go back. With the keyboard: arrow keys move, Enter opens."),
           legend(top), this.panels, this.status),
         this.neuron),
       this.tableBox);
-    const roles = [...new Set(this.header.layers.map((layer) => layer.role))];
+    const roles = [...new Set(this.header.layers.map((layer) => layer.panel))];
     this.heatmaps = roles.map((role) => new Heatmap(this, role, top));
     for (const heatmap of this.heatmaps) heatmap.draw(); // once all are in their places
     this.table = new Table(this);
@@ -302,10 +302,13 @@ function legend(top) {
     make("span", { class: "quiet" }, "and larger"));
 }
 
+const rowName = (layer) => (layer.expert === null ? String(layer.block) : `${layer.block}.${layer.expert}`);
+
 class Heatmap {
   constructor(explorer, role, top) {
     Object.assign(this, { explorer, role });
-    this.layers = explorer.header.layers.filter((layer) => layer.role === role);
+    this.layers = explorer.header.layers.filter((layer) => layer.panel === role);
+    this.ofExperts = this.layers.some((layer) => layer.expert !== null);
     const kind = this.layers[0].side === "input" ? "inputs" : "neurons";
     this.wide = Math.max(...this.layers.map((layer) => layer.shown), 1);
     // Square roots of ranks: the few at the left are wide enough to point at.
@@ -318,7 +321,7 @@ class Heatmap {
       this.text.push(rows.map((row) => (row === null ? "" : `${explorer.names[row]}<br>W1 ${explorer.wasserstein[row].toFixed(4)} std`)));
     }
     const size = [...new Set(this.layers.map((layer) => layer.neurons))].map((n) => n.toLocaleString("en")).join(" or ");
-    this.plot = make("div", { tabindex: "0", role: "application", "aria-roledescription": "heatmap", "aria-label": `${role}: ${this.layers.length} blocks, ${size} ${kind} each, most entangled first; arrow keys move, Enter opens a neuron` });
+    this.plot = make("div", { tabindex: "0", role: "application", "aria-roledescription": "heatmap", "aria-label": `${role}: ${this.layers.length} ${this.ofExperts ? "experts of blocks" : "blocks"}, ${size} ${kind} each, most entangled first; arrow keys move, Enter opens a neuron` });
     this.box = make("div", { class: "panel" }, make("h4", {}, `${role} `, make("small", {}, `${size} ${kind}`)), this.plot);
     explorer.panels.append(this.box);
     this.top = top;
@@ -352,9 +355,9 @@ class Heatmap {
     const shown = this.layers.map((_, place) => place).filter((place) => place % step === 0);
     const parts = [0, 0.01, 0.1, 0.25, 0.5, 1];
     return {
-      height: 90 + Math.max(60, Math.min(10 * this.layers.length, 200)), margin: { l: 40, r: 12, t: 6, b: 40 },
+      height: 90 + Math.max(60, Math.min(10 * this.layers.length, 200)), margin: { l: this.ofExperts ? 56 : 40, r: 12, t: 6, b: 40 },
       xaxis: { range: [0, 1], tickvals: parts.map(Math.sqrt), ticktext: parts.map((part) => `${100 * part}%`), title: { text: "share of the neurons shown" }, showgrid: false, zeroline: false },
-      yaxis: { range: [this.layers.length - 0.5, -0.5], tickvals: shown, ticktext: shown.map((place) => String(this.layers[place].block)), title: { text: "block" }, showgrid: false, zeroline: false },
+      yaxis: { range: [this.layers.length - 0.5, -0.5], tickvals: shown, ticktext: shown.map((place) => rowName(this.layers[place])), title: { text: this.ofExperts ? "block.expert" : "block" }, showgrid: false, zeroline: false },
       plot_bgcolor: colour("--none"),
     };
   }
