@@ -138,6 +138,15 @@ def test_histograms_that_do_not_fit_into_memory_are_refused_before_the_pass(
         measure(mixture, WINDOWS, bins=64)
 
 
+def test_a_measurement_inside_a_recording_is_heard_by_both_and_its_trials_by_none(
+    mixture: PreTrainedModel,
+) -> None:
+    with record(mixture, EXPERTS) as recorder:
+        inner = measure(mixture, first(2), layers=EXPERTS)
+    assert (recorder.dataset()["count"] == inner["count"]).all()
+    assert inner["count"].to_numpy().max() > 0
+
+
 def test_a_block_that_is_in_files_gives_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

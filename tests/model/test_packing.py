@@ -302,8 +302,8 @@ def test_buffers_that_are_stored_come_back_too(tmp_path: Path) -> None:
     model.eval()  # type: ignore[no-untyped-call]
     correction = model.get_buffer("model.layers.1.mlp.gate.e_score_correction_bias")
     correction.copy_(torch.linspace(-0.3, 0.3, 8))
-    layers = ("*.self_attn.*", "*.shared_experts.*")
-    save_model(expand(model, patterns=layers), None, tmp_path)
+    others = ("*.self_attn.*", "*layers.0.mlp.*", "*.shared_experts.*")  # than trained experts
+    save_model(expand(model, patterns=others), None, tmp_path)
     loaded = load_model(tmp_path)
     found = loaded.get_buffer("model.layers.1.mlp.gate.e_score_correction_bias")
     assert torch.equal(found, correction)
