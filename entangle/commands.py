@@ -530,11 +530,13 @@ def _drawn(about: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_named(args: argparse.Namespace) -> None:
-    """Check that neurons are named or --top is given.
+    """Check that neurons are named or --top is given, and that no flag would be ignored.
 
     Raises:
-        ValueError: both are given, or neither.
+        ValueError: both are given, or neither; or a prompt, which writes no file, and --delphi.
     """
+    if getattr(args, "prompt", None) is not None and args.delphi is not None:
+        raise ValueError("--prompt prints values and writes no files: leave out --delphi")
     if args.neurons and args.top:
         raise ValueError(
             f"expected neurons (LAYER:INDEX) or --top, not both: got {' '.join(args.neurons)} and "

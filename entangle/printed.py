@@ -393,8 +393,10 @@ def on_text(result: dict[str, Any]) -> str:
 
 def _unit(unit: Mapping[str, Any]) -> list[str]:
     """Return lines on a hidden unit of a gated MLP."""
+    known = {name: unit["wasserstein"][name] for name in ("gate", "up", "product")}
     parts = ", ".join(
-        f"{name} W1 {unit['wasserstein'][name]:.4f}" for name in ("gate", "up", "product")
+        f"{name} W1 {one:.4f}" if math.isfinite(one) else f"{name} without a distance"
+        for name, one in known.items()
     )
     lines = [f"  gate and up together ({parts}):"]
     for case in unit["cases"]:

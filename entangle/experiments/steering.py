@@ -20,10 +20,10 @@ from entangle.model.scoring import NotFiniteError, compared
 from entangle.model.sides import Recordable
 from entangle.model.steering import Setting, changed, find_steerable
 from entangle.model.text import TokenWindows, check_one_text, check_windows, token_name
-from entangle.numerics.places import Distribution
 from entangle.numerics.torch_settings import with_torch_defaults
 from entangle.runs.dataset import check_neuron, dataset_of
 from entangle.runs.setup import Setup
+from entangle.runs.shapes import distribution_of
 
 MOVED = 10  # tokens whose probability rises or falls the most
 _CHUNK = 64  # tokens whose probabilities are computed at once
@@ -147,16 +147,13 @@ def _quantile(run: xr.DataTree, neuron: str, share: float) -> float:
     Raises:
         ValueError: it lies in a tail.
     """
-    held = run.children["histogram"].to_dataset(inherit=False)
-    held = held.isel(neuron=dataset_of(run).get_index("neuron").get_loc(neuron)).load()
-    known = Distribution.of({str(name): one.to_numpy() for name, one in held.items()})
+    known = distribution_of(run, neuron)
     first, last = known.below[1], known.below[-2]  # shares below both ends of the bins
     if not first <= share <= last:
-        beyond = int(held["tail_count"].sum())
         raise ValueError(
-            f"the run has not kept quantile {share:g} of {neuron}, since its {beyond:,} farthest "
-            f"outputs are beyond its histogram: give a quantile from {first:.6f} to {last:.6f}, or 0 or "
-            "1, the smallest and largest output"
+            f"the run has not kept quantile {share:g} of {neuron}, since its farthest outputs are "
+            f"beyond its histogram: give a quantile from {first:.6f} to {last:.6f}, or 0 or 1, the "
+            "smallest and largest output"
         )
     return float(np.interp(share, known.below, known.knots))
 

@@ -57,6 +57,8 @@ class Examples:
         for end, values in (("high", outputs), ("low", -outputs)):
             beyond = values - np.nanquantile(values, 1 - SHARE).astype(values.dtype)
             rows = np.flatnonzero(beyond > 0)
+            if not len(rows):  # all of an end are equal
+                continue
             part = int(index), rows, beyond[rows]
             self.found.setdefault(f"{layer.replace(':', '.')}.{end}", []).append(part)
 

@@ -15,10 +15,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from entangle.measurement.context_search import layers_of, neuron_outputs
 from entangle.model.pieces import pieces_of
 from entangle.model.text import TokenWindows, check_windows, start_tokens
-from entangle.numerics.places import Distribution
 from entangle.numerics.torch_settings import with_torch_defaults
 from entangle.runs.dataset import about, check_neuron, dataset_of
 from entangle.runs.setup import Setup
+from entangle.runs.shapes import distribution_of
 
 Array = npt.NDArray[np.float64]
 
@@ -72,7 +72,8 @@ def values_on(
     """Return the values of ``neurons``, LAYER:INDEX, at each token of a text, in this order.
 
     The text begins with the tokens that the run's windows begin with. The places of the values are
-    those in the run's histograms; a value beyond all outputs of the run has the place 0 or 1.
+    those in the run's finest histograms; a value beyond all outputs of the run has the place 0 or 1. Tokens that
+    the run left out (``skip_first``), or that a trained expert does not have, have no place.
 
     Raises:
         LookupError: the run has no such neuron.
@@ -87,6 +88,7 @@ def values_on(
         raise ValueError(
             "this run has no histograms, only a dataset: read its folder with open_run"
         )
+    distributions = {name: distribution_of(run, name) for name in neurons}
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     if not ids:
         raise ValueError(f"the text {text!r} has no tokens: give a longer text")
@@ -97,14 +99,14 @@ def values_on(
     outputs = neuron_outputs(setup, neurons, [tokens])
     decode = functools.partial(tokenizer.decode, clean_up_tokenization_spaces=False)
     pieces = pieces_of(tokens[0].tolist(), decode)
-    held, names = run.children["histogram"].to_dataset(inherit=False), data.get_index("neuron")
+    uncounted = slice(int(data.attrs.get("skip_first", 0)))  # tokens that the run left out
     found = []
     for name, values in zip(neurons, outputs.T, strict=True):
-        row = names.get_loc(name)
-        state = {str(key): one.to_numpy() for key, one in held.isel(neuron=row).load().items()}
-        distribution = Distribution.of(state)
+        distribution = distributions[name]
         places, errors = distribution.places(values)
         side = str(data["side"].sel(neuron=name).item())
         shades = distribution.scale.shades(values)
+        for told in (places, errors, shades):
+            told[uncounted] = np.nan
         found.append(TokenValues(name, side, pieces, values, places, errors, shades))
     return found

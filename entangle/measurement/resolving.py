@@ -19,6 +19,7 @@ from entangle.model.text import TokenWindows
 from entangle.numerics.bulk import ends_of_counts
 from entangle.numerics.histograms import Histograms
 from entangle.numerics.kernels.bins import HALF_RANGE
+from entangle.numerics.torch_settings import with_torch_defaults
 from entangle.runs import labelling, store
 from entangle.runs.dataset import NAMED_ERROR, dataset_of
 from entangle.runs.setup import Setup
@@ -30,6 +31,7 @@ _FARTHEST = 2.0**20  # bins from the center: what is farther out is counted ther
 Rows = npt.NDArray[np.int64]
 
 
+@with_torch_defaults
 def resolve(
     model: PreTrainedModel,
     windows: TokenWindows,

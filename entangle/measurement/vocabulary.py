@@ -14,6 +14,7 @@ import xarray as xr
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from entangle.model.fused import FusedMatrix
 from entangle.model.layers import LinearLayer, dequantised, find_layers
 from entangle.model.patterns import INPUT
 from entangle.model.sides import LayerInputs, Recordable, find_channel, layer_of
@@ -123,7 +124,9 @@ def words(
         ]
         usable = [one for one in found if one.side in embeddings]
         if not usable:
-            reason = (lacking[name] or [_NEITHER.format(place[0].name)])[0]
+            layer = layer_of(place[0])
+            own = _TRAINED if isinstance(layer.module, FusedMatrix) else _NEITHER
+            reason = (lacking[name] or [own.format(place[0].name)])[0]
             raise ValueError(f"{name} has no words: {reason}")
         asked += usable
         owners += [name] * len(usable)
@@ -141,6 +144,7 @@ def words(
     return results
 
 
+_TRAINED = "{} is a matrix of a trained expert, and the words of these are not known yet"
 _NEITHER = (
     "{} neither reads the residual stream nor writes to it, so no token can be multiplied by its "
     "weights. Name a neuron of a layer that does, such as the gate, up and down projection of an MLP"

@@ -60,8 +60,8 @@ def find_steerable(model: PreTrainedModel, neuron: str) -> tuple[Recordable, int
 
     Raises:
         LookupError: the model has no such neuron.
-        ValueError: the model is compiled or not loaded; or the layer does not run once in a forward pass, or not on each token, so that a
-            hook would change nothing or only a part.
+        ValueError: the model is compiled or not loaded; or the layer does not run once in a forward
+            pass, or not on each token, so that a hook would change nothing or only a part.
     """
     check_hooks(model, 0)
     one, index = find_channel(linear_layers(model), neuron)

@@ -49,7 +49,7 @@ class Distribution:
         after = np.searchsorted(self.knots, values, side="right").clip(1, len(self.knots) - 1)
         inside = (values >= self.knots[0]) & (values <= self.knots[-1])
         bound = np.maximum(found - self.below[after - 1], self.below[after] - found)
-        return found, np.where(inside, bound, 0.0)
+        return found, np.where(inside | np.isnan(values), bound, 0.0)
 
     @property
     def scale(self) -> Levels:

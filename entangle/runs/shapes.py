@@ -12,7 +12,8 @@ from xarray.backends import BackendArray
 from xarray.core import indexing
 
 from entangle.numerics.bulk import shapes_of_counts
-from entangle.runs.dataset import TRUSTED_ERROR, UNITS, Array
+from entangle.numerics.places import Distribution
+from entangle.runs.dataset import TRUSTED_ERROR, UNITS, Array, dataset_of
 
 SHAPES = ("wasserstein_bulk", "wasserstein_bulk_error", "negentropy", "bimodality", "far_variance")
 _ROWS = 8192  # neurons whose histograms are in memory at a time
@@ -91,6 +92,24 @@ def held_of(held: xr.Dataset, run: xr.DataTree, names: Sequence[str]) -> xr.Data
         run,
         held.get_index("neuron").get_indexer(pd.Index(names)),
     )
+
+
+def distribution_of(run: xr.DataTree, neuron: str) -> Distribution:
+    """Return the distribution of a neuron, LAYER:INDEX, by its finest histogram.
+
+    Raises:
+        ValueError: the neuron has no tokens.
+    """
+    data = dataset_of(run)
+    row = data.sel(neuron=neuron)
+    if not int(row["count"]):
+        raise ValueError(f"{neuron} has no distribution: no token was sent to its expert")
+    first = run.children["histogram"].to_dataset(inherit=False)
+    first = first.assign_coords(neuron=data["neuron"])
+    held = held_of(first, run, [neuron]).isel(neuron=0)
+    state = {str(name): one.to_numpy() for name, one in held.items()}
+    # A second histogram has its own smallest and largest output, which are cut.
+    return Distribution.of(state | {"minimum": row["min"].item(), "maximum": row["max"].item()})
 
 
 def finer(held: xr.Dataset, run: xr.DataTree, rows: npt.ArrayLike) -> xr.Dataset:

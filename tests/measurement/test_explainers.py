@@ -51,6 +51,14 @@ def test_activations_are_the_ends_of_the_outputs_at_their_places(tmp_path: Path)
             assert abs(np.mean(found > 0) - 0.05) < 0.01
 
 
+def test_an_end_whose_outputs_are_all_equal_is_left_out(tmp_path: Path) -> None:
+    outputs = np.maximum(np.random.default_rng(0).standard_normal(320), 0).astype(np.float32)
+    examples = Examples(drawn_windows(10, 32), 0)
+    examples.add(f"{LAYER}:7", outputs)
+    examples.write(tmp_path / "new", "a/model")
+    assert [one.name for one in (tmp_path / "new").iterdir()] == [f"{LAYER}.high"]
+
+
 def test_windows_and_folders_that_delphi_could_not_read_are_refused(tmp_path: Path) -> None:
     check_examples(tmp_path / "new", drawn_windows(2, 32))
     check_examples(tmp_path, drawn_windows(2, 32))  # which is empty

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from entangle.measurement.measuring import measure
 from entangle.measurement.prompting import values_on
 from tests.measurement.test_context_search import drawn_windows
+from tests.tiny_mixtures import tiny_mixture, without_tokens
 from tests.tiny_models import CONTEXT, tiny_model, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer(adds_bos=True)
@@ -90,3 +91,28 @@ def test_what_cannot_be_is_refused(
         values_on(model, text, run=run, neurons=neuron, tokenizer=TOKENIZER)
     with pytest.raises(ValueError, match="other weights"):
         values_on(tiny_model(seed=1), "a", run=run, neurons=NEURONS[0], tokenizer=TOKENIZER)
+
+
+def test_tokens_that_the_run_left_out_have_no_place(model: PreTrainedModel) -> None:
+    run = measure(model, drawn_windows(8), layers=[DOWN], skip_first=2)
+    (found,) = values_on(model, TEXT, run=run, neurons=NEURONS[1], tokenizer=TOKENIZER)
+    for told in (found.quantiles, found.errors, found.shades):
+        assert np.isnan(told[:2]).all()
+        assert np.isfinite(told[2:]).all()
+    assert np.isfinite(found.values).all()
+
+
+def test_a_trained_expert_has_no_value_at_tokens_of_others() -> None:
+    mixture = tiny_mixture()
+    run = measure(mixture, drawn_windows(8), layers=["*.experts.*"])
+    name = "model.layers.1.mlp.experts.0.down_proj:3"
+    (found,) = values_on(mixture, TEXT, run=run, neurons=name, tokenizer=TOKENIZER)
+    away = np.isnan(found.values)
+    assert away.any()
+    assert not away.all()
+    np.testing.assert_array_equal(np.isnan(found.quantiles), away)
+    np.testing.assert_array_equal(np.isnan(found.errors), away)
+    without_tokens(mixture, 0)
+    empty = measure(mixture, drawn_windows(8), layers=["*.experts.*"])
+    with pytest.raises(ValueError, match="no token was sent"):
+        values_on(mixture, TEXT, run=empty, neurons=name, tokenizer=TOKENIZER)

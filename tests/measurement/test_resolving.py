@@ -15,6 +15,7 @@ import entangle
 from entangle.measurement.resolving import unresolved
 from entangle.model.text import TokenWindows
 from entangle.runs import store
+from entangle.runs.shapes import distribution_of
 from tests.distributions import Array, bulk_of
 from tests.numerics.test_bulk import exact
 from tests.pruning.test_sparsifying import random_windows
@@ -104,6 +105,17 @@ def test_pictures_have_the_second_histogram(case: Case, tmp_path: Path) -> None:
         low, high = ax.get_xlim()
         assert low == pytest.approx(bulk[0] - 0.3 * np.ptp(bulk), abs=0.2 * np.ptp(bulk))
         assert high == pytest.approx(bulk[-1] + 0.3 * np.ptp(bulk), abs=0.2 * np.ptp(bulk))
+
+
+def test_a_quantile_is_of_the_second_histogram(case: Case, tmp_path: Path) -> None:
+    run = shutil.copytree(case.run, tmp_path / "run")
+    tree = entangle.resolve(case.model, case.windows, run=run)
+    for i in WILD:
+        found = distribution_of(tree, f"{LAYER}:{i}")
+        truth, spread = np.quantile(case.rows[:, i], 0.25), np.ptp(bulk_of(case.rows[:, i]))
+        assert np.interp(0.25, found.below, found.knots) == pytest.approx(truth, abs=0.02 * spread)
+        assert found.knots[0] <= case.rows[:, i].min()
+        assert found.knots[-1] >= case.rows[:, i].max()
 
 
 def test_another_model_or_other_windows_are_refused(case: Case) -> None:

@@ -16,6 +16,7 @@ from entangle.model.sides import find_channel
 from entangle.numerics.routing import CentroidRouter
 from entangle.runs import store
 from tests.measurement.test_context_search import drawn_windows
+from tests.tiny_mixtures import tiny_mixture
 from tests.tiny_models import tiny_mamba, tiny_model, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
@@ -167,6 +168,7 @@ def test_what_says_nothing_of_words_is_refused_with_the_reason() -> None:
     mixture = ExpertLinear(torch.stack([weight.data] * 2), None, router, [1, 1])
     replace_layer(model, layer, mixture)  # type: ignore[arg-type]
     assert "2 experts" in refused(model, f"{MLP}.up_proj:0")
+    assert "trained expert" in refused(tiny_mixture(), f"{MLP}.experts.0.gate_up_proj:1")
 
 
 def test_what_is_there_is_shown_where_the_other_side_is_missing() -> None:

@@ -71,7 +71,7 @@ function colouredWindows(found, texts, side) {
 function signCases(unit, own) {
   const parts = [["gate", "gate"], ["up", "up"], ["product", "act(gate) · up"]];
   const names = make("ul", { class: "parts" }, ...parts.map(([part, label]) =>
-    make("li", {}, make("b", {}, label), ` ${unit[part]}${unit[part] === own ? " (this one)" : ""}: W1 ${unit.wasserstein[part].toFixed(4)}`)));
+    make("li", {}, make("b", {}, label), ` ${unit[part]}${unit[part] === own ? " (this one)" : ""}: ${unit.wasserstein[part] === null ? "no distance" : `W1 ${unit.wasserstein[part].toFixed(4)}`}`)));
   const head = make("tr", {}, ...["gate", "up", "tokens", "mean product"].map((name) => make("th", { scope: "col" }, name)));
   const rows = unit.cases.map((one) => make("tr", {}, ...[one.gate, one.up, percent(one.share), one.mean === null ? "–" : short(one.mean)].map((text) => make("td", {}, text))));
   const examples = unit.cases.filter((one) => one.examples.length).map((one) => make("details", {},
