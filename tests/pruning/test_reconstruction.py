@@ -270,7 +270,7 @@ def test_a_killed_command_goes_on_with_the_dense_hidden_states(
     ("options", "words"),
     [
         ({"propagate": "dense"}, "propagate sparse"),
-        ({"layers": "*.self_attn.*"}, "choose layers of the MLP"),
+        ({"layers": "*.self_attn.*"}, "choose other layers of the MLP"),
         ({"windows": random_windows(12)[:1]}, "more windows"),
     ],
 )
