@@ -250,8 +250,8 @@ def neuron(run: xr.DataTree, name: str, *, ax: Axes | None = None) -> Figure | A
 def neurons(run: xr.DataTree, names: Sequence[str]) -> Figure:
     """Draw the standardised distributions of neurons, LAYER:INDEX, and N(0, 1), side by side.
 
-    Panels share their axes. These follow each neuron's bulk (see `sketches.axis_of`), at most 8 std
-    on both sides of the mean.
+    Panels share the horizontal axis. It follows each neuron's bulk (see `sketches.axis_of`), at most 8
+    std on both sides of the mean.
 
     Raises:
         LookupError: the run has no such neuron.
@@ -267,7 +267,8 @@ def neurons(run: xr.DataTree, names: Sequence[str]) -> Figure:
     drawn = sketch(held_of(held, run, names), mean, std, bars=_BARS)
     sides = [*dict.fromkeys(part["side"].to_numpy().astype(str))]
     figure = Picture(figsize=(8.5, 3.0), layout="constrained")
-    grid = figure.subplots(1, len(names), sharex=True, sharey=True, squeeze=False)[0]
+    grid = figure.subplots(1, len(names), sharex=True, squeeze=False)[0]
+    reach: list[Floats] = []  # of each panel, in std from its mean
     for place, ax in enumerate(grid):
         if not np.isfinite(drawn.low[place]):
             raise ValueError(f"{names[place]} is dead or not finite: choose another neuron")
@@ -276,14 +277,14 @@ def neurons(run: xr.DataTree, names: Sequence[str]) -> Figure:
         heights = drawn.shares[place] / np.diff(rims)
         label = " or ".join(f"{side}s" for side in sides)
         ax.stairs(heights, rims, fill=True, color=BAND, alpha=0.6, label=label)
-        x = np.linspace(max(ends[0], -8), min(ends[1], 8), 401)
+        x = np.linspace(-8, 8, 801)
+        reach.append(ends)
         ax.plot(x, np.exp(-(x**2) / 2) / np.sqrt(2 * np.pi), color=FIT, label="N(0, 1)")
         row = part.isel(neuron=place)
         bulk = f", bulk {row['wasserstein_bulk']:.4f}" if "wasserstein_bulk" in row else ""
         facts = f"W1 {row['wasserstein']:.4f}{bulk}, excess kurtosis {_number(row['kurtosis'])}"
         ax.set_title(f"{names[place]}\n{facts}", loc="left")
-    low, high = grid[0].get_xlim()
-    grid[0].set_xlim(max(low, -8), min(high, 8))
+    grid[0].set_xlim(max(np.min(reach), -8), min(np.max(reach), 8))
     values = " or ".join(_VALUES[side] for side in sides)
     figure.supxlabel(f"{values}, in its std from its mean")
     figure.supylabel("density (share of tokens per std)")
