@@ -175,7 +175,6 @@ def contexts(
     neurons = [neurons] if isinstance(neurons, str) else neurons
     data = dataset_of(run)
     names = list(dict.fromkeys(neurons))
-    parts_of = units_of(find_gated(model) if names else [])
     for name in names:
         check_neuron(data, name)
         if not np.isfinite(float(data["wasserstein"].sel(neuron=name))):
@@ -187,6 +186,7 @@ def contexts(
             raise ValueError(
                 f"{name} is dead or not finite, so it has no distance: choose another neuron"
             )
+    parts_of = units_of(find_gated(model) if names else [])
     heard = [*names, *(part for name in names for part in parts_of(name).values())]
     setup = Setup.of(
         model,
