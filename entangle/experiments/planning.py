@@ -117,9 +117,9 @@ def plan(
     """Estimate the memory, disk space and time that `measure` and `sparsify` need in one process.
 
     The model is not loaded and need not fit into memory. All blocks are assumed to be like the
-    largest with a chosen layer. ``text`` is a source or several, which are mixed by equal shares. A GPU can be planned on a
-    machine without one: its memory is estimated from that of the commands on the CPU, and the times
-    are the CPU's.
+    largest with a chosen layer. ``text`` is a source or several, which are mixed by equal shares. A
+    GPU can be planned on a machine without one: its memory is estimated from that of the commands
+    on the CPU, and the times are the CPU's.
 
     Raises:
         FileNotFoundError: the model or the text does not exist.

@@ -90,14 +90,14 @@ def steer(
     """Hold a neuron at a value, or scale it, while the body runs; yield the value, None for a scale.
 
     ``neuron`` is LAYER:INDEX, or LAYER:input:INDEX for an input of this layer alone. ``setting`` is
-    ``zero``; ``mean`` or ``quantile:Q``, of the neuron's distribution in ``run``; or ``scale:X``. It is
-    applied to all tokens. The model may be packed or expanded. That the run was measured on this model
-    is not checked here: `steered` does so.
+    ``zero``; ``mean`` or ``quantile:Q``, of the neuron's distribution in ``run``; or ``scale:X``.
+    It is applied to all tokens. The model may be packed or expanded. That the run was measured on
+    this model is not checked here: `steered` does so.
 
     Raises:
         LookupError: the model or the run has no such neuron.
-        ValueError: the setting is none of these, needs a run or a part of the distribution that the run
-            has not kept, or the layer cannot be heard (see `find_steerable`).
+        ValueError: the setting is none of these, needs a run or a part of the distribution that the
+            run has not kept, or the layer cannot be heard (see `find_steerable`).
     """
     chosen = Setting.of(setting)
     one, index = find_steerable(model, neuron)
@@ -121,8 +121,8 @@ def value_of(run: xr.DataTree | None, neuron: str, setting: Setting) -> float | 
 
     Raises:
         LookupError: the run has no such neuron.
-        ValueError: there is no run, the neuron has no finite mean, or the quantile lies in a tail, of
-            which the run has kept only the sum and the extreme.
+        ValueError: there is no run, the neuron has no finite mean, or the quantile lies in a tail,
+            of which the run has kept only the sum and the extreme.
     """
     if setting.kind in {"zero", "scale"}:
         return 0.0 if setting.kind == "zero" else None
@@ -175,16 +175,16 @@ def steered(
 ) -> Steering:
     """Compare the model with a neuron in each of some settings (see `steer`) with the untouched model.
 
-    The predictions are those that `perplexity` scores: of each window's tokens, given those before. The
-    model runs on each batch once for each setting, and once untouched. A token's mean predicted
+    The predictions are those that `perplexity` scores: of each window's tokens, given those before.
+    The model runs on each batch once for each setting, and once untouched. A token's mean predicted
     probability is over all predictions. With ``prompt``, each goes on for at most ``prompt_tokens``
     tokens, always with the most likely one.
 
     Raises:
         LookupError: the run or the model has no such neuron.
         NotFiniteError: the outputs of the model are not finite.
-        ValueError: as `steer`; or there is no setting, the windows do not fit the model, the model is not causal, or the run
-            was measured on other weights.
+        ValueError: as `steer`; or there is no setting, the windows do not fit the model, the model
+            is not causal, or the run was measured on other weights.
     """
     names = [settings] if isinstance(settings, str) else list(dict.fromkeys(settings))
     if not names:

@@ -65,9 +65,9 @@ def tables_of(
     The first table has the columns that `sweep` lists. The second has, for each pruned arm:
 
     * ``method``, ``mask``, ``solve``, ``propagate``, ``reconstruct``, ``experts``, ``assign``,
-      ``components``, ``shrinkage``, ``budget``, ``strength``, ``across``, ``scores``, ``sparse_inputs``,
-      ``input_sparsity``, ``input_shares``, ``sparsity``: the options of the arm, as in the first,
-      whose ``inputs`` is ``sparse_inputs`` here.
+      ``components``, ``shrinkage``, ``budget``, ``strength``, ``across``, ``scores``,
+      ``sparse_inputs``, ``input_sparsity``, ``input_shares``, ``sparsity``: the options of the arm,
+      as in the first, whose ``inputs`` is ``sparse_inputs`` here.
     * the columns of `Sparsified.layers`.
     * ``improvement``: RMSE of a neuron's outputs with one expert over that with several, on the
       calibration inputs, median over the layer's neurons; NaN unless both arms were run.

@@ -1,10 +1,11 @@
 """The ends of neurons' distributions, in the form that the automated explainer delphi reads.
 
-The form is that of the cache of EleutherAI's delphi (eai-delphi 0.1.3, `LatentDataset`): a folder for each
-module, with a file of tokens, of the places of activations in them, and of the activations, and with a
-config.json. delphi explains latents that are zero on most tokens. A neuron is not, so its two ends are
-two latents of two modules, LAYER.high and LAYER.low, with the neuron's index: on the 5% of the tokens
-with the largest or smallest outputs the activation is the distance to the quantile, and elsewhere zero.
+The form is that of the cache of EleutherAI's delphi (eai-delphi 0.1.3, `LatentDataset`): a folder
+for each module, with a file of tokens, of the places of activations in them, and of the
+activations, and with a config.json. delphi explains latents that are zero on most tokens. A neuron
+is not, so its two ends are two latents of two modules, LAYER.high and LAYER.low, with the neuron's
+index: on the 5% of the tokens with the largest or smallest outputs the activation is the distance
+to the quantile, and elsewhere zero.
 """
 
 import dataclasses

@@ -15,9 +15,9 @@ def choose_windows(
 ) -> list[tuple[str, int, int]]:
     """Return eight windows: why each was chosen, its index, and the position of the token.
 
-    ``outputs`` are (windows, length), NaN at tokens that a trained expert did not have. Three have the highest outputs and three the lowest. The
-    others have the outputs nearest to each mode, if there are several, and to quantiles. No window
-    is chosen twice, so a short text has fewer.
+    ``outputs`` are (windows, length), NaN at tokens that a trained expert did not have. Three
+    windows have the highest outputs and three the lowest. The others have the outputs nearest to
+    each mode, if there are several, and to quantiles. No window is chosen twice, so a short text has fewer.
     """
     left = np.asarray(~np.isnan(outputs).all(axis=1))
     found: list[tuple[str, int, int]] = []

@@ -1,10 +1,11 @@
 """Which layers read the residual stream, which write to it, and through what: found by trial.
 
-The stream is what a block receives and adds outputs of its layers to. Names and classes of layers and
-norms differ between architectures, so all layers of all blocks are silenced (their outputs are zero),
-and one thing is let through. Then a layer that reads the stream has inputs that follow from the states
-that its block received, by a scale or a norm. And what a layer says that writes to the stream leaves its
-block, likewise by a scale or a norm. Each state is a window of one token, so no token sees another.
+The stream is what a block receives and adds outputs of its layers to. Names and classes of layers
+and norms differ between architectures, so all layers of all blocks are silenced (their outputs are
+zero), and one thing is let through. Then a layer that reads the stream has inputs that follow from
+the states that its block received, by a scale or a norm. The outputs of a layer that writes to the
+stream leave the block, also by a scale or a norm. Each state is a window of one token, so no token
+sees another.
 """
 
 import dataclasses
@@ -114,8 +115,8 @@ def find_stream(model: PreTrainedModel, blocks: Collection[int] | None = None) -
     single tokens, without products of weights. No recording counts these runs.
 
     Raises:
-        ValueError: the model has no list of blocks or is compiled, its weights are in files, or its blocks are not
-            called with hidden states.
+        ValueError: the model has no list of blocks or is compiled, its weights are in files, or its
+            blocks are not called with hidden states.
     """
     check_in_memory(model, "to find what a layer reads and writes")
     layers = [one for one in find_layers(model) if blocks is None or one.block in blocks]
@@ -176,8 +177,8 @@ def _units(
 
     All layers but those that write say something. Then those neurons of a layer say something else
     whose number has a binary digit that is 1, or 0; each digit and value is a state of its own. A
-    channel that one neuron makes changes with the digits of this neuron's number. A layer's halves take
-    turns, since one layer may hold both the gate and the up projection.
+    channel that one neuron makes changes with the digits of this neuron's number. A layer's halves
+    take turns, since one layer may hold both the gate and the up projection.
     """
     silent, generator = torch.zeros(2 * _BITS, trial.width), torch.Generator().manual_seed(0)
     said = {

@@ -55,7 +55,8 @@ def zeros_of(
 
     * ``wasserstein*std``: the distance in output units.
     * ``wasserstein_bulk*std``: the same without the 1% of tokens farthest from the median.
-    * ``wasserstein``, ``wasserstein_bulk``, ``std``, ``kurtosis``, ``weight_norm``: that variable of the run.
+    * ``wasserstein``, ``wasserstein_bulk``, ``std``, ``kurtosis``, ``weight_norm``: that variable
+      of the run.
     * ``ranks``: the sum of the ranks of ``wasserstein`` and ``std``.
     * ``shuffled``: the ranks of ``wasserstein*std``, permuted over the layer; the control.
     * ``trim``: TRIM's rule. It needs the inputs, so the layer's total is returned.

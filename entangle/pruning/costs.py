@@ -2,8 +2,9 @@
 
 A token that is written alone reads a weight for each multiply-add, so multiply-adds are the weights
 read per token too. A matrix of a trained expert counts for the share of the experts that a token is
-sent to. In pruned layers only non-zero weights count, and with sparse inputs only those of inputs that are
-not zero, although layers run here as dense products. The products within attention have no weights and do not count.
+sent to. In pruned layers only non-zero weights count, and with sparse inputs only those of inputs
+that are not zero, although layers run here as dense products. The products within attention have no
+weights and do not count.
 """
 
 from collections.abc import Mapping, Sequence

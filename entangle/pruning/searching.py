@@ -103,8 +103,8 @@ def searched(
 ) -> tuple[BlockZeros, pd.DataFrame]:
     """Return the zeros of each block that a search finds, and the table of `search_blocks`.
 
-    ``starts`` are those of `search_starts`. With a ``file`` both are read from it, or written to it. Pruned blocks are kept beside it until the
-    search ends.
+    ``starts`` are those of `search_starts`. With a ``file`` both are read from it, or written to
+    it. Pruned blocks are kept beside it until the search ends.
     """
     if file is None or not file.exists():
         with _folder(file) as folder:

@@ -1,11 +1,11 @@
 """contexts.json: what was found of neurons, and the windows of text that they share.
 
-``neurons`` has what `contexts` found, by name, and ``windows`` the text of each token of the windows
-that it shows, by the window's index. A neuron has its ``scale`` (see `numerics.levels`) and up to
-eight ``windows``: ``why`` it was chosen, its index ``window``, the ``position`` of the token that it
-was chosen for, and ``levels``, in base64 a signed byte for each counted token, the last of the window; -128 is a token that
-the neuron's trained expert did not have.
-Files of versions before 0.2.0 have neurons alone, by name, without windows.
+``neurons`` has what `contexts` found, by name, and ``windows`` the text of each token of the
+windows that it shows, by the window's index. A neuron has its ``scale`` (see `numerics.levels`) and
+up to eight ``windows``: ``why`` it was chosen, its index ``window``, the ``position`` of the token
+that it was chosen for, and ``levels``, in base64 a signed byte for each counted token, the last of
+the window; -128 is a token that the neuron's trained expert did not have. Files of versions before
+0.2.0 have neurons alone, by name, without windows.
 """
 
 import base64

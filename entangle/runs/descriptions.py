@@ -20,9 +20,9 @@ _ENDS = ("high", "low")
 def describe(folder: str | Path, source: str | Path) -> dict[str, str]:
     """Add descriptions of neurons to a run; return them by neuron.
 
-    ``source`` is a JSON file of texts by neuron (LAYER:INDEX), or the folder of explanations that delphi
-    wrote about files of `contexts --delphi`. The descriptions of a neuron's ends, high and low, are
-    joined. A neuron that had a description gets the new one.
+    ``source`` is a JSON file of texts by neuron (LAYER:INDEX), or the folder of explanations that
+    delphi wrote about files of `contexts --delphi`. The descriptions of a neuron's ends, high and
+    low, are joined. A neuron that had a description gets the new one.
 
     Raises:
         LookupError: the run lacks one of the neurons.

@@ -51,13 +51,14 @@ def sweep(table: pd.DataFrame, *, ax: Axes) -> Axes: ...
 def sweep(table: pd.DataFrame, *, ax: Axes | None = None) -> Figure | Axes:
     """Draw perplexity (log axis) against the weights read for a token: a line per combination of options.
 
-    ``table`` is a result of `entangle.sweep`. A token reads a weight for each multiply-add. These are those per token of the pruned
-    layers and their routers, over the dense ones: with one expert, 1 minus the realised sparsity.
-    Bars are one standard error over windows. Sparsities n:m are single labelled marks. The dashed
-    line is the dense model, and paler ones its rounded weights. Each budget of rows has a colour, each budget across blocks a line
-    style. Several budgets at a single sparsity, which all keep as many weights, are drawn as a list
-    instead: the difference to the dense model, nats per token, paired by window. Each evaluation
-    text has a panel; with ``ax`` the table must be of one text.
+    ``table`` is a result of `entangle.sweep`. A token reads a weight for each multiply-add. These
+    are those per token of the pruned layers and their routers, over the dense ones: with one
+    expert, 1 minus the realised sparsity. Bars are one standard error over windows. Sparsities n:m
+    are single labelled marks. The dashed line is the dense model, and paler ones its rounded
+    weights. Each budget of rows has a colour, each budget across blocks a line style. Several
+    budgets at a single sparsity, which all keep as many weights, are drawn as a list instead: the
+    difference to the dense model, nats per token, paired by window. Each evaluation text has a
+    panel; with ``ax`` the table must be of one text.
 
     Raises:
         ValueError: no arm has a score; or the table is of several texts and there is only ``ax``.

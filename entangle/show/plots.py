@@ -128,9 +128,9 @@ def layers(
 ) -> Figure:
     """Draw the distribution of the distances in each layer against its block: one panel per role.
 
-    ``variable`` is ``wasserstein`` or ``wasserstein_bulk``. A box shows a layer's median, its 25% to 75% and 5% to 95% quantiles, and the largest distance
-    as a point. The dashed line is the noise floor at the layer's number of tokens; the bulk's
-    distance has none.
+    ``variable`` is ``wasserstein`` or ``wasserstein_bulk``. A box shows a layer's median, its 25%
+    to 75% and 5% to 95% quantiles, and the largest distance as a point. The dashed line is the
+    noise floor at the layer's number of tokens; the bulk's distance has none.
 
     Raises:
         ValueError: the variable is no distance, or no neuron has a value.
