@@ -145,6 +145,19 @@ def _add_options(command: argparse.ArgumentParser, *, several: bool) -> None:
         command.add_argument(f"--{option.name.replace('_', '-')}", **settings)
 
 
+def _add_neurons(command: argparse.ArgumentParser, what: str) -> None:
+    """Add the arguments that name neurons, whose contexts or words are found."""
+    command.add_argument(
+        "neurons", nargs="*", metavar="LAYER:INDEX", help=f"neurons to find the {what} of"
+    )
+    command.add_argument(
+        "--top",
+        type=int,
+        metavar="N",
+        help=f"find the {what} of each layer's N most entangled neurons, instead of named ones",
+    )
+
+
 def parser() -> argparse.ArgumentParser:
     """Return the parser of all commands."""
     return parsers()[0]
@@ -486,15 +499,7 @@ def parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
         parents=[measured, layers, output],
         help="find the tokens behind neurons' distributions, and add them to the run",
     )
-    contexts.add_argument(
-        "neurons", nargs="*", metavar="LAYER:INDEX", help="neurons to find the contexts of"
-    )
-    contexts.add_argument(
-        "--top",
-        type=int,
-        metavar="N",
-        help="find the contexts of each layer's N most entangled neurons, instead of named ones",
-    )
+    _add_neurons(contexts, "contexts")
     contexts.add_argument(
         "--prompt",
         metavar="TEXT",
@@ -529,15 +534,7 @@ def parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
         help="print the tokens that neurons' weights read and write, and add them to the run",
         description=WORDS,
     )
-    words.add_argument(
-        "neurons", nargs="*", metavar="LAYER:INDEX", help="neurons to find the words of"
-    )
-    words.add_argument(
-        "--top",
-        type=int,
-        metavar="N",
-        help="find the words of each layer's N most entangled neurons, instead of named ones",
-    )
+    _add_neurons(words, "words")
 
     steer = commands.add_parser(
         "steer",

@@ -79,8 +79,7 @@ def _resolve(args: argparse.Namespace) -> None:
         )
     run = entangle.open_run(args.resolve)
     about = dataset.about(run)
-    drawn = {name: about[name] for name in ("windows", "length", "seed", "bos")}
-    drawn |= {"text": args.text or [*about.get("texts", [about["text"]])]}
+    drawn = _drawn(about) | ({"text": args.text} if args.text else {})
     args, tokenizer = argparse.Namespace(**vars(args) | drawn), _tokenizer(args)
     parts, model = _parts(args, tokenizer), _model(args)
     windows = _mixed(args, parts, model, tokenizer, args.resolve)
@@ -440,7 +439,7 @@ def run_disentangle(args: argparse.Namespace) -> None:
 def run_contexts(args: argparse.Namespace) -> None:
     """Find the contexts of neurons, and add them to the run; or print their values on a prompt."""
     _check_named(args)
-    from entangle.runs import dataset
+    from entangle.runs import contexts_file, dataset
 
     run, args = _measured(args)
     about, names = dataset.about(run), _named(args, run)
@@ -465,17 +464,19 @@ def run_contexts(args: argparse.Namespace) -> None:
         progress=_progress(),
     )
     result = {"neurons": [dataclasses.asdict(one) for one in found]}
-    _print(args, result | {"file": str(args.run / "contexts.json")}, printed.contexts)
+    _print(args, result | {"file": str(args.run / contexts_file.FILE)}, printed.contexts)
 
 
 def run_words(args: argparse.Namespace) -> None:
     """Find the tokens that neurons' weights read and write, and add them to the run."""
     _check_named(args)
+    from entangle.runs import words_file
+
     run, args = _measured(args)
     names, tokenizer = _named(args, run), _tokenizer(args)
     found = entangle.words(_model(args), names, tokenizer=tokenizer, run=run, out=args.run)
     result = {"neurons": [dataclasses.asdict(one) for one in found]}
-    _print(args, result | {"file": str(args.run / "words.json")}, printed.words)
+    _print(args, result | {"file": str(args.run / words_file.FILE)}, printed.words)
 
 
 def run_steer(args: argparse.Namespace) -> None:

@@ -13,7 +13,6 @@ from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
-import torch
 import xarray as xr
 from scipy.ndimage import gaussian_filter1d
 from scipy.signal import find_peaks
@@ -21,14 +20,11 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from entangle.measurement.explainers import Examples, check_examples
+from entangle.measurement.rerunning import neuron_outputs, setup_again
 from entangle.measurement.sign_cases import HiddenUnit, hidden_unit, units_of
 from entangle.measurement.window_choice import choose_windows
 from entangle.model.gating import find_gated
-from entangle.model.hooks import backbone_of, recording_rows
-from entangle.model.patterns import INPUT
 from entangle.model.pieces import pieces_of
-from entangle.model.placing import input_device
-from entangle.model.sides import Recordable, stack_of
 from entangle.model.text import TokenWindows
 from entangle.numerics.contributions import bootstrap, distance_parts
 from entangle.numerics.gaussian import from_samples
@@ -36,7 +32,6 @@ from entangle.numerics.levels import Levels
 from entangle.numerics.torch_settings import with_torch_defaults
 from entangle.runs.contexts_file import add_contexts, packed
 from entangle.runs.dataset import check_neuron, dataset_of
-from entangle.runs.setup import Setup
 
 Floats = npt.NDArray[np.float32]
 Array = npt.NDArray[np.float64]
@@ -169,8 +164,8 @@ def contexts(
     Raises:
         FileExistsError: the folder ``delphi`` has files.
         LookupError: the run has no such neuron.
-        ValueError: the windows cannot be cut into delphi's examples; the run was measured on other weights or other windows, a neuron has no
-            distance, or the model is in training mode.
+        ValueError: the windows cannot be cut into delphi's examples; the run was measured on other
+            weights or other windows, a neuron has no distance, or the model is in training mode.
     """
     neurons = [neurons] if isinstance(neurons, str) else neurons
     data = dataset_of(run)
@@ -186,24 +181,10 @@ def contexts(
             raise ValueError(
                 f"{name} is dead or not finite, so it has no distance: choose another neuron"
             )
-    parts_of = units_of(find_gated(model) if names else [])
+    blocks = {int(data["block"].sel(neuron=name)) for name in names}
+    parts_of = units_of(find_gated(model, blocks))
     heard = [*names, *(part for name in names for part in parts_of(name).values())]
-    setup = Setup.of(
-        model,
-        windows,
-        run=run,
-        **layers_of(data, heard),
-        batch_size=int(data.attrs["batch_size"]),
-        skip_first=int(data.attrs["skip_first"]),
-        progress=progress,
-    )
-    if data.attrs.get("fingerprint") != windows.fingerprint:
-        raise ValueError(
-            f"the run was measured on other windows than these of {windows.text}: expected "
-            f"{data.attrs.get('windows')} windows of {data.attrs.get('length')} tokens from "
-            f"{data.attrs.get('text')}, as it was when measured, drawn with seed "
-            f"{data.attrs.get('seed')}"
-        )
+    setup = setup_again(model, windows, run=run, neurons=heard, progress=progress)
     examples = Examples(windows, setup.skip_first)
     if delphi is not None:
         check_examples(delphi, windows)
@@ -248,56 +229,6 @@ def contexts(
         add_contexts(Path(out), {one.neuron: dataclasses.asdict(one) for one in found}, texts)
     if delphi is not None:
         examples.write(delphi, str(data.attrs["model"]))
-    return found
-
-
-def layers_of(run: xr.Dataset, neurons: Sequence[str]) -> dict[str, Any]:
-    """Return the layers of neurons and of input channels, as keywords of `Setup.of`."""
-    names = sorted({neuron.rpartition(":")[0] for neuron in neurons})
-    sides = dict(zip(run["layer"].to_numpy().astype(str), run["side"].to_numpy(), strict=True))
-    inputs = [
-        name for name in names if sides.get(name, "input") == "input" and name.endswith(INPUT)
-    ]
-    return {
-        "layers": [name for name in names if name not in inputs],
-        "input_layers": [name.removesuffix(INPUT) for name in inputs],
-    }
-
-
-def neuron_outputs(setup: Setup, neurons: Sequence[str], batches: Sequence[torch.Tensor]) -> Floats:
-    """Run the model on batches; return the outputs (or inputs) of ``neurons`` (tokens, neurons).
-
-    A neuron of a trained expert has NaN at the tokens that were not sent to the expert.
-    """
-    wanted: dict[str, list[int]] = {}
-    for neuron in neurons:
-        layer, _, index = neuron.rpartition(":")
-        wanted.setdefault(layer, []).append(int(index))
-    layers = [layer for layer in setup.recorded if layer.name in wanted]
-    kept: dict[str, list[torch.Tensor]] = {layer.name: [] for layer in layers}
-    which: dict[str, list[torch.Tensor]] = {layer.name: [] for layer in layers}
-
-    def on_rows(layer: Recordable, rows: torch.Tensor, places: torch.Tensor | None) -> None:
-        rows = rows[:, wanted[layer.name]]
-        rows = rows if places is None else rows.index_select(0, places)
-        kept[layer.name].append(rows.float().cpu())
-        if stack_of(layer) is not None:
-            which[layer.name].append(counter.of_layer(layer))
-
-    model, device, skip_first = setup.model, input_device(setup.model), setup.skip_first
-    with (
-        torch.inference_mode(),
-        recording_rows(model, layers, on_rows, skip_first=skip_first) as counter,
-    ):
-        for batch in batches:
-            backbone_of(model)(input_ids=batch.to(device), use_cache=False)
-    tokens = sum(batch[:, skip_first:].numel() for batch in batches)
-    found = np.full((tokens, len(neurons)), np.nan, np.float32)
-    column = {neuron: place for place, neuron in enumerate(neurons)}
-    for name, parts in kept.items():
-        places = [column[f"{name}:{index}"] for index in wanted[name]]
-        rows = torch.cat(which[name]).numpy() if which[name] else np.arange(tokens)
-        found[rows[:, None], places] = torch.cat(parts).numpy()
     return found
 
 

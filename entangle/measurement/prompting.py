@@ -12,7 +12,7 @@ import torch
 import xarray as xr
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from entangle.measurement.context_search import layers_of, neuron_outputs
+from entangle.measurement.rerunning import layers_of, neuron_outputs
 from entangle.model.pieces import pieces_of
 from entangle.model.text import TokenWindows, check_windows, start_tokens
 from entangle.numerics.torch_settings import with_torch_defaults
@@ -72,8 +72,9 @@ def values_on(
     """Return the values of ``neurons``, LAYER:INDEX, at each token of a text, in this order.
 
     The text begins with the tokens that the run's windows begin with. The places of the values are
-    those in the run's finest histograms; a value beyond all outputs of the run has the place 0 or 1. Tokens that
-    the run left out (``skip_first``), or that a trained expert does not have, have no place.
+    those in the run's finest histograms; a value beyond all outputs of the run has the place 0 or
+    1. Tokens that the run left out (``skip_first``), or that a trained expert does not have, have
+    no place.
 
     Raises:
         LookupError: the run has no such neuron.

@@ -1,6 +1,5 @@
 """Second histograms, with bins of their own, of neurons whose bulk lies in too few bins of a run's."""
 
-from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +9,9 @@ import xarray as xr
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from entangle.measurement.rerunning import setup_again
 from entangle.model import ranks
 from entangle.model.hooks import backbone_of, recording_rows
-from entangle.model.patterns import INPUT
 from entangle.model.placing import input_device, is_offloaded
 from entangle.model.sides import Recordable
 from entangle.model.text import TokenWindows
@@ -25,8 +24,8 @@ from entangle.runs.dataset import NAMED_ERROR, dataset_of
 from entangle.runs.setup import Setup
 from entangle.runs.shapes import finer
 
-PASSES = 3  # at most: each divides the width of bins by up to their number
-_FEW = 4  # a bulk in fewer than a fourth of the bins is in few
+PASSES = 3  # at most; one pass makes the bins narrower by up to as many times as there are bins
+_FEW = 4  # a bulk needs finer bins if it lies in less than a fourth of them
 _FARTHEST = 2.0**20  # bins from the center: what is farther out is counted there
 Rows = npt.NDArray[np.int64]
 
@@ -97,29 +96,8 @@ def _setup(
             "torchrun out"
         )
     data = dataset_of(tree)
-    chosen = data.isel(neuron=rows if len(rows) else [0])  # to check the model and windows too
-    names: Mapping[str, list[str]] = {
-        side: sorted({*chosen["layer"].to_numpy()[chosen["side"].to_numpy() == side].tolist()})
-        for side in ("output", "input")
-    }
-    setup = Setup.of(
-        model,
-        windows,
-        run=tree,
-        layers=names["output"],
-        input_layers=[name.removesuffix(INPUT) for name in names["input"]],
-        batch_size=int(data.attrs["batch_size"]),
-        skip_first=int(data.attrs["skip_first"]),
-        progress=progress,
-    )
-    if data.attrs.get("fingerprint") != windows.fingerprint:
-        raise ValueError(
-            f"the run was measured on other windows than these of {windows.text}: expected "
-            f"{data.attrs.get('windows')} windows of {data.attrs.get('length')} tokens from "
-            f"{data.attrs.get('text')}, as it was when measured, drawn with seed "
-            f"{data.attrs.get('seed')}"
-        )
-    return setup
+    chosen = data["neuron"].to_numpy()[rows if len(rows) else [0]]  # to check model and windows too
+    return setup_again(model, windows, run=tree, neurons=chosen.tolist(), progress=progress)
 
 
 def _counted(setup: Setup, data: xr.Dataset, rows: Rows, first: Histograms) -> Histograms:

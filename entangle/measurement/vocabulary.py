@@ -1,8 +1,8 @@
 """Words: the tokens of the vocabulary that a neuron's weights read, and those that they write.
 
-A row of a layer that reads the residual stream is multiplied by the tokens' input embeddings, and what
-a neuron writes to the stream by their output embeddings. Which layers do so, and through which norm, is
-found by trial (`model.stream`).
+A row of a layer that reads the residual stream is multiplied by the tokens' input embeddings, and
+what a neuron writes to the stream by their output embeddings. Which layers do so, and through which
+norm, is found by trial (`model.stream`).
 """
 
 import dataclasses
@@ -23,9 +23,9 @@ from entangle.model.text import token_name
 from entangle.numerics.torch_settings import with_torch_defaults
 from entangle.runs import store
 from entangle.runs.setup import Setup
+from entangle.runs.words_file import FILE, read_words
 
 SHOWN = 12  # tokens at either end
-FILE = "words.json"
 _NORMS = {"rms": "RMS norm", "layer": "layer norm"}
 _AT_ONCE = 64  # directions that are multiplied by an embedding together
 _CHUNK = 8192  # tokens of the vocabulary whose embeddings are in float32 at a time
@@ -86,20 +86,20 @@ def words(
 ) -> list[NeuronWords]:
     """Return which tokens of the vocabulary the weights of ``neurons`` read and write.
 
-    A neuron LAYER:INDEX of a layer that reads the residual stream reads E · r: E (vocabulary, width) is
-    the input embedding, and r its row times the weight of the norm before the layer; through a layer
-    norm the mean of r is taken off. A layer that writes to the stream writes U · w: U is the output
-    embedding, its rows times the weight of the final norm (through a layer norm without their means),
-    and w is the column of LAYER:input:INDEX, or for LAYER:INDEX the coordinate INDEX of the stream,
-    times the weight of a norm behind the layer, if there is one. Divisions by the size of a state are
-    left out: they are the same for the whole vocabulary.
+    A neuron LAYER:INDEX of a layer that reads the residual stream reads E · r: E (vocabulary,
+    width) is the input embedding, and r its row times the weight of the norm before the layer;
+    through a layer norm the mean of r is taken off. A layer that writes to the stream writes U · w:
+    U is the output embedding, its rows times the weight of the final norm (through a layer norm
+    without their means), and w is the column of LAYER:input:INDEX, or for LAYER:INDEX the
+    coordinate INDEX of the stream, times the weight of a norm behind the layer, if there is one.
+    Divisions by the size of a state are left out: they are the same for the whole vocabulary.
 
-    A hidden unit is shown as a whole, whichever of its neurons is asked for: the rows of its gate and up
-    projection, and its column of the down projection. Likewise a channel of attention: the row of its
-    value, and its column of the output projection.
+    A hidden unit is shown as a whole, whichever of its neurons is asked for: the rows of its gate
+    and up projection, and its column of the down projection. Likewise a channel of attention: the
+    row of its value, and its column of the output projection.
 
-    With ``run``, its weights must be the model's. With ``out``, the run's folder, the words are added to
-    its words.json.
+    With ``run``, its weights must be the model's. With ``out``, the run's folder, the words are
+    added to its words.json.
 
     Raises:
         LookupError: the model has no such neuron.
@@ -138,9 +138,10 @@ def words(
         for name in names
     ]
     if out is not None:
-        file = Path(out) / FILE
-        kept = store.read_json(file) if file.is_file() else {}
-        store.write_json(file, kept | {one.neuron: dataclasses.asdict(one) for one in results})
+        kept = read_words(Path(out))
+        store.write_json(
+            Path(out) / FILE, kept | {one.neuron: dataclasses.asdict(one) for one in results}
+        )
     return results
 
 

@@ -7,6 +7,7 @@ multiplied element by element, and the product is the input of a third layer. Na
 import dataclasses
 import functools
 import itertools
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -36,8 +37,8 @@ class GatedLayers:
         return LayerInputs(self.down)
 
 
-def find_gated(model: PreTrainedModel) -> list[GatedLayers]:
-    """Return the gated MLPs of a model, at most one of each block.
+def find_gated(model: PreTrainedModel, blocks: Collection[int] | None = None) -> list[GatedLayers]:
+    """Return the gated MLPs of a model, or of some of its blocks, at most one of each block.
 
     A first run tells which layers receive the same input. Then, for each choice of a gate, an up and
     a down layer, the gate's outputs are made the same for half of the tokens, and for the other half
@@ -46,7 +47,10 @@ def find_gated(model: PreTrainedModel) -> list[GatedLayers]:
     Experts that see only some of the tokens are left out, and so is a layer that makes both halves
     at once. No recording counts these runs.
     """
-    choices = _choices(model)
+    if blocks is not None and not blocks:
+        return []
+    layers = [one for one in find_layers(model) if blocks is None or one.block in blocks]
+    choices = _choices(model, layers)
     found: dict[int, GatedLayers] = {}
     while any(choices.values()):
         tried = {block: left.pop(0) for block, left in choices.items() if left}
@@ -55,9 +59,9 @@ def find_gated(model: PreTrainedModel) -> list[GatedLayers]:
     return [found[block] for block in sorted(found)]
 
 
-def _choices(model: PreTrainedModel) -> dict[int, list[GatedLayers]]:
-    """Return, for each block, the layers whose sizes and inputs allow that they are a gated MLP."""
-    layers, heard = find_layers(model), dict[str, list[Any]]()
+def _choices(model: PreTrainedModel, layers: Sequence[LinearLayer]) -> dict[int, list[GatedLayers]]:
+    """Return, for each block, those of its layers whose sizes and inputs allow a gated MLP."""
+    heard: dict[str, list[Any]] = {}
 
     def hear(module: nn.Module, args: Any, kwargs: Any, outputs: Any) -> None:
         heard.setdefault(names[module], []).append((inputs_among(args, kwargs), outputs))

@@ -55,10 +55,10 @@ def with_shapes(
         found = {name: data[name].to_numpy() for name in SHAPES} if stored else computed(mean, std)
         if resolved is not None:
             rows = resolved["row"].to_numpy()
-            finer = shapes_of(_state_of(resolved), mean[rows], std[rows])
+            second = shapes_of(_state_of(resolved), mean[rows], std[rows])
             for name in SHAPES[:-1]:  # of all tokens the first histogram has more
                 found[name] = found[name].copy()
-                found[name][rows] = finer[name]
+                found[name][rows] = second[name]
         return found
 
     def computed(mean: Array, std: Array) -> dict[str, Array]:

@@ -12,10 +12,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from entangle.numerics.gaussian import from_samples, noise_floor
-from entangle.runs import store
 from entangle.runs.contexts_file import Kept, read_contexts
 from entangle.runs.dataset import check_neuron, dataset_of
 from entangle.runs.descriptions import read_descriptions
+from entangle.runs.words_file import read_words
 from entangle.show import plots
 from entangle.show.coloured import ColouredText, ColouredWindows
 from entangle.show.panels import subject_of
@@ -145,14 +145,19 @@ class Neuron:
         (found,) = values_on(model, text, run=self._run, neurons=self.name, tokenizer=tokenizer)
         return ColouredText(self.name, found.table, found.shades.tolist())
 
+    def _folder(self) -> Path | None:
+        """Return the folder that the run was read from."""
+        source = self._run.encoding.get("source")
+        return Path(source).parent if source else None
+
     def _kept(self) -> Kept:
         """Return what the run's contexts.json has of this neuron and others.
 
         Raises:
             LookupError: it has nothing of this neuron.
         """
-        source = self._run.encoding.get("source")
-        kept = read_contexts(Path(source).parent) if source else Kept({}, {})
+        folder = self._folder()
+        kept = read_contexts(folder) if folder else Kept({}, {})
         if self.name not in kept.neurons:
             raise LookupError(f"the contexts of {self.name} are missing: {self._search()}")
         return kept
@@ -172,10 +177,8 @@ class Neuron:
         Raises:
             LookupError: the words of this neuron were not searched yet.
         """
-        source = self._run.encoding.get("source")
-        folder = Path(source).parent if source else None
-        file = folder / "words.json" if folder else None
-        kept = store.read_json(file) if file and file.is_file() else {}
+        folder = self._folder()
+        kept = read_words(folder) if folder else {}
         if self.name not in kept:
             raise LookupError(
                 f"the words of {self.name} are missing: run entangle words {folder or 'RUN'} {self.name}"
@@ -192,13 +195,12 @@ class Neuron:
     @property
     def description(self) -> str | None:
         """The description that ``entangle describe`` added, or None."""
-        source = self._run.encoding.get("source")
-        return read_descriptions(Path(source).parent).get(self.name) if source else None
+        folder = self._folder()
+        return read_descriptions(folder).get(self.name) if folder else None
 
     def _search(self) -> str:
         """Return the advice to search the contexts of this neuron."""
-        source = self._run.encoding.get("source")
-        return f"run entangle contexts {Path(source).parent if source else 'RUN'} {self.name}"
+        return f"run entangle contexts {self._folder() or 'RUN'} {self.name}"
 
     @property
     def by_cluster(self) -> pd.DataFrame:

@@ -19,7 +19,7 @@ from markdown_it import MarkdownIt
 from plotly.offline import get_plotlyjs
 
 from entangle.experiments import ablation_table, sweep_table
-from entangle.runs import store
+from entangle.runs import store, words_file
 from entangle.runs.contexts_file import FILE, read_contexts
 from entangle.runs.dataset import disentangled, kinds_of, summary, trusted
 from entangle.runs.descriptions import read_descriptions
@@ -233,9 +233,10 @@ def _drawn(run: xr.DataTree | pd.DataFrame, kind: str) -> tuple[dict[str, str], 
 def _interactive(run: xr.DataTree, found: Mapping[str, Any]) -> tuple[dict[str, str], list[str]]:
     """Return the packed data of the interactive figures, and notes on neurons that are left out.
 
-    ``found`` is what `_contexts` returns. Neurons are ordered by layer, the most entangled first. Numbers are floats of 3 bytes, with a
-    mantissa of 15 bits. A sketch has 40 bars with 63 levels, relative to the highest bar. Both are
-    stored column by column, since similar neighbours compress well.
+    ``found`` is what `_contexts` returns. Neurons are ordered by layer, the most entangled first.
+    Numbers are floats of 3 bytes, with a mantissa of 15 bits. A sketch has 40 bars with 63 levels,
+    relative to the highest bar. Both are stored column by column, since similar neighbours compress
+    well.
     """
     data = run.to_dataset().load()
     histograms = run.children["histogram"].to_dataset(inherit=False)
@@ -333,8 +334,7 @@ def _in_words(folder: Path) -> dict[str, Any]:
     Raises:
         ValueError: another version wrote the file of words, or it is damaged.
     """
-    file = folder / "words.json"
-    kept = store.read_json(file) if file.is_file() else {}
+    kept = words_file.read_words(folder)
     try:
         words = {
             name: [
@@ -346,8 +346,8 @@ def _in_words(folder: Path) -> dict[str, Any]:
         }
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
-            f"{file} was not written by this version of entangle words ({error!r}): delete it and run "
-            "entangle words again"
+            f"{folder / words_file.FILE} was not written by this version of entangle words "
+            f"({error!r}): delete it and run entangle words again"
         ) from error
     return {"words": words, "descriptions": read_descriptions(folder)}
 

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from entangle.measurement import context_search
 from entangle.measurement.context_search import NeuronContexts, contexts
 from entangle.measurement.measuring import measure
+from entangle.measurement.rerunning import neuron_outputs
 from entangle.model.text import TokenWindows, token_windows
 from entangle.numerics.contributions import bootstrap, distance_parts
 from entangle.numerics.gaussian import from_samples
@@ -485,7 +486,7 @@ def test_neurons_that_do_not_fit_at_once_take_several_passes(
     names = [f"model.layers.{layer}:{36 - i}" for i, layer in enumerate(layers)]
     expected = llama.find(names)
     passes: list[Array] = []
-    run_once = context_search.neuron_outputs
+    run_once = neuron_outputs
 
     def counted(*arguments: Any) -> Array:
         passes.append(run_once(*arguments))

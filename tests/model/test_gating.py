@@ -32,6 +32,8 @@ def test_gated_mlps_are_found_in_each_block(name: str) -> None:
     depth: int = model.config.num_hidden_layers
     assert roles(model) == [("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")] * depth
     assert [one.down.block for one in find_gated(model)] == list(range(depth))
+    assert [one.down.block for one in find_gated(model, {depth - 1})] == [depth - 1]
+    assert find_gated(model, set()) == []
 
 
 @pytest.mark.parametrize("name", PLAIN)

@@ -25,6 +25,7 @@ from entangle.numerics.gaussian import noise_floor
 from entangle.numerics.histograms import Histograms
 from entangle.show import plots
 from tests.distributions import bulk_of
+from tests.show.test_sketches import held_in
 
 Array = npt.NDArray[Any]
 LAYER = "model.layers.5.mlp.up_proj"
@@ -106,20 +107,7 @@ def make_tree(rows: Array, **variables: Any) -> xr.DataTree:
 
 
 def make_parts(root: xr.Dataset, histograms: Histograms) -> xr.DataTree:
-    sides = {"counts": ("neuron", "bin")}
-    sides |= dict.fromkeys(("tail_count", "tail_excess"), ("neuron", "tail"))
-    names = (
-        "counts",
-        "count",
-        "center",
-        "scale",
-        "tail_count",
-        "tail_excess",
-        "minimum",
-        "maximum",
-    )
-    state = {name: (sides.get(name, ("neuron",)), getattr(histograms, name)) for name in names}
-    return xr.DataTree.from_dict({"/": root, "/histogram": xr.Dataset(state)})
+    return xr.DataTree.from_dict({"/": root, "/histogram": held_in(histograms)})
 
 
 def panels(figure: Figure) -> dict[str, Axes]:

@@ -28,6 +28,14 @@ TOKENS = 4099  # no thousandth of it is whole, so that each quantile is one of i
 EPS = 1e-3  # fine bins: more than float32 arithmetic moves an output
 SIDES = {"counts": ("neuron", "bin")}
 SIDES |= dict.fromkeys(("tail_count", "tail_excess"), ("neuron", "tail"))
+STATE = (*SIDES, "count", "center", "scale", "minimum", "maximum")
+
+
+def held_in(histograms: Histograms) -> xr.Dataset:
+    """Return what a run holds of histograms."""
+    return xr.Dataset(
+        {name: (SIDES.get(name, ("neuron",)), getattr(histograms, name).numpy()) for name in STATE}
+    )
 
 
 def massive(tokens: int) -> Array:
@@ -85,23 +93,10 @@ def case_of(columns: list[Array], *, bins: int = 1024, pilot: int | None = None)
     histograms = Histograms.zeros(rows.shape[1], bins=bins)
     histograms.start(rows[:pilot])
     histograms.add(rows)
-    names = (
-        "counts",
-        "count",
-        "center",
-        "scale",
-        "tail_count",
-        "tail_excess",
-        "minimum",
-        "maximum",
-    )
-    state = {
-        name: (SIDES.get(name, ("neuron",)), getattr(histograms, name).numpy()) for name in names
-    }
     raw = rows.double().numpy()
     std = raw.std(axis=0)
     std[np.ptp(raw, axis=0) == 0] = np.nan  # as a run says of a dead neuron
-    return Case(raw, xr.Dataset(state), raw.mean(axis=0), std)
+    return Case(raw, held_in(histograms), raw.mean(axis=0), std)
 
 
 def inside(case: Case, neuron: int) -> Array:
