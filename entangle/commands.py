@@ -71,6 +71,7 @@ def _resolve(args: argparse.Namespace) -> None:
     Raises:
         ValueError: --out is given too.
     """
+    from entangle.measurement.resolving import unresolvable
     from entangle.runs import dataset
 
     if args.out:
@@ -86,6 +87,7 @@ def _resolve(args: argparse.Namespace) -> None:
     found = entangle.resolve(model, windows, run=args.resolve, progress=_progress())
     count = found["resolved"].sizes["resolved"] if "resolved" in found.children else 0
     result = dataset.summary(found) | {"run": str(args.resolve), "resolved": count}
+    result["unresolvable"] = unresolvable(found)
     _print(args, result, printed.resolved)
 
 

@@ -83,8 +83,17 @@ def resolved(result: dict[str, Any]) -> str:
     """Return the text of what `resolve` added."""
     lines = [
         f"{result['resolved']:,} neurons have a second histogram in {result['run']}/resolved.npz",
-        *_bulk(result.get("bulk", {})),
+        *_bulk(result["bulk"] | {"unknown": 0}),  # the advice that it gives was followed
     ]
+    unknown, alike = result["bulk"]["unknown"], result["unresolvable"]
+    if unknown:
+        lines.append(f"{unknown:,} neurons still have a bound of wasserstein_bulk above 0.1")
+    if alike:
+        more = ", ..." if len(alike) > 3 else ""
+        lines.append(
+            f"{len(alike):,} neurons have a bulk of one value, or nearly so, which no bins resolve: "
+            f"{', '.join(alike[:3])}{more}"
+        )
     return "\n".join(lines)
 
 

@@ -24,6 +24,7 @@ LIGHT = [
     "model.ranks",
     "runs.dataset",
     "runs.descriptions",
+    "runs.forms",
     "runs.store",
     "runs.markdown",
     "measurement.ranking",

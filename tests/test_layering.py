@@ -97,6 +97,7 @@ ROOMS = {
         "dataset",
         "shapes",
         "store",
+        "forms",
         "contexts_file",
         "descriptions",
         "words_file",

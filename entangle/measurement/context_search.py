@@ -30,7 +30,7 @@ from entangle.numerics.contributions import bootstrap, distance_parts
 from entangle.numerics.gaussian import from_samples
 from entangle.numerics.levels import Levels
 from entangle.numerics.torch_settings import with_torch_defaults
-from entangle.runs.contexts_file import add_contexts, packed
+from entangle.runs.contexts_file import add_contexts, packed, read_contexts
 from entangle.runs.dataset import check_neuron, dataset_of
 
 Floats = npt.NDArray[np.float32]
@@ -164,8 +164,10 @@ def contexts(
     Raises:
         FileExistsError: the folder ``delphi`` has files.
         LookupError: the run has no such neuron.
+        OSError: the run's contexts.json is damaged.
         ValueError: the windows cannot be cut into delphi's examples; the run was measured on other
-            weights or other windows, a neuron has no distance, or the model is in training mode.
+            weights or other windows, a neuron has no distance, the model is in training mode, or
+            the run's contexts.json has another form than this writes.
     """
     neurons = [neurons] if isinstance(neurons, str) else neurons
     data = dataset_of(run)
@@ -185,6 +187,8 @@ def contexts(
     parts_of = units_of(find_gated(model, blocks))
     heard = [*names, *(part for name in names for part in parts_of(name).values())]
     setup = setup_again(model, windows, run=run, neurons=heard, progress=progress)
+    if out is not None:
+        read_contexts(Path(out))  # before the long computation: a file of another form is refused
     examples = Examples(windows, setup.skip_first)
     if delphi is not None:
         check_examples(delphi, windows)

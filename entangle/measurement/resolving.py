@@ -24,7 +24,8 @@ from entangle.runs.dataset import NAMED_ERROR, dataset_of
 from entangle.runs.setup import Setup
 from entangle.runs.shapes import finer
 
-PASSES = 3  # at most; one pass makes the bins narrower by up to as many times as there are bins
+# Of a neuron, also over several calls; one makes its bins narrower by up to as many times as there are.
+PASSES = 3
 _FEW = 4  # a bulk needs finer bins if it lies in less than a fourth of them
 _FARTHEST = 2.0**20  # bins from the center: what is farther out is counted there
 Rows = npt.NDArray[np.int64]
@@ -43,7 +44,8 @@ def resolve(
     ``run`` is the folder of a run that was measured with this model on these ``windows``. Its bulks'
     distances with an error bound above 0.02 are those concerned, if the bulk is in less than a
     fourth of the bins. The second bins cover what the first say about the bulk's place; where that
-    is not enough, there are third ones in their place. Only the bulk's variables change. The second
+    is not enough, there are third ones in their place. A bulk that three passes do not resolve is
+    one value, or nearly so, and is not tried again (`unresolvable`). Only the bulk's variables change. The second
     histograms are written to resolved.npz in the folder, and `open_run` reads them.
 
     Raises:
@@ -54,19 +56,43 @@ def resolve(
     tree = store.open_run(run)
     rows = unresolved(tree)
     setup = _setup(model, windows, tree, rows, progress)
-    bar = tqdm(range(PASSES), unit="pass", disable=not progress)
-    for _ in bar:
-        if not len(rows):
-            break
-        state = _counted(setup, dataset_of(tree), rows, _state(tree, rows))
-        store.write_resolved(run, rows, state.tensors())
-        tree = store.open_run(run)
-        rows = unresolved(tree)
+    with tqdm(total=PASSES, unit="pass", disable=not progress) as bar:
+        while len(rows):
+            state = _counted(setup, dataset_of(tree), rows, _state(tree, rows)).tensors()
+            store.write_resolved(run, rows, {**state, "passes": _passes(tree, rows) + 1})
+            tree = store.open_run(run)
+            rows = unresolved(tree)
+            bar.update()
     return tree
 
 
 def unresolved(tree: xr.DataTree) -> Rows:
-    """Return the rows of neurons whose bulk's distance has a bound above 0.02 for lack of bins."""
+    """Return the rows of neurons whose bulk's distance has a bound above 0.02 for lack of bins.
+
+    Those that have had as many passes as a bulk gets are left out.
+    """
+    rows = _in_few_bins(tree)
+    return rows[_passes(tree, rows) < PASSES]
+
+
+def unresolvable(tree: xr.DataTree) -> list[str]:
+    """Return the neurons whose bulk no bins resolve, since it is one value, or nearly so."""
+    rows = _in_few_bins(tree)
+    names = dataset_of(tree)["neuron"].to_numpy()[rows[_passes(tree, rows) >= PASSES]]
+    return [str(name) for name in names]
+
+
+def _passes(tree: xr.DataTree, rows: Rows) -> Rows:
+    """Return how many passes have resolved each of these rows."""
+    found = np.zeros(dataset_of(tree).sizes["neuron"], np.int64)
+    if "resolved" in tree.children:
+        known = tree.children["resolved"]
+        found[known["row"].to_numpy()] = known["passes"].to_numpy()
+    return found[rows]
+
+
+def _in_few_bins(tree: xr.DataTree) -> Rows:
+    """Return the rows of neurons with a bound above 0.02 whose bulk is in less than a fourth of the bins."""
     data = dataset_of(tree)
     rows = np.flatnonzero(data["wasserstein_bulk_error"].to_numpy() > NAMED_ERROR)
     if not len(rows):

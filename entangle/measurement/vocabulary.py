@@ -103,13 +103,15 @@ def words(
 
     Raises:
         LookupError: the model has no such neuron.
+        OSError: words.json is damaged.
         ValueError: a neuron neither reads the stream nor writes to it, so that its weights say nothing
-            of words; its layer has several experts, or a quantised weight that torch cannot decode; or
-            the run was measured on other weights.
+            of words; its layer has several experts, or a quantised weight that torch cannot decode; the
+            run was measured on other weights; or words.json has another form than this writes.
     """
     names = [*dict.fromkeys([neurons] if isinstance(neurons, str) else neurons)]
     layers = find_layers(model)
     places = {name: find_channel(layers, name) for name in names}
+    kept = {} if out is None else read_words(Path(out))  # one of another form is refused here
     if run is not None:
         Setup.of(model, None, run=run)
     stream = find_stream(model, {one.block for one, _ in places.values()})
@@ -138,7 +140,6 @@ def words(
         for name in names
     ]
     if out is not None:
-        kept = read_words(Path(out))
         store.write_json(
             Path(out) / FILE, kept | {one.neuron: dataclasses.asdict(one) for one in results}
         )

@@ -19,10 +19,33 @@ import numpy.typing as npt
 
 from entangle.numerics.levels import Levels
 from entangle.runs import store
+from entangle.runs.forms import COUNT, KNOWN, NUMBER, TEXT, another_form, check_form, read_added
 
 Array = npt.NDArray[np.float64]
 
 FILE = "contexts.json"
+
+_TOKEN = {"window": COUNT, "position": COUNT, "before": TEXT, "token": TEXT, "after": TEXT}
+_LEFT_OUT = {"what": TEXT, "tokens": COUNT, "variance": NUMBER, "wasserstein": KNOWN}
+_NEURON = {  # what readers need of a neuron, also in older files
+    "tokens": COUNT,
+    "wasserstein": NUMBER,
+    "low": KNOWN,
+    "high": KNOWN,
+    "positions": [NUMBER],
+    "frequent": [{"token": TEXT, "share": NUMBER}],
+    "without": [_LEFT_OUT],
+    "contexts": [{"why": TEXT, **_TOKEN, "output": NUMBER, "deviation": NUMBER}],
+}
+_SHOWN = {"why": TEXT, "window": COUNT, "position": COUNT, "levels": TEXT}
+_WINDOWS = {"scale": dict.fromkeys(("median", "reach", "step"), NUMBER), "windows": [_SHOWN]}
+_PARTS = ("gate", "up", "product")
+_CASE = {"gate": TEXT, "up": TEXT, "tokens": COUNT, "share": NUMBER, "mean": KNOWN}
+_UNIT = {
+    **dict.fromkeys(_PARTS, TEXT),
+    "wasserstein": dict.fromkeys(_PARTS, KNOWN),
+    "cases": [{**_CASE, "examples": [{**_TOKEN, **dict.fromkeys(_PARTS, NUMBER)}]}],
+}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -77,12 +100,39 @@ def read_contexts(folder: Path) -> Kept:
 
     Raises:
         OSError: the file is damaged.
+        ValueError: it has another form than `contexts` writes.
     """
     file = folder / FILE
-    content = store.read_json(file) if file.is_file() else {}
-    if isinstance(content.get("neurons"), dict) and isinstance(content.get("windows"), dict):
-        return Kept(content["neurons"], content["windows"])
-    return Kept(content, {})  # of an older version
+    content = read_added(file, {}, "contexts")
+    new = isinstance(content.get("neurons"), dict) and isinstance(content.get("windows"), dict)
+    kept = (
+        Kept(content["neurons"], content["windows"]) if new else Kept(content, {})
+    )  # or an older one
+    try:
+        _check(kept)
+    except ValueError as error:
+        raise ValueError(another_form(file, "contexts", str(error))) from error
+    return kept
+
+
+def _check(kept: Kept) -> None:
+    """Check that all that readers need is there.
+
+    Raises:
+        ValueError: something is not.
+    """
+    check_form(kept.windows, {...: [TEXT]}, "windows")
+    for name, neuron in kept.neurons.items():
+        check_form(neuron, _NEURON, name)
+        if "scale" not in neuron:
+            continue
+        check_form(neuron, _WINDOWS, name)
+        if neuron.get("unit") is not None:
+            check_form(neuron["unit"], _UNIT, f"{name}, unit")
+        for one in neuron["windows"]:
+            tokens = kept.windows.get(str(one["window"]))
+            if tokens is None or len(unpacked(one["levels"])) > len(tokens):
+                raise ValueError(f"{name} shows window {one['window']}, whose text is missing")
 
 
 def add_contexts(
@@ -94,6 +144,7 @@ def add_contexts(
 
     Raises:
         OSError: the file is damaged, or cannot be written.
+        ValueError: it has another form than `contexts` writes.
     """
     kept = read_contexts(folder)
     found = {**kept.neurons, **neurons}

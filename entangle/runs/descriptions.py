@@ -11,6 +11,7 @@ import xarray as xr
 from entangle.model.patterns import INPUT
 from entangle.runs import store
 from entangle.runs.dataset import check_neuron, dataset_of
+from entangle.runs.forms import TEXT, read_added
 
 FILE = "descriptions.json"
 _OF_DELPHI = re.compile(r"(?P<module>.+)_latent(?P<index>\d+)\.txt")
@@ -27,10 +28,11 @@ def describe(folder: str | Path, source: str | Path) -> dict[str, str]:
     Raises:
         LookupError: the run lacks one of the neurons.
         OSError: a file cannot be read.
-        ValueError: the source has no description, or something else.
+        ValueError: the source has no description, or something else, or the run's descriptions.json
+            has another form than this writes.
     """
     folder, source = Path(folder), Path(source)
-    run = store.open_run(folder)
+    run, kept = store.open_run(folder), read_descriptions(folder)
     found = _of_folder(source, run) if source.is_dir() else _of_file(source)
     if not found:
         raise ValueError(
@@ -40,7 +42,7 @@ def describe(folder: str | Path, source: str | Path) -> dict[str, str]:
     data = dataset_of(run)
     for neuron in found:
         check_neuron(data, neuron)
-    store.write_json(folder / FILE, read_descriptions(folder) | found)
+    store.write_json(folder / FILE, kept | found)
     return found
 
 
@@ -49,10 +51,9 @@ def read_descriptions(folder: str | Path) -> dict[str, str]:
 
     Raises:
         OSError: the file is damaged.
+        ValueError: it has another form than `describe` writes.
     """
-    file = Path(folder) / FILE
-    kept = store.read_json(file) if file.is_file() else {}
-    return {str(name): str(text) for name, text in kept.items()}
+    return read_added(Path(folder) / FILE, {...: TEXT}, "describe")
 
 
 def _of_file(source: Path) -> dict[str, str]:

@@ -237,7 +237,10 @@ def open_run(folder: str | Path) -> xr.DataTree:
 def write_resolved(
     folder: str | Path, rows: npt.NDArray[np.int64], state: Mapping[str, Any]
 ) -> None:
-    """Add second histograms of the neurons in these rows to a run, or replace those it has."""
+    """Add second histograms of the neurons in these rows to a run, or replace those it has.
+
+    ``state`` is that of `Histograms`, and ``passes`` (rows,), how many passes made each.
+    """
     folder = Path(folder)
     of = np.array(_parsed(folder / "log.json")["sha256"])
     kept = _resolved(folder)
@@ -264,7 +267,7 @@ def _resolved(folder: Path) -> xr.Dataset | None:
     try:
         with file.open("rb") as opened, np.load(opened, allow_pickle=False) as held:
             arrays = {name: held[name] for name in held.files}
-        of = str(arrays.pop("run"))
+        of, _ = str(arrays.pop("run")), arrays["passes"]
         dimensions = {"counts": ("bin",)} | dict.fromkeys(_TAILS, ("tail",))
         found = xr.Dataset(
             {

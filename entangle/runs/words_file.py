@@ -3,9 +3,18 @@
 from pathlib import Path
 from typing import Any
 
-from entangle.runs import store
+from entangle.runs.forms import NUMBER, TEXT, read_added
 
 FILE = "words.json"
+_WORDS = [{"token": TEXT, "value": NUMBER, "deviation": NUMBER}]
+_SIDE = {
+    "side": TEXT,
+    "neuron": TEXT,
+    "what": TEXT,
+    "through": [TEXT],
+    "top": _WORDS,
+    "bottom": _WORDS,
+}
 
 
 def read_words(folder: Path) -> dict[str, Any]:
@@ -13,7 +22,6 @@ def read_words(folder: Path) -> dict[str, Any]:
 
     Raises:
         OSError: the file is damaged.
+        ValueError: it has another form than `words` writes.
     """
-    file = folder / FILE
-    kept: dict[str, Any] = store.read_json(file) if file.is_file() else {}
-    return kept
+    return read_added(folder / FILE, {...: {"words": [_SIDE]}}, "words")

@@ -19,11 +19,12 @@ from markdown_it import MarkdownIt
 from plotly.offline import get_plotlyjs
 
 from entangle.experiments import ablation_table, sweep_table
-from entangle.runs import store, words_file
-from entangle.runs.contexts_file import FILE, read_contexts
+from entangle.runs import store
+from entangle.runs.contexts_file import read_contexts
 from entangle.runs.dataset import disentangled, kinds_of, summary, trusted
 from entangle.runs.descriptions import read_descriptions
 from entangle.runs.shapes import finer
+from entangle.runs.words_file import read_words
 from entangle.show import plots
 from entangle.show.cut_windows import cut
 from entangle.show.panels import experts_together, held_out_subject, subject_of
@@ -309,46 +310,22 @@ def _most_of_each(counts: Sequence[int]) -> int:
 
 
 def _contexts(folder: Path) -> dict[str, Any]:
-    """Return the contexts of neurons by name, and the texts of their windows, as the page shows them.
-
-    Raises:
-        ValueError: another version wrote the file, or it is damaged.
-    """
+    """Return the contexts of neurons by name, and the texts of their windows, as the page shows them."""
     kept = read_contexts(folder)
-    try:
-        found = {name: _shortened(one) | cut(kept, name) for name, one in kept.neurons.items()}
-        texts = {
-            window: [str(token) for token in tokens] for window, tokens in kept.windows.items()
-        }
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{folder / FILE} was not written by this version of entangle contexts ({error!r}): delete "
-            "it and run entangle contexts again"
-        ) from error
-    return {"contexts": found, "windows": texts}
+    found = {name: _shortened(one) | cut(kept, name) for name, one in kept.neurons.items()}
+    return {"contexts": found, "windows": kept.windows}
 
 
 def _in_words(folder: Path) -> dict[str, Any]:
-    """Return the descriptions of neurons, and the words that they read and write, by name.
-
-    Raises:
-        ValueError: another version wrote the file of words, or it is damaged.
-    """
-    kept = words_file.read_words(folder)
-    try:
-        words = {
-            name: [
-                {key: one[key] for key in ("side", "neuron", "what", "through")}
-                | {end: [_word(word) for word in one[end]] for end in ("top", "bottom")}
-                for one in found["words"]
-            ]
-            for name, found in kept.items()
-        }
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{folder / words_file.FILE} was not written by this version of entangle words "
-            f"({error!r}): delete it and run entangle words again"
-        ) from error
+    """Return the descriptions of neurons, and the words that they read and write, by name."""
+    words = {
+        name: [
+            {key: one[key] for key in ("side", "neuron", "what", "through")}
+            | {end: [_word(word) for word in one[end]] for end in ("top", "bottom")}
+            for one in found["words"]
+        ]
+        for name, found in read_words(folder).items()
+    }
     return {"words": words, "descriptions": read_descriptions(folder)}
 
 

@@ -618,11 +618,12 @@ def test_contexts_are_added_to_the_run(tmp_path: Path) -> None:
     whole = written(names[1])
     assert set(whole) == set(names)
     assert {name: whole[name] for name in both} == both  # what was there is still there
-    changed = whole | {names[1]: {"neuron": "an older one"}, "another": {"neuron": "é"}}
+    another = {"another": whole[names[0]] | {"neuron": "é"}}
+    changed = whole | another | {names[1]: whole[names[2]]}
     windows_there = read_strictly(out / "contexts.json")["windows"]
     file = {"neurons": changed, "windows": windows_there}
     (out / "contexts.json").write_text(json.dumps(file), encoding="utf-8")
-    assert written(names[1]) == whole | {"another": {"neuron": "é"}}
+    assert written(names[1]) == whole | another
     assert set(out.rglob("*")) - files == {out / "contexts.json"}
     (out / "contexts.json").write_text('{"model.layers')
     with pytest.raises(OSError, match=r"contexts\.json.*damaged"):

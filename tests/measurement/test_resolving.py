@@ -12,6 +12,7 @@ import xarray as xr
 from transformers import PreTrainedModel
 
 import entangle
+from entangle.measurement import resolving
 from entangle.measurement.resolving import unresolved
 from entangle.model.text import TokenWindows
 from entangle.runs import store
@@ -146,8 +147,10 @@ def test_a_file_that_is_damaged_or_of_another_run_is_refused(case: Case, tmp_pat
         store.open_run(other)
 
 
-def test_a_bulk_of_one_value_stays_without_a_distance_that_is_known(tmp_path: Path) -> None:
-    """No bins are fine enough for it, and the passes end."""
+def test_a_bulk_of_one_value_stays_without_a_distance_and_is_not_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No bins are fine enough for it, and the passes end: those of later calls too."""
     model = tiny_model("llama")
 
     def constant(_: Any, __: Any, output: torch.Tensor) -> torch.Tensor:
@@ -159,6 +162,10 @@ def test_a_bulk_of_one_value_stays_without_a_distance_that_is_known(tmp_path: Pa
     handle = model.get_submodule(LAYER).register_forward_hook(constant)
     entangle.measure(model, random_windows(20, 40), layers=[LAYER], out=tmp_path / "run")
     tree = entangle.resolve(model, random_windows(20, 40), run=tmp_path / "run")
-    handle.remove()
     assert tree["wasserstein_bulk_error"].to_numpy()[4] > 0.5
     assert (np.delete(tree["wasserstein_bulk_error"].to_numpy(), 4) < 0.1).all()
+    assert resolving.unresolvable(tree) == [f"{LAYER}:4"]
+    monkeypatch.setattr(resolving, "_counted", None)  # a pass would fail
+    again = entangle.resolve(model, random_windows(20, 40), run=tmp_path / "run")
+    handle.remove()
+    assert again.children["resolved"].equals(tree.children["resolved"])

@@ -10,6 +10,18 @@ import pytest
 from entangle.numerics.levels import Levels
 from entangle.runs.contexts_file import add_contexts, packed, read_contexts
 
+TOKEN = {"window": 1, "position": 3, "before": "a", "token": " b", "after": ""}
+OLDER: dict[str, Any] = {  # a neuron of a version before 0.2.0
+    "tokens": 8,
+    "wasserstein": 0.5,
+    "low": None,
+    "high": None,
+    "positions": [0.25, 0],
+    "contexts": [TOKEN | {"why": "highest", "output": 1, "deviation": 2.5}],
+    "frequent": [{"token": " b", "share": 0.5}],
+    "without": [{"what": "position 0", "tokens": 8, "variance": 1.0, "wasserstein": None}],
+}
+
 
 def neuron(*windows: int, skipped: int = 0) -> dict[str, Any]:
     scale = Levels(1.0, 2.0, 0.01)
@@ -18,8 +30,10 @@ def neuron(*windows: int, skipped: int = 0) -> dict[str, Any]:
         {"why": "highest", "window": window, "position": 3, "levels": packed(levels)}
         for window in windows
     ]
-    return {"scale": {"median": 1.0, "reach": 2.0, "step": 0.01}, "windows": shown} | {
-        "values": scale.values(levels).tolist()
+    return OLDER | {
+        "scale": {"median": 1.0, "reach": 2.0, "step": 0.01},
+        "windows": shown,
+        "values": scale.values(levels).tolist(),
     }
 
 
@@ -52,7 +66,7 @@ def test_windows_that_nobody_shows_any_more_are_left_out(tmp_path: Path) -> None
 
 
 def test_a_file_of_an_older_version_is_read_and_added_to(tmp_path: Path) -> None:
-    older = {"a:0": {"wasserstein": 0.5, "contexts": []}, "windows:1": {"wasserstein": 0.1}}
+    older = {"a:0": OLDER, "windows:1": OLDER | {"wasserstein": 0.1}}
     (tmp_path / "contexts.json").write_text(json.dumps(older))
     kept = read_contexts(tmp_path)
     assert kept.neurons == older

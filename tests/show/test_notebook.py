@@ -16,6 +16,7 @@ import entangle
 from entangle.numerics.gaussian import from_samples
 from tests.measurement.test_context_search import drawn_windows
 from tests.pruning.test_sparsifying import random_windows
+from tests.runs.test_contexts_file import OLDER
 from tests.tiny_models import save_tiny, tiny_model, tiny_tokenizer
 
 LAYER = "model.layers.1.mlp.up_proj"
@@ -55,11 +56,12 @@ def test_contexts_are_those_in_the_runs_folder(run: xr.DataTree, tmp_path: Path)
     neuron = entangle.open_run(tmp_path / "run").entangle.neuron(f"{LAYER}:0")
     with pytest.raises(LookupError, match=f"entangle contexts .*run {LAYER}:0"):
         _ = neuron.contexts
-    contexts = [{"why": "lowest", "token": "a"}, {"why": "highest", "token": "b"}]
-    found = {f"{LAYER}:0": {"contexts": contexts, "low": 0.1}}
+    (one,) = OLDER["contexts"]
+    contexts = [one | {"token": "a"}, one | {"token": "b"}]
+    found = {f"{LAYER}:0": OLDER | {"contexts": contexts}}
     (tmp_path / "run" / "contexts.json").write_text(json.dumps(found))
     assert neuron.contexts["token"].tolist() == ["a", "b"]
-    assert neuron.contexts.attrs == {"low": 0.1}
+    assert neuron.contexts.attrs == {n: OLDER[n] for n in OLDER if n != "contexts"}
     with pytest.raises(LookupError, match=f"contexts of {LAYER}:0.*entangle contexts"):
         _ = run.entangle.neuron(f"{LAYER}:0").contexts  # a run that is in no folder
 
