@@ -158,6 +158,13 @@ def _add_neurons(command: argparse.ArgumentParser, what: str) -> None:
     )
 
 
+def given_flags(args: argparse.Namespace, *names: str) -> list[str]:
+    """Return those of these flags that are not at the default of the command, such as --skip-first."""
+    own = parsers()[1][args.command]
+    changed = [name for name in names if getattr(args, name) != own.get_default(name)]
+    return ["--" + name.replace("_", "-") for name in changed]
+
+
 def parser() -> argparse.ArgumentParser:
     """Return the parser of all commands."""
     return parsers()[0]

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import entangle
 from entangle import printed
+from entangle.arguments import given_flags
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -69,14 +70,19 @@ def _resolve(args: argparse.Namespace) -> None:
     """Add second histograms to a run, from the windows that it was measured on.
 
     Raises:
-        ValueError: --out is given too.
+        ValueError: --out or another option of a new run is given too.
     """
     from entangle.measurement.resolving import unresolvable
     from entangle.runs import dataset
 
-    if args.out:
+    sizes = ("windows", "length", "batch_size", "seed", "bos", "skip_first", "bins", "difficulty")
+    of_new = given_flags(
+        args, "out", "overwrite", *sizes, "layers", "exclude", "input_layers", "shard"
+    )
+    if of_new:
         raise ValueError(
-            f"--resolve adds to {args.resolve} and writes no new run: leave --out {args.out} out"
+            f"--resolve adds to {args.resolve} as it was measured, and writes no new run: leave "
+            f"{' and '.join(of_new)} out"
         )
     run = entangle.open_run(args.resolve)
     about = dataset.about(run)
@@ -485,7 +491,7 @@ def run_steer(args: argparse.Namespace) -> None:
     """Set a neuron to a value, and compare the model's predictions with its own.
 
     Raises:
-        ValueError: --windows or --tokens is too small.
+        ValueError: --windows or --tokens is too small, or there is no prompt for --tokens.
     """
     from entangle.model.steering import Setting
     from entangle.model.text import evenly_spaced
@@ -494,6 +500,10 @@ def run_steer(args: argparse.Namespace) -> None:
     for name, number in (("windows", args.windows), ("tokens", args.tokens)):
         if number < 1:
             raise ValueError(f"--{name} must be at least 1, got {number}")
+    if args.prompt is None and given_flags(args, "tokens"):
+        raise ValueError(
+            f"--tokens {args.tokens} has an effect only with --prompt: give a prompt, or leave --tokens out"
+        )
     for text in args.set:
         Setting.of(text)  # before a model is loaded
     run, args = _measured(args)
@@ -536,7 +546,8 @@ def _check_named(args: argparse.Namespace) -> None:
     """Check that neurons are named or --top is given, and that no flag would be ignored.
 
     Raises:
-        ValueError: both are given, or neither; or a prompt, which writes no file, and --delphi.
+        ValueError: both are given, or neither; or a prompt, which writes no file, and --delphi; or
+            patterns of layers beside names of neurons.
     """
     if getattr(args, "prompt", None) is not None and args.delphi is not None:
         raise ValueError("--prompt prints values and writes no files: leave out --delphi")
@@ -549,6 +560,11 @@ def _check_named(args: argparse.Namespace) -> None:
         raise ValueError(
             "no neurons are given: name them as LAYER:INDEX, or take each layer's N most entangled "
             "ones with --top N"
+        )
+    patterns = [] if args.top else given_flags(args, "layers", "exclude")
+    if patterns:
+        raise ValueError(
+            f"{patterns[0]} has an effect only with --top, and neurons are named: leave it out"
         )
 
 

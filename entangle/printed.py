@@ -1,6 +1,5 @@
 """The text that commands print of their results."""
 
-import json
 import math
 import statistics
 import sys
@@ -335,6 +334,8 @@ def ranked(summary: dict[str, Any]) -> str:
     if not summary["neurons"]:
         return "\n".join([*lines, "no neuron of these layers can be ranked"])
     rows = [{"rank": place} | row for place, row in enumerate(summary["neurons"], start=1)]
+    if "kind" in rows[0]:
+        lines.insert(-1, "kind is an estimate where a distance is near the noise floor")
     return "\n".join([*lines, *_columns(rows)])
 
 
@@ -366,8 +367,11 @@ FEW = 5  # the contexts of more neurons are not printed
 
 def _columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return the lines of a table; only names of neurons and layers, and descriptions, are left-aligned."""
+    from entangle.show.coloured import visible
+
     texts = [
-        {k: f"{v:.4g}" if isinstance(v, float) else str(v) for k, v in row.items()} for row in rows
+        {k: f"{v:.4g}" if isinstance(v, float) else visible(str(v)) for k, v in row.items()}
+        for row in rows
     ]
     header = {name: name for name in rows[0]}
     widths = {name: max(len(row[name]) for row in [header, *texts]) for name in header}
@@ -417,6 +421,8 @@ def _unit(unit: Mapping[str, Any]) -> list[str]:
 
 def contexts(result: dict[str, Any]) -> str:
     """Return the text of the contexts of neurons."""
+    from entangle.show.coloured import quoted
+
     lines = []
     brief = len(result["neurons"]) > FEW
     if not brief:
@@ -447,7 +453,7 @@ def contexts(result: dict[str, Any]) -> str:
             place = f"{context['window']}:{context['position']}"
             lines.append(
                 f"    {context['output']:9.3f} {context['deviation']:+6.1f} std {place:>8}  "
-                + json.dumps(text, ensure_ascii=False)
+                + quoted(text)
             )
         lines.append("")
     if brief:
@@ -459,6 +465,8 @@ def contexts(result: dict[str, Any]) -> str:
 
 def words(result: dict[str, Any]) -> str:
     """Return the text of what neurons read and write."""
+    from entangle.show.coloured import quoted
+
     lines = [
         "products of the weights with the tokens' embeddings; in brackets how many std from the mean "
         "over the vocabulary",
@@ -471,8 +479,7 @@ def words(result: dict[str, Any]) -> str:
             lines.append(f"  {found['side']} ({found['what']} {found['neuron']}{through}):")
             for name, tokens in (("most", found["top"]), ("least", found["bottom"])):
                 texts = [
-                    f"{json.dumps(word['token'], ensure_ascii=False)} {word['value']:.3g} "
-                    f"({word['deviation']:+.1f})"
+                    f"{quoted(word['token'])} {word['value']:.3g} ({word['deviation']:+.1f})"
                     for word in tokens
                 ]
                 lines.append(f"    {name + ':':<6} {', '.join(texts)}")
@@ -482,13 +489,16 @@ def words(result: dict[str, Any]) -> str:
 
 def steered(result: dict[str, Any]) -> str:
     """Return the text of what the settings of a neuron do."""
+    from entangle.show.coloured import quoted
+
     lines = [
         f"{result['neuron']} of {result['model']}, compared with the untouched model on "
         f"{result['tokens']:,} predictions of {result['text']} ({result['windows']} windows of "
         f"{result['length']}; ± is the standard error over windows)",
     ]
     for one in result["settings"]:
-        held = "" if one["value"] is None else f" (held at {one['value']:.4g})"
+        error = f" ± {one['value_error']:.2g}" if one["value_error"] else ""
+        held = "" if one["value"] is None else f" (held at {one['value']:.4g}{error})"
         lines += [
             "",
             f"{one['setting']}{held}: KL divergence {one['kl']:.3g} ± {one['kl_error']:.2g} nats a token, "
@@ -498,18 +508,14 @@ def steered(result: dict[str, Any]) -> str:
         ]
         for name, moved in (("more", one["up"]), ("less", one["down"])):
             texts = [
-                f"{json.dumps(x['token'], ensure_ascii=False)} {x['before']:.2%} {x['change']:+.3%} "
-                f"± {x['error']:.3%}"
+                f"{quoted(x['token'])} {x['before']:.2%} {x['change']:+.3%} ± {x['error']:.3%}"
                 for x in moved
             ]
             lines.append(f"  {name} likely: {', '.join(texts) or 'no token'}")
     if result["prompt"] is not None:
-        lines += ["", f"after {json.dumps(result['prompt'], ensure_ascii=False)}:"]
+        lines += ["", f"after {quoted(result['prompt'])}:"]
         written = {"untouched": result["continuation"]}
         written |= {one["setting"]: one["continuation"] for one in result["settings"]}
         width = max(map(len, written))
-        lines += [
-            f"  {name:<{width}}  {json.dumps(text, ensure_ascii=False)}"
-            for name, text in written.items()
-        ]
+        lines += [f"  {name:<{width}}  {quoted(text)}" for name, text in written.items()]
     return "\n".join(lines)

@@ -119,6 +119,7 @@ ROOMS = {
         "explainers",
         "window_choice",
         "sign_cases",
+        "token_kinds",
         "context_search",
         "prompting",
     ),

@@ -218,6 +218,7 @@ def test_rank_prints_the_order_of_the_dataset(
         f"{layer}:{index}" for layer, index in zip(frame["layer"], frame["index"], strict=True)
     ]
     assert [line.split()[1] for line in lines[-7:]] == expected
+    assert any(line.startswith("kind is an estimate") for line in lines)
     table = pd.read_csv(file)
     assert list(table["neuron"]) == expected
     assert table["wasserstein"].tolist() == frame["wasserstein"].tolist()
@@ -290,6 +291,12 @@ def test_plots_are_written_into_the_run(place: Path, capsys: pytest.CaptureFixtu
         (["measure", "MODEL", "--text", "TEXT", "--seed", "-1"], ["--seed", "at least 0", "-1"]),
         (["measure", "MODEL"], ["--text TEXT", "--out RUN", "--resolve RUN"]),
         (["measure", "MODEL", "--resolve", "RUN"], ["--resolve adds", "leave --out"]),
+        (["measure", "MODEL", "--resolve", "RUN", "--batch-size", "2"], ["--batch-size out"]),
+        (
+            ["words", "RUN", "a:1", "--layers", "*.mlp.*"],
+            ["--layers has an effect only with --top"],
+        ),
+        (["contexts", "RUN", "a:1", "--exclude", "*.mlp.*"], ["--exclude", "only with --top"]),
         (["rank", "RUN", "--top", "-3"], ["--top", "at least 1", "-3"]),
         (["rank", "RUN", "--top", "0"], ["--top", "at least 1", "got 0"]),
         (["diff", "RUN", "RUN", "--top", "-3"], ["--top", "at least 1", "-3"]),
@@ -1514,10 +1521,9 @@ def test_steering_is_printed_with_errors_and_continuations(
     assert main(line) == 0
     said = capsys.readouterr().out
     for one in found["settings"]:
-        assert (
-            f"{one['setting']} (held at {one['value']:.4g}): KL divergence {one['kl']:.3g} ± "
-            in said
-        )
+        bound = f" ± {one['value_error']:.2g}" if one["setting"] != "zero" else ""
+        held = f"{one['setting']} (held at {one['value']:.4g}{bound}): KL divergence"
+        assert f"{held} {one['kl']:.3g} ± " in said
         assert f"{one['up'][0]['change']:+.3%} ± {one['up'][0]['error']:.3%}" in said
     assert f"  untouched     {json.dumps(found['continuation'], ensure_ascii=False)}" in said
     assert _contents(run) == before
@@ -1529,6 +1535,7 @@ def test_steering_is_printed_with_errors_and_continuations(
         (["UP:5", "--set", "zeros"], ["'zeros'", "quantile:0.99"]),
         (["UP:5", "--set", "zero", "--windows", "0"], ["--windows", "got 0"]),
         (["UP:5", "--set", "zero", "--prompt", "a", "--tokens", "0"], ["--tokens", "got 0"]),
+        (["UP:5", "--set", "zero", "--tokens", "9"], ["--tokens 9", "only with --prompt"]),
         (["UP:37", "--set", "zero"], ["36"]),
         (["lm_head:3", "--set", "mean"], ["lm_head:3"]),
         (["UP:5", "--set", "zero", "--text", "missing.txt"], ["missing.txt"]),

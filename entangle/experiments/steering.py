@@ -48,6 +48,7 @@ class Steered:
 
     setting: str
     value: float | None  # the output that it is held at; None for a scale
+    value_error: float  # bound of the error of a quantile; 0 for other settings
     divergence: Divergence  # from the untouched model
     nats: float  # mean change of the text's loss, nats a token
     nats_error: float  # standard error over windows
@@ -60,6 +61,7 @@ class Steered:
         plain: dict[str, Any] = {
             "setting": self.setting,
             "value": self.value,
+            "value_error": self.value_error,
             **self.divergence.columns(),
             "nats": self.nats,
             "nats_error": self.nats_error,
@@ -101,7 +103,7 @@ def steer(
     """
     chosen = Setting.of(setting)
     one, index = find_steerable(model, neuron)
-    value = value_of(run, neuron, chosen)
+    value, _ = value_of(run, neuron, chosen)
     with _held(one, index, chosen, value):
         yield value
 
@@ -114,10 +116,11 @@ def _held(
     return changed(one, index, scale=0.0, value=value)
 
 
-def value_of(run: xr.DataTree | None, neuron: str, setting: Setting) -> float | None:
-    """Return the value that a setting holds a neuron at; None for a scale.
+def value_of(run: xr.DataTree | None, neuron: str, setting: Setting) -> tuple[float | None, float]:
+    """Return the value that a setting holds a neuron at, None for a scale, and the bound of its error.
 
-    A quantile is linear inside a bin of the neuron's histogram; those of 0 and 1 are the extremes.
+    A quantile is linear inside a bin of the neuron's finest histogram, and its bound is the distance
+    to the farther end of the bin; those of 0 and 1 are the extremes. Other values have no error.
 
     Raises:
         LookupError: the run has no such neuron.
@@ -125,7 +128,7 @@ def value_of(run: xr.DataTree | None, neuron: str, setting: Setting) -> float | 
             of which the run has kept only the sum and the extreme.
     """
     if setting.kind in {"zero", "scale"}:
-        return 0.0 if setting.kind == "zero" else None
+        return (0.0 if setting.kind == "zero" else None), 0.0
     if run is None:
         raise ValueError(f"{setting} needs the run that measured the neuron: give it with run")
     data = dataset_of(run)
@@ -135,14 +138,14 @@ def value_of(run: xr.DataTree | None, neuron: str, setting: Setting) -> float | 
     name = "mean" if setting.kind == "mean" else ends.get(setting.number)
     if name is None and "histogram" not in run.children:
         raise ValueError(f"{setting} needs a run with histograms: open its folder with open_run")
-    value = float(row[name]) if name else _quantile(run, neuron, setting.number)
+    value, error = (float(row[name]), 0.0) if name else _quantile(run, neuron, setting.number)
     if not np.isfinite(value):
         raise ValueError(f"{neuron} has no finite {name or setting} in the run: set it to zero")
-    return value
+    return value, error
 
 
-def _quantile(run: xr.DataTree, neuron: str, share: float) -> float:
-    """Return a quantile of a neuron's histogram.
+def _quantile(run: xr.DataTree, neuron: str, share: float) -> tuple[float, float]:
+    """Return a quantile of a neuron's histogram, and the bound of its error.
 
     Raises:
         ValueError: it lies in a tail.
@@ -155,7 +158,7 @@ def _quantile(run: xr.DataTree, neuron: str, share: float) -> float:
             f"beyond its histogram: give a quantile from {first:.6f} to {last:.6f}, or 0 or 1, the "
             "smallest and largest output"
         )
-    return float(np.interp(share, known.below, known.knots))
+    return known.quantile(share)
 
 
 @with_torch_defaults
@@ -191,12 +194,12 @@ def steered(
         raise ValueError("no setting is given: give at least one, such as zero or scale:2")
     chosen = [Setting.of(name) for name in names]
     one, index = find_steerable(model, neuron)
-    values = [value_of(run, neuron, setting) for setting in chosen]
+    known = [value_of(run, neuron, setting) for setting in chosen]
     check_windows(model, windows, skip_first)
     check_one_text(windows)
     check_causal(model, windows)
     Setup.of(model, None, run=run)
-    held = [(setting, value) for setting, value in zip(chosen, values, strict=True)]
+    held = [(setting, value) for setting, (value, _) in zip(chosen, known, strict=True)]
 
     def continuation(setting: Setting | None, value: float | None) -> str | None:
         if prompt is None:
@@ -229,8 +232,8 @@ def steered(
         neuron,
         len(windows) * (windows.length - first),
         [
-            found.result(str(setting), value, continuation(setting, value), tokenizer)
-            for (setting, value), found in zip(held, sums, strict=True)
+            found.result(str(setting), *own, continuation(setting, own[0]), tokenizer)
+            for setting, own, found in zip(chosen, known, sums, strict=True)
         ],
         untouched,
     )
@@ -271,6 +274,7 @@ class _Sums:
         self,
         setting: str,
         value: float | None,
+        value_error: float,
         continuation: str | None,
         tokenizer: PreTrainedTokenizerBase,
     ) -> Steered:
@@ -291,7 +295,9 @@ class _Sums:
         )
         up, down = self._moved(tokenizer)
         divergence = Divergence(kl, *means)
-        return Steered(setting, value, divergence, change, error, up, down, continuation)
+        return Steered(
+            setting, value, value_error, divergence, change, error, up, down, continuation
+        )
 
     def _moved(self, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Moved], list[Moved]]:
         """Return the tokens whose mean probability rises, and falls, the most."""

@@ -9,7 +9,7 @@ import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,12 +22,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from entangle.measurement.explainers import Examples, check_examples
 from entangle.measurement.rerunning import neuron_outputs, setup_again
 from entangle.measurement.sign_cases import HiddenUnit, hidden_unit, units_of
+from entangle.measurement.token_kinds import (
+    CountedTokens,
+    LeftOut,
+    distances_without,
+    frequent_tokens,
+)
 from entangle.measurement.window_choice import choose_windows
 from entangle.model.gating import find_gated
 from entangle.model.pieces import pieces_of
 from entangle.model.text import TokenWindows
 from entangle.numerics.contributions import bootstrap, distance_parts
-from entangle.numerics.gaussian import from_samples
 from entangle.numerics.levels import Levels
 from entangle.numerics.torch_settings import with_torch_defaults
 from entangle.runs.contexts_file import add_contexts, packed, read_contexts
@@ -39,9 +44,6 @@ Array = npt.NDArray[np.float64]
 ENDS = 8  # tokens shown at either end
 NEAR = 4  # tokens shown at a mode
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
-FARTHEST = 0.01  # share of the tokens that is left out, those farthest from the mean
-FREQUENT = 200  # the most frequent token ids, whose shares are computed
-SHOWN = 20  # of them, those with the largest share are shown
 DRAWS = 200  # of whole windows, in the bootstrap
 VALUES = 2**27  # outputs in memory at a time
 BEFORE, AFTER = 24, 8  # tokens of text before and after the token
@@ -73,16 +75,6 @@ class WindowLevels:
 
 
 @dataclasses.dataclass(frozen=True)
-class LeftOut:
-    """The distance of a neuron when some tokens are left out."""
-
-    what: str  # which tokens are left out
-    tokens: int  # how many are left out
-    variance: float  # their share of the sum of squared deviations, from 0 to 1
-    wasserstein: float  # exact, of the remaining tokens, in std; NaN if these are constant
-
-
-@dataclasses.dataclass(frozen=True)
 class NeuronContexts:
     """The contexts of one neuron, and the shares that tokens have of its distance."""
 
@@ -95,42 +87,12 @@ class NeuronContexts:
     contexts: list[Context]
     positions: list[float]  # each window position's share of the distance
     frequent: list[dict[str, Any]]  # token, count, share of the distance, mean output
-    without: list[LeftOut]  # without the farthest tokens, one position, one token: see `_without`
+    without: list[
+        LeftOut
+    ]  # without the farthest tokens, one position, one token: see `distances_without`
     scale: Levels  # of the values in the windows
     windows: list[WindowLevels]  # at most 8
     unit: HiddenUnit | None  # of a gated MLP, that the neuron is a part of
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class _CountedTokens:
-    """The counted tokens that a neuron has outputs of: their positions in the windows and their ids.
-
-    They are the same for every neuron, but a trained expert has only those that were sent to it. A
-    kind is a distinct token id.
-    """
-
-    length: int  # counted tokens of a window
-    rows: npt.NDArray[np.int64]  # (tokens,) indices among all counted tokens
-    position: npt.NDArray[np.int64]  # (tokens,) in the window, 0 at the first counted token
-    kind: npt.NDArray[np.int64]  # (tokens,) index into kinds
-    kinds: npt.NDArray[np.int64]  # (kinds,) token ids
-    counts: npt.NDArray[np.int64]  # (kinds,) how often each occurs
-    frequent: npt.NDArray[np.int64]  # indices of the most frequent kinds, in descending order
-
-    @classmethod
-    def of(cls, tokens: npt.NDArray[np.int64]) -> Self:
-        """Group the counted token ids (windows, length)."""
-        return cls._of(tokens.ravel(), np.arange(tokens.size), tokens.shape[1])
-
-    @classmethod
-    def _of(cls, ids: npt.NDArray[np.int64], rows: npt.NDArray[np.int64], length: int) -> Self:
-        kinds, kind, counts = np.unique(ids, return_inverse=True, return_counts=True)
-        frequent = np.argsort(-counts, kind="stable")[:FREQUENT]
-        return cls(length, rows, rows % length, kind, kinds, counts, frequent)
-
-    def only(self, rows: npt.NDArray[np.int64]) -> Self:
-        """Return some of these tokens, all of which must be counted ones."""
-        return self._of(self.kinds[self.kind[rows]], rows, self.length)
 
 
 @with_torch_defaults
@@ -172,17 +134,7 @@ def contexts(
     neurons = [neurons] if isinstance(neurons, str) else neurons
     data = dataset_of(run)
     names = list(dict.fromkeys(neurons))
-    for name in names:
-        check_neuron(data, name)
-        if not np.isfinite(float(data["wasserstein"].sel(neuron=name))):
-            if not int(data["count"].sel(neuron=name)):
-                raise ValueError(
-                    f"no token was sent to the expert of {name}, so it has no distance: choose a "
-                    "neuron of another expert"
-                )
-            raise ValueError(
-                f"{name} is dead or not finite, so it has no distance: choose another neuron"
-            )
+    _check_distances(data, names)
     blocks = {int(data["block"].sel(neuron=name)) for name in names}
     parts_of = units_of(find_gated(model, blocks))
     heard = [*names, *(part for name in names for part in parts_of(name).values())]
@@ -194,7 +146,7 @@ def contexts(
         check_examples(delphi, windows)
     decode = functools.partial(tokenizer.decode, clean_up_tokenization_spaces=False)
     found = []
-    counted = _CountedTokens.of(windows.tokens[:, setup.skip_first :].numpy())
+    counted = CountedTokens.of(windows.tokens[:, setup.skip_first :].numpy())
     columns = 3 if any(map(parts_of, names)) else 1  # of a hidden unit also its other parts
     size = max(1, VALUES // (columns * setup.tokens))
     groups = [names[first : first + size] for first in range(0, len(names), size)]
@@ -222,7 +174,7 @@ def contexts(
                     draws[:, at],
                     windows,
                     own,
-                    decode,
+                    tokenizer,
                     {part: column[neuron][rows] for part, neuron in units[place].items()},
                     units[place],
                 )
@@ -234,6 +186,27 @@ def contexts(
     if delphi is not None:
         examples.write(delphi, str(data.attrs["model"]))
     return found
+
+
+def _check_distances(data: xr.Dataset, names: Sequence[str]) -> None:
+    """Check that neurons have a distance.
+
+    Raises:
+        LookupError: the run has no such neuron.
+        ValueError: one has none.
+    """
+    for name in names:
+        check_neuron(data, name)
+        if np.isfinite(float(data["wasserstein"].sel(neuron=name))):
+            continue
+        if not int(data["count"].sel(neuron=name)):
+            raise ValueError(
+                f"no token was sent to the expert of {name}, so it has no distance: choose a neuron of "
+                "another expert"
+            )
+        raise ValueError(
+            f"{name} is dead or not finite, so it has no distance: choose another neuron"
+        )
 
 
 def _alike(outputs: Floats) -> Iterator[tuple[npt.NDArray[np.int64], list[int]]]:
@@ -252,8 +225,8 @@ def _describe(
     parts: Array,
     draws: Array,
     windows: TokenWindows,
-    counted: "_CountedTokens",
-    decode: Any,
+    counted: CountedTokens,
+    tokenizer: PreTrainedTokenizerBase,
     unit: Mapping[str, Floats],
     unit_names: Mapping[str, str],
 ) -> NeuronContexts:
@@ -264,6 +237,7 @@ def _describe(
     distances. ``unit`` has the values (tokens,) of its hidden unit's parts, if any.
     """
     outputs = values[counted.rows]
+    decode = functools.partial(tokenizer.decode, clean_up_tokenization_spaces=False)
     distance = float(parts.sum())
     mean, std = float(outputs.mean(dtype=np.float64)), float(outputs.std(dtype=np.float64))
     low = high = math.nan
@@ -303,8 +277,8 @@ def _describe(
         modes=modes,
         contexts=contexts,
         positions=np.bincount(counted.position, weights=shares, minlength=length).tolist(),
-        frequent=_frequent(counted, outputs, shares, decode),
-        without=_without(counted, outputs, skip_first, decode),
+        frequent=frequent_tokens(counted, outputs, shares, tokenizer),
+        without=distances_without(counted, outputs, skip_first, tokenizer),
         scale=scale,
         windows=[
             WindowLevels(why, window, position + skip_first, packed(levels[window]))
@@ -351,66 +325,3 @@ def _modes(outputs: Floats, mean: float, std: float) -> list[float]:
     peaks, _ = find_peaks(smooth, prominence=0.05 * smooth.max())
     middles = (edges[1:] + edges[:-1]) / 2
     return [float(middles[peak - 1]) for peak in peaks]
-
-
-def _frequent(
-    counted: _CountedTokens, outputs: Floats, shares: Array, decode: Any
-) -> list[dict[str, Any]]:
-    """Return the frequent tokens with the largest shares of the distance, in descending order."""
-    share = np.bincount(counted.kind, weights=shares)
-    total = np.bincount(counted.kind, weights=outputs.astype(np.float64))
-    frequent = counted.frequent
-    largest = frequent[np.argsort(-share[frequent], kind="stable")[:SHOWN]]
-    return [
-        {
-            "token": _named(int(counted.kinds[kind]), decode),
-            "count": int(counted.counts[kind]),
-            "share": float(share[kind]),
-            "mean_output": float(total[kind] / counted.counts[kind]),
-        }
-        for kind in largest
-    ]
-
-
-def _named(token: int, decode: Any) -> str:
-    """Return a token's text; add its id if it is a part of a character, since those look alike."""
-    text = str(decode([token]))
-    return f"{text}<{token}>" if "\ufffd" in text else text
-
-
-def _without(
-    counted: _CountedTokens, outputs: Floats, skip_first: int, decode: Any
-) -> list[LeftOut]:
-    """Return the distance without the 1% farthest tokens, without one position, without one kind.
-
-    The farthest are those farthest from the mean. The other two leave out all tokens at one window
-    position, and all tokens of one frequent kind.
-    The position and the kind are those whose share of the squared deviations exceeds their share of
-    the tokens by the most.
-    """
-    deviations = np.square(outputs - outputs.mean(dtype=np.float64))
-    positions = np.arange(counted.length)
-    far = np.zeros(len(outputs), dtype=bool)
-    far[np.argsort(-deviations, kind="stable")[: round(FARTHEST * len(outputs))]] = True
-    groups = {f"the {FARTHEST:.0%} farthest from the mean": far}
-    for group, candidates in (
-        (counted.position, positions),
-        (counted.kind, counted.frequent),
-    ):
-        size = int(candidates.max()) + 1
-        variance = np.bincount(group, weights=deviations, minlength=size) / deviations.sum()
-        excess = variance - np.bincount(group, minlength=size) / len(group)
-        worst = int(candidates[np.argmax(excess[candidates])])
-        place = f"position {worst + skip_first}"
-        token = _named(int(counted.kinds[worst]), decode) if group is counted.kind else None
-        what = place if token is None else f"token {token!r}"
-        groups[what] = group == worst
-    return [
-        LeftOut(
-            what=what,
-            tokens=int(left.sum()),
-            variance=float(deviations[left].sum() / deviations.sum()),
-            wasserstein=math.nan if left.all() else float(from_samples(outputs[~left, None])[0]),
-        )
-        for what, left in groups.items()
-    ]

@@ -265,6 +265,13 @@ def linear_layers(model: "PreTrainedModel") -> list[LinearLayer]:
     ]
 
 
+def trained_experts(model: "PreTrainedModel") -> list[LinearLayer]:
+    """Return the matrices of a model's trained experts; none of a packed model."""
+    if any(isinstance(module, PackedLinear) for module in model.modules()):
+        return []
+    return [layer for layer in _walk(model) if isinstance(layer.module, FusedMatrix)]
+
+
 def _walk(model: "PreTrainedModel") -> Iterator[LinearLayer]:
     prefix, blocks = find_blocks(model)
     config = model.config.get_text_config(decoder=True)

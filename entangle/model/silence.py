@@ -52,7 +52,9 @@ class SilencedModel:
         """Run the model as it is on one token, to see the form of its blocks' outputs.
 
         Raises:
-            ValueError: the model is compiled or not loaded, or has no list of blocks.
+            RuntimeError: the blocks do not run one after the other on hidden states alone.
+            ValueError: the model is compiled or not loaded, has no list of blocks, or has not one
+                hidden state for each token.
         """
         check_hooks(model, 0)
         blocks = list(find_blocks(model)[1])
@@ -60,6 +62,12 @@ class SilencedModel:
         with on_trial(model), torch.inference_mode():
             _, extras = run_whole(backbone_of(model), blocks, arguments)
             hidden = run_short(backbone_of(model), blocks, arguments, extras)[1]
+        if hidden.numel() != hidden.shape[-1]:
+            raise ValueError(
+                "the blocks of this model have several hidden states for a token "
+                f"({' x '.join(map(str, hidden.shape))} numbers), and what layers read and write is known "
+                "of one alone: its neurons have no words"
+            )
         return cls(model, layers, blocks, hidden.shape[-1], extras)
 
     def run(self, states: torch.Tensor, said: Mapping[str, torch.Tensor]) -> Heard:

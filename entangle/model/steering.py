@@ -10,8 +10,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from entangle.model.eager import heard
+from entangle.model.fused import FusedMatrix
 from entangle.model.hooks import check_hooks, unheard_layers
-from entangle.model.layers import linear_layers
+from entangle.model.layers import linear_layers, trained_experts
+from entangle.model.patterns import INPUT
 from entangle.model.sides import LayerInputs, Recordable, find_channel, inputs_among, layer_of
 
 KINDS = ("zero", "mean", "quantile:Q", "scale:X")
@@ -56,7 +59,8 @@ class Setting:
 def find_steerable(model: PreTrainedModel, neuron: str) -> tuple[Recordable, int]:
     """Return the layer, or its inputs, and the index of a neuron that can be steered.
 
-    The model may be packed or expanded. It runs once on a few tokens, and no recording counts this.
+    The model may be packed or expanded, and the neuron that of a trained expert. The model runs once
+    on a few tokens, and no recording counts this.
 
     Raises:
         LookupError: the model has no such neuron.
@@ -64,7 +68,10 @@ def find_steerable(model: PreTrainedModel, neuron: str) -> tuple[Recordable, int
             pass, or not on each token, so that a hook would change nothing or only a part.
     """
     check_hooks(model, 0)
-    one, index = find_channel(linear_layers(model), neuron)
+    layers = linear_layers(model)
+    if neuron.rpartition(":")[0].removesuffix(INPUT) not in {layer.name for layer in layers}:
+        layers += trained_experts(model)
+    one, index = find_channel(layers, neuron)
     vocabulary = len(model.get_input_embeddings().get_parameter("weight"))
     tokens = torch.arange(1, 9)[None] * vocabulary // 10
     reasons = unheard_layers(model, [one], tokens)
@@ -78,7 +85,7 @@ def changed(one: Recordable, index: int, *, scale: float, value: float) -> Itera
     """Replace a neuron's output, or an input channel, by ``scale`` times it plus ``value``.
 
     An input channel is changed for this layer alone, also where others receive the same inputs, and
-    after a rule for sparse inputs.
+    after a rule for sparse inputs. A trained expert's neuron is changed at the expert's own tokens.
     """
 
     def change(values: torch.Tensor) -> torch.Tensor:
@@ -90,6 +97,8 @@ def changed(one: Recordable, index: int, *, scale: float, value: float) -> Itera
         _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         new = change(inputs_among(args, kwargs))
+        if isinstance(module, FusedMatrix):  # without the outputs, so that it computes them
+            return (new,), kwargs
         if args:
             return (new, *args[1:]), kwargs
         return args, kwargs | {next(iter(kwargs)): new}
@@ -105,6 +114,7 @@ def changed(one: Recordable, index: int, *, scale: float, value: float) -> Itera
         else module.register_forward_hook(after)
     )
     try:
-        yield
+        with heard([module]):
+            yield
     finally:
         handle.remove()

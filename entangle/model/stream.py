@@ -9,7 +9,8 @@ sees another.
 """
 
 import dataclasses
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Self
 
 import torch
@@ -116,10 +117,37 @@ def find_stream(model: PreTrainedModel, blocks: Collection[int] | None = None) -
 
     Raises:
         ValueError: the model has no list of blocks or is compiled, its weights are in files, or its
-            blocks are not called with hidden states.
+            blocks are not called with one hidden state for each token, or fail in a trial.
     """
     check_in_memory(model, "to find what a layer reads and writes")
     layers = [one for one in find_layers(model) if blocks is None or one.block in blocks]
+    with _refused_in_words():
+        return _tried(model, layers)
+
+
+@contextmanager
+def _refused_in_words() -> Iterator[None]:
+    """Let a trial that fails say what it means, whatever the model's code raised.
+
+    An error that says it already, or is of the memory or of a file, stays as it is.
+
+    Raises:
+        ValueError: the body raised another error.
+    """
+    told = (ValueError, OSError, MemoryError, torch.OutOfMemoryError)
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, told):
+            raise
+        raise ValueError(
+            "it cannot be found out what the layers of this model read and write, since a trial of its "
+            f"blocks fails ({type(error).__name__}: {error}): neurons of this model have no words"
+        ) from error
+
+
+def _tried(model: PreTrainedModel, layers: Sequence[LinearLayer]) -> Stream:
+    """Try these layers out."""
     trial, misfit = SilencedModel.of(model, layers), _MISFIT.get(model.dtype, _MISFIT_16)
     states = _states(trial.width)
     heard = trial.run(states, {})

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from entangle.numerics import threads as _threads  # noqa: F401
 from entangle.numerics.gaussian import Array
-from entangle.numerics.kernels.bins import HALF_RANGE
+from entangle.numerics.kernels.bins import width_of
 from entangle.numerics.kernels.bulk_cpu import bulk_ends, bulk_shapes, far_variance
 
 REMOVED = 0.01  # the share of the tokens, rounded, that are no part of the bulk
@@ -94,7 +94,7 @@ def _placed(
     """Return the tokens, those removed, the positions of the smallest and largest, and the width."""
     count = np.asarray(state["count"], np.int64)
     bins = state["counts"].shape[1]
-    width: Array = state["scale"] * (2 * HALF_RANGE / bins)
+    width: Array = width_of(state["scale"], bins)
     ends = np.stack([state["minimum"], state["maximum"]], axis=1).astype(np.float64)
     ends = (ends - state["center"][:, None]) / width[:, None] + bins / 2
     return count, np.rint(REMOVED * count).astype(np.int64), ends, width

@@ -28,7 +28,14 @@ from scipy.ndimage import gaussian_filter1d
 from scipy.signal import find_peaks
 
 from entangle.numerics import threads as _threads  # noqa: F401
-from entangle.numerics.kernels.bins import HALF_RANGE, MAX_BINS, MAX_EXCESS, MAX_SQUARES, STEPS
+from entangle.numerics.kernels.bins import (
+    HALF_RANGE,
+    MAX_BINS,
+    MAX_EXCESS,
+    MAX_SQUARES,
+    STEPS,
+    edges_of,
+)
 from entangle.numerics.kernels.histograms_cpu import add_rows
 from entangle.numerics.processors import Kernels, kernels_of
 
@@ -393,7 +400,7 @@ class Histograms:
     def edges(self, neuron: int) -> Array:
         """Return the edges of a neuron's bins (bins + 1,), in units of its output."""
         center, scale = float(self.center[neuron]), float(self.scale[neuron])
-        return center + scale * np.linspace(-HALF_RANGE, HALF_RANGE, self.bins + 1)
+        return edges_of(center, scale, self.bins)
 
 
 def _check_tokens(count: int) -> None:

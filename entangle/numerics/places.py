@@ -7,7 +7,7 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from entangle.numerics.kernels.bins import HALF_RANGE
+from entangle.numerics.kernels.bins import SLIP, edges_of
 from entangle.numerics.levels import OUTSIDE, Levels
 
 Array = npt.NDArray[np.float64]
@@ -31,7 +31,7 @@ class Distribution:
             [tails[:1], np.asarray(state["counts"], dtype=np.float64), tails[1:]]
         )
         center, scale = float(state["center"]), float(state["scale"])
-        edges = center + scale * np.linspace(-HALF_RANGE, HALF_RANGE, len(counts) - 1)
+        edges = edges_of(center, scale, len(counts) - 2)
         ends = (
             min(float(state["minimum"]), edges[0]),
             max(float(state["maximum"]), edges[-1]),
@@ -43,13 +43,33 @@ class Distribution:
         """Return the share of the tokens below each value, and the bound of its error.
 
         The tokens of the value's bin, or tail, may lie anywhere in it: the bound is the distance to
-        the farther end of the bin's share.
+        the farther end of the bin's share. Beside an edge it may be in either bin, since float32
+        has found the bin.
         """
+        last = len(self.knots) - 1
         found = np.interp(values, self.knots, self.below)
-        after = np.searchsorted(self.knots, values, side="right").clip(1, len(self.knots) - 1)
+        before = np.searchsorted(self.knots, values - self._slip, side="right").clip(1, last) - 1
+        after = np.searchsorted(self.knots, values + self._slip, side="left").clip(1, last)
         inside = (values >= self.knots[0]) & (values <= self.knots[-1])
-        bound = np.maximum(found - self.below[after - 1], self.below[after] - found)
+        bound = np.maximum(found - self.below[before], self.below[after] - found)
         return found, np.where(inside | np.isnan(values), bound, 0.0)
+
+    def quantile(self, share: float) -> tuple[float, float]:
+        """Return the value that this share of the tokens is below, and the bound of its error.
+
+        Both are in output units. The true value may lie anywhere in its bin, or tail: the bound is
+        the distance to the farther end.
+        """
+        left, right = (int(np.searchsorted(self.below, share, side)) for side in ("left", "right"))
+        begin, end = (left, right - 1) if left < right else (left - 1, left)  # a gap, or a bin
+        value = float(np.interp(share, self.below, self.knots))
+        far = max(value - self.knots[begin], self.knots[end] - value)
+        return value, float(far + self._slip)
+
+    @property
+    def _slip(self) -> float:
+        """How far beyond its bin a value may be, in output units."""
+        return float(SLIP * (self.knots[2] - self.knots[1]))
 
     @property
     def scale(self) -> Levels:

@@ -1,6 +1,7 @@
 """Tokens coloured by a neuron's value, in a notebook and in a terminal."""
 
 import html
+import json
 import math
 from collections.abc import Sequence
 
@@ -15,9 +16,21 @@ _FAINT = 0.1  # a terminal leaves tokens with less of the colour as they are
 _TINTS = {False: ((255, 228, 190), (255, 140, 20)), True: ((205, 228, 255), (80, 160, 255))}
 
 
+# What a terminal obeys or does not show: control characters, marks of direction, other line ends.
+_UNSEEN = {code: f"\\u{code:04x}" for code in (*range(0x7F, 0xA0), 0x200E, 0x200F)}
+_UNSEEN |= {code: f"\\u{code:04x}" for code in (*range(0x2028, 0x202F), *range(0x2066, 0x206A))}
+_SIGNS = _UNSEEN | {code: chr(0x2400 + code) for code in range(0x20)}
+_SIGNS |= {ord("\n"): "⏎", ord("\t"): "⇥"}
+
+
 def visible(text: str) -> str:
-    """Return a token's text on one line, with signs for line breaks and tabs."""
-    return text.replace("\n", "⏎").replace("\r", "␍").replace("\t", "⇥")
+    """Return a token's text on one line, with signs for control characters such as line breaks."""
+    return text.translate(_SIGNS)
+
+
+def quoted(text: str) -> str:
+    """Return a text in quotes on one line, with escapes for control characters."""
+    return json.dumps(text, ensure_ascii=False).translate(_UNSEEN)
 
 
 def in_html(tokens: Sequence[str], titles: Sequence[str], shades: Sequence[float]) -> str:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from entangle.model.patterns import INPUT
 from entangle.numerics.gaussian import noise_floor
-from entangle.numerics.kernels.bins import HALF_RANGE
+from entangle.numerics.kernels.bins import edges_of
 from entangle.runs.dataset import (
     TRUSTED_ERROR,
     UNITS,
@@ -204,8 +204,7 @@ def panels_of(
 def histogram_of(held: xr.Dataset) -> tuple[Floats, Counts]:
     """Return the edges of a neuron's fine bins, and the tokens below each edge and in total."""
     counts, tails = held["counts"].to_numpy().astype(np.int64), held["tail_count"].to_numpy()
-    places = np.linspace(-HALF_RANGE, HALF_RANGE, len(counts) + 1)
-    edges = float(held["center"]) + float(held["scale"]) * places
+    edges = edges_of(float(held["center"]), float(held["scale"]), len(counts))
     return edges, np.cumsum([tails[0], *counts, tails[1]])
 
 

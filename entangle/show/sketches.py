@@ -7,7 +7,7 @@ import numpy.typing as npt
 import xarray as xr
 
 from entangle.numerics.bulk import ends_of_counts
-from entangle.numerics.kernels.bins import HALF_RANGE
+from entangle.numerics.kernels.bins import width_of
 
 Floats = npt.NDArray[np.float64]
 
@@ -31,7 +31,7 @@ def axis_of(held: xr.Dataset) -> tuple[Floats, Floats]:
     extent free on both sides. NaN for a neuron without a bulk.
     """
     ends = ends_of_counts({name: held[name].to_numpy() for name in _STATE})
-    fine = 2 * HALF_RANGE * held["scale"].to_numpy() / held["counts"].shape[1]
+    fine = width_of(held["scale"].to_numpy(), held["counts"].shape[1])
     room = np.maximum(_ROOM * (ends.high - ends.low), fine)
     return ends.low - room, ends.high + room
 
@@ -46,8 +46,8 @@ def sketch(held: xr.Dataset, mean: Floats, std: Floats, *, bars: int) -> Sketche
     tails = held["tail_count"].to_numpy().astype(np.float64)
     below = np.cumsum(np.concatenate([tails[:, :1], counts], axis=1), axis=1)  # at the fine edges
     tokens = below[:, -1] + tails[:, 1]
-    fine = 2 * HALF_RANGE * held["scale"].to_numpy() / counts.shape[1]
-    left = held["center"].to_numpy() - HALF_RANGE * held["scale"].to_numpy()
+    fine = width_of(held["scale"].to_numpy(), counts.shape[1])
+    left = held["center"].to_numpy() - fine * (counts.shape[1] / 2)
     spread = np.isfinite(std) & (std > 0) & np.isfinite(mean)
     low, high = (np.where(spread, end, np.nan) for end in axis_of(held))
     rims = low[:, None] + (high - low)[:, None] * np.linspace(0, 1, bars + 1)

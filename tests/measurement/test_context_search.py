@@ -15,7 +15,7 @@ import xarray as xr
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from entangle.measurement import context_search
+from entangle.measurement import context_search, token_kinds
 from entangle.measurement.context_search import NeuronContexts, contexts
 from entangle.measurement.measuring import measure
 from entangle.measurement.rerunning import neuron_outputs
@@ -356,8 +356,8 @@ def test_the_positions_shares_are_sums_over_windows_and_add_up_to_one(case: Case
 def test_frequent_tokens_are_those_of_a_group_by(
     case: Case, monkeypatch: pytest.MonkeyPatch, usual: int, most: int
 ) -> None:
-    monkeypatch.setattr(context_search, "FREQUENT", usual)
-    monkeypatch.setattr(context_search, "SHOWN", most)
+    monkeypatch.setattr(token_kinds, "FREQUENT", usual)
+    monkeypatch.setattr(token_kinds, "SHOWN", most)
     for found in case.find(neurons_of(case)):
         column = case.column(found.neuron).ravel()
         parts = distance_parts(column[:, None])[:, 0]

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -44,3 +45,21 @@ def test_bytes_of_no_character_do_not_swallow_the_text_after_them() -> None:
     assert found[-4:] == ["c", "d", "e", "f"]
     assert "".join(found).endswith("abcdef")
     assert "".join(pieces_of([*letters, byte], BYTES.decode)).startswith("abcdef")
+
+
+def test_whatever_the_bytes_are_pieces_add_up_and_invalid_ones_stay_at_their_tokens() -> None:
+    ids = BYTES("aé猫🐈\ufffd ", add_special_tokens=False)["input_ids"]
+    generator = np.random.default_rng(0)
+    for _ in range(300):
+        tokens = generator.choice(ids, 12).tolist()
+        assert "".join(pieces_of(tokens, BYTES.decode)) == BYTES.decode(tokens)
+    first, *_ = BYTES("猫", add_special_tokens=False)["input_ids"]
+    a, b = BYTES("ab", add_special_tokens=False)["input_ids"]
+    assert pieces_of([first, a, first, first, b], BYTES.decode) == [
+        "\ufffd",
+        "a",
+        *"\ufffd\ufffd",
+        "b",
+    ]
+    cat = BYTES("猫", add_special_tokens=False)["input_ids"]
+    assert pieces_of([first, *cat, a], BYTES.decode) == ["\ufffd", "", "", "猫", "a"]

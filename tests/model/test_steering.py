@@ -11,10 +11,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from entangle.model.experts import ExpertLinear
+from entangle.model.fused import FusedMatrix
 from entangle.model.layers import find_layers, replace_layer
 from entangle.model.packing import pack_layers
 from entangle.model.steering import Setting, changed, find_steerable
 from entangle.numerics.routing import CentroidRouter
+from tests.tiny_mixtures import tiny_mixture
 from tests.tiny_models import tiny_mamba, tiny_model
 
 UP, DOWN = "model.layers.1.mlp.up_proj", "model.layers.1.mlp.down_proj"
@@ -80,6 +82,39 @@ def test_a_neuron_is_set_or_scaled_as_by_hand(kind: str) -> None:
                 assert torch.allclose(found, expected, rtol=1e-5, atol=1e-5)
                 assert not torch.allclose(found, plain, rtol=1e-3, atol=1e-3)
         assert torch.equal(model(TOKENS).logits, plain)  # the hooks are removed
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "llama4_text"])
+def test_a_trained_experts_neuron_is_set_or_scaled_as_its_weights_say(name: str) -> None:
+    """A row of a matrix, with its bias, makes the neuron's output; a column takes the input."""
+    model = tiny_mixture(name)
+    with torch.inference_mode():
+        plain = model(TOKENS).logits
+    layers = [one for one in find_layers(model) if isinstance(one.module, FusedMatrix)]
+    for layer in layers[:2]:  # both matrices of the first expert
+        for place, scale, value in (("", -3.0, 0.0), ("", 0.0, 1.5), (":input", -3.0, 0.0)):
+            one, index = find_steerable(model, f"{layer.name}{place}:5")
+            with torch.inference_mode(), changed(one, index, scale=scale, value=value):
+                found = model(TOKENS).logits
+            matrix: Any = layer.module
+            bias = torch.zeros(1) if matrix.bias is None else matrix.bias[5:6]
+            edited = matrix.weight[:, 5] if place else matrix.weight[5]
+            kept = edited.clone(), bias.clone()
+            edited.mul_(scale)
+            if not place:
+                bias.mul_(scale).add_(value)
+            by_hand = not value or matrix.bias is not None  # a value needs a bias to stand in
+            with torch.inference_mode():
+                expected = model(TOKENS).logits
+            edited.copy_(kept[0])
+            bias.copy_(kept[1])
+            if by_hand:
+                assert torch.allclose(found, expected, rtol=1e-4, atol=1e-5)
+            assert not torch.allclose(found, plain, rtol=1e-3, atol=1e-3)
+    with torch.inference_mode():
+        assert torch.allclose(model(TOKENS).logits, plain, atol=1e-6)  # the hooks are removed
+    with pytest.raises(LookupError, match="0 to"):
+        find_steerable(model, f"{layers[0].name}:999")
 
 
 def test_only_the_named_layer_gets_another_input() -> None:

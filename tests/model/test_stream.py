@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedModel
+from transformers import Gemma3nForCausalLM, Gemma3nTextConfig, PreTrainedModel
 
 from entangle.model.layers import find_layers
 from entangle.model.stream import Stream, find_stream
@@ -144,6 +144,38 @@ def test_layers_that_do_something_else_neither_read_nor_write() -> None:
     llama4 = find_stream(tiny_llama4(), {1})  # its router is a layer that returns a tuple
     assert "model.layers.1.feed_forward.router" in llama4.reads
     assert "model.layers.1.feed_forward.router" not in llama4.writes
+
+
+def test_a_stream_of_several_states_is_refused_in_words() -> None:
+    """Gemma 3n's blocks have four states for a token."""
+    sizes: dict[str, Any] = {"hidden_size": 24, "intermediate_size": 37, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 10}
+    sizes |= {"vocab_size": 64, "vocab_size_per_layer_input": 64, "hidden_size_per_layer_input": 8}
+    sizes |= {"laurel_rank": 4, "num_kv_shared_layers": 0, "activation_sparsity_pattern": [0.0, 0.0]}
+    config = Gemma3nTextConfig(**sizes, layer_types=["full_attention"] * 2)
+    model = Gemma3nForCausalLM(config).eval()
+    with pytest.raises(ValueError, match=r"4 x 1 x 1 x 24.*no words"):
+        find_stream(model, {1})
+
+
+def test_a_trial_that_fails_is_refused_in_words() -> None:
+    model = tiny_model("llama")
+    calls: list[int] = []
+
+    def fail(*_: Any) -> None:
+        calls.append(1)
+        if len(calls) > 2:  # in the trial, and not in the passes before it
+            raise IndexError("index 9 is out of range")
+
+    class Failing(torch.nn.Module):
+        def forward(self, states: torch.Tensor) -> torch.Tensor:
+            fail()
+            return states
+
+    model.model.norm = Failing()
+    with pytest.raises(ValueError, match=r"IndexError: index 9 .*no words"):
+        find_stream(model, {1})
+    assert all("forward" not in vars(module) for module in model.modules())
 
 
 def test_the_trial_leaves_the_model_and_its_recordings_as_they_were() -> None:

@@ -40,3 +40,28 @@ def test_median_and_reach_are_those_of_all_outputs() -> None:
     found, exact = counted(values, 20_000).scale, Levels.of(values)
     width = 16 / 1024 * float(values.std())
     assert [found.median, found.reach] == pytest.approx([exact.median, exact.reach], abs=width)
+
+
+def test_a_value_at_an_edge_may_be_in_either_bin() -> None:
+    """Float32 finds a value's bin, so tokens beside an edge may be counted in the other bin."""
+    one = {"counts": np.array([0, 30, 10, 0]), "tail_count": np.zeros(2), "center": 0.0}
+    found = Distribution.of(
+        one | {"scale": 1.0, "minimum": -3.0, "maximum": 3.0}
+    )  # bins of width 4
+    asked = np.array([0.0, 4 / 8192, -4 / 8192, 0.01])
+    places, errors = found.places(asked)
+    assert places == pytest.approx([0.75] * 4, abs=0.002)
+    assert errors == pytest.approx([0.75, 0.75, 0.75, 0.25], abs=0.002)
+    value, error = found.quantile(0.75)  # the edge itself
+    assert value == 0
+    assert error == pytest.approx(4 / 4096)
+
+
+@pytest.mark.parametrize("law", DISTRIBUTIONS, ids=str)
+def test_a_quantile_is_the_value_to_within_its_error(law: Law) -> None:
+    values = law.sample(20_001).astype(np.float32)
+    values[::400] += np.float32(300)  # the bins are coarse
+    found = counted(values, 2_000)
+    for share in np.random.default_rng(0).uniform(found.below[1], found.below[-2], 50):
+        value, error = found.quantile(share)
+        assert abs(value - np.quantile(values, share, method="inverted_cdf")) <= error

@@ -9,7 +9,7 @@ import math
 import numba
 import numpy as np
 
-from entangle.numerics.kernels.bins import STEPS
+from entangle.numerics.kernels.bins import SLIP, STEPS
 from entangle.numerics.kernels.distances_cpu import crossing, normal_cumulative, normal_density
 
 LIMIT = 2.576  # the reference is N(0, 1) within ±LIMIT, brought to std 1
@@ -19,11 +19,8 @@ _DENSITY = math.exp(-0.5 * LIMIT * LIMIT) / math.sqrt(2 * math.pi)
 SPREAD = math.sqrt(1 - 2 * LIMIT * _DENSITY / WITHIN)  # the std before it is brought to 1
 _BELOW = (1 - WITHIN) / 2
 
-# A value is at most 1/128 of a step beyond the bin that counts it, since float32 finds its bin. This
-# is 1/8192 of a bin; twice that is taken.
-_SLIP = 1 / 4096
-_LATTICE = 0.5 / STEPS + _SLIP  # a value is at most so far from the middle of its step
-_ROUNDED = 1 + 8 * _SLIP  # factor of what is bounded by the width of a bin
+_LATTICE = 0.5 / STEPS + SLIP  # a value is at most so far from the middle of its step
+_ROUNDED = 1 + 8 * SLIP  # factor of what is bounded by the width of a bin
 
 
 @numba.njit(parallel=True, nogil=True, cache=True)
@@ -62,7 +59,7 @@ def bulk_shapes(counts, count, removed, steps, tail_count, tail_excess, ends, kn
         if moved > 0:
             lowest = _low(_item(below, first + 1), least)
             highest = _high(_item(below, last + kept), bins, most)
-        shift = moved * (highest - lowest + 2 * _SLIP)
+        shift = moved * (highest - lowest + 2 * SLIP)
 
         # The mean: of all inside, less those that do not belong to the bulk
         total = inside * (0.5 * bins) + (steps[i, 0] + 0.5 * inside) / STEPS + beyond
@@ -79,7 +76,7 @@ def bulk_shapes(counts, count, removed, steps, tail_count, tail_excess, ends, kn
                 error_of_total += (0.5 * whole if inner == 0 else whole - inner) * _ROUNDED
         mean = total / kept
         error_of_mean = error_of_total / kept
-        misplaced = (misplaced * _ROUNDED + far + shift) / kept + _SLIP
+        misplaced = (misplaced * _ROUNDED + far + shift) / kept + SLIP
 
         # The variance about that mean in two ways: from the bulk's own bins, and from the exact sum
         # of all inside less those that do not belong to it
@@ -103,14 +100,14 @@ def bulk_shapes(counts, count, removed, steps, tail_count, tail_excess, ends, kn
                 m3 += inner * (middle**3 + middle * w * w)
                 m4 += inner * (middle**4 + 2 * middle * middle * w * w + w**4 / 5)
                 worst = t + 1 / 6 if inner == whole else 2 * t + 0.25
-                error_by_bins += inner * (worst * _ROUNDED + 2 * _SLIP)
+                error_by_bins += inner * (worst * _ROUNDED + 2 * SLIP)
                 share = inner / kept
                 logs += share * math.log(share / (b - a))
                 cells += 1
             if inner < whole:
                 by_sum -= _outer_square(j, whole, inner, a, b, mean)
                 worst = t + 1 / 6 if inner == 0 else 2 * t + 0.25
-                error_by_sum += (whole - inner) * (worst * _ROUNDED + 2 * _SLIP)
+                error_by_sum += (whole - inner) * (worst * _ROUNDED + 2 * SLIP)
         extra = _spread_of_squares(below, bins, kept, first, last, least, most, mean) * moved
         for side in range(2):
             total = tail_count[i, side]
@@ -253,7 +250,7 @@ def _cut(below, n, kept, least, most, means):  # type: ignore[no-untyped-def]
     """
     bins = len(below) - 3
     one, other = _item(below, (n + 1) // 2), _item(below, n // 2 + 1)
-    slip = 8 * _SLIP
+    slip = 8 * SLIP
     low = _low(one, least) + _low(other, least) - slip
     high = _high(one, bins, most) + _high(other, bins, most) + slip
     first, last = 0, 0
@@ -320,12 +317,12 @@ def _spread_of_squares(below, bins, kept, first, last, least, most, mean):  # ty
     if first == last:
         return 0.0
     bottom = (
-        _low(_item(below, first + 1), least) - mean - _SLIP,
-        _high(_item(below, last), bins, most) - mean + _SLIP,
+        _low(_item(below, first + 1), least) - mean - SLIP,
+        _high(_item(below, last), bins, most) - mean + SLIP,
     )
     top = (
-        _low(_item(below, first + kept + 1), least) - mean - _SLIP,
-        _high(_item(below, last + kept), bins, most) - mean + _SLIP,
+        _low(_item(below, first + kept + 1), least) - mean - SLIP,
+        _high(_item(below, last + kept), bins, most) - mean + SLIP,
     )
     most_bottom, most_top = max(bottom[0] ** 2, bottom[1] ** 2), max(top[0] ** 2, top[1] ** 2)
     least_bottom = 0.0 if bottom[0] * bottom[1] < 0 else min(bottom[0] ** 2, bottom[1] ** 2)

@@ -437,7 +437,7 @@ class Table {
     this.more.addEventListener("click", () => { this.shown += ROWS; this.fill(); });
     explorer.tableBox.append(
       make("h3", {}, "Shapes and outliers"),
-      make("p", { class: "quiet" }, "A few outliers make a distance by squeezing all other tokens together. Such a distance is less than half as large in the bulk, all tokens but the 1% farthest from the median, or more than half of the variance is beyond 6 std. The other distances are of the shape."),
+      make("p", { class: "quiet" }, "A few outliers make a distance by squeezing all other tokens together. Such a distance is less than half as large in the bulk, all tokens but the 1% farthest from the median, or more than half of the variance is beyond 6 std. The other distances are of the shape. Near the noise floor this is an estimate."),
       make("div", { class: "kinds" },
         this.kinds("Shapes", "shape", explorer.wasserstein_bulk),
         this.kinds("Outliers", "outliers", explorer.wasserstein)),
