@@ -151,7 +151,11 @@ def test_a_stream_of_several_states_is_refused_in_words() -> None:
     sizes: dict[str, Any] = {"hidden_size": 24, "intermediate_size": 37, "num_hidden_layers": 2}
     sizes |= {"num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 10}
     sizes |= {"vocab_size": 64, "vocab_size_per_layer_input": 64, "hidden_size_per_layer_input": 8}
-    sizes |= {"laurel_rank": 4, "num_kv_shared_layers": 0, "activation_sparsity_pattern": [0.0, 0.0]}
+    sizes |= {
+        "laurel_rank": 4,
+        "num_kv_shared_layers": 0,
+        "activation_sparsity_pattern": [0.0, 0.0],
+    }
     config = Gemma3nTextConfig(**sizes, layer_types=["full_attention"] * 2)
     model = Gemma3nForCausalLM(config).eval()
     with pytest.raises(ValueError, match=r"4 x 1 x 1 x 24.*no words"):
