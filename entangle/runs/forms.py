@@ -2,13 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import EllipsisType
 from typing import Any
 
 from entangle.runs import store
 
 # A mapping by name (by ``...`` for any name), a list of one form, or the types of a value.
-Form = Mapping[str | EllipsisType, Any] | Sequence[Any]
+Form = Mapping[Any, Any] | Sequence[Any]
 TEXT, COUNT, NUMBER = (str,), (int,), (int, float)
 KNOWN = (*NUMBER, type(None))  # what was NaN is null
 

@@ -157,7 +157,8 @@ def test_a_stream_of_several_states_is_refused_in_words() -> None:
         "activation_sparsity_pattern": [0.0, 0.0],
     }
     config = Gemma3nTextConfig(**sizes, layer_types=["full_attention"] * 2)
-    model = Gemma3nForCausalLM(config).eval()
+    model = Gemma3nForCausalLM(config)
+    model.eval()  # type: ignore[no-untyped-call]
     with pytest.raises(ValueError, match=r"4 x 1 x 1 x 24.*no words"):
         find_stream(model, {1})
 
