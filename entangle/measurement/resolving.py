@@ -6,13 +6,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import xarray as xr
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from entangle.measurement.rerunning import setup_again
 from entangle.model import ranks
 from entangle.model.hooks import backbone_of, recording_rows
 from entangle.model.placing import input_device, is_offloaded
+from entangle.model.progress import progress_bar
 from entangle.model.sides import Recordable
 from entangle.model.text import TokenWindows
 from entangle.numerics.bulk import ends_of_counts
@@ -36,7 +36,7 @@ def resolve(
     windows: TokenWindows,
     *,
     run: str | Path,
-    progress: bool = False,
+    progress: bool | None = None,
 ) -> xr.DataTree:
     """Give neurons whose bulk lies in too few bins second histograms, and return the run with them.
 
@@ -54,7 +54,7 @@ def resolve(
     tree = store.open_run(run)
     rows = unresolved(tree)
     setup = _setup(model, windows, tree, rows, progress)
-    bar = tqdm(range(PASSES), unit="pass", disable=not progress)
+    bar = progress_bar(range(PASSES), unit="pass", shown=progress)
     for _ in bar:
         if not len(rows):
             break
@@ -83,7 +83,11 @@ def _state(tree: xr.DataTree, rows: Rows) -> Histograms:
 
 
 def _setup(
-    model: PreTrainedModel, windows: TokenWindows, tree: xr.DataTree, rows: Rows, progress: bool
+    model: PreTrainedModel,
+    windows: TokenWindows,
+    tree: xr.DataTree,
+    rows: Rows,
+    progress: bool | None,
 ) -> Setup:
     """Check that the run is of this model and these windows; return what runs the layers of rows.
 
