@@ -65,7 +65,7 @@ _BLOCKS = _ONE + _EXACT + " and budget == 'uniform' and across == "
 _INPUTS = "method == 'none' and inputs == "
 _BOTH = "method == 'sparsegpt' and inputs == 'teal' and input_shares == 'uniform' and "
 RIVALS = {  # as queries of the table, with the colour and the kind of their lines
-    "SparseGPT, as published": (
+    "SparseGPT": (
         _ALIKE + "solve == 'greedy' and reconstruct == 'none'",
         "0.6",
         "o-",
@@ -95,23 +95,34 @@ def main(names: Sequence[str]) -> int:
 
 
 def show() -> None:
-    """Print the tables of docs/pruning-evidence.md, and draw their picture."""
-    table = solving.evidence()
-    pruned = pd.to_numeric(table["sparsity"], errors="coerce").fillna(0)
-    zeros = pd.to_numeric(table["input_sparsity"], errors="coerce").fillna(0)
-    table["read"] = ((1 - pruned) * (1 - zeros)).round(9)
+    """Write the tables into docs/pruning-evidence.md, print them, and draw their picture."""
+    table = rivals()
+    solving.write(solving.PAGE, "rivals", tables(table))
+    print("\n".join(tables(table)))
     texts = [*dict.fromkeys(table["evaluation"])]
     figure = plt.figure(figsize=(12, 4.6), layout="constrained")
     panels = figure.subplots(1, len(texts), sharex=True)
     for text, panel in zip(texts, panels, strict=True):
-        rows = table[table["evaluation"] == text]
-        print("\n".join(table_of(rows)))
-        draw(panel, rows)
+        draw(panel, table[table["evaluation"] == text])
     figure.legend(
         *panels[0].get_legend_handles_labels(), loc="outside right upper", fontsize="small"
     )
     figure.supxlabel("weights read for a token, % of the MLPs' dense weights, routers included")
     figure.savefig(PICTURE, dpi=150)
+
+
+def rivals() -> pd.DataFrame:
+    """Return the evidence, with the share of the dense weights that a token reads as `read`."""
+    table = solving.evidence()
+    pruned = pd.to_numeric(table["sparsity"], errors="coerce").fillna(0)
+    zeros = pd.to_numeric(table["input_sparsity"], errors="coerce").fillna(0)
+    return table.assign(read=((1 - pruned) * (1 - zeros)).round(9))
+
+
+def tables(table: pd.DataFrame) -> list[str]:
+    """Return the lines of the tables of all texts."""
+    texts = dict.fromkeys(table["evaluation"])
+    return [line for text in texts for line in table_of(table[table["evaluation"] == text])]
 
 
 def table_of(rows: pd.DataFrame) -> list[str]:
@@ -126,16 +137,16 @@ def table_of(rows: pd.DataFrame) -> list[str]:
     found.append("|---" * (len(reads) + 2) + "|")
     for name, arms in arms_of.items():
         if len(arms):
-            cells = [cell(arms[arms["read"] == read]) for read in reads]
+            cells = [solving.cell(arms[arms["read"] == read]) for read in reads]
             found.append(f"| {name} | {stored(arms)} | {' | '.join(cells)} |")
     for method, arms in rows[rows["method"].isin(ROUNDED.values())].groupby("method", sort=False):
         size = float(arms.iloc[0]["disk_bytes"] / dense["disk_bytes"])
         found.append(
-            f"| `{method}`: reads all | {size:.2f} of the bytes | {cell(arms)}{' |' * len(reads)}"
+            f"| `{method}`: reads all | {size:.2f} of the bytes | {solving.cell(arms)}{' |' * len(reads)}"
         )
     found += ["", *filter(None, (share_of_gain(arms_of, read) for read in reads))]
     missing = [name for name, arms in arms_of.items() if arms.empty]
-    return [*found, "", f"Not run yet: {'; '.join(missing)}."] if missing else found
+    return [*found, f"Not run yet: {'; '.join(missing)}."] if missing else found
 
 
 def share_of_gain(arms_of: Mapping[str, pd.DataFrame], read: float) -> str:
@@ -159,15 +170,6 @@ def stored(arms: pd.DataFrame) -> str:
     shares = (arms["stored"] / arms["dense_multiply_adds"]).round(1)
     ends = dict.fromkeys((f"{shares.min():.1f}", f"{shares.max():.1f}"))
     return " to ".join(ends)
-
-
-def cell(arms: pd.DataFrame) -> str:
-    """Return an arm's perplexity, and its difference to the dense model in nats."""
-    if arms.empty:
-        return "not run"
-    row = arms.iloc[-1]
-    change = f"{row['difference']:.3f} ± {row['difference_error']:.3f}"
-    return f"{row['perplexity']:.1f} ({change})"
 
 
 def draw(panel: Axes, rows: pd.DataFrame) -> None:

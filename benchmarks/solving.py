@@ -2,8 +2,8 @@
 
 Each step is one `entangle sweep`, which goes on when it is killed. The arms of a finished step are
 appended to the table `EVIDENCE`, and a step whose arms are all there is not run again, also on
-another machine. `python -m benchmarks.solving STEP ...` runs some of the steps. At the end the tables are
-printed and the picture is drawn, of all arms that are there.
+another machine. `python -m benchmarks.solving STEP ...` runs some of the steps. At the end the tables of README.md
+and docs/pruning-evidence.md are written and the picture is drawn, of all arms that are there.
 """
 
 import fcntl
@@ -21,11 +21,13 @@ from matplotlib.axes import Axes
 
 from entangle.model import divergence
 from entangle.runs import store
+from entangle.runs.dataset import short_names
 
 MODEL, TEXTS = "data/smollm2-135m", ("data/python-docs", "data/fortunes")
 RUN, RUNS = Path("runs/demo"), Path("runs/solving")
 EVIDENCE = Path("figures/evidence/smollm2-135m/solving.csv")
 PICTURE = Path("figures/solving.png")
+PAGE, README = Path("docs/pruning-evidence.md"), Path("README.md")
 ALL = f"sweep {MODEL} --text {TEXTS[0]} --evaluation {' '.join(TEXTS)} --evaluation-windows 41"
 ALL += " --layers *.mlp.* --propagate sparse --batch-size 1"
 BUDGET = f" --budget {RUN}:ranks --across entanglement"
@@ -70,6 +72,21 @@ GROUPS = {  # as queries of the table
     "16 experts, budget": SPARSEGPT + "== 'entanglement' and experts == '16'",
     "16 random experts": SPARSEGPT + "== 'uniform' and assign == 'random'",
     "magnitude": "method == 'magnitude'",
+}
+NOT_RUN = "not run"
+LADDER = {  # the rows of README's table: a group, and a way to solve
+    "SparseGPT": ("one expert", "greedy"),
+    "more weights where neurons are entangled (`--across entanglement`)": (
+        "one expert, budget",
+        "greedy",
+    ),
+    "and kept weights solved again (`--solve exact`)": ("one expert, budget", "exact"),
+    "and 16 experts (`--experts 16`), 31.3% of the multiply-adds": ("16 experts, budget", "exact"),
+    "one expert, and each MLP reconstructed (`--solve admm --reconstruct mlp`)": (
+        "one expert, budget",
+        "admm + reconstructed",
+    ),
+    "the same with 16 experts": ("16 experts, budget", "admm + reconstructed"),
 }
 CHOSEN = ["method", "solve", "reconstruct", "experts", "assign", "budget", "across", "sparsity"]
 CHOSEN += ["inputs", "input_sparsity", "input_shares"]
@@ -138,31 +155,86 @@ def evidence() -> pd.DataFrame:
 
 
 def show() -> None:
-    """Print the tables of docs/pruning-evidence.md from the evidence, and draw its picture."""
-    table = evidence().query(
-        "inputs in ('', 'dense') and method in ('dense', 'sparsegpt', 'magnitude')"
-    )
+    """Write the tables of the evidence into README.md and its page, print them, and draw the picture."""
+    table = solved()
+    write(PAGE, "solving", tables(table))
+    write(README, "solving", ladder(table))
+    print("\n".join(tables(table)))
     figure, panels = plt.subplots(1, 2, figsize=(12, 4), layout="constrained")
     for text, panel in zip(dict.fromkeys(table["evaluation"]), panels, strict=True):
-        rows = table[table["evaluation"] == text]
-        dense = rows[rows["method"] == "dense"].iloc[0]
-        print(f"\n{text}: dense {dense['perplexity']:.2f} ± {dense['perplexity_error']:.2f}")
-        for share, at in rows[rows["method"] != "dense"].groupby("sparsity"):
-            print(
-                f"\n| at {float(share):.0%} | {' | '.join(GROUPS)} |\n{'|---' * (len(GROUPS) + 1)}|"
-            )
-            for way, (solve, reconstruct) in WAYS.items():
-                of_way = at[(at["solve"] == solve) & (at["reconstruct"] == reconstruct)]
-                found = [of_way.query(query) for query in GROUPS.values()]
-                cells = [_cell(one.iloc[0]) if len(one) else "" for one in found]
-                if any(cells):
-                    print(f"| {way} | {' | '.join(cells)} |")
-        _draw(panel, rows[rows["sparsity"] == "0.7"], text)
+        _draw(panel, table[(table["evaluation"] == text) & (table["sparsity"] == "0.7")], text)
     panels[0].legend(fontsize="small")
     figure.savefig(PICTURE, dpi=150)
 
 
-def _cell(row: "pd.Series[Any]") -> str:
+def solved() -> pd.DataFrame:
+    """Return the dense model's rows of the evidence, and those of the arms with dense inputs."""
+    return evidence().query(
+        "inputs in ('', 'dense') and method in ('dense', 'sparsegpt', 'magnitude')"
+    )
+
+
+def write(page: Path, name: str, lines: Sequence[str]) -> None:
+    """Replace the lines between a page's marks `<!-- NAME -->` and `<!-- end -->`."""
+    before, _, after = parts(page, name)
+    page.write_text("\n".join([before, *lines, after]), encoding="utf-8")
+
+
+def parts(page: Path, name: str) -> tuple[str, str, str]:
+    """Return a page before, between and behind the marks, which are in the first and last part."""
+    mark = f"<!-- {name} -->"
+    before, rest = page.read_text(encoding="utf-8").split(f"{mark}\n")
+    between, _, after = rest.partition("\n<!-- end -->")
+    return before + mark, between, "<!-- end -->" + after
+
+
+def tables(table: pd.DataFrame) -> list[str]:
+    """Return the lines of the page's tables: for each sparsity and text the ways to solve by group."""
+    done = len({*table["step"]} & {*STEPS})
+    found = ["", f"{done} of the {len(STEPS)} sweeps of `make solving` are finished."]
+    for share, at in table[table["method"] != "dense"].groupby("sparsity"):
+        for text in dict.fromkeys(at["evaluation"]):
+            rows = at[at["evaluation"] == text]
+            groups = {name: rows.query(query) for name, query in GROUPS.items()}
+            groups = {name: one for name, one in groups.items() if len(one)}
+            found += ["", f"At {float(str(share)):.0%}, on {_facts(table, text)}:", ""]
+            found += [f"| kept weights | {' | '.join(groups)} |", "|---" * (len(groups) + 1) + "|"]
+            for way, (solve, reconstruct) in WAYS.items():
+                asked = f"solve == '{solve}' and reconstruct == '{reconstruct}'"
+                cells = [cell(one.query(asked)) for one in groups.values()]
+                if any(one != NOT_RUN for one in cells):
+                    found.append(f"| {way} | {' | '.join(cells)} |")
+    return found
+
+
+def _facts(table: pd.DataFrame, text: str) -> str:
+    rows = table[(table["evaluation"] == text) & (table["method"] == "dense")]
+    dense = rows.iloc[0]
+    return f"{short_names([text])[0]} (dense {dense['perplexity']:.1f} ± {dense['perplexity_error']:.1f})"
+
+
+def ladder(table: pd.DataFrame) -> list[str]:
+    """Return the lines of README's table: what each step gives at 70%, on both texts."""
+    texts = [*dict.fromkeys(table["evaluation"])]
+    found = ["", "| 30% of the weights are left | the same kind of text | another kind of text |"]
+    found.append("|---|---|---|")
+    dense = table[table["method"] == "dense"].set_index("evaluation")["perplexity"]
+    found.append(f"| the dense model | {' | '.join(f'{dense[text]:.1f}' for text in texts)} |")
+    for name, (group, way) in LADDER.items():
+        solve, reconstruct = WAYS[way]
+        asked = f"sparsity == '0.7' and solve == '{solve}' and reconstruct == '{reconstruct}' and "
+        rows = table.query(asked + GROUPS[group])
+        if len(rows):
+            cells = [cell(rows[rows["evaluation"] == text]) for text in texts]
+            found.append(f"| {name} | {' | '.join(cells)} |")
+    return [*found, ""]
+
+
+def cell(arms: pd.DataFrame) -> str:
+    """Return an arm's perplexity, and its difference to the dense model in nats."""
+    if arms.empty:
+        return NOT_RUN
+    row = arms.iloc[-1]
     change = f"{row['difference']:.3f} ± {row['difference_error']:.3f}"
     return f"{row['perplexity']:.1f} ({change})"
 

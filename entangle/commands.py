@@ -358,7 +358,8 @@ def _print_table(args: argparse.Namespace, table: "pd.DataFrame", name: str) -> 
     result |= {"table": table.to_dict(orient="records"), "figure": file}
     text = (args.out / "tables" / f"{name}.md").read_text(encoding="utf-8")
     figures = f"with the figure {file}" if file else "without a figure: no arm has a score"
-    _print(args, result, lambda _: f"{text}\nwritten to {args.out}, {figures}")
+    following = printed.next_steps(args.out, "report {}")
+    _print(args, result, lambda _: f"{text}\nwritten to {args.out}, {figures}\n{following}")
 
 
 def run_ablate(args: argparse.Namespace) -> None:
@@ -440,8 +441,10 @@ def run_disentangle(args: argparse.Namespace) -> None:
         figures[kind] = str(store.save_figure(figure, args.out / "figures" / f"{kind}.png"))
     result = dataset.disentangled(found) | {"figures": figures}
     text = (args.out / "tables" / "disentangle.md").read_text(encoding="utf-8")
-    drawn = ", ".join(figures.values())
-    _print(args, result, lambda _: f"{text}\nwritten to {args.out}, with figures: {drawn}")
+    drawn, following = ", ".join(figures.values()), printed.next_steps(args.out, "report {}")
+    _print(
+        args, result, lambda _: f"{text}\nwritten to {args.out}, with figures: {drawn}\n{following}"
+    )
 
 
 def run_contexts(args: argparse.Namespace) -> None:

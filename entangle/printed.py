@@ -1,9 +1,11 @@
 """The text that commands print of their results."""
 
 import math
+import shlex
 import statistics
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 
@@ -33,9 +35,17 @@ def _of_experts(experts: Mapping[str, Any]) -> str:
     )
 
 
+def next_steps(folder: object, *commands: str) -> str:
+    """Return a line with the commands that go on with a folder, which stands for {}."""
+    name = shlex.quote(str(folder))
+    return "next: " + ", ".join(f"entangle {command.format(name)}" for command in commands)
+
+
 def describe(summary: dict[str, Any]) -> str:
     """Return the text of a measured run, from `runs.dataset.summary`."""
     log = summary["log"]
+    whole = "shard" not in summary
+    following = ("rank {}", "report {}") if whole else ("merge SHARD... --out RUN",)
     lines = [
         _measured_on(summary),
         *([_of_experts(summary["experts"])] if "experts" in summary else []),
@@ -49,6 +59,7 @@ def describe(summary: dict[str, Any]) -> str:
         *summary["warnings"],
         f"written to {summary['run']} in {log['seconds']:.0f} s, "
         f"peak memory {log['peak_memory_bytes'] / 1e9:.2f} GB",
+        next_steps(summary["run"], *following),
     ]
     return "\n".join(lines)
 
@@ -206,9 +217,11 @@ def generated(result: dict[str, Any]) -> str:
 def timed(result: dict[str, Any]) -> str:
     """Return the text of the timing of a generation."""
     rest = result["tokens"] - 1
+    count = result["threads"]
+    threads = f" with {count} thread{'s' * (count > 1)}" if result["device"] == "cpu" else ""
     speed = (
         f", then {rest} tokens in {result['seconds']:.2f} s, "
-        f"{result['tokens_per_second']:.1f} a second"
+        f"{result['tokens_per_second']:.1f} a second{threads}"
     )
     return (
         f"\n{result['model']} on {result['device']}, {result['weight_bytes'] / 1e6:,.0f} MB of "
@@ -309,10 +322,11 @@ def sparsified(result: dict[str, Any]) -> str:
     lines += dependence_notes(result.get("dependent_on", []))
     lines += skipped_notes(result, "pruned")
     log = result["log"]
-    lines.append(
+    lines += [
         f"written to {result['folder']} in {log['seconds']:.0f} s, "
-        f"peak memory {log['peak_memory_bytes'] / 1e9:.2f} GB"
-    )
+        f"peak memory {log['peak_memory_bytes'] / 1e9:.2f} GB",
+        next_steps(result["folder"], "perplexity {} --text TEXT", "generate {} --prompt TEXT"),
+    ]
     return "\n".join(lines)
 
 
@@ -460,7 +474,8 @@ def contexts(result: dict[str, Any]) -> str:
         lines.append(
             f"tokens are not printed for more than {FEW} neurons: entangle report shows them"
         )
-    return "\n".join([*lines, f"contexts written to {result['file']}"])
+    lines.append(f"contexts written to {result['file']}")
+    return "\n".join([*lines, next_steps(Path(result["file"]).parent, "report {}")])
 
 
 def words(result: dict[str, Any]) -> str:

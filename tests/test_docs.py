@@ -4,11 +4,15 @@ import re
 import shlex
 import subprocess
 import sys
+from contextlib import chdir
 from pathlib import Path
 
+import numpy as np
 import pytest
+from scipy import stats
 
 import entangle
+from benchmarks import rivals, solving
 from entangle.arguments import parser
 
 ROOT = Path(__file__).parents[1]
@@ -43,6 +47,30 @@ def test_every_public_name_is_in_the_reference() -> None:
     functions = set(re.findall(r"autofunction:: (\w+)$", text, re.MULTILINE))
     assert functions == {*entangle.__all__} - {"plots"}
     assert "automodule:: entangle.show.plots" in text
+
+
+def test_tables_are_those_of_the_evidence() -> None:
+    with chdir(ROOT):
+        expected = {
+            (solving.PAGE, "solving"): solving.tables(solving.solved()),
+            (solving.README, "solving"): solving.ladder(solving.solved()),
+            (solving.PAGE, "rivals"): rivals.tables(rivals.rivals()),
+        }
+        for (page, name), lines in expected.items():
+            assert solving.parts(page, name)[1].split("\n") == lines
+
+
+def test_numbers_of_the_evidence_follow_from_its_windows() -> None:
+    with chdir(ROOT):
+        table = solving.evidence()
+    for _, rows in table.groupby("evaluation"):
+        nats = np.stack([solving.window_nats(row) for _, row in rows.iterrows()])
+        change = nats - nats[(rows["method"] == "dense").to_numpy()]
+        assert rows["perplexity"].to_numpy() == pytest.approx(np.exp(nats.mean(1)), rel=2e-6)
+        assert rows["difference"].to_numpy() == pytest.approx(change.mean(1), abs=2e-6)
+        assert rows["difference_error"].to_numpy() == pytest.approx(
+            stats.sem(change, axis=1), abs=2e-6
+        )
 
 
 def test_site_is_built_without_a_warning(tmp_path: Path) -> None:

@@ -54,6 +54,7 @@ ROOMS = {
         "ranks",
         "documents",
         "limits",
+        "progress",
         "text",
         "pieces",
         "sliding",

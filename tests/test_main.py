@@ -601,7 +601,7 @@ def test_generate_writes_what_the_python_function_does(
     said = capsys.readouterr().out
     assert said.startswith(expected.text)
     about = rf"{re.escape(str(place / 'model'))} .*\bcpu\b.*\b{size / 1e6:,.0f} MB.*\b\d+\.\d\d s\b"
-    about += r".*\b9\b.*prompt.*\b5\b.*\b\d+\.\d\d s\b.*\b\d+\.\d a second"
+    about += r".*\b9\b.*prompt.*\b5\b.*\b\d+\.\d\d s\b.*\b\d+\.\d a second with 1 thread"
     assert re.fullmatch(f"\n\n{about}\n", said.removeprefix(expected.text))
     assert main([*words, "--tokens", "1", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["tokens_per_second"] is None
@@ -1444,7 +1444,8 @@ def test_contexts_are_printed_and_added_to_the_run(
         assert head.startswith(f"{name}: W1 {_exact_distance(place, name):.4f}, 95% interval ")
         assert "640 tokens" in head
     assert [lines.count(f"  {why}") for why in ("lowest", "highest", "quantile 0.5")] == [2, 2, 2]
-    assert lines[-1].endswith(f" {run / 'contexts.json'}")
+    assert lines[-2].endswith(f" {run / 'contexts.json'}")
+    assert lines[-1].endswith(f" report {run}")
 
     assert main(["contexts", str(run), *names, "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)

@@ -9,7 +9,6 @@ from typing import Any
 import pandas as pd
 import torch
 import xarray as xr
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from entangle.experiments.ablation_table import effects_of, markdown, table_of
@@ -20,6 +19,7 @@ from entangle.model.hooks import check_fired, replacing_outputs
 from entangle.model.kept_logits import KeptLogits
 from entangle.model.layers import LinearLayer, device_of, weight_of
 from entangle.model.placing import check_in_memory
+from entangle.model.progress import progress_bar
 from entangle.model.scoring import NotFiniteError
 from entangle.model.text import TokenWindows, check_one_text
 from entangle.numerics.sparsity import Solve
@@ -56,7 +56,7 @@ def ablate(
     skip_first: int = 0,
     out: str | Path | None = None,
     overwrite: bool = False,
-    progress: bool = False,
+    progress: bool | None = None,
 ) -> pd.DataFrame:
     """Score the model with a share of each layer's neurons treated, for several sets of neurons.
 
@@ -170,7 +170,7 @@ def ablate(
         wanted = _wanted([arm for arm in left.values() if arm], treated)
         prune = functools.cache(lambda: _prune(setup, wanted, rows, solve))
         dense = setup.keep_logits() if left else None
-        for file, arm in tqdm(left.items(), unit="arm", disable=not progress):
+        for file, arm in progress_bar(left.items(), unit="arm", shown=progress):
             if arm is None:
                 found = {"intervention": "dense", "model_sparsity": zeros[0] / zeros[1]}
                 found |= _score(setup, [], None, dense)

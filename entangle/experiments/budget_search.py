@@ -59,7 +59,7 @@ def choose_budget(
     exclude: str | Sequence[str] = (),
     batch_size: int = 4,
     skip_first: int = 0,
-    progress: bool = False,
+    progress: bool | None = None,
     **options: Unpack[PruningOptions],
 ) -> ChosenBudget:
     """Return a budget that was chosen on a fourth of the calibration windows, which is set aside.

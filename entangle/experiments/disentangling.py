@@ -12,7 +12,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import xarray as xr
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from entangle.experiments.disentangle_table import layers_table, markdown, quantiles_table
@@ -22,6 +21,7 @@ from entangle.model import folders
 from entangle.model.layers import naming
 from entangle.model.packing import load_tensors, save_tensors
 from entangle.model.placing import check_in_memory
+from entangle.model.progress import progress_bar
 from entangle.model.sampling import sample_inputs, sampled_places
 from entangle.model.text import TokenWindows, evenly_spaced
 from entangle.numerics.sparsity import Solve, Sparsity
@@ -67,7 +67,7 @@ def disentangle(
     skip_first: int = 0,
     out: str | Path | None = None,
     overwrite: bool = False,
-    progress: bool = False,
+    progress: bool | None = None,
 ) -> xr.DataTree:
     """Measure each neuron within clusters and with sparse experts, on up to 8,192 held-out tokens.
 
@@ -218,7 +218,7 @@ def _measure_blocks(
     places = sampled_places(held_out, HELD_OUT, seed)
     halves = places // setup.evaluation.length % 2  # even and odd windows
     blocks = range(left[-1] + 1)
-    for block in tqdm(blocks, unit="block", desc="disentangle", disable=not setup.progress):
+    for block in progress_bar(blocks, unit="block", desc="disentangle", shown=setup.progress):
         if block not in left:
             walk.advance()
             held_out.advance()

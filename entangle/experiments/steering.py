@@ -9,13 +9,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import xarray as xr
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from entangle.model.causality import check_causal
 from entangle.model.divergence import Divergence, mean_over_windows
 from entangle.model.generating import generate
 from entangle.model.placing import input_device
+from entangle.model.progress import progress_bar
 from entangle.model.scoring import NotFiniteError, compared
 from entangle.model.sides import Recordable
 from entangle.model.steering import Setting, changed, find_steerable
@@ -174,7 +174,7 @@ def steered(
     prompt_tokens: int = 40,
     batch_size: int = 4,
     skip_first: int = 0,
-    progress: bool = False,
+    progress: bool | None = None,
 ) -> Steering:
     """Compare the model with a neuron in each of some settings (see `steer`) with the untouched model.
 
@@ -215,7 +215,7 @@ def steered(
     batches = windows.batches(batch_size)
     with (
         torch.inference_mode(),
-        tqdm(total=windows.tokens.numel(), unit="token", disable=not progress) as bar,
+        progress_bar(total=windows.tokens.numel(), unit="token", shown=progress) as bar,
     ):
         for number, batch in enumerate(batches):
             tokens = batch.to(input_device(model))

@@ -12,7 +12,6 @@ from typing import Any, Unpack
 import pandas as pd
 import torch
 import xarray as xr
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from entangle.experiments.sweep_table import DENSE, ROUNDED, markdown, tables_of
@@ -22,6 +21,7 @@ from entangle.model.kept_logits import KeptLogits
 from entangle.model.layers import LinearLayer, find_layers, replace_layer, weight_of, write_weight
 from entangle.model.packing import load_tensors, pack_layers, save_tensors
 from entangle.model.placing import check_in_memory
+from entangle.model.progress import progress_bar
 from entangle.model.sampling import sample_inputs
 from entangle.model.scoring import NotFiniteError
 from entangle.model.sparse_inputs import counting_nonzero, densify_inputs
@@ -84,7 +84,7 @@ def sweep(
     skip_first: int = 0,
     out: str | Path | None = None,
     overwrite: bool = False,
-    progress: bool = False,
+    progress: bool | None = None,
     **options: Unpack[PruningOptions],
 ) -> pd.DataFrame:
     """Score a model pruned in every combination of the options of `sparsify`, one or several each.
@@ -262,7 +262,7 @@ def sweep_arms(
 
         # Of the arms that are finished, by name.
         seconds = store.read_json(log)["arm_seconds"] if log.exists() else {}
-        for file, pruning in tqdm(left.items(), unit="arm", disable=not setup.progress):
+        for file, pruning in progress_bar(left.items(), unit="arm", shown=setup.progress):
             if isinstance(pruning, Pruning) and pruning.propagate == "dense":
                 _calibrate_dense(setup, clusterings, grams)  # only the first call computes
             begin = time.perf_counter()
@@ -307,7 +307,7 @@ def _calibrate_dense(setup: Setup, clusterings: Sequence[Clustering], folder: Pa
         return
     walk, held_out = setup.walk(), setup.evaluation_walk(HELD_OUT_WINDOWS)
     blocks = range(setup.last_block + 1)
-    for block in tqdm(blocks, unit="block", desc="calibrate", disable=not setup.progress):
+    for block in progress_bar(blocks, unit="block", desc="calibrate", shown=setup.progress):
         if block not in left:  # already saved, or no chosen layer
             walk.advance()
             held_out.advance()

@@ -16,7 +16,6 @@ import numpy.typing as npt
 import xarray as xr
 from scipy.ndimage import gaussian_filter1d
 from scipy.signal import find_peaks
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from entangle.measurement.explainers import Examples, check_examples
@@ -31,6 +30,7 @@ from entangle.measurement.token_kinds import (
 from entangle.measurement.window_choice import choose_windows
 from entangle.model.gating import find_gated
 from entangle.model.pieces import pieces_of
+from entangle.model.progress import progress_bar
 from entangle.model.text import TokenWindows
 from entangle.numerics.contributions import bootstrap, distance_parts
 from entangle.numerics.levels import Levels
@@ -105,7 +105,7 @@ def contexts(
     tokenizer: PreTrainedTokenizerBase,
     out: str | Path | None = None,
     delphi: str | Path | None = None,
-    progress: bool = False,
+    progress: bool | None = None,
 ) -> list[NeuronContexts]:
     """Find the contexts of ``neurons``, written LAYER:INDEX; return them in this order.
 
@@ -150,7 +150,7 @@ def contexts(
     columns = 3 if any(map(parts_of, names)) else 1  # of a hidden unit also its other parts
     size = max(1, VALUES // (columns * setup.tokens))
     groups = [names[first : first + size] for first in range(0, len(names), size)]
-    bar = tqdm(groups, unit="pass", disable=not progress)
+    bar = progress_bar(groups, unit="pass", shown=progress)
     for group in bar:
         units = [parts_of(name) for name in group]
         wanted = list(dict.fromkeys([*group, *(part for one in units for part in one.values())]))

@@ -13,7 +13,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import xarray as xr
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from entangle.measurement.ranking import rank_correlations
@@ -24,6 +23,7 @@ from entangle.model.hooks import backbone_of, recording_rows
 from entangle.model.overlap import run_hashes
 from entangle.model.packing import load_tensors, save_tensors
 from entangle.model.placing import input_device, is_offloaded
+from entangle.model.progress import progress_bar
 from entangle.model.ranks import Shard
 from entangle.model.reloading import free_memory
 from entangle.model.sampling import sample_inputs
@@ -58,7 +58,7 @@ def measure(
     shard: str | None = None,
     out: str | Path | None = None,
     overwrite: bool = False,
-    progress: bool = False,
+    progress: bool | None = None,
 ) -> xr.DataTree:
     """Measure the distribution of every neuron in the matching layers over windows of a text.
 
@@ -331,7 +331,7 @@ class _Recording:
                 bar.update()
 
     def _bar(self, total: int, unit: str) -> Any:
-        return tqdm(total=total, unit=unit, disable=not self.setup.progress)
+        return progress_bar(total=total, unit=unit, shown=self.setup.progress)
 
 
 def _over_ranks(state: Histograms) -> Histograms:
@@ -347,7 +347,9 @@ def _difficulties(setup: Setup, pairs: int) -> dict[str, Difficulty]:
     sampled = dataclasses.replace(setup, windows=evenly_spaced(setup.windows, DIFFICULTY_WINDOWS))
     walk, layers, last = sampled.walk(), setup.blocks, setup.last_block
     found = {}
-    for block in tqdm(range(last + 1), unit="block", desc="difficulty", disable=not setup.progress):
+    for block in progress_bar(
+        range(last + 1), unit="block", desc="difficulty", shown=setup.progress
+    ):
         here = layers.get(block)
         if not here:
             walk.advance()

@@ -26,7 +26,7 @@ def setup_again(
     *,
     run: xr.DataTree | xr.Dataset,
     neurons: Sequence[str],
-    progress: bool,
+    progress: bool | None,
 ) -> Setup:
     """Return the setup with which a run was measured, for the layers of some neurons alone.
 

@@ -6,13 +6,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import xarray as xr
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from entangle.measurement.rerunning import setup_again
 from entangle.model import ranks
 from entangle.model.hooks import backbone_of, recording_rows
 from entangle.model.placing import input_device, is_offloaded
+from entangle.model.progress import progress_bar
 from entangle.model.sides import Recordable
 from entangle.model.text import TokenWindows
 from entangle.numerics.bulk import ends_of_counts
@@ -37,7 +37,7 @@ def resolve(
     windows: TokenWindows,
     *,
     run: str | Path,
-    progress: bool = False,
+    progress: bool | None = None,
 ) -> xr.DataTree:
     """Give neurons whose bulk lies in too few bins second histograms, and return the run with them.
 
@@ -56,7 +56,7 @@ def resolve(
     tree = store.open_run(run)
     rows = unresolved(tree)
     setup = _setup(model, windows, tree, rows, progress)
-    with tqdm(total=PASSES, unit="pass", disable=not progress) as bar:
+    with progress_bar(total=PASSES, unit="pass", shown=progress) as bar:
         while len(rows):
             state = _counted(setup, dataset_of(tree), rows, _state(tree, rows)).tensors()
             store.write_resolved(run, rows, {**state, "passes": _passes(tree, rows) + 1})
@@ -109,7 +109,11 @@ def _state(tree: xr.DataTree, rows: Rows) -> Histograms:
 
 
 def _setup(
-    model: PreTrainedModel, windows: TokenWindows, tree: xr.DataTree, rows: Rows, progress: bool
+    model: PreTrainedModel,
+    windows: TokenWindows,
+    tree: xr.DataTree,
+    rows: Rows,
+    progress: bool | None,
 ) -> Setup:
     """Check that the run is of this model and these windows; return what runs the layers of rows.
 

@@ -23,6 +23,7 @@ _WRITTEN, _WARMING = (
     40,
     8,
 )  # tokens that are written to time a model, and the first that do not count
+_TRIED, _TRIED_SECONDS = 5, 0.5  # tokens to time a number of threads, and when no more are begun
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +36,7 @@ class Generated:
     first_seconds: float  # until the first generated token: reading the prompt
     seconds: float  # from the first generated token to the last
     weight_bytes: int  # the size of the model's weights in memory
+    threads: int = 1  # of the CPU, for the tokens after the first
 
     @property
     def tokens_per_second(self) -> float:
@@ -57,16 +59,24 @@ class _Times(BaseStreamer):
 
 
 class _Clock(TextStreamer):
-    """A streamer that records the time of each token, and passes the text on in whole words."""
+    """A streamer that records the time of each token, and passes the text on in whole words.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, on_text: Callable[[str], None]) -> None:
+    All threads read the prompt, and ``threads`` compute the tokens after the first.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, on_text: Callable[[str], None], threads: int
+    ) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self.on_text = on_text
+        self.threads = threads
         self.times: list[float] = []  # the first is the time of the prompt
 
     def put(self, value: torch.Tensor) -> None:
         """Record the time, and decode the tokens."""
         self.times.append(time.perf_counter())
+        if len(self.times) == 2:  # the prompt is read
+            torch.set_num_threads(self.threads)
         super().put(value)  # type: ignore[no-untyped-call]
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
@@ -96,6 +106,48 @@ def _compile(model: PreTrainedModel, ids: torch.Tensor) -> None:
         model(input_ids=ids[:, :1])  # compiles layers with and without a router
     if on_device:
         model(input_ids=ids)
+
+
+@contextmanager
+def _all_threads() -> Iterator[None]:
+    """Set the number of threads back at the end."""
+    threads = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _quickest_threads(model: PreTrainedModel, ids: torch.Tensor) -> int:
+    """Return the least number of threads with which a token takes at most a tenth more than the least time.
+
+    More threads gain nothing where memory is the limit. Beside other work they cost time: at the end
+    of each product all wait for the one that another program has displaced. So the number is
+    measured now. It is halved as long as a token does not take half as long again as with the best.
+    """
+    most = torch.get_num_threads()
+    if ids.device.type != "cpu" or most == 1:
+        return most
+    seconds: dict[int, float] = {}
+    with _all_threads():
+        count = most
+        while count:
+            torch.set_num_threads(count)
+            seconds[count] = _token_seconds(model, ids[:, :1])
+            if seconds[count] > 1.5 * min(seconds.values()):
+                break
+            count //= 2
+    return min(n for n, one in seconds.items() if one <= 1.1 * min(seconds.values()))
+
+
+def _token_seconds(model: PreTrainedModel, token: torch.Tensor) -> float:
+    """Return the mean seconds of a forward pass of one token, after one that is not counted."""
+    model(input_ids=token, use_cache=False)
+    start, tried = time.perf_counter(), 0
+    while tried < _TRIED and (not tried or time.perf_counter() - start < _TRIED_SECONDS):
+        model(input_ids=token, use_cache=False)
+        tried += 1
+    return (time.perf_counter() - start) / tried
 
 
 @with_torch_defaults
@@ -134,7 +186,8 @@ def generate(
     """Generate at most ``tokens`` tokens after the prompt, always the most likely one.
 
     Generation stops at an end of sequence. ``on_text`` is called with the text as it is generated. The
-    model may be packed (see `load_model`).
+    model may be packed (see `load_model`). On a CPU, at most as many threads as torch has are
+    used: as many as a short measurement finds quickest now.
 
     Raises:
         ValueError: the prompt has no tokens, ``tokens`` is not positive, or both together exceed
@@ -163,9 +216,9 @@ def generate(
         eos_token_id=end,
         pad_token_id=end[0] if isinstance(end, list) else end,
     )
-    clock = _Clock(tokenizer, on_text)
-    with torch.inference_mode(), default_settings(model):
+    with torch.inference_mode(), default_settings(model), _all_threads():
         _compile(model, ids)
+        clock = _Clock(tokenizer, on_text, _quickest_threads(model, ids))
         found = model.generate(  # type: ignore[operator]
             ids,
             attention_mask=torch.ones_like(ids),
@@ -181,4 +234,5 @@ def generate(
         first_seconds=first - start,
         seconds=others[-1] - first if others else 0.0,
         weight_bytes=weight_bytes(model),
+        threads=clock.threads,
     )

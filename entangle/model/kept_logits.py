@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from entangle.model import ranks
 from entangle.model.calls import BlockCall, Forward, hidden_of, replaced_forwards
 from entangle.model.layers import find_blocks
 from entangle.model.placing import input_device
+from entangle.model.progress import progress_bar
 from entangle.model.text import TokenWindows
 
 
@@ -57,7 +57,7 @@ class KeptLogits:
 
 
 def keep_logits(
-    model: PreTrainedModel, windows: TokenWindows, *, batch_size: int, progress: bool = False
+    model: PreTrainedModel, windows: TokenWindows, *, batch_size: int, progress: bool | None = None
 ) -> KeptLogits | None:
     """Run a model once, and keep its hidden states behind the last block, on the host.
 
@@ -72,7 +72,7 @@ def keep_logits(
     same = True
     with (
         torch.inference_mode(),
-        tqdm(total=windows.tokens.numel(), unit="token", disable=not progress) as bar,
+        progress_bar(total=windows.tokens.numel(), unit="token", shown=progress) as bar,
     ):
         for number in ranks.shard().batches(len(batches)):
             if not kept.hidden:

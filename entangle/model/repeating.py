@@ -4,7 +4,6 @@ import dataclasses
 
 import numpy as np
 import torch
-from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel
 
 from entangle.model import ranks
@@ -12,6 +11,7 @@ from entangle.model.divergence import Floats, mean_over_windows
 from entangle.model.generating import default_settings
 from entangle.model.limits import context_of
 from entangle.model.placing import input_device
+from entangle.model.progress import progress_bar
 from entangle.model.text import TokenWindows, check_evaluation, evenly_spaced
 from entangle.numerics.torch_settings import with_torch_defaults
 
@@ -51,7 +51,7 @@ def repetition(
     prompt_tokens: int = PROMPT,
     tokens: int = TOKENS,
     batch_size: int = 4,
-    progress: bool = False,
+    progress: bool | None = None,
 ) -> Repetition:
     """Generate ``tokens`` tokens after each of some prompts, and count what repeats.
 
@@ -74,7 +74,7 @@ def repetition(
     with (
         torch.inference_mode(),
         default_settings(model),
-        tqdm(total=len(chosen), unit="prompt", disable=not progress) as bar,
+        progress_bar(total=len(chosen), unit="prompt", shown=progress) as bar,
     ):
         for number in ranks.shard().batches(len(batches)):
             batch = batches[number].to(input_device(model))

@@ -3,7 +3,6 @@
 import numpy as np
 import torch
 from torch.nn.functional import log_softmax
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from entangle.model import ranks
@@ -11,6 +10,7 @@ from entangle.model.causality import check_causal
 from entangle.model.divergence import Divergence
 from entangle.model.kept_logits import KeptLogits
 from entangle.model.placing import input_device
+from entangle.model.progress import progress_bar
 from entangle.model.score import Score
 from entangle.model.text import TokenWindows, check_one_text, check_windows
 from entangle.numerics.torch_settings import with_torch_defaults
@@ -31,7 +31,7 @@ def perplexity(
     against: PreTrainedModel | KeptLogits | None = None,
     batch_size: int = 4,
     skip_first: int = 0,
-    progress: bool = False,
+    progress: bool | None = None,
 ) -> Score:
     """Return the score of each window's tokens, each given the tokens before it in its window.
 
@@ -68,7 +68,7 @@ def score_of(
     against: PreTrainedModel | KeptLogits | None,
     batch_size: int,
     skip_first: int,
-    progress: bool,
+    progress: bool | None,
 ) -> Score:
     """Return the score of a model that was checked, as `perplexity` does.
 
@@ -85,7 +85,7 @@ def score_of(
     shares = torch.zeros(3, len(windows), dtype=torch.float64)  # agreement, lost, gained
     with (
         torch.inference_mode(),
-        tqdm(total=windows.tokens.numel(), unit="token", disable=not progress) as bar,
+        progress_bar(total=windows.tokens.numel(), unit="token", shown=progress) as bar,
     ):
         for number in ranks.shard().batches(len(batches)):
             batch = batches[number]

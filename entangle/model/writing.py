@@ -4,7 +4,7 @@ import math
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from transformers import (
     GenerationConfig,
     LogitsProcessor,
@@ -19,6 +19,7 @@ from entangle.model.generating import default_settings
 from entangle.model.limits import context_of
 from entangle.model.packing import weight_bytes
 from entangle.model.placing import check_in_memory, input_device
+from entangle.model.progress import progress_bar
 from entangle.model.text import OWN, Bos, TokenWindows, start_tokens
 from entangle.numerics.torch_settings import with_torch_defaults
 
@@ -36,7 +37,7 @@ def write_windows(
     length: int = 512,
     seed: int = 0,
     bos: Bos = "auto",
-    progress: bool = False,
+    progress: bool | None = None,
 ) -> torch.Tensor:
     """Sample windows (windows, length) from a model at temperature 1, by ``seed``.
 
@@ -77,7 +78,7 @@ def write_windows(
     with (
         torch.inference_mode(),
         default_settings(model),
-        tqdm(total=windows * tokens, unit="token", desc="write", disable=not progress) as bar,
+        progress_bar(total=windows * tokens, unit="token", desc="write", shown=progress) as bar,
     ):
         for numbers in uniform.split(_at_once(model, windows, length)):
             sampler = _Sampler(numbers.to(device), start, ends, bar)

@@ -3,11 +3,10 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from tqdm.auto import tqdm
-
 from entangle.model import ranks
 from entangle.model.layers import weight_of, write_weight
 from entangle.model.packing import load_tensors, save_tensors
+from entangle.model.progress import progress_bar
 from entangle.pruning.block import prune_layers
 from entangle.pruning.budgets import zeros_of_block
 from entangle.pruning.calibration import calibrate, load_calibrations, save_calibrations
@@ -30,7 +29,7 @@ class PrunedBlocks:
         self._zeros: dict[int, int] = {}  # of the blocks as they are in the model
         walk = setup.walk()
         blocks = range(setup.last_block + 1)
-        for block in tqdm(blocks, unit="block", desc="calibrate", disable=not setup.progress):
+        for block in progress_bar(blocks, unit="block", desc="calibrate", shown=setup.progress):
             if block in setup.blocks:
                 found = calibrate(walk, setup.blocks[block], seed=setup.seed, advance=True)[ONE]
                 ranks.on_rank_zero(save_calibrations, self._calibration(block), found)

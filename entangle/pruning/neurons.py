@@ -11,12 +11,12 @@ from pathlib import Path
 
 import torch
 from torch.nn import functional
-from tqdm.auto import tqdm
 
 from entangle.model import ranks
 from entangle.model.experts import ExpertLinear
 from entangle.model.layers import LinearLayer, naming, weight_of
 from entangle.model.packing import load_tensors, router_from, router_tensors, save_tensors
+from entangle.model.progress import progress_bar
 from entangle.numerics.masks import prune
 from entangle.numerics.routing import Router
 from entangle.numerics.sparsity import Solve, Sparsity
@@ -79,7 +79,7 @@ def prune_neurons(
     inputs = setup.walk()
     clusterings = list(dict.fromkeys(clustering for clustering, _ in wanted))
     last = left[-1]
-    for block in tqdm(range(last + 1), unit="block", desc="prune", disable=not setup.progress):
+    for block in progress_bar(range(last + 1), unit="block", desc="prune", shown=setup.progress):
         if block not in left:
             inputs.advance()
             continue

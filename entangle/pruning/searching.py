@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from tqdm.auto import tqdm
 
 from entangle.model import folders, ranks
 from entangle.model.divergence import mean_over_windows
 from entangle.model.kept_logits import KeptLogits, keep_logits
+from entangle.model.progress import progress_bar
 from entangle.model.score import Score
 from entangle.model.scoring import NotFiniteError, score_of
 from entangle.model.text import TokenWindows
@@ -172,7 +172,7 @@ def search_blocks(
     few, many = _groups(setup, whole, FEW), _groups(setup, whole, MANY)
     candidates: list[tuple[str, str, int, BlockZeros]] = []
     count = share * len(starts)
-    with tqdm(total=count, unit="score", desc="search", disable=not setup.progress) as bar:
+    with progress_bar(total=count, unit="score", desc="search", shown=setup.progress) as bar:
         blocks = PrunedBlocks(setup, pruning, folder)
 
         def fitness(texts: list[_Text]) -> Fitness:

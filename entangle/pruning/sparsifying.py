@@ -13,7 +13,6 @@ from typing import Any, Unpack
 import pandas as pd
 import torch
 import xarray as xr
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from entangle.model import ranks
@@ -22,6 +21,7 @@ from entangle.model.integrity import LOG, described_files
 from entangle.model.layers import LinearLayer, find_layers, naming
 from entangle.model.loading import save_model
 from entangle.model.placing import check_in_memory, is_offloaded
+from entangle.model.progress import progress_bar
 from entangle.model.prunable import check_no_trained_experts, check_prunable
 from entangle.model.reloading import check_saved
 from entangle.model.sampling import sample_inputs
@@ -130,7 +130,7 @@ def sparsify(
     tokenizer: PreTrainedTokenizerBase | None = None,
     out: str | Path | None = None,
     overwrite: bool = False,
-    progress: bool = False,
+    progress: bool | None = None,
     **options: Unpack[PruningOptions],
 ) -> Sparsified:
     """Prune the matching layers of a model in place, block by block, from windows of a text.
@@ -364,7 +364,7 @@ def prune_model(
     finished = set() if checkpoint is None else checkpoint.finished
     if targets and checkpoint is not None:
         checkpoint.restore_hidden(targets.dense)
-    with tqdm(total=last + 1, unit="block", desc="prune", disable=not setup.progress) as bar:
+    with progress_bar(total=last + 1, unit="block", desc="prune", shown=setup.progress) as bar:
         for block in range(last + 1):
             here = layers.get(block, [])
             if targets:

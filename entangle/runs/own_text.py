@@ -41,7 +41,7 @@ def own_windows(
     seed: int = 0,
     bos: Bos = "auto",
     folder: str | Path | None = None,
-    progress: bool = False,
+    progress: bool | None = None,
 ) -> TokenWindows:
     """Return windows that the model writes itself, at temperature 1 (see `write_windows`).
 

@@ -81,7 +81,7 @@ class Setup:
     exclude: list[str]  # of the names of layers to leave out
     batch_size: int
     skip_first: int
-    progress: bool
+    progress: bool | None
     ranked: bool  # use only layers with a neuron that the run ranks
     pruned: bool  # use only layers that can be pruned
     seen: SeenText | None  # the run's text, unless the evaluation was set aside from it
@@ -101,7 +101,7 @@ class Setup:
         exclude: str | Sequence[str] = (),
         batch_size: int = 4,
         skip_first: int = 0,
-        progress: bool = False,
+        progress: bool | None = None,
         ranked: bool = False,
         pruned: bool = False,
         set_aside: bool = False,

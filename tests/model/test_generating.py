@@ -251,3 +251,37 @@ def test_the_time_of_a_token_is_a_median_without_the_first(monkeypatch: pytest.M
     model.config.max_position_embeddings = 9
     now = itertools.accumulate(itertools.repeat(1.0))
     assert math.isnan(token_microseconds(model, torch.tensor([[3]])))
+
+
+@pytest.mark.parametrize(
+    ("seconds", "chosen", "tried"),
+    [
+        ({4: 1.0, 2: 1.05, 1: 1.2}, 2, [4, 2, 1]),
+        ({4: 1.0, 2: 1.6, 1: 0.1}, 4, [4, 2]),
+        ({4: 9.0, 2: 3.0, 1: 1.0}, 1, [4, 2, 1]),
+        ({6: 1.0, 3: 1.2, 1: 1.09}, 1, [6, 3, 1]),
+        ({1: 1.0}, 1, []),
+    ],
+)
+def test_tokens_are_computed_with_the_quickest_number_of_threads(
+    seconds: dict[int, float], chosen: int, tried: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The number that a measurement finds; afterwards it is what it was, also if the model fails."""
+    asked, used = [], []
+
+    def timed(model: PreTrainedModel, token: torch.Tensor) -> float:
+        asked.append(torch.get_num_threads())
+        return seconds[asked[-1]]
+
+    monkeypatch.setattr(generating, "_token_seconds", timed)
+    model, most = tiny_model("llama"), max(seconds)
+    model.register_forward_pre_hook(lambda *_: used.append(torch.get_num_threads()))
+    torch.set_num_threads(most)
+    found = generate(model, tiny_tokenizer(), "abc", tokens=4)
+    assert (asked, found.threads, torch.get_num_threads()) == (tried, chosen, most)
+    assert used == [most, *[chosen] * (found.tokens - 1)]
+    handle = model.register_forward_pre_hook(lambda *_: 1 / 0 if len(used) % 3 == 0 else None)
+    with pytest.raises(ZeroDivisionError):
+        generate(model, tiny_tokenizer(), "abc", tokens=4)
+    handle.remove()
+    assert torch.get_num_threads() == most
