@@ -120,6 +120,7 @@ ROOMS = {
         "sign_cases",
         "context_search",
         "prompting",
+        "checking",
     ),
     "pruning": (
         "options",
