@@ -133,7 +133,7 @@ test: check data ## check lint and types, and run the whole test suite
 LOWEST := .venv-lowest
 
 lowest: $(LOWEST)/installed ## run the tests with the lowest versions that pyproject.toml allows, and the pinned torch
-	$(LOWEST)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not real'
+	$(LOWEST)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not real' -o filterwarnings=default
 
 $(LOWEST)/installed: pyproject.toml constraints.txt
 	@test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)
