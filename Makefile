@@ -17,7 +17,7 @@ EVIDENCE ?= runs/evidence/$(notdir $(MODEL))
 FIGURES ?= figures
 
 .DEFAULT_GOAL := help
-.PHONY: help install data gemma demo reproduce figures solving rivals docs test torture check bench clean
+.PHONY: help install data gemma demo reproduce figures solving rivals docs test lowest torture check bench clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -129,6 +129,19 @@ rivals: data/fortunes/fortunes.txt | $(DEMO)/run.json ## run what is left of the
 
 test: check data ## check lint and types, and run the whole test suite
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+LOWEST := .venv-lowest
+
+lowest: $(LOWEST)/installed ## run the tests with the lowest versions that pyproject.toml allows, and the pinned torch
+	$(LOWEST)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not real' -o filterwarnings=default
+
+$(LOWEST)/installed: pyproject.toml constraints.txt
+	@test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)
+	@$(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check uv
+	@grep '^torch==' constraints.txt > $(LOWEST)/torch.txt
+	@$(LOWEST)/bin/uv pip compile --quiet --resolution lowest-direct --extra dev -c $(LOWEST)/torch.txt pyproject.toml -o $(LOWEST)/versions.txt
+	@$(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check -c $(LOWEST)/versions.txt -e '.[dev]'
+	@touch $@
 
 torture: .venv/installed ## try 10,000 inputs, most of them bad, and 1,000 kills; goes on where it was stopped (up to two hours)
 	$(BIN)/python -m tests.torture all

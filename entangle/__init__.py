@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from entangle.experiments.planning import plan
     from entangle.experiments.steering import steer, steered
     from entangle.experiments.sweeping import sweep
+    from entangle.measurement.checking import check
     from entangle.measurement.comparing import diff
     from entangle.measurement.context_search import contexts
     from entangle.measurement.measuring import measure
@@ -42,6 +43,7 @@ __version__ = "0.2.0.dev0"
 
 __all__ = [
     "ablate",
+    "check",
     "choose_budget",
     "contexts",
     "describe",
@@ -80,6 +82,7 @@ __all__ = [
 # `--help` do not import torch.
 _HOMES = {
     "ablate": "entangle.experiments.ablating",
+    "check": "entangle.measurement.checking",
     "choose_budget": "entangle.experiments.budget_search",
     "describe": "entangle.runs.descriptions",
     "diff": "entangle.measurement.comparing",

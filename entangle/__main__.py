@@ -29,6 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     top, commands = parsers()
     args, unknown = top.parse_known_args(argv)
     positional = args.command in {
+        "check",
         "contexts",
         "plot",
         "words",
@@ -48,8 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def stop(signum: int, frame: FrameType | None) -> None:
         if _ignores_exit(frame):  # try again soon
-            main_thread = threading.main_thread().ident  # which may sleep
-            threading.Timer(0.05, signal.pthread_kill, [main_thread, signum]).start()
+            threading.Timer(0.05, _send, [signum]).start()
             return
         heard.append(signum)
         sys.unraisablehook = lambda _: None  # destructors of what was only half made may fail
@@ -130,6 +130,16 @@ def _ignores_exit(frame: FrameType | None) -> bool:
             return True
         frame = frame.f_back
     return False
+
+
+def _send(signum: int) -> None:
+    """Send a signal to the main thread, and wake it if it sleeps and the system can."""
+    if sys.platform == "win32":
+        signal.raise_signal(signum)
+    else:
+        thread = threading.main_thread().ident
+        assert thread is not None  # it has started
+        signal.pthread_kill(thread, signum)
 
 
 def _state(args: argparse.Namespace) -> str:

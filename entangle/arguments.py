@@ -37,6 +37,12 @@ is written LAYER:input:INDEX; it need not be measured."""
 STEER = """Set a neuron to a value on all tokens while the model runs, and compare the model with itself:
 zero, its mean or a quantile over RUN's tokens (mean, quantile:0.99), or its output times a number
 (scale:2). An input LAYER:input:INDEX is set for this layer alone."""
+CHECK = """Run the model once more over RUN's own text, and compute distances of some neurons from their raw
+outputs in three ways: by our closed form, by SciPy's numerical integration and by the optimal transport of
+the library POT. Compare RUN's distances and their certified bounds with them. The neurons are three (the
+most entangled, the median and the least entangled one) of each of five layers that are spread over those
+that --layers matches; or those that are named; or each layer's N most entangled ones (--top N). The exit
+code is 1 if a distance is outside its bound."""
 PLOTS = {  # kinds of pictures, and what each shows
     "heatmap": "distances of all neurons, a row per block, a panel per role",
     "layers": "distribution of the distances in each layer, by block",
@@ -573,6 +579,14 @@ def parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
         metavar="N",
         help="largest number of new tokens after --prompt [40]",
     )
+
+    check = commands.add_parser(
+        "check",
+        parents=[measured, layers, output],
+        help="compare a run's distances with those of raw outputs, also by SciPy and POT",
+        description=CHECK,
+    )
+    _add_neurons(check, "exact distances")
 
     rank = commands.add_parser(
         "rank",

@@ -579,6 +579,38 @@ def _named(args: argparse.Namespace, run: "xr.DataTree") -> list[str]:
     return [f"{layer}:{index}" for layer, indices in ranked.items() for index in indices]
 
 
+def run_check(args: argparse.Namespace) -> None:
+    """Compare a run's distances with those of raw outputs, in three ways.
+
+    Raises:
+        RuntimeError: a distance of the run is outside its bound.
+    """
+    from entangle.measurement.checking import spread_neurons
+    from entangle.runs import dataset
+
+    if args.neurons or args.top:
+        _check_named(args)
+    run, args = _measured(args)
+    named = bool(args.neurons or args.top)
+    names = _named(args, run) if named else spread_neurons(run, **_layers(args))
+    args = argparse.Namespace(**vars(args) | _drawn(dataset.about(run)))
+    tokenizer = _tokenizer(args)
+    parts, model = _parts(args, tokenizer), _model(args)
+    windows = _mixed(args, parts, model, tokenizer, args.run)
+    table = entangle.check(model, windows, run=run, neurons=names, progress=_progress())
+    result = {"model": args.model, "text": windows.text}
+    result |= {str(name): value for name, value in table.attrs.items()}
+    _print(args, result | {"neurons": table.to_dict(orient="records")}, printed.checked)
+    wrong = table["neuron"][~table["agrees"]].to_list()
+    if wrong:
+        raise RuntimeError(
+            f"{len(wrong)} of {len(table)} neurons have a distance outside its certified bound, or "
+            f"ways that do not agree: {', '.join(wrong[:5])}{', ...' if wrong[5:] else ''}. Either "
+            "the model's outputs are not what they were when RUN was measured (run.json has the "
+            "versions), or this is a bug in entangle: please report it"
+        )
+
+
 def run_describe(args: argparse.Namespace) -> None:
     """Add descriptions of neurons to a run."""
     from entangle.runs import descriptions
@@ -885,6 +917,7 @@ COMMANDS = {
     "contexts": run_contexts,
     "words": run_words,
     "steer": run_steer,
+    "check": run_check,
     "describe": run_describe,
     "rank": run_rank,
     "diff": run_diff,

@@ -342,6 +342,37 @@ def _settings(result: Mapping[str, Any], names: Iterable[str]) -> str:
     return ", ".join(f"{name} {result[name]}" for name in names if result.get(name, "") != "")
 
 
+def checked(result: dict[str, Any]) -> str:
+    """Return the text of distances beside those of raw outputs."""
+    names = {"wasserstein": "stored", "wasserstein_error": "bound", "exact": "exact"}
+    names |= {"scipy": "SciPy", "pot": "POT"}
+    of_bulk = {"wasserstein_bulk": "stored", "wasserstein_bulk_error": "bound"}
+    of_bulk |= {"bulk_scipy": "SciPy", "bulk_pot": "POT"}
+    lines = [f"raw outputs of {result['model']} on {result['text']}, computed once more", ""]
+    headings = {
+        "wasserstein, in std": names,
+        "wasserstein_bulk, in std of the bulk (no way of ours from raw outputs)": of_bulk,
+    }
+    for heading, columns in headings.items():
+        rows = [
+            {"neuron": one["neuron"], "tokens": one["tokens"]}
+            | {name: f"{one[column]:.6f}" for column, name in columns.items()}
+            for one in result["neurons"]
+        ]
+        lines += [heading, *_columns(rows), ""]
+    agree = sum(one["agrees"] for one in result["neurons"])
+    return "\n".join(
+        [
+            *lines,
+            f"exact and SciPy are off by rounding, less than {result['rounding']:g}; POT by at most "
+            f"{result['pot_error']:.2g}, and {result['bulk_pot_error']:.2g} for bulks: a grid stands for "
+            "the Gaussian",
+            f"{agree} of {len(result['neurons'])} neurons have every distance within the certified "
+            "bound of the stored one",
+        ]
+    )
+
+
 def ranked(summary: dict[str, Any]) -> str:
     """Return the text of a ranking of neurons."""
     lines = [_measured_on(summary), *summary["warnings"], ""]

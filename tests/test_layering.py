@@ -123,6 +123,7 @@ ROOMS = {
         "token_kinds",
         "context_search",
         "prompting",
+        "checking",
     ),
     "pruning": (
         "options",

@@ -1474,6 +1474,53 @@ def test_contexts_are_printed_and_added_to_the_run(
     assert main(["rank", str(run)]) == 0  # it is still a run
 
 
+def test_distances_are_checked_and_one_outside_its_bound_is_an_error(
+    place: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before, up = _contents(run), "model.layers.1.mlp.up_proj"
+    assert main(["check", str(run), "--layers", "*.up_proj", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert len(found["neurons"]) == 9
+    assert all(one["agrees"] for one in found["neurons"])
+    assert main(["check", str(run), "--top", "2", "--layers", "*.up_proj"]) == 0
+    said = capsys.readouterr().out
+    best = entangle.top_by_layer(entangle.open_run(run), count=2, layers="*.up_proj")
+    for index in best[up]:
+        assert len(re.findall(rf"^{up}:{index} +640 ", said, re.MULTILINE)) == 2
+    assert "6 of 6 neurons have every distance within" in said
+    assert _contents(run) == before
+
+    tree = entangle.open_run(run).load()
+    row = tree["neuron"].to_numpy().tolist().index(f"{up}:5")
+    tree["wasserstein"].to_numpy()[row] += 2.1 * float(tree["wasserstein_error"][row])
+    wrong = tmp_path / "wrong"
+    wrong.mkdir()
+    store.write_run(wrong, [tree], json.loads((run / "run.json").read_text()), dict)
+    assert main(["check", str(wrong), "--device", "cpu", f"{up}:5", f"{up}:6"]) == 1
+    printed = capsys.readouterr()
+    stored = float(tree["wasserstein"][row])
+    (exact,) = {line.split()[4] for line in printed.out.splitlines() if f" {stored:.6f} " in line}
+    assert float(exact) == pytest.approx(_exact_distance(place, f"{up}:5"), abs=1e-6)
+    assert re.match(rf"entangle: 1 of 2 neurons .*outside.*: {up}:5\.", printed.err)
+
+
+@pytest.mark.parametrize(
+    ("words", "messages"),
+    [
+        (["UP:5", "--top", "3"], ["not both"]),
+        (["UP:37"], ["36"]),
+        (["--layers", "*.nothing"], ["*.nothing"]),
+        (["--top", "0"], ["--top", "at least 1"]),
+    ],
+)
+def test_a_slip_in_check_gets_one_message(
+    run: Path, capsys: pytest.CaptureFixture[str], words: list[str], messages: list[str]
+) -> None:
+    words = [word.replace("UP", "model.layers.1.mlp.up_proj") for word in words]
+    assert main(["check", str(run), *words]) == 2
+    _one_message(capsys, messages)
+
+
 def test_words_are_printed_and_added_to_the_run(
     place: Path, run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +11,8 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 RESUMABLE = ".kept"  # the marker of a resumable folder: its unfinished work stays for the next try
+
+_WINDOWS = sys.platform == "win32"
 
 FAILS_AGAIN = (ValueError, TypeError, LookupError)
 """Errors about input: the same command fails again, and another command cannot use its work."""
@@ -65,8 +68,10 @@ def new_folder(
         yield partial
         filling = False
         check_target(target, overwrite)
+        if _WINDOWS:  # an open file, such as the lock, keeps its folder from being renamed
+            lock.release()
         _replace(partial, target)
-        (target / ".lock").unlink()
+        (target / ".lock").unlink(missing_ok=True)
         (target / RESUMABLE).unlink(missing_ok=True)
     except BaseException as error:
         # Not in `finally`: after the rename a folder of this name belongs to another process.

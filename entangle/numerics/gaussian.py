@@ -137,7 +137,7 @@ def between_sorted(columns: npt.NDArray[np.float32], others: npt.NDArray[np.floa
 def _library_distance(standard: Array, drawn: Array, method: Method) -> float:
     if method == "scipy":
         return float(scipy.stats.wasserstein_distance(standard, drawn))
-    import ot  # an optional package, needed only for the method pot
+    import ot  # it imports torch, which this module must not
 
     return float(ot.wasserstein_1d(standard, drawn, p=1))  # W_p to the p-th power: p must be 1
 

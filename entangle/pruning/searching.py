@@ -135,7 +135,7 @@ def search_name(pruning: Pruning) -> str:
     """Return the name of the file of a search, the same for prunings that have the same search."""
     one = pruning
     parts = (one.method, one.mask, one.budget, one.strength, one.scores, one.sparsity)
-    return "-".join(map(str, parts)).replace("*", "x") + ".json"
+    return "-".join(map(str, parts)).replace(":", "of").replace("*", "x") + ".json"
 
 
 def uniform_zeros(setup: Setup, pruning: Pruning) -> BlockZeros:

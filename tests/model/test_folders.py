@@ -8,7 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
+from entangle.model import folders
 from entangle.model.folders import check_sums, check_target, new_file, new_folder, sums
 
 AGAIN = "Copy it again"
@@ -46,6 +48,25 @@ def test_a_folder_appears_at_the_end_and_whole(tmp_path: Path) -> None:
         assert contents(folder) == {".lock": ""}
         (folder / "a").write_text("text")
     assert contents(tmp_path) == {"runs/new/a": "text"}
+
+
+def test_windows_renames_no_folder_with_an_open_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There the lock is let go, and removed, before the rename; here the end of that is imitated."""
+    replace = folders._replace
+
+    def without_open_files(partial: Path, target: Path) -> None:
+        with FileLock(partial / ".lock", timeout=0):
+            pass
+        (partial / ".lock").unlink()
+        replace(partial, target)
+
+    monkeypatch.setattr(folders, "_WINDOWS", True)
+    monkeypatch.setattr(folders, "_replace", without_open_files)
+    for what in ("zeroth", "first"):
+        fill(tmp_path / "run", what, overwrite=True)
+    assert contents(tmp_path) == WHOLE
 
 
 def test_an_empty_folder_in_its_place_is_taken_with_overwrite(tmp_path: Path) -> None:

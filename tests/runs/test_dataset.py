@@ -183,7 +183,7 @@ def test_a_run_may_be_kept_as_netcdf(
     kind: str, runs: dict[str, xr.DataTree], tmp_path: Path
 ) -> None:
     run = runs[kind]
-    run.to_netcdf(tmp_path / "run.nc")
+    run.to_netcdf(tmp_path / "run.nc", engine="h5netcdf")
     with xr.open_datatree(tmp_path / "run.nc", engine="h5netcdf") as opened:
         again = opened.load()
     xr.testing.assert_equal(again, run)

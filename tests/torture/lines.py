@@ -30,6 +30,7 @@ LINES: dict[str, Sequence[str]] = {
                f"ablate run {SCORED} {SOME} --seeds 1 --share 0.2 --intervention zero {NEW}"),
     "disentangle": (f"disentangle run {SCORED} {SOME} --experts 2 {NEW}",),
     "contexts": (f"contexts run {UP}:3", "contexts run --top 1 --layers *.0.mlp.up_proj"),
+    "check": (f"check run {UP}:3", "check run --layers *.0.mlp.*"),
     "words": (f"words run {UP}:3", "words run --top 1 --layers *.0.mlp.down_proj"),
     "steer": (f"steer run {UP}:3 --set zero,scale:2 --windows 2",
               f"steer run {UP}:3 --set mean --windows 1 --prompt some --tokens 2"),
@@ -43,7 +44,7 @@ LINES: dict[str, Sequence[str]] = {
 }  # fmt: skip
 # How often each is drawn: those with more arguments and inputs more often.
 WEIGHTS = {"measure": 12, "sparsify": 12, "sweep": 10, "ablate": 10, "disentangle": 7, "merge": 7,
-           "perplexity": 9, "generate": 7, "contexts": 7, "words": 5, "steer": 5, "describe": 2, "plan": 7, "rank": 6, "diff": 6, "plot": 9,
+           "perplexity": 9, "generate": 7, "contexts": 7, "check": 4, "words": 5, "steer": 5, "describe": 2, "plan": 7, "rank": 6, "diff": 6, "plot": 9,
            "report": 3}  # fmt: skip
 assert {*LINES} == {*WEIGHTS} == {*parsers()[1]}
 
