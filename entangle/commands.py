@@ -7,7 +7,6 @@ import os
 import shlex
 import sys
 from collections.abc import Iterable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -182,10 +181,16 @@ def _dense(args: argparse.Namespace, windows: "TokenWindows") -> "PreTrainedMode
 
 def run_generate(args: argparse.Namespace) -> None:
     """Generate text from a prompt; a terminal shows each token as it is generated."""
+    from entangle.show.coloured import plain
+
     tokenizer = _tokenizer(args)
     model = _model(args, packed=not args.unpacked)
     live = sys.stdout.isatty() and not args.json
-    show = partial(print, end="", flush=True) if live else lambda text: None
+
+    def show(text: str) -> None:
+        if live:
+            print(plain(text), end="", flush=True)
+
     found = entangle.generate(model, tokenizer, args.prompt, tokens=args.tokens, on_text=show)
     result = dataclasses.asdict(found) | {"tokens_per_second": found.tokens_per_second}
     result |= {"model": args.model, "prompt": args.prompt, "device": str(model.device)}

@@ -211,7 +211,9 @@ def scored(result: dict[str, Any]) -> str:
 
 def generated(result: dict[str, Any]) -> str:
     """Return the generated text, and the text of its timing."""
-    return f"{result['text']}\n{timed(result)}"
+    from entangle.show.coloured import plain
+
+    return f"{plain(result['text'])}\n{timed(result)}"
 
 
 def timed(result: dict[str, Any]) -> str:

@@ -207,7 +207,10 @@ def steered(
         with ExitStack() as stack:
             if setting is not None:
                 stack.enter_context(_held(one, index, setting, value))
-            return generate(model, tokenizer, prompt, tokens=prompt_tokens).text
+            # All threads, so that continuations differ by nothing but the neuron.
+            threads = torch.get_num_threads()
+            found = generate(model, tokenizer, prompt, tokens=prompt_tokens, threads=threads)
+            return found.text
 
     untouched = continuation(None, None)  # first: a bad prompt is refused here
     first = max(skip_first, 1)

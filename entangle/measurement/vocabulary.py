@@ -111,7 +111,8 @@ def words(
     names = [*dict.fromkeys([neurons] if isinstance(neurons, str) else neurons)]
     layers = find_layers(model)
     places = {name: find_channel(layers, name) for name in names}
-    kept = {} if out is None else read_words(Path(out))  # one of another form is refused here
+    if out is not None:
+        read_words(Path(out))  # one of another form is refused before the work
     if run is not None:
         Setup.of(model, None, run=run)
     stream = find_stream(model, {one.block for one, _ in places.values()})
@@ -140,6 +141,7 @@ def words(
         for name in names
     ]
     if out is not None:
+        kept = read_words(Path(out))  # another command may have added to it
         store.write_json(
             Path(out) / FILE, kept | {one.neuron: dataclasses.asdict(one) for one in results}
         )

@@ -12,6 +12,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.generation.streamers import BaseStreamer
 
 from entangle.model.experts import Mixture, PackedLinear
+from entangle.model.hooks import on_trial
 from entangle.model.limits import context_of
 from entangle.model.packing import weight_bytes
 from entangle.model.placing import input_device
@@ -23,7 +24,8 @@ _WRITTEN, _WARMING = (
     40,
     8,
 )  # tokens that are written to time a model, and the first that do not count
-_TRIED, _TRIED_SECONDS = 5, 0.5  # tokens to time a number of threads, and when no more are begun
+_TRIED = 5  # tokens to time a number of threads
+_TRIED_SECONDS = 2.0  # after which no other number of threads is tried
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Generated:
     first_seconds: float  # until the first generated token: reading the prompt
     seconds: float  # from the first generated token to the last
     weight_bytes: int  # the size of the model's weights in memory
-    threads: int = 1  # of the CPU, for the tokens after the first
+    threads: int  # of the CPU, for the tokens after the first
 
     @property
     def tokens_per_second(self) -> float:
@@ -95,17 +97,21 @@ def default_settings(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _compile(model: PreTrainedModel, ids: torch.Tensor) -> None:
-    """Compile all kernels of packed layers and experts, so that the timing does not include it."""
+    """Compile all kernels of packed layers and experts, so that the timing does not include it.
+
+    No recording counts the passes.
+    """
     mixtures = [module for module in model.modules() if isinstance(module, Mixture)]
     packed = [module.sliced for module in mixtures if isinstance(module, PackedLinear)]
     for sliced in {one.dtype: one for one in packed if isinstance(one, Sliced)}.values():
         sliced.dense(0)
         sliced.product(torch.zeros(2, sliced.inputs), 0)
     on_device = bool(mixtures) and ids.device.type != "cpu"
-    if packed or on_device:
-        model(input_ids=ids[:, :1])  # compiles layers with and without a router
-    if on_device:
-        model(input_ids=ids)
+    with on_trial(model):
+        if packed or on_device:
+            model(input_ids=ids[:, :1])  # compiles layers with and without a router
+        if on_device:
+            model(input_ids=ids)
 
 
 @contextmanager
@@ -118,20 +124,22 @@ def _all_threads() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _quickest_threads(model: PreTrainedModel, ids: torch.Tensor) -> int:
+def quickest_threads(model: PreTrainedModel, ids: torch.Tensor) -> int:
     """Return the least number of threads with which a token takes at most a tenth more than the least time.
 
     More threads gain nothing where memory is the limit. Beside other work they cost time: at the end
     of each product all wait for the one that another program has displaced. So the number is
-    measured now. It is halved as long as a token does not take half as long again as with the best.
+    measured now. It is halved until a token takes half as long again as with the best, or time is up.
+    No recording counts these passes.
     """
     most = torch.get_num_threads()
     if ids.device.type != "cpu" or most == 1:
         return most
     seconds: dict[int, float] = {}
-    with _all_threads():
+    begin = time.perf_counter()
+    with _all_threads(), on_trial(model):
         count = most
-        while count:
+        while count and time.perf_counter() - begin < _TRIED_SECONDS:
             torch.set_num_threads(count)
             seconds[count] = _token_seconds(model, ids[:, :1])
             if seconds[count] > 1.5 * min(seconds.values()):
@@ -144,7 +152,7 @@ def _token_seconds(model: PreTrainedModel, token: torch.Tensor) -> float:
     """Return the mean seconds of a forward pass of one token, after one that is not counted."""
     model(input_ids=token, use_cache=False)
     start, tried = time.perf_counter(), 0
-    while tried < _TRIED and (not tried or time.perf_counter() - start < _TRIED_SECONDS):
+    while tried < _TRIED and (not tried or time.perf_counter() - start < _TRIED_SECONDS / 4):
         model(input_ids=token, use_cache=False)
         tried += 1
     return (time.perf_counter() - start) / tried
@@ -181,13 +189,15 @@ def generate(
     prompt: str,
     *,
     tokens: int = 64,
+    threads: int | None = None,
     on_text: Callable[[str], None] = lambda text: None,
 ) -> Generated:
     """Generate at most ``tokens`` tokens after the prompt, always the most likely one.
 
     Generation stops at an end of sequence. ``on_text`` is called with the text as it is generated. The
-    model may be packed (see `load_model`). On a CPU, at most as many threads as torch has are
-    used: as many as a short measurement finds quickest now.
+    model may be packed (see `load_model`). ``threads`` of the CPU compute the tokens after the first; by
+    default as many as a short measurement finds quickest now, and never more than torch has. Another
+    number may round otherwise, and so choose another of two tokens that are almost equally likely.
 
     Raises:
         ValueError: the prompt has no tokens, ``tokens`` is not positive, or both together exceed
@@ -218,7 +228,9 @@ def generate(
     )
     with torch.inference_mode(), default_settings(model), _all_threads():
         _compile(model, ids)
-        clock = _Clock(tokenizer, on_text, _quickest_threads(model, ids))
+        if threads is None:
+            threads = quickest_threads(model, ids) if tokens > 1 else torch.get_num_threads()
+        clock = _Clock(tokenizer, on_text, threads)
         found = model.generate(  # type: ignore[operator]
             ids,
             attention_mask=torch.ones_like(ids),

@@ -85,7 +85,8 @@ def changed(one: Recordable, index: int, *, scale: float, value: float) -> Itera
     """Replace a neuron's output, or an input channel, by ``scale`` times it plus ``value``.
 
     An input channel is changed for this layer alone, also where others receive the same inputs, and
-    after a rule for sparse inputs. A trained expert's neuron is changed at the expert's own tokens.
+    after a rule for sparse inputs. A trained expert's neuron is changed at the expert's own tokens; a
+    recording of this expert that begins inside hears its outputs unchanged.
     """
 
     def change(values: torch.Tensor) -> torch.Tensor:

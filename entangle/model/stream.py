@@ -129,12 +129,12 @@ def find_stream(model: PreTrainedModel, blocks: Collection[int] | None = None) -
 def _refused_in_words() -> Iterator[None]:
     """Let a trial that fails say what it means, whatever the model's code raised.
 
-    An error that says it already, or is of the memory or of a file, stays as it is.
+    An error that says it already, or is of the memory, a device or a file, stays as it is.
 
     Raises:
         ValueError: the body raised another error.
     """
-    told = (ValueError, OSError, MemoryError, torch.OutOfMemoryError)
+    told = (ValueError, OSError, MemoryError, torch.OutOfMemoryError, torch.AcceleratorError)
     try:
         yield
     except Exception as error:

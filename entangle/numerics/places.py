@@ -61,7 +61,8 @@ class Distribution:
         the distance to the farther end.
         """
         left, right = (int(np.searchsorted(self.below, share, side)) for side in ("left", "right"))
-        begin, end = (left, right - 1) if left < right else (left - 1, left)  # a gap, or a bin
+        # Where the share falls on an edge, the value is in the bin before it or in that behind it.
+        begin, end = max(left - 1, 0), min(right, len(self.knots) - 1)
         value = float(np.interp(share, self.below, self.knots))
         far = max(value - self.knots[begin], self.knots[end] - value)
         return value, float(far + self._slip)

@@ -44,7 +44,7 @@ _CASE = {"gate": TEXT, "up": TEXT, "tokens": COUNT, "share": NUMBER, "mean": KNO
 _UNIT = {
     **dict.fromkeys(_PARTS, TEXT),
     "wasserstein": dict.fromkeys(_PARTS, KNOWN),
-    "cases": [{**_CASE, "examples": [{**_TOKEN, **dict.fromkeys(_PARTS, NUMBER)}]}],
+    "cases": [{**_CASE, "examples": [{**_TOKEN, **dict.fromkeys(_PARTS, KNOWN)}]}],
 }
 
 

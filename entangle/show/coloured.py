@@ -17,7 +17,7 @@ _TINTS = {False: ((255, 228, 190), (255, 140, 20)), True: ((205, 228, 255), (80,
 
 
 # What a terminal obeys or does not show: control characters, marks of direction, other line ends.
-_UNSEEN = {code: f"\\u{code:04x}" for code in (*range(0x7F, 0xA0), 0x200E, 0x200F)}
+_UNSEEN = {code: f"\\u{code:04x}" for code in (*range(0x7F, 0xA0), 0x061C, 0x200E, 0x200F)}
 _UNSEEN |= {code: f"\\u{code:04x}" for code in (*range(0x2028, 0x202F), *range(0x2066, 0x206A))}
 _SIGNS = _UNSEEN | {code: chr(0x2400 + code) for code in range(0x20)}
 _SIGNS |= {ord("\n"): "⏎", ord("\t"): "⇥"}
@@ -26,6 +26,11 @@ _SIGNS |= {ord("\n"): "⏎", ord("\t"): "⇥"}
 def visible(text: str) -> str:
     """Return a token's text on one line, with signs for control characters such as line breaks."""
     return text.translate(_SIGNS)
+
+
+def plain(text: str) -> str:
+    """Return a text of several lines, with signs for other control characters."""
+    return text.translate({code: sign for code, sign in _SIGNS.items() if code not in b"\n\t"})
 
 
 def quoted(text: str) -> str:

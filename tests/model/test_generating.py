@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from entangle.measurement.recording import record
 from entangle.model import generating
 from entangle.model.generating import Generated, generate, token_microseconds
 from entangle.model.layers import find_layers, weight_of
@@ -190,7 +191,13 @@ def test_an_end_that_the_tokenizer_adds_is_not_of_the_prompt() -> None:
 
 def made(tokens: int, seconds: float) -> Generated:
     return Generated(
-        text="", prompt_tokens=3, tokens=tokens, first_seconds=9.0, seconds=seconds, weight_bytes=0
+        text="",
+        prompt_tokens=3,
+        tokens=tokens,
+        first_seconds=9.0,
+        seconds=seconds,
+        weight_bytes=0,
+        threads=1,
     )
 
 
@@ -285,3 +292,14 @@ def test_tokens_are_computed_with_the_quickest_number_of_threads(
         generate(model, tiny_tokenizer(), "abc", tokens=4)
     handle.remove()
     assert torch.get_num_threads() == most
+
+
+def test_a_recording_counts_the_tokens_of_the_text_alone() -> None:
+    """On two threads the time of a token is measured by more passes."""
+    model = tiny_model("llama")
+    torch.set_num_threads(2)
+    with record(model, ["*.up_proj"]) as recorder:
+        found = generate(model, tiny_tokenizer(), PROMPT, tokens=5)
+    assert found.threads in {1, 2}
+    counts = recorder.dataset()["count"].to_numpy()
+    assert (counts == found.prompt_tokens + found.tokens - 1).all()

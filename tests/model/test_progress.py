@@ -51,3 +51,8 @@ def test_without_ipython_no_bar_is_seen(
     monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: None))
     progress.progress_bar(unit="token", total=3, shown=None)
     assert options["disable"] is True
+
+
+def test_the_environment_hides_a_bar_that_is_asked_for() -> None:
+    """TQDM_DISABLE is set for all tests, before tqdm is imported."""
+    assert progress.progress_bar([1], unit="token", shown=True).disable

@@ -54,7 +54,7 @@ def test_a_value_at_an_edge_may_be_in_either_bin() -> None:
     assert errors == pytest.approx([0.75, 0.75, 0.75, 0.25], abs=0.002)
     value, error = found.quantile(0.75)  # the edge itself
     assert value == 0
-    assert error == pytest.approx(4 / 4096)
+    assert error == pytest.approx(4, abs=4 / 2048)  # the values of either bin
 
 
 @pytest.mark.parametrize("law", DISTRIBUTIONS, ids=str)
@@ -62,6 +62,7 @@ def test_a_quantile_is_the_value_to_within_its_error(law: Law) -> None:
     values = law.sample(20_001).astype(np.float32)
     values[::400] += np.float32(300)  # the bins are coarse
     found = counted(values, 2_000)
-    for share in np.random.default_rng(0).uniform(found.below[1], found.below[-2], 50):
+    shares = np.random.default_rng(0).uniform(found.below[1], found.below[-2], 50)
+    for share in (*shares, *found.below[1:-1:20]):  # also those that end with a bin
         value, error = found.quantile(share)
         assert abs(value - np.quantile(values, share, method="inverted_cdf")) <= error
