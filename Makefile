@@ -117,15 +117,17 @@ figures: data ## measure again and redraw the figures of README and docs/ (takes
 data/fortunes/fortunes.txt: data/fortunes/prepare.py | .venv/installed
 	@$(BIN)/python data/fortunes/prepare.py
 
-solving: data/fortunes/fortunes.txt | $(DEMO)/run.json ## run what is left of the evidence on solving again and reconstruction (takes hours), print and draw it
+solving: data/fortunes/fortunes.txt | $(DEMO)/run.json ## run what is left of the evidence on solving again and reconstruction (takes hours), write its tables and draw it
 	$(BIN)/python -m benchmarks.solving
+	$(BIN)/python -m benchmarks.tables
 
 docs: .venv/installed ## build the documentation site from docs/ and docstrings, in build/site
 	@$(BIN)/python -m sphinx -q -W --keep-going -c docs . build/site
 	@echo "the site is build/site/docs/index.html"
 
-rivals: data/fortunes/fortunes.txt | $(DEMO)/run.json ## run what is left of the evidence on rivals at equal weights read (takes hours), print and draw it
+rivals: data/fortunes/fortunes.txt | $(DEMO)/run.json ## run what is left of the evidence on rivals at equal weights read (takes hours), write its tables and draw it
 	$(BIN)/python -m benchmarks.rivals
+	$(BIN)/python -m benchmarks.tables
 
 test: check data ## check lint and types, and run the whole test suite
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder

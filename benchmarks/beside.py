@@ -1,9 +1,9 @@
 """What commands cost beside other work. Run `python -m benchmarks.beside` on a machine that does nothing else.
 
 Each command runs alone and beside busy loops, in turns. A scheduler gives each thread that wants to run an equal
-part of the cores, so a command of t threads beside b loops on c cores has a fair share of
-c · t / (t + b) cores, where alone it has t. The table has how many times longer the command takes,
-and how many times longer it would take with its fair share.
+part of the cores, so a command of t threads beside b loops on c cores would take (t + b) / c times as long as
+alone with t threads. The table has how many times longer it takes, and how many times with that fair share.
+`generate` chooses t itself; other commands have as many threads as cores.
 """
 
 import re
@@ -30,14 +30,13 @@ COMMANDS = {
     "generate, dense": ["generate", MODEL, "--prompt", "The list method append"],
     "generate, packed": ["generate", "{pruned}", "--prompt", "The list method append"],
 }
-SPEED = re.compile(r"([\d.]+) a second")
+SPEED = re.compile(r"([\d.]+) a second with (\d+) threads?$")
 
 
 def main() -> None:
     """Run the benchmark and print its table."""
     print(machine(), end="\n\n")
-    threads = torch.get_num_threads()
-    share = threads / (threads + LOOPS)
+    cores = torch.get_num_threads()
     print(f"| | alone, s | beside {LOOPS} busy loops, s | times | with the fair share |")
     print("|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
@@ -45,26 +44,28 @@ def main() -> None:
         run(["sparsify", MODEL, *ON, "--sparsity", "0.7", "--layers", "*.mlp.*", "--out", pruned])
         for name, words in COMMANDS.items():
             command = [word.format(pruned=pruned) for word in words]
-            times: dict[int, list[float]] = {0: [], LOOPS: []}
+            times: dict[int, list[tuple[float, int]]] = {0: [], LOOPS: []}
             for turn in range(ROUNDS):
                 for loops, found in times.items():
                     with busy(loops):
                         out = ["--out", f"{folder}/{loops}-{turn}"] * (name[0] != "g")
                         found.append(run([*command, *out]))
-            alone, beside = (statistics.median(found) for found in times.values())
-            print(
-                f"| {name} | {alone:.2f} | {beside:.2f} | {beside / alone:.2f} | {1 / share:.2f} |"
+            alone, beside = (
+                statistics.median(seconds for seconds, _ in found) for found in times.values()
             )
+            threads = statistics.mean(used or cores for _, used in times[LOOPS])
+            fair = (threads + LOOPS) / cores
+            print(f"| {name} | {alone:.3f} | {beside:.3f} | {beside / alone:.2f} | {fair:.2f} |")
 
 
-def run(words: list[str]) -> float:
-    """Run a command, and return its seconds; of text that is generated, the seconds of a token."""
+def run(words: list[str]) -> tuple[float, int]:
+    """Run a command; return its seconds, or those of a token that it writes, and with how many threads."""
     start = time.perf_counter()
     command = [sys.executable, "-m", "entangle", *words]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     seconds = time.perf_counter() - start
-    speed = SPEED.search(done.stdout + done.stderr)
-    return 1 / float(speed[1]) if speed else seconds
+    speed = SPEED.search(done.stdout.rstrip())
+    return (1 / float(speed[1]), int(speed[2])) if speed else (seconds, 0)
 
 
 @contextmanager

@@ -65,7 +65,7 @@ _BLOCKS = _ONE + _EXACT + " and budget == 'uniform' and across == "
 _INPUTS = "method == 'none' and inputs == "
 _BOTH = "method == 'sparsegpt' and inputs == 'teal' and input_shares == 'uniform' and "
 RIVALS = {  # as queries of the table, with the colour and the kind of their lines
-    "SparseGPT": (
+    "SparseGPT, mask by row": (
         _ALIKE + "solve == 'greedy' and reconstruct == 'none'",
         "0.6",
         "o-",
@@ -88,22 +88,18 @@ RIVALS = {  # as queries of the table, with the colour and the kind of their lin
 
 
 def main(names: Sequence[str]) -> int:
-    """Run steps, by default all, and show what is there."""
+    """Run steps, by default all that are not finished."""
     solving.run(STEPS, names)
-    show()
     return 0
 
 
-def show() -> None:
-    """Write the tables into docs/pruning-evidence.md, print them, and draw their picture."""
-    table = rivals()
-    solving.write(solving.PAGE, "rivals", tables(table))
-    print("\n".join(tables(table)))
+def draw(table: pd.DataFrame) -> None:
+    """Draw the picture."""
     texts = [*dict.fromkeys(table["evaluation"])]
     figure = plt.figure(figsize=(12, 4.6), layout="constrained")
     panels = figure.subplots(1, len(texts), sharex=True)
     for text, panel in zip(texts, panels, strict=True):
-        draw(panel, table[table["evaluation"] == text])
+        _draw(panel, table[table["evaluation"] == text])
     figure.legend(
         *panels[0].get_legend_handles_labels(), loc="outside right upper", fontsize="small"
     )
@@ -133,7 +129,7 @@ def table_of(rows: pd.DataFrame) -> list[str]:
     reads = [
         read for read in READ if any((arms["read"] == read).any() for arms in arms_of.values())
     ]
-    found = ["", f"| {facts} | stored | {' | '.join(f'{read:.0%}' for read in reads)} |"]
+    found = ["", f"| {facts} | stored | {' | '.join(f'{read:.0%} read' for read in reads)} |"]
     found.append("|---" * (len(reads) + 2) + "|")
     for name, arms in arms_of.items():
         if len(arms):
@@ -145,7 +141,8 @@ def table_of(rows: pd.DataFrame) -> list[str]:
             f"| `{method}`: reads all | {size:.2f} of the bytes | {solving.cell(arms)}{' |' * len(reads)}"
         )
     found += ["", *filter(None, (share_of_gain(arms_of, read) for read in reads))]
-    missing = [name for name, arms in arms_of.items() if arms.empty]
+    missing = [f"all at {read:.0%}" for read in READ if read not in reads]
+    missing += [name for name, arms in arms_of.items() if arms.empty]
     return [*found, f"Not run yet: {'; '.join(missing)}."] if missing else found
 
 
@@ -172,7 +169,7 @@ def stored(arms: pd.DataFrame) -> str:
     return " to ".join(ends)
 
 
-def draw(panel: Axes, rows: pd.DataFrame) -> None:
+def _draw(panel: Axes, rows: pd.DataFrame) -> None:
     """Draw perplexity against the weights that a token reads, a line for each rival.
 
     The axis is logarithmic in the nats above the dense model. Bars are their standard errors, paired

@@ -2,8 +2,8 @@
 
 Each step is one `entangle sweep`, which goes on when it is killed. The arms of a finished step are
 appended to the table `EVIDENCE`, and a step whose arms are all there is not run again, also on
-another machine. `python -m benchmarks.solving STEP ...` runs some of the steps. At the end the tables of README.md
-and docs/pruning-evidence.md are written and the picture is drawn, of all arms that are there.
+another machine. `python -m benchmarks.solving STEP ...` runs some of the steps. `python -m benchmarks.tables` writes
+the tables of README.md and docs/pruning-evidence.md and draws the pictures, of all arms that are there.
 """
 
 import fcntl
@@ -27,7 +27,6 @@ MODEL, TEXTS = "data/smollm2-135m", ("data/python-docs", "data/fortunes")
 RUN, RUNS = Path("runs/demo"), Path("runs/solving")
 EVIDENCE = Path("figures/evidence/smollm2-135m/solving.csv")
 PICTURE = Path("figures/solving.png")
-PAGE, README = Path("docs/pruning-evidence.md"), Path("README.md")
 ALL = f"sweep {MODEL} --text {TEXTS[0]} --evaluation {' '.join(TEXTS)} --evaluation-windows 41"
 ALL += " --layers *.mlp.* --propagate sparse --batch-size 1"
 BUDGET = f" --budget {RUN}:ranks --across entanglement"
@@ -75,13 +74,13 @@ GROUPS = {  # as queries of the table
 }
 NOT_RUN = "not run"
 LADDER = {  # the rows of README's table: a group, and a way to solve
-    "SparseGPT": ("one expert", "greedy"),
+    "SparseGPT, mask by row": ("one expert", "greedy"),
     "more weights where neurons are entangled (`--across entanglement`)": (
         "one expert, budget",
         "greedy",
     ),
     "and kept weights solved again (`--solve exact`)": ("one expert, budget", "exact"),
-    "and 16 experts (`--experts 16`), 31.3% of the multiply-adds": ("16 experts, budget", "exact"),
+    "and 16 experts (`--experts 16`)": ("16 experts, budget", "exact"),
     "one expert, and each MLP reconstructed (`--solve admm --reconstruct mlp`)": (
         "one expert, budget",
         "admm + reconstructed",
@@ -100,9 +99,8 @@ COLUMNS = [
 
 
 def main(names: Sequence[str]) -> int:
-    """Run steps, by default all, and show what is there."""
+    """Run steps, by default all that are not finished."""
     run(STEPS, names)
-    show()
     return 0
 
 
@@ -154,12 +152,8 @@ def evidence() -> pd.DataFrame:
     return table.fillna(options)
 
 
-def show() -> None:
-    """Write the tables of the evidence into README.md and its page, print them, and draw the picture."""
-    table = solved()
-    write(PAGE, "solving", tables(table))
-    write(README, "solving", ladder(table))
-    print("\n".join(tables(table)))
+def draw(table: pd.DataFrame) -> None:
+    """Draw the picture."""
     figure, panels = plt.subplots(1, 2, figsize=(12, 4), layout="constrained")
     for text, panel in zip(dict.fromkeys(table["evaluation"]), panels, strict=True):
         _draw(panel, table[(table["evaluation"] == text) & (table["sparsity"] == "0.7")], text)
@@ -172,20 +166,6 @@ def solved() -> pd.DataFrame:
     return evidence().query(
         "inputs in ('', 'dense') and method in ('dense', 'sparsegpt', 'magnitude')"
     )
-
-
-def write(page: Path, name: str, lines: Sequence[str]) -> None:
-    """Replace the lines between a page's marks `<!-- NAME -->` and `<!-- end -->`."""
-    before, _, after = parts(page, name)
-    page.write_text("\n".join([before, *lines, after]), encoding="utf-8")
-
-
-def parts(page: Path, name: str) -> tuple[str, str, str]:
-    """Return a page before, between and behind the marks, which are in the first and last part."""
-    mark = f"<!-- {name} -->"
-    before, rest = page.read_text(encoding="utf-8").split(f"{mark}\n")
-    between, _, after = rest.partition("\n<!-- end -->")
-    return before + mark, between, "<!-- end -->" + after
 
 
 def tables(table: pd.DataFrame) -> list[str]:
@@ -214,18 +194,24 @@ def _facts(table: pd.DataFrame, text: str) -> str:
 
 
 def ladder(table: pd.DataFrame) -> list[str]:
-    """Return the lines of README's table: what each step gives at 70%, on both texts."""
+    """Return the lines of README's table: what each step gives at 70%, on both texts.
+
+    Weights stored and read are those of the pruned layers and their routers, over the dense.
+    """
     texts = [*dict.fromkeys(table["evaluation"])]
-    found = ["", "| 30% of the weights are left | the same kind of text | another kind of text |"]
-    found.append("|---|---|---|")
+    found = ["", "| | stored | read | the same kind of text | another kind of text |"]
+    found.append("|---|---|---|---|---|")
     dense = table[table["method"] == "dense"].set_index("evaluation")["perplexity"]
-    found.append(f"| the dense model | {' | '.join(f'{dense[text]:.1f}' for text in texts)} |")
+    cells = [f"{dense[text]:.1f}" for text in texts]
+    found.append(f"| the dense model | 1 | 1 | {' | '.join(cells)} |")
     for name, (group, way) in LADDER.items():
         solve, reconstruct = WAYS[way]
         asked = f"sparsity == '0.7' and solve == '{solve}' and reconstruct == '{reconstruct}' and "
         rows = table.query(asked + GROUPS[group])
         if len(rows):
-            cells = [cell(rows[rows["evaluation"] == text]) for text in texts]
+            shares = rows.iloc[0][["stored", "density"]] / [rows.iloc[0]["dense_multiply_adds"], 1]
+            cells = [f"{share:.2g}" for share in shares]
+            cells += [cell(rows[rows["evaluation"] == text]) for text in texts]
             found.append(f"| {name} | {' | '.join(cells)} |")
     return [*found, ""]
 
