@@ -75,17 +75,20 @@ GROUPS = {  # as queries of the table
 NOT_RUN = "not run"
 LADDER = {  # the rows of README's table: a group, and a way to solve
     "SparseGPT, mask by row": ("one expert", "greedy"),
-    "more weights where neurons are entangled (`--across entanglement`)": (
+    "with a budget: more weights where neurons are entangled (`--across entanglement`)": (
         "one expert, budget",
         "greedy",
     ),
-    "and kept weights solved again (`--solve exact`)": ("one expert, budget", "exact"),
-    "and 16 experts (`--experts 16`)": ("16 experts, budget", "exact"),
-    "one expert, and each MLP reconstructed (`--solve admm --reconstruct mlp`)": (
+    "with the budget, kept weights solved again (`--solve exact`)": ("one expert, budget", "exact"),
+    "with the budget, solved again, 16 experts (`--experts 16`)": ("16 experts, budget", "exact"),
+    "with the budget, each MLP reconstructed (`--solve admm --reconstruct mlp`)": (
         "one expert, budget",
         "admm + reconstructed",
     ),
-    "the same with 16 experts": ("16 experts, budget", "admm + reconstructed"),
+    "with the budget, each MLP reconstructed, 16 experts": (
+        "16 experts, budget",
+        "admm + reconstructed",
+    ),
 }
 CHOSEN = ["method", "solve", "reconstruct", "experts", "assign", "budget", "across", "sparsity"]
 CHOSEN += ["inputs", "input_sparsity", "input_shares"]

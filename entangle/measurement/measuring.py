@@ -331,7 +331,7 @@ class _Recording:
                 bar.update()
 
     def _bar(self, total: int, unit: str) -> Any:
-        return progress_bar(total=total, unit=unit, shown=self.setup.progress)
+        return progress_bar(total=total, unit=unit, desc="measure", shown=self.setup.progress)
 
 
 def _over_ranks(state: Histograms) -> Histograms:

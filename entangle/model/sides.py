@@ -101,8 +101,9 @@ def find_channel(layers: Sequence[LinearLayer], name: str) -> tuple[Recordable, 
     layer = next((one for one in layers if one.name == place.removesuffix(INPUT)), None)
     if layer is None:
         names = [one.name for one in layers]
-        near = difflib.get_close_matches(place.removesuffix(INPUT) or name, names, 3, 0.3)
-        close = " or ".join(f"{one}:0" for one in near or names[:1])
+        near = difflib.get_close_matches(place.removesuffix(INPUT) or name, names, 1, 0.3)
+        side, number = INPUT * place.endswith(INPUT), index if index.isdigit() else "0"
+        close = f"{[*near, *names, 'LAYER'][0]}{side}:{number}"
         raise LookupError(f"no neuron {name!r}: expected LAYER:INDEX, such as {close}")
     found: Recordable = LayerInputs(layer) if place.endswith(INPUT) else layer
     if not (index.isascii() and index.isdigit() and int(index) < found.neurons):
