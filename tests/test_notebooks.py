@@ -19,6 +19,7 @@ from entangle.numerics.gaussian import from_samples
 from notebooks.execute import NOTEBOOKS, execute, read, write
 from tests.tiny_mixtures import tiny_mixture
 from tests.tiny_models import save_tiny, tiny_tokenizer
+from tests.torture.place import prose
 
 ROOT = Path(__file__).parent.parent
 LAYERS = ["model.layers.1.mlp.*"]
@@ -151,12 +152,12 @@ def pictures_of(notebook: Any) -> int:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model, and a text: our own README, one half to calibrate, one to evaluate."""
+    """A tiny model, and a text of random words, one half to calibrate, one to evaluate."""
     folder = tmp_path_factory.mktemp("notebooks")
     save_tiny(folder / "model")
     tiny_mixture("qwen3_moe").save_pretrained(folder / "mixture")
     tiny_tokenizer().save_pretrained(folder / "mixture")
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    text = prose(seed=6, words=4000)[:21_000]  # on which three neurons have outliers
     (folder / "text").mkdir()
     (folder / "text" / "calibration.txt").write_text(text[: len(text) // 2], encoding="utf-8")
     # Of letters, the halves have 8% in common: the second is written backwards.

@@ -30,7 +30,7 @@ def visible(text: str) -> str:
 
 def plain(text: str) -> str:
     """Return a text of several lines, with signs for other control characters."""
-    return text.translate({code: sign for code, sign in _SIGNS.items() if code not in b"\n\t"})
+    return text.translate({code: sign for code, sign in _SIGNS.items() if chr(code) not in "\n\t"})
 
 
 def quoted(text: str) -> str:
