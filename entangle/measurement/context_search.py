@@ -87,9 +87,7 @@ class NeuronContexts:
     contexts: list[Context]
     positions: list[float]  # each window position's share of the distance
     frequent: list[dict[str, Any]]  # token, count, share of the distance, mean output
-    without: list[
-        LeftOut
-    ]  # without the farthest tokens, one position, one token: see `distances_without`
+    without: list[LeftOut]  # the farthest tokens, one position, one token: `distances_without`
     scale: Levels  # of the values in the windows
     windows: list[WindowLevels]  # at most 8
     unit: HiddenUnit | None  # of a gated MLP, that the neuron is a part of

@@ -124,7 +124,7 @@ def _all_threads() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def quickest_threads(model: PreTrainedModel, ids: torch.Tensor) -> int:
+def _quickest_threads(model: PreTrainedModel, ids: torch.Tensor) -> int:
     """Return the least number of threads with which a token takes at most a tenth more than the least time.
 
     More threads gain nothing where memory is the limit. Beside other work they cost time: at the end
@@ -229,7 +229,7 @@ def generate(
     with torch.inference_mode(), default_settings(model), _all_threads():
         _compile(model, ids)
         if threads is None:
-            threads = quickest_threads(model, ids) if tokens > 1 else torch.get_num_threads()
+            threads = _quickest_threads(model, ids) if tokens > 1 else torch.get_num_threads()
         clock = _Clock(tokenizer, on_text, threads)
         found = model.generate(  # type: ignore[operator]
             ids,
